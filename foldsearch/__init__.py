@@ -1,0 +1,92 @@
+"""foldsearch: from a decoder LLM and a device budget to folded models that were built, trained and measured.
+
+    study = load_study("smollm2-demo", {"budget.gb": 0.28})
+    run_search(study, Path("runs/mine"))
+    run = open_run("runs/mine")
+    export_trial(run, run.knee.number, Path("exports/mine"))
+
+Each name says its shapes, units, errors and source in its own docstring:
+
+    load_study      read a study: model, text, target, budget, space, rungs
+    run_search      run a study in a folder, or go on with it
+    open_run        the front, the knee and every trial of a run
+    export_trial    write a trial's model and verify it in a fresh process
+    try_plan        fold, recover and measure one plan in this process
+    inspect_model   how redundant the blocks of a model are
+    FoldPlan        what runs at each depth: a value with a text form
+    fold            a plan and a dense model give a folded model
+    measure         a model's cost table, by fvcore
+    price           a plan's cost on a target
+    CostTable, Target, Budget, Cost, Quality, TrialResult     values
+    FoldsearchError, InputError, VerificationError            what is raised on purpose
+
+Importing foldsearch also tells transformers about folded models, so an export loads without `trust_remote_code`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from foldsearch.model.register import register
+
+if TYPE_CHECKING:
+    from foldsearch.api import export_trial, inspect_model, open_run, try_plan
+    from foldsearch.errors import FoldsearchError, InputError, VerificationError
+    from foldsearch.model.fold import fold
+    from foldsearch.model.measure import measure
+    from foldsearch.plan.cost import Budget, Cost, CostTable, Target, price
+    from foldsearch.plan.plan import FoldPlan
+    from foldsearch.plan.result import Quality, TrialResult
+    from foldsearch.search.run import run_search
+    from foldsearch.spec.load import load_study
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "load_study",
+    "run_search",
+    "open_run",
+    "export_trial",
+    "try_plan",
+    "inspect_model",
+    "FoldPlan",
+    "fold",
+    "measure",
+    "price",
+    "CostTable",
+    "Target",
+    "Budget",
+    "Cost",
+    "Quality",
+    "TrialResult",
+    "FoldsearchError",
+    "InputError",
+    "VerificationError",
+]
+
+# Where each name lives: looked up when it is first asked for, so `import foldsearch` does not wait for torch.
+_HOMES = {
+    "foldsearch.api": ("export_trial", "inspect_model", "open_run", "try_plan"),
+    "foldsearch.errors": ("FoldsearchError", "InputError", "VerificationError"),
+    "foldsearch.model.fold": ("fold",),
+    "foldsearch.model.measure": ("measure",),
+    "foldsearch.plan.cost": ("Budget", "Cost", "CostTable", "Target", "price"),
+    "foldsearch.plan.plan": ("FoldPlan",),
+    "foldsearch.plan.result": ("Quality", "TrialResult"),
+    "foldsearch.search.run": ("run_search",),
+    "foldsearch.spec.load": ("load_study",),
+}
+
+register()
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,5 @@
+"""`python -m foldsearch` is the `foldsearch` command."""
+
+from foldsearch.cli import entry
+
+entry()

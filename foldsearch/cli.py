@@ -1,0 +1,475 @@
+"""The `foldsearch` command: one function a verb.
+
+Heavy libraries are imported by the verb that needs them, so `foldsearch --help` answers at once.
+Exit codes: 0 done; 1 an export is not the model that was measured; 2 what was given cannot be used; 130 stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import foldsearch
+from foldsearch.errors import InputError, VerificationError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from foldsearch.api import Progress
+    from foldsearch.plan.result import TrialResult
+    from foldsearch.search.dry_run import DryRun
+    from foldsearch.spec.study import Study
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+_ABOUT = """\
+From a decoder LLM and a device budget to a Pareto front of folded models that were really
+built, trained and measured. Pick one, export it.
+
+  foldsearch run --budget-gb 2                      search below 2 GB, with the embedded SmolLM2-135M
+  foldsearch run --model ORG/NAME --data wikitext:wikitext-2-raw-v1 --budget-gb 2
+  foldsearch front runs/NAME                        what was found
+  foldsearch pick runs/NAME --knee                  choose a point
+  foldsearch export runs/NAME --out DIR             ship it, verified
+"""
+
+_PLAN_TEXT = """\
+a plan, one word a position:
+  0-5          blocks 0 to 5, as they are       6=5        block 6 with the weights of block 5
+  8a   10m     only its attention; only its MLP 7=9+r8+n   ... an adapter of rank 8, an output norm
+  13-18~linear one matrix in place of 13 to 18  3=3+r8     block 3 once more
+  A block that is not named is dropped.
+"""
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code.
+
+    Args:
+        argv: the words after `foldsearch`; those of the process if None.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.verb(args)
+        sys.stdout.flush()
+        return code
+    except VerificationError as error:
+        return _fail(error, 1)
+    except InputError as error:
+        return _fail(error, 2)
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `foldsearch front RUN | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if not _disk_is_full(error):
+            raise  # ours: the traceback is wanted
+        where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+        return _fail(
+            f"the disk is full{where}. Nothing half-written was kept. Make room, then run it again.", 2
+        )
+
+
+def _fail(message: object, code: int) -> int:
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Some libraries wrap the operating system's error, or say it only in words."""
+    while error is not None:
+        words = str(error)
+        if (
+            getattr(error, "errno", None) in _FULL
+            or "No space left on device" in words
+            or "disk is full" in words
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+# ---- the words of the command line
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=26, width=100)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="foldsearch", description=_ABOUT, formatter_class=_Help)
+    parser.add_argument("--version", action="version", version=f"foldsearch {foldsearch.__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    def verb(
+        name: str, run: Callable[[argparse.Namespace], int], summary: str, more: str = ""
+    ) -> argparse.ArgumentParser:
+        added = verbs.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=more,
+            formatter_class=_Help,
+        )  # fmt: skip
+        added.set_defaults(verb=run)
+        return added
+
+    run = verb(
+        "run", _run, "search for folded models within a budget",
+        "Without a study: foldsearch.toml of the current folder, else the study `default`.\n"
+        "Options win over the study. Ctrl-C stops a run; `foldsearch resume` goes on with it.",
+    )  # fmt: skip
+    run.add_argument(
+        "study", nargs="?", metavar="STUDY", help="a TOML file, or the name of a study that ships"
+    )
+    _add_study_options(run)
+    _add_budget_options(run)
+    run.add_argument(
+        "--space", metavar="S", help="what may be proposed: a TOML file, or a name such as foldgpt"
+    )
+    run.add_argument(
+        "--sampler", metavar="WHO", choices=("tpe", "nsga2", "random"), help="tpe, nsga2, random"
+    )
+    run.add_argument("--trials", type=int, metavar="N", help="stop after N trials")
+    run.add_argument("--time", type=_seconds, metavar="T", help="stop after T: 90s, 15m, 2h")
+    run.add_argument("--jobs", type=int, metavar="N", help="trials at a time")
+    run.add_argument("--out", type=Path, metavar="DIR", help="the run's folder, new (default: runs/STUDY)")
+    run.add_argument(
+        "--dry-run", action="store_true", help="say what would be searched, its time and disk, and stop"
+    )
+
+    resume = verb("resume", _resume, "go on with a stopped run; nothing finished is lost or repeated")
+    _add_run(resume)
+
+    attempt = verb("try", _try, "fold, recover and measure one plan in this process", _PLAN_TEXT)
+    attempt.add_argument("plan", metavar="PLAN", help='such as "0-12 15-29"')
+    attempt.add_argument("--study", metavar="STUDY", help="whose settings to use (default: as `run`)")
+    _add_study_options(attempt)
+    attempt.add_argument(
+        "--tokens", type=int, metavar="N", help="recovery tokens (default: the study's last rung)"
+    )
+    attempt.add_argument(
+        "--out", type=Path, metavar="DIR", help="keep the trained parameters and results here"
+    )
+
+    price = verb("price", _price, "what a plan costs on a device, in memory and FLOPs", _PLAN_TEXT)
+    price.add_argument("plan", metavar="PLAN", help='such as "0-12 15-29"')
+    price.add_argument("--study", metavar="STUDY", help="whose model and target to use (default: as `run`)")
+    _add_model_option(price)
+    _add_target_options(price)
+
+    inspect = verb(
+        "inspect", _inspect, "how redundant the blocks of a model are",
+        "Cosines between a block's input and output, and between the model's start and a block's output\n"
+        "(FoldGPT, Fig. 2), as a table and a picture.",
+    )  # fmt: skip
+    inspect.add_argument("model", nargs="?", metavar="MODEL", help="default: the study's")
+    inspect.add_argument("--study", metavar="STUDY", help="whose data to use (default: as `run`)")
+    inspect.add_argument("--data", metavar="D", help="text to run through the model")
+    inspect.add_argument("--out", type=Path, metavar="PNG", help="the picture (default: inspect-MODEL.png)")
+
+    front = verb("front", _front, "the Pareto front of a run, its plans and every cost")
+    _add_run(front)
+    front.add_argument(
+        "--all", action="store_true", help="all finished trials, not only the front and the baselines"
+    )
+
+    pick = verb("pick", _pick, "choose a point of the front; `export` takes it from there")
+    _add_run(pick)
+    _add_choice(pick)
+
+    export = verb("export", _export, "write a folded model and verify it in a fresh process")
+    _add_run(export)
+    _add_choice(export)
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    export.add_argument(
+        "--form", choices=("folded", "expanded"), default="folded",
+        help="folded: shared weights stored once, needs its own code; expanded: the stock architecture",
+    )  # fmt: skip
+
+    board = verb("dashboard", _dashboard, "serve the Optuna dashboard of a run, live, on this machine only")
+    _add_run(board)
+    board.add_argument("--port", type=int, default=8080, metavar="P", help="default 8080; 0 takes a free one")
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, such as runs/NAME")
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--knee", action="store_true", help="the compromise of the objectives")
+    choice.add_argument("--max-gb", type=float, metavar="X", help="the best quality within X GB")
+    choice.add_argument("--trial", type=int, metavar="N", help="trial N, as `foldsearch front` numbers it")
+
+
+def _add_model_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="M",
+        help="hub id, folder, .gguf file, or package:NAME for a GGUF inside a Python package",
+    )
+
+
+def _add_target_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        metavar="TYPE",
+        choices=("bfloat16", "float16", "float32"),
+        help="of the model that ships: bfloat16, float16, float32",
+    )
+    parser.add_argument("--context", type=int, metavar="T", help="tokens in the KV cache")
+    parser.add_argument("--batch", type=int, metavar="B", help="sequences served at once")
+    parser.add_argument(
+        "--runtime", choices=("folded", "expanded"), help="whether the runtime can share weights"
+    )
+
+
+def _add_study_options(parser: argparse.ArgumentParser) -> None:
+    _add_model_option(parser)
+    parser.add_argument(
+        "--data", metavar="D", help="text: hub data set, folder, .txt, .jsonl, .parquet, package:NAME"
+    )
+    _add_target_options(parser)
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda", "mps"), help="to compute on (default: what is there)"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="of everything random")
+
+
+def _add_budget_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--budget-gb", type=float, metavar="X", help="weights + adapters + KV cache + activations"
+    )
+    parser.add_argument(
+        "--budget-flops", metavar="F", help="FLOPs per token at decode: 2.5e8, or 0.8x of dense"
+    )
+
+
+def _seconds(text: str) -> float:
+    units = {"s": 1, "m": 60, "h": 3600}
+    try:
+        value = float(text.rstrip("smh")) * (units[text[-1]] if text[-1:] in units else 1)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"a time is seconds, or 90s, 15m, 2h; got {text!r}")
+    return value
+
+
+_OVERRIDES = {
+    "model": "model", "data": "data", "space": "space", "sampler": "sampler", "trials": "trials", "time": "seconds",
+    "jobs": "jobs", "seed": "seed", "device": "device", "budget_gb": "budget.gb", "budget_flops": "budget.flops",
+    "dtype": "target.dtype", "context": "target.context", "batch": "target.batch", "runtime": "target.runtime",
+}  # fmt: skip
+
+
+def _study(args: argparse.Namespace, **more: Any) -> Study:
+    """The study that is named, with the options of the command line over it."""
+    from foldsearch.spec.load import load_study
+
+    given = vars(args)
+    overrides = {key: given.get(option) for option, key in _OVERRIDES.items()}
+    return load_study(given.get("study"), {**overrides, **more})
+
+
+# ---- the verbs
+
+
+def _run(args: argparse.Namespace) -> int:
+    study = _study(args)
+    if args.dry_run:
+        from foldsearch.api import dry_run
+
+        with _status() as progress:
+            found = dry_run(study, progress)
+        _print_dry_run(study, found)
+        return 0
+    return _search(study, args.out or _new_folder(args.study), resume=False)
+
+
+def _resume(args: argparse.Namespace) -> int:
+    from foldsearch.search.folder import RunFolder
+
+    RunFolder.open(args.run)  # what cannot be resumed is told at once
+    return _search(None, args.run, resume=True)
+
+
+def _search(study: Study | None, folder: Path, *, resume: bool) -> int:
+    from foldsearch.api import open_run, write_report
+    from foldsearch.report.live import RunDisplay
+    from foldsearch.report.terminal import console, front_report
+    from foldsearch.search.run import run_search
+
+    out = console()
+    try:
+        with RunDisplay(out) as display:
+            run_search(study, folder, resume=resume, on_event=display)
+    except KeyboardInterrupt:
+        if not (folder / "study.json").is_file():
+            print("Stopped before the first trial; nothing was kept.", file=sys.stderr)
+        return 130
+    view = open_run(folder)
+    out.print()
+    out.print(front_report(view, width=out.width))
+    page = write_report(view)
+    out.print()
+    out.print(f"Pictures: {page}")
+    if view.finished:
+        out.print(f"Choose:   foldsearch pick {folder} --knee    (or --max-gb X, or --trial N)")
+        out.print(f"Ship:     foldsearch export {folder} --out DIR")
+    return 0
+
+
+def _try(args: argparse.Namespace) -> int:
+    from foldsearch.api import try_plan
+    from foldsearch.report.terminal import console, results_table
+
+    rungs = {} if args.tokens is None else {"rungs": sorted({0, args.tokens})}
+    study = _study(args, **rungs)
+    results: list[TrialResult] = []
+    with _status() as progress:
+        results.extend(try_plan(args.plan, study, folder=args.out, progress=progress))
+    out = console()
+    out.print(results_table(results))
+    failed = results[-1].state in ("failed", "diverged")
+    if failed:
+        print(f"error: the trial {results[-1].state}: {results[-1].reason}", file=sys.stderr)
+    return 2 if failed else 0
+
+
+def _price(args: argparse.Namespace) -> int:
+    from foldsearch.api import measure_model
+    from foldsearch.plan.plan import FoldPlan
+    from foldsearch.report.terminal import console, price_table
+
+    study = _study(args)
+    with _status() as progress:
+        table = measure_model(study, progress)
+    plan = FoldPlan.parse(args.plan, len(table.blocks))
+    out = console()
+    out.print(price_table(plan, table, study.target.value()))
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from foldsearch.api import inspect_model
+    from foldsearch.report.page import draw_evidence
+    from foldsearch.report.terminal import console, evidence_table
+
+    study = _study(args)
+    with _status() as progress:
+        evidence = inspect_model(study, progress)
+    out = console()
+    out.print(evidence_table(evidence))
+    picture = args.out or Path(f"inspect-{Path(study.model.replace(':', '/')).name}.png")
+    draw_evidence(evidence, picture, title=f"{study.model}: cosines of hidden states")
+    out.print(f"\nMeans over {evidence.tokens:,} tokens. Picture: {picture}")
+    return 0
+
+
+def _front(args: argparse.Namespace) -> int:
+    from foldsearch.api import open_run, write_report
+    from foldsearch.report.terminal import console, front_report
+
+    view = open_run(args.run)
+    out = console()
+    out.print(front_report(view, width=out.width, every=args.all))
+    out.print(f"\nPictures: {write_report(view)}")
+    return 0
+
+
+def _pick(args: argparse.Namespace) -> int:
+    from foldsearch.api import open_run, pick
+
+    view = open_run(args.run)
+    entry = pick(view, number=args.trial, max_gb=args.max_gb)
+    _say(f"trial {entry.number}: {entry.plan}")
+    print(entry.number)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from foldsearch.api import export_trial, open_run, picked
+    from foldsearch.report.terminal import console, export_table
+
+    view = open_run(args.run)
+    chosen = args.knee or args.trial is not None or args.max_gb is not None
+    entry = view.pick(number=args.trial, max_gb=args.max_gb) if chosen else picked(view)
+    _say(f"trial {entry.number}: {entry.plan}")
+    with _status() as progress:
+        report = export_trial(view, entry.number, args.out, form=args.form, progress=progress)
+    console().print(export_table(report, args.out))
+    return 0
+
+
+def _dashboard(args: argparse.Namespace) -> int:
+    from foldsearch.report.board import serve
+
+    try:
+        serve(
+            args.run,
+            port=args.port,
+            on_ready=lambda url: print(f"Dashboard: {url}  (Ctrl-C ends it)", flush=True),
+        )
+    except KeyboardInterrupt:
+        return 0
+    return 0
+
+
+# ---- words around the verbs
+
+
+def _say(words: str) -> None:
+    """On standard error, so that standard output holds only what was asked for."""
+    print(words, file=sys.stderr)
+
+
+@contextmanager
+def _status() -> Iterator[Progress]:
+    """One line on the terminal that says what is being done; in a log file, a line a stage."""
+    from foldsearch.report.terminal import console
+
+    err: Console = console(stderr=True)
+    if not err.is_terminal:
+        said: list[str] = []
+
+        def tell(stage: str, share: float) -> None:
+            if said[-1:] != [stage]:
+                said.append(stage)
+                _say(f"{stage} ...")
+
+        yield tell
+        return
+    with err.status("starting") as line:
+        yield lambda stage, share: line.update(f"{stage} {share:.0%}" if share else stage)
+
+
+def _new_folder(study: str | None) -> Path:
+    """runs/STUDY, or the first of runs/STUDY-2, -3, ... that is not there."""
+    from foldsearch.spec.load import FOLDER_STUDY
+
+    name = Path(study or (FOLDER_STUDY if Path(FOLDER_STUDY).is_file() else "default")).stem
+    folder, number = Path("runs", name), 2
+    while folder.exists():
+        folder, number = Path("runs", f"{name}-{number}"), number + 1
+    return folder
+
+
+def _print_dry_run(study: Study, found: DryRun) -> None:
+    from foldsearch.report.terminal import console, dry_run_table
+
+    console().print(dry_run_table(study, found))

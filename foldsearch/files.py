@@ -1,0 +1,53 @@
+"""Files that are whole or absent, and computations that are done once per machine."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it: readers see all of it or nothing.
+
+    The temporary file goes when writing fails (a full disk, say).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as JSON, whole or not at all."""
+    replace_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1)))
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`: one process at a time; the kernel lets go when its holder dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def once(path: Path, compute: Callable[[], Any]) -> tuple[Any, bool]:
+    """The JSON at `path`, computed first if it is not there; and whether it was there.
+
+    Processes that want the same path wait for the one that computes it.
+    """
+    if not path.exists():
+        with alone(path.with_suffix(".lock")):
+            if not path.exists():
+                write_json(path, compute())
+                return json.loads(path.read_text()), False
+    return json.loads(path.read_text()), True

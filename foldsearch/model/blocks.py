@@ -1,0 +1,122 @@
+"""Where each model family keeps its blocks: the one place that knows.
+
+This file is shipped inside folded exports, so it needs torch only and nothing of foldsearch.
+A *unit* is the attention or the MLP of a block. Its linears (weights and biases) can be borrowed from another
+block; its norms always stay with the block they belong to.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Names of a unit's modules, relative to its block."""
+
+    modules: tuple[str, ...]  # hold the linears, in the order they run
+    norms: tuple[str, ...]  # run only for this unit
+    output: str  # the module whose output is added to the residual stream
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of a family's modules, relative to its causal language model."""
+
+    stock: str  # the transformers class
+    blocks: str  # the list of blocks
+    final_norm: str
+    attention: Unit
+    mlp: Unit
+
+
+def _pre_norm(stock: str) -> Family:
+    """Llama's layout: one norm before each unit."""
+    return Family(
+        stock,
+        "model.layers",
+        "model.norm",
+        Unit(("self_attn",), ("input_layernorm",), "self_attn.o_proj"),
+        Unit(("mlp",), ("post_attention_layernorm",), "mlp.down_proj"),
+    )
+
+
+def _sandwich(stock: str) -> Family:
+    """Gemma 2's layout: a norm before and after each unit."""
+    return Family(
+        stock,
+        "model.layers",
+        "model.norm",
+        Unit(("self_attn",), ("input_layernorm", "post_attention_layernorm"), "post_attention_layernorm"),
+        Unit(
+            ("mlp",),
+            ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+            "post_feedforward_layernorm",
+        ),
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": _pre_norm("LlamaForCausalLM"),
+    "mistral": _pre_norm("MistralForCausalLM"),
+    "qwen2": _pre_norm("Qwen2ForCausalLM"),
+    "qwen3": _pre_norm("Qwen3ForCausalLM"),
+    "gemma": _pre_norm("GemmaForCausalLM"),
+    "phi3": _pre_norm("Phi3ForCausalLM"),
+    "gemma2": _sandwich("Gemma2ForCausalLM"),
+    "gemma3_text": _sandwich("Gemma3ForCausalLM"),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        "model.layers",
+        "model.norm",
+        Unit(("self_attn",), ("post_attention_layernorm",), "post_attention_layernorm"),
+        Unit(("mlp",), ("post_feedforward_layernorm",), "post_feedforward_layernorm"),
+    ),
+    "gpt2": Family(
+        "GPT2LMHeadModel",
+        "transformer.h",
+        "transformer.ln_f",
+        Unit(("attn",), ("ln_1",), "attn.c_proj"),
+        Unit(("mlp",), ("ln_2",), "mlp.c_proj"),
+    ),
+    "gpt_neox": Family(
+        "GPTNeoXForCausalLM",
+        "gpt_neox.layers",
+        "gpt_neox.final_layer_norm",
+        Unit(("attention",), ("input_layernorm",), "attention.dense"),
+        Unit(("mlp",), ("post_attention_layernorm",), "mlp.dense_4h_to_h"),
+    ),
+    "opt": Family(
+        "OPTForCausalLM",
+        "model.decoder.layers",
+        "model.decoder.final_layer_norm",
+        Unit(("self_attn",), ("self_attn_layer_norm",), "self_attn.out_proj"),
+        Unit(("fc1", "fc2"), ("final_layer_norm",), "fc2"),
+    ),
+}
+
+FOLDED_PREFIX = "foldsearch_"  # the model_type of a folded model is this and the family's
+
+
+def family_of(config: Any) -> Family:
+    """The family of a transformers config, dense or folded.
+
+    Raises:
+        ValueError: the family is unknown; the message names the known ones.
+    """
+    model_type = str(config.model_type).removeprefix(FOLDED_PREFIX)
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise ValueError(
+            f"foldsearch folds the families it knows, but this model's type is '{model_type}'. "
+            f"Known: {known}. A new family is one entry in foldsearch/model/blocks.py."
+        )
+    return FAMILIES[model_type]
+
+
+def decoder_blocks(model: nn.Module) -> nn.ModuleList:
+    """The blocks of a causal language model, in execution order."""
+    blocks = model.get_submodule(family_of(model.config).blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks

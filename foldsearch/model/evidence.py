@@ -1,0 +1,316 @@
+"""What the dense model tells about its blocks, with nothing trained.
+
+Three rankings come from here: Block Influence (ShortGPT, arXiv 2403.03853; FlexiGPT, section 3), the cosine window
+(LLM-Streamline, arXiv 2403.19135) and greedy removal (SLEB, arXiv 2402.09025). FoldGPT's two cosines (its Fig. 2)
+are the same measurement.
+
+Shapes: N sequences, B sequences of a batch, T positions, D width, V vocabulary, C positions of a chunk, L blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foldsearch.errors import InputError
+from foldsearch.model.blocks import decoder_blocks
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total)."""
+
+RunBlock = Callable[[int, Tensor, Callable[[Tensor], Tensor]], Tensor]
+"""Called with a block's number, its input and the block itself; returns its output."""
+
+POSITIONS_AT_ONCE = 128  # of the vocabulary projection: a whole sequence's logits would not stay in the cache
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Cosines between the hidden states of the dense model, each a mean over tokens.
+
+    All states are taken on the residual stream, before the final norm.
+
+    Attributes:
+        block_cosine: per block, between its input and its output. Block Influence is 1 minus this.
+        start_cosine: per block, between its output and the input of block 0.
+        window_cosine: `[first][length - 1]`, between the input of block `first` and the output of block
+            `first + length - 1`.
+        tokens: how many tokens the means are over.
+    """
+
+    block_cosine: tuple[float, ...]
+    start_cosine: tuple[float, ...]
+    window_cosine: tuple[tuple[float, ...], ...]
+    tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Evidence:
+        """The inverse of `to_json`."""
+        return cls(
+            block_cosine=tuple(data["block_cosine"]),
+            start_cosine=tuple(data["start_cosine"]),
+            window_cosine=tuple(tuple(row) for row in data["window_cosine"]),
+            tokens=int(data["tokens"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GreedyResult:
+    """The order in which greedy removal drops blocks.
+
+    Attributes:
+        order: blocks, first dropped first. To drop n, take the first n.
+        losses: next-token loss (nats a token) after each drop.
+        dense_loss: the same loss of the dense model.
+        tokens: length of the text in tokens.
+        evaluations: how often the text was run, counting a run that starts in the middle as one.
+    """
+
+    order: tuple[int, ...]
+    losses: tuple[float, ...]
+    dense_loss: float
+    tokens: int
+    evaluations: int
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> GreedyResult:
+        """The inverse of `to_json`."""
+        return cls(
+            order=tuple(data["order"]),
+            losses=tuple(data["losses"]),
+            dense_loss=float(data["dense_loss"]),
+            tokens=int(data["tokens"]),
+            evaluations=int(data["evaluations"]),
+        )
+
+
+@torch.no_grad()
+def measure_evidence(
+    dense: nn.Module, ids_NT: Tensor, *, batch_size: int = 4, progress: Progress | None = None
+) -> Evidence:
+    """Measure the cosines of FoldGPT's Fig. 2 and those of every window of blocks.
+
+    Args:
+        dense: a causal language model of transformers, in eval mode.
+        ids_NT: token ids, (N sequences, T positions).
+        batch_size: sequences that run together.
+        progress: called after every batch.
+
+    Raises:
+        InputError: `ids_NT` is empty.
+    """
+    _check_ids(ids_NT, least=1)
+    blocks = decoder_blocks(dense)
+    num_states = len(blocks) + 1
+    dot_LL = torch.zeros(num_states, num_states, dtype=torch.float64)
+    states_BTD: list[Tensor] = []
+    handles = [block.register_forward_pre_hook(_keep_input(states_BTD), with_kwargs=True) for block in blocks]
+    handles.append(
+        blocks[-1].register_forward_hook(lambda _module, _args, out: states_BTD.append(hidden_of(out)))
+    )
+    try:
+        for start in range(0, len(ids_NT), batch_size):
+            states_BTD.clear()
+            last_hidden(dense, ids_NT[start : start + batch_size])
+            unit_LX = torch.stack(
+                [nn.functional.normalize(state.float(), dim=-1).flatten() for state in states_BTD]
+            )
+            # The unit vectors of all tokens in one row: the product sums the cosines over tokens.
+            dot_LL += (unit_LX @ unit_LX.T).double().cpu()
+            if progress is not None:
+                progress(min(start + batch_size, len(ids_NT)), len(ids_NT))
+    finally:
+        for handle in handles:
+            handle.remove()
+    cosine = (dot_LL / ids_NT.numel()).clamp(-1.0, 1.0).tolist()
+    num_blocks = len(blocks)
+    return Evidence(
+        block_cosine=tuple(cosine[i][i + 1] for i in range(num_blocks)),
+        start_cosine=tuple(cosine[0][i + 1] for i in range(num_blocks)),
+        window_cosine=tuple(tuple(cosine[i][i + 1 :]) for i in range(num_blocks)),
+        tokens=ids_NT.numel(),
+    )
+
+
+def influence_order(evidence: Evidence) -> tuple[int, ...]:
+    """Blocks by Block Influence, least first: to drop n, take the first n."""
+    return tuple(sorted(range(len(evidence.block_cosine)), key=lambda i: (-evidence.block_cosine[i], i)))
+
+
+def best_window(evidence: Evidence, count: int) -> tuple[int, ...]:
+    """The `count` consecutive blocks whose input and output are most alike.
+
+    Raises:
+        InputError: `count` is not between 1 and the number of blocks.
+    """
+    num_blocks = len(evidence.block_cosine)
+    _check_count(count, num_blocks)
+    first = max(range(num_blocks - count + 1), key=lambda i: (evidence.window_cosine[i][count - 1], -i))
+    return tuple(range(first, first + count))
+
+
+@torch.no_grad()
+def greedy_order(
+    dense: nn.Module, ids_NT: Tensor, max_count: int, *, exact: bool = False, progress: Progress | None = None
+) -> GreedyResult:
+    """Drop the block whose absence costs least next-token loss, and repeat (SLEB, arXiv 2402.09025, section 3).
+
+    Two savings [ours]. A candidate run starts from the stored input of the first block that differs. And a round tries
+    candidates by the increase they last caused, and stops at the first whose old increase is above the best new
+    one (the lazy greedy of Minoux, 1978): increases nearly always grow as blocks go, so the order is nearly always
+    that of `exact`, which tries every candidate in every round.
+
+    Args:
+        dense: a causal language model of transformers, in eval mode; unchanged afterwards.
+        ids_NT: token ids, (N sequences, T positions); all of them in one batch.
+        max_count: how many blocks to drop.
+        progress: called with (dropped, max_count).
+
+    Raises:
+        InputError: `max_count` is not between 1 and the number of blocks less one, or sequences are too short.
+    """
+    blocks = decoder_blocks(dense)
+    _check_ids(ids_NT, least=2)
+    _check_count(max_count, len(blocks) - 1)
+    order: list[int] = []
+    losses: list[float] = []
+    evaluations = 0
+    inputs: dict[int, Tensor] = {}  # of the blocks, with `order` dropped
+    candidate: int | None = None
+
+    def run(i: int, hidden_BTD: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
+        if candidate is None:
+            inputs[i] = hidden_BTD
+        elif i <= candidate:
+            return inputs[candidate]
+        return hidden_BTD if i in order else block(hidden_BTD)
+
+    def loss() -> float:
+        nonlocal evaluations
+        evaluations += 1
+        return float(next_token_losses(dense, last_hidden(dense, ids_NT), ids_NT).mean())
+
+    with BlockRun(blocks, run):
+        dense_loss = current = loss()
+        increase = dict.fromkeys(range(len(blocks)), float("-inf"))
+        while len(order) < max_count:
+            measured: dict[int, float] = {}
+            for candidate in sorted(increase, key=lambda i: (increase[i], i)):
+                if not exact and measured and increase[candidate] >= min(measured.values()):
+                    break
+                measured[candidate] = loss() - current
+            increase |= measured
+            order.append(min(measured, key=lambda i: (measured[i], i)))
+            del increase[order[-1]]
+            candidate = None
+            current = loss()  # stores the inputs that the next round starts from
+            losses.append(current)
+            if progress is not None:
+                progress(len(order), max_count)
+    return GreedyResult(tuple(order), tuple(losses), dense_loss, ids_NT.numel(), evaluations)
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what a block returns: a tensor, or a tuple that starts with one."""
+    hidden_BTD: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden_BTD
+
+
+def last_hidden(dense: nn.Module, ids_BT: Tensor) -> Tensor:
+    """What the vocabulary projection reads: the hidden states after the final norm, (B, T, D)."""
+    return dense.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state  # type: ignore[operator, no-any-return]
+
+
+def project(dense: nn.Module, hidden_CD: Tensor) -> Tensor:
+    """Logits, in float32 (C, V), of what `last_hidden` gives."""
+    logits_CV: Tensor = dense.get_output_embeddings()(hidden_CD).float()  # type: ignore[operator]
+    softcap = getattr(dense.config, "final_logit_softcapping", None)  # Gemma 2
+    return logits_CV if softcap is None else softcap * torch.tanh(logits_CV / softcap)
+
+
+def next_token_losses(dense: nn.Module, hidden_BTD: Tensor, ids_BT: Tensor) -> Tensor:
+    """Mean next-token loss of each sequence, (B,), in nats, without the whole batch's logits in memory."""
+    losses = [
+        sum(
+            nn.functional.cross_entropy(project(dense, hidden_CD), next_C, reduction="sum")
+            for hidden_CD, next_C in zip(
+                hidden_TD[:-1].split(POSITIONS_AT_ONCE), ids_T[1:].split(POSITIONS_AT_ONCE), strict=True
+            )
+        )
+        / (len(ids_T) - 1)
+        for hidden_TD, ids_T in zip(hidden_BTD, ids_BT, strict=True)
+    ]
+    return torch.stack(losses)  # type: ignore[arg-type]
+
+
+class BlockRun:
+    """Decides, while entered, how every block of a model runs: left out, blended, or started from stored states.
+
+    It stands in for the blocks' `forward` and gives that back on exit. No weight is touched, every family works alike,
+    and a block that is left out costs nothing (a hook could only undo the block after it ran).
+
+    `run(i, hidden_BTD, block)` returns the output of block i for its input; `block(hidden_BTD)` computes it as the
+    model would. Run the model once with every block before leaving any out: what a block returns besides hidden states
+    is learnt then.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, run: RunBlock) -> None:
+        self._blocks = blocks
+        self._run = run
+        self._own = [vars(block).get("forward") for block in blocks]
+        self._forwards: list[Callable[..., Any]] = [block.forward for block in blocks]
+        self._is_tuple = [False] * len(blocks)
+
+    def __enter__(self) -> None:
+        for i, block in enumerate(self._blocks):
+            block.forward = self._forward(i)
+
+    def __exit__(self, *_exception: object) -> None:
+        for block, own in zip(self._blocks, self._own, strict=True):
+            del block.forward  # the class's is there again
+            if own is not None:
+                block.forward = own  # somebody else had wrapped it
+
+    def _forward(self, i: int) -> Callable[..., Any]:
+        def forward(hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Any:
+            def block(input_BTD: Tensor) -> Tensor:
+                output = self._forwards[i](input_BTD, *args, **kwargs)
+                self._is_tuple[i] = isinstance(output, tuple)
+                return hidden_of(output)
+
+            output_BTD = self._run(i, hidden_BTD, block)
+            return (output_BTD, None) if self._is_tuple[i] else output_BTD
+
+        return forward
+
+
+def _keep_input(states_BTD: list[Tensor]) -> Callable[..., None]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states_BTD.append(args[0] if args else kwargs["hidden_states"])
+
+    return hook
+
+
+def _check_ids(ids_NT: Tensor, least: int) -> None:
+    if ids_NT.ndim != 2 or len(ids_NT) == 0 or ids_NT.shape[1] < least:
+        raise InputError(
+            f"Token ids come as (sequences, positions), at least 1 by {least}, but here they are "
+            f"{tuple(ids_NT.shape)}. Give longer or more text."
+        )
+
+
+def _check_count(count: int, most: int) -> None:
+    if not 1 <= count <= most:
+        raise InputError(f"From 1 to {most} blocks can be dropped here, but count is {count}.")

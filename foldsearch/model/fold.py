@@ -1,0 +1,142 @@
+"""Plan + dense model → folded model. No weight is copied: its tensors are the dense model's."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from foldsearch.errors import ModelError, PlanError
+from foldsearch.model.blocks import FOLDED_PREFIX, Family, decoder_blocks, family_of
+from foldsearch.model.folded import FOLD_SCHEMA, folded_config_class, folded_model_class, place_slots
+from foldsearch.model.parts import Borrowed, OutputNorm
+from foldsearch.plan.plan import FoldPlan, Replacement, Slot
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+@torch.no_grad()
+def fold(dense: PreTrainedModel, plan: FoldPlan) -> PreTrainedModel:
+    """The folded model of a plan: a transformers model of class `Folded…` on the dense model's memory.
+
+    Every tensor is the dense model's own (memory-mapped or not), so nothing may be trained in place: clone
+    what you train. Only the norms of repeats are copies, and what children carry is new: adapters (down random
+    from a fixed seed, up zero) and output norms (γ small), in float32 whatever the model's dtype. All
+    parameters are frozen; mode (eval), dtype, device, attention implementation and generation settings are
+    the dense model's. The identity plan gives bit-identical logits.
+
+    Raises:
+        ModelError: the model is of an unknown family, is not a causal language model, or is folded already.
+        PlanError: the plan is for another number of blocks, has replacements, or has no attention at all.
+    """
+    family = _family(dense)
+    _check_plan(plan, decoder_blocks(dense))
+    model_class = folded_model_class(dense.config.model_type)
+    with torch.device("meta"):
+        model = model_class(folded_config(dense.config, plan))
+    generator = torch.Generator().manual_seed(0)
+    for part in model.modules():
+        if isinstance(part, (Borrowed, OutputNorm)):
+            part.to_empty(device=dense.device, recurse=False).reset_parameters(generator)
+    _assign(model, dense, family, plan)
+    model.generation_config = copy.deepcopy(dense.generation_config)
+    model.requires_grad_(False).train(dense.training)
+    return model
+
+
+def folded_config(dense: PretrainedConfig, plan: FoldPlan) -> PretrainedConfig:
+    """The folded model's config: the dense model's, with the positions of the plan."""
+    slots = layer_map(plan)
+    values = dense.to_dict()
+    for key in ("model_type", "architectures", "transformers_version", "auto_map"):
+        values.pop(key, None)
+    config: Any = folded_config_class(dense.model_type)(**values)
+    config._attn_implementation = dense._attn_implementation
+    place_slots(config, slots)
+    config.fold = {"schema": FOLD_SCHEMA, "plan": str(plan), "num_blocks": plan.num_blocks, "slots": slots}
+    folded: PretrainedConfig = config
+    return folded
+
+
+def layer_map(plan: FoldPlan) -> list[dict[str, Any]]:
+    """One plain entry a position (see foldsearch.model.folded).
+
+    Raises:
+        PlanError: the plan has replacements.
+    """
+    entries = []
+    for position, slot in enumerate(plan.slots):
+        if isinstance(slot, Replacement):
+            raise PlanError(
+                f"position {position} replaces blocks {slot.first} to {slot.last} by '{slot.kind}', but this version "
+                "builds no replacements yet. Drop those blocks, or share them."
+            )
+        names = ("home", "attention", "mlp", "rank", "norm")
+        entries.append({name: getattr(slot, name) for name in names})
+    return entries
+
+
+def _family(dense: PreTrainedModel) -> Family:
+    if str(dense.config.model_type).startswith(FOLDED_PREFIX):
+        raise ModelError(
+            "only a dense model can be folded, but this one is folded already. Fold the model it came from."
+        )
+    try:
+        family = family_of(dense.config)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    if type(dense).__name__ != family.stock:
+        raise ModelError(
+            f"foldsearch folds the {family.stock} of this family, but the model is a {type(dense).__name__}. "
+            "Load it with AutoModelForCausalLM."
+        )
+    if dense.config.is_heterogeneous:
+        raise ModelError(
+            "the blocks of a model must be of one shape to share weights, but this config changes some of them "
+            "(per_layer_config). Such models are not supported."
+        )
+    return family
+
+
+def _check_plan(plan: FoldPlan, blocks: nn.ModuleList) -> None:
+    if plan.num_blocks != len(blocks):
+        raise PlanError(
+            f"the plan is for a model of {plan.num_blocks} blocks, but this one has {len(blocks)}."
+        )
+    if all(isinstance(slot, Slot) and slot.attention is None for slot in plan.slots):
+        raise PlanError(
+            "a model needs attention somewhere, but no slot of the plan has it. Keep one attention."
+        )
+
+
+def _assign(model: PreTrainedModel, dense: PreTrainedModel, family: Family, plan: FoldPlan) -> None:
+    """Put the dense model's tensors in the folded model's places, tied where the dense model's are tied."""
+    homes = [slot.home for slot in plan.slots if isinstance(slot, Slot)]
+    repeats = [home in homes[:position] for position, home in enumerate(homes)]
+    sources = dict(dense.named_modules())
+    tied: dict[int, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (Borrowed, OutputNorm)) or not (module._parameters or module._buffers):
+            continue
+        repeat = False
+        if name.startswith(f"{family.blocks}."):
+            position, _, path = name.removeprefix(f"{family.blocks}.").partition(".")
+            path = path.removesuffix(".inner")  # what an output norm wraps
+            name = f"{family.blocks}.{homes[int(position)]}.{path}"
+            repeat = repeats[int(position)]
+        source = sources[name]
+        for key, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            found = source._parameters[key]
+            assert found is not None
+            assert found.shape == parameter.shape
+            if repeat:  # its norms are its own, to train and to store
+                module._parameters[key] = nn.Parameter(found.detach().clone(), False)
+            else:
+                module._parameters[key] = tied.setdefault(id(found), nn.Parameter(found.detach(), False))
+        for key in module._buffers:
+            module._buffers[key] = source._buffers[key]

@@ -1,0 +1,434 @@
+"""Gated block removal: train one gate a block together, and rank the blocks by their gates.
+
+FoldGPT (arXiv 2407.00928) trains gates under a FLOPs constraint with a polarization-friendly `eps`. Its formulas were
+not available to us; everything below is FoldGPT-style, ours. Only the gates are trained; the model is never written to.
+
+A gate g closes its block: x + g (B(x) - x), the exact block at g = 1 and the exact identity at g = 0.
+
+Why it isn't plain gradient descent on g: a network hardly minds when all its blocks are a little closed, so gates that
+are relaxed together find that state (30 gates near 0.8 cost SmolLM2-135M a KL of 0.06, six closed ones ten times as
+much), stay there, and rank by nothing. So gates are sampled. In every sequence of a step some gates are closed part
+way, uniformly between 0 and 1, and the rest are open. The slope of the loss along a uniformly placed gate is, in the
+mean, exactly what closing it altogether costs, with the others closed as they may be: so a removal is measured, not an
+attenuation, for every gate in play, by one backward pass. The weight w of a gate is the running mean of that cost, and
+
+    p_i = w_i^(1/eps) / (w_i^(1/eps) + tau^(1/eps))      with tau such that  sum c_i p_i = sum c_i - removed FLOPs
+
+is its opening: the constraint holds exactly in every step, and `eps` is how far a weight must be from the threshold tau
+for its gate to be out of play. Gate i plays with probability min(1, 2 (1 - p_i)), so that it is p_i open on average
+(half open at least). As the run proceeds the gates with the lowest weights are closed for good, one by one, and the
+others learn how much they matter without them. So the gates always end polarized.
+
+Shapes: N sequences, B sequences of a step, T positions, D width, V vocabulary, C positions of a chunk, L blocks.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foldsearch.errors import InputError
+from foldsearch.model.blocks import decoder_blocks
+from foldsearch.model.evidence import BlockRun, Progress, last_hidden, measure_evidence, project
+
+POSITIONS_AT_ONCE = 64  # of the vocabulary projection; three of its outputs are alive together
+CLOSED, OPEN = 0.05, 0.95  # a gate outside these is polarized
+MOST_INFLUENCE = 20.0  # of a block at the start, in medians: the first block's is far out and says no more
+
+
+@dataclass(frozen=True, slots=True)
+class GateSettings:
+    """How gates are trained. The defaults are measured in docs/log.md.
+
+    Attributes:
+        count: blocks to remove.
+        eps: width of the gates around the threshold, in units of log weight: small is hard, large tries more gates.
+        steps: training steps.
+        sequences_per_step: even; halves of a step get opposite gates.
+        positions: length that sequences are cut into. Short ones give more gates a try for the same tokens.
+        sequences: different sequences (of `positions`) that the steps go round; the dense model's targets are kept.
+        pressure: share of the blocks still to be removed that is closed on average at any time.
+        warmup: share of the steps before the first gate closes for good.
+        decay: of the running mean, a step.
+        prior: how many measurements the Block Influence that gates start from counts for.
+        stride: the loss is taken at every so many positions.
+        seed: of the sequences and of the gates.
+    """
+
+    count: int
+    eps: float = 0.5
+    steps: int = 20
+    sequences_per_step: int = 8
+    positions: int = 64
+    sequences: int = 64
+    pressure: float = 0.75
+    warmup: float = 0.4
+    decay: float = 0.97
+    prior: float = 1.0
+    stride: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.eps <= 0.0:
+            raise InputError(f"The gates' eps is above 0, but here it is {self.eps}. Try 0.5.")
+        if self.steps < 1 or self.positions < 2 or self.sequences < 1:
+            raise InputError(
+                f"Gates need at least 1 step, 2 positions and 1 sequence, but here are {self.steps}, "
+                f"{self.positions} and {self.sequences}."
+            )
+        if self.sequences_per_step < 2 or self.sequences_per_step % 2:
+            raise InputError(
+                f"A step's sequences come in pairs, but sequences_per_step is {self.sequences_per_step}. Try 8."
+            )
+
+        if not (0.0 <= self.warmup <= 1.0 and 0.0 < self.decay <= 1.0):
+            raise InputError(
+                f"The gates' warmup and decay are between 0 and 1, but here they are {self.warmup} and {self.decay}."
+            )
+        if self.pressure <= 0.0 or self.prior <= 0.0 or self.stride < 1:
+            raise InputError(
+                "The gates' pressure and prior are above 0 and their stride is at least 1, but here they are "
+                f"{self.pressure}, {self.prior} and {self.stride}."
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are trained on, all steps together."""
+        return self.steps * self.sequences_per_step * self.positions
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> GateSettings:
+        """The inverse of `to_json`."""
+        return cls(**data)
+
+
+@dataclass(frozen=True, slots=True)
+class GateResult:
+    """What training the gates gave.
+
+    Attributes:
+        ranking: all blocks, least important first. To remove n, take the first n.
+        gates: expected opening per block at the end.
+        history: `gates` after every step.
+        polarized: the share of `gates` that is below 0.05 or above 0.95.
+        soft_loss: KL to the dense model (nats a token) with `gates` as they are, on the first training sequences.
+        hard_loss: the same with the first `count` blocks of the ranking removed and all others whole.
+        steps: training steps done.
+        tokens: tokens trained on (every one forward and backward).
+        seconds: wall time.
+    """
+
+    ranking: tuple[int, ...]
+    gates: tuple[float, ...]
+    history: tuple[tuple[float, ...], ...]
+    polarized: float
+    soft_loss: float
+    hard_loss: float
+    steps: int
+    tokens: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> GateResult:
+        """The inverse of `to_json`."""
+        return cls(
+            **{
+                **data,
+                "ranking": tuple(data["ranking"]),
+                "gates": tuple(data["gates"]),
+                "history": tuple(tuple(row) for row in data["history"]),
+            }
+        )
+
+
+class GatedModel:
+    """A dense model whose blocks are closed by gates, one set of gates a sequence.
+
+    A context: on exit the model is as it was. Its weights are never written to.
+
+    Attributes:
+        gates_BL: openings, or None for the dense model. Blocks that no sequence opens don't run.
+    """
+
+    def __init__(self, dense: nn.Module) -> None:
+        self.dense = dense
+        self.gates_BL: Tensor | None = None
+        self._run = BlockRun(decoder_blocks(dense), self._run_block)
+
+    def __enter__(self) -> GatedModel:
+        self._run.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._run.__exit__(*exception)
+
+    def hidden(self, ids_BT: Tensor, gates_BL: Tensor | None = None) -> Tensor:
+        """Hidden states after the final norm, (B, T, D), with these gates."""
+        self.gates_BL = gates_BL
+        try:
+            return last_hidden(self.dense, ids_BT)
+        finally:
+            self.gates_BL = None
+
+    def _run_block(self, i: int, hidden_BTD: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.gates_BL is None:
+            return block(hidden_BTD)
+        gate_B = self.gates_BL[:, i]
+        if not gate_B.any():
+            return hidden_BTD
+        # lerp is exact at 0 and at 1, which x + g (y - x) is not.
+        return torch.lerp(hidden_BTD, block(hidden_BTD), gate_B.to(hidden_BTD.dtype)[:, None, None])
+
+
+def train_gates(
+    dense: nn.Module,
+    ids_NT: Tensor,
+    settings: GateSettings,
+    *,
+    block_macs: Sequence[float],
+    progress: Progress | None = None,
+) -> GateResult:
+    """Train one gate a block and rank the blocks by them (FoldGPT-style, ours: see the module).
+
+    The ranking is a function of the model, the tokens, the settings and the seed.
+
+    Args:
+        dense: a causal language model of transformers, in eval mode with frozen parameters. Gates are held in float32
+            whatever its dtype is.
+        ids_NT: token ids of recovery text, (N sequences, T positions).
+        settings: how to train.
+        block_macs: FLOPs of each block in any unit, for the constraint.
+        progress: called with (step, steps).
+
+    Raises:
+        InputError: a wrong count, costs that aren't one positive number a block, too few tokens, or a loss that is not
+            finite.
+    """
+    began = time.perf_counter()
+    blocks = decoder_blocks(dense)
+    cost_L = torch.tensor(block_macs, dtype=torch.float64)
+    _check(settings, len(blocks), cost_L, ids_NT)
+    cost_L /= cost_L.mean()
+    rng = torch.Generator().manual_seed(settings.seed)
+    ids_NT = _cut(ids_NT, settings, rng)
+    influence_L = 1.0 - torch.tensor(
+        measure_evidence(dense, ids_NT[: settings.sequences_per_step]).block_cosine, dtype=torch.float64
+    )
+    weights = _Weights((influence_L / influence_L.median()).clamp(1e-3, MOST_INFLUENCE), settings)
+    ranked: list[int] = []
+    history: list[tuple[float, ...]] = []
+    with GatedModel(dense) as model:
+        targets_NTD = _targets(model, ids_NT, settings.sequences_per_step)
+        for step in range(settings.steps):
+            left = settings.count - len(ranked)
+            expected_L = _expected(
+                weights.values / cost_L, cost_L, ranked, max(1.0, settings.pressure * left), settings
+            )
+            gates_BL, in_play_BL = _sample(expected_L, settings.sequences_per_step, rng)
+            row_B = torch.arange(step * len(gates_BL), (step + 1) * len(gates_BL)) % len(ids_NT)
+            slope_BL = _slopes(model, ids_NT[row_B], targets_NTD[row_B], gates_BL, settings.stride)
+            weights.add(-slope_BL, in_play_BL)
+            while len(ranked) < _due(step, settings):
+                ranked.append(_lowest(weights.values / cost_L, ranked))
+            left = settings.count - len(ranked)
+            expected_L = _expected(
+                weights.values / cost_L, cost_L, ranked, settings.pressure * left, settings
+            )
+            history.append(tuple(expected_L.tolist()))
+            if progress is not None:
+                progress(step + 1, settings.steps)
+        final_L = expected_L
+        hard_L = torch.ones(len(blocks), dtype=torch.float64)
+        hard_L[ranked] = 0.0
+        rows = slice(0, min(len(ids_NT), 2 * settings.sequences_per_step))
+        soft_loss, hard_loss = (
+            _loss(model, ids_NT[rows], targets_NTD[rows], gate_L, settings) for gate_L in (final_L, hard_L)
+        )
+    while len(ranked) < len(blocks):
+        ranked.append(_lowest(weights.values / cost_L, ranked))
+    outside = [gate < CLOSED or gate > OPEN for gate in final_L.tolist()]
+    return GateResult(
+        ranking=tuple(ranked),
+        gates=tuple(final_L.tolist()),
+        history=tuple(history),
+        polarized=sum(outside) / len(outside),
+        soft_loss=soft_loss,
+        hard_loss=hard_loss,
+        steps=settings.steps,
+        tokens=settings.steps * settings.sequences_per_step * ids_NT.shape[1],
+        seconds=time.perf_counter() - began,
+    )
+
+
+class _Weights:
+    """Running mean, per gate, of the loss that closing it costs; it starts from Block Influence."""
+
+    def __init__(self, influence_L: Tensor, settings: GateSettings) -> None:
+        self._influence_L = influence_L
+        self._sum_L = torch.zeros_like(influence_L)
+        self._count_L = torch.zeros_like(influence_L)
+        self._prior = settings.prior
+        self._decay = settings.decay
+
+    def add(self, cost_BL: Tensor, in_play_BL: Tensor) -> None:
+        self._sum_L = self._decay * self._sum_L + (cost_BL * in_play_BL).sum(0)
+        self._count_L = self._decay * self._count_L + in_play_BL.sum(0)
+        self._prior *= self._decay
+
+    @property
+    def values(self) -> Tensor:
+        # Block Influence has no unit of loss: take the one that fits what was measured so far.
+        unit = self._sum_L.sum().clamp_min(0.0) / (self._count_L * self._influence_L).sum()
+        start_L = self._influence_L * (unit if unit > 0.0 else 1.0)
+        values_L = (self._prior * start_L + self._sum_L) / (self._prior + self._count_L)
+        return torch.maximum(
+            values_L, 1e-3 * start_L.median()
+        )  # a removal may seem to help; its logarithm must exist
+
+
+def _expected(
+    weight_L: Tensor, cost_L: Tensor, closed: Sequence[int], removal: float, settings: GateSettings
+) -> Tensor:
+    """Expected openings: 0 for the closed gates, and `removal` mean blocks of FLOPs less among the others."""
+    open_L = torch.ones_like(weight_L)
+    open_L[list(closed)] = 0.0
+    if removal <= 0.0:
+        return open_L
+    logit_L = weight_L.log() / settings.eps
+    target = float((open_L * cost_L).sum()) - removal
+    low, high = float(logit_L.min()) - 50.0, float(logit_L.max()) + 50.0
+    for _ in range(60):
+        threshold = (low + high) / 2
+        kept = float((open_L * cost_L * torch.sigmoid(logit_L - threshold)).sum())
+        low, high = (threshold, high) if kept > target else (low, threshold)
+    return open_L * torch.sigmoid(logit_L - low)
+
+
+def _sample(expected_L: Tensor, num_sequences: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Gates with these expected openings, (B, L), and which of them are in play: uniform, the rest open or closed."""
+    half = (num_sequences // 2, len(expected_L))
+    # A uniform gate is half closed on average, so it plays twice as often as it is to be closed.
+    play = torch.rand(half, generator=rng) < 2.0 * (1.0 - expected_L)
+    uniform = torch.rand(half, generator=rng)
+    open_L = expected_L > 0.0
+    play = (play & open_L).repeat(2, 1)
+    gates_BL = torch.where(play, torch.cat([uniform, 1.0 - uniform]), open_L.float())
+    return gates_BL, play
+
+
+def _due(step: int, settings: GateSettings) -> int:
+    """How many gates are closed for good after this step."""
+    done = (step + 1) / settings.steps
+    if done < settings.warmup:
+        return 0
+    part = (done - settings.warmup) / (1.0 - settings.warmup) if settings.warmup < 1.0 else 1.0
+    return settings.count if step + 1 == settings.steps else 1 + math.floor((settings.count - 1) * part)
+
+
+def _lowest(weight_L: Tensor, ranked: Sequence[int]) -> int:
+    left = [i for i in range(len(weight_L)) if i not in ranked]
+    return min(left, key=lambda i: (float(weight_L[i]), i))
+
+
+def _cut(ids_NT: Tensor, settings: GateSettings, rng: torch.Generator) -> Tensor:
+    """The sequences to train on: `positions` long, chosen and ordered by the seed."""
+    length = min(settings.positions, ids_NT.shape[1])
+    pieces = ids_NT[:, : ids_NT.shape[1] // length * length].reshape(-1, length)
+    return pieces[torch.randperm(len(pieces), generator=rng)[: settings.sequences].to(pieces.device)]
+
+
+@torch.no_grad()
+def _targets(model: GatedModel, ids_NT: Tensor, batch_size: int) -> Tensor:
+    """What the dense model's vocabulary projection reads: a hundredth of its logits, which it gives back exactly."""
+    return torch.cat([model.hidden(ids_BT) for ids_BT in torch.split(ids_NT, batch_size)])
+
+
+def _slopes(model: GatedModel, ids_BT: Tensor, targets_BTD: Tensor, gates_BL: Tensor, stride: int) -> Tensor:
+    """Slope of each sequence's KL in each of its gates, (B, L), on the CPU."""
+    gates_BL = gates_BL.to(ids_BT.device).requires_grad_()
+    with torch.enable_grad():
+        hidden_BTD = model.hidden(ids_BT, gates_BL)
+    loss_B, slope_BTD = kl_to_dense(model.dense, hidden_BTD.detach(), targets_BTD, stride=stride, slopes=True)
+    if not loss_B.isfinite().all():
+        raise InputError("The gated model's loss is not finite. Load the model in bfloat16 or float32.")
+    (slope_BL,) = torch.autograd.grad(hidden_BTD, gates_BL, slope_BTD)
+    return slope_BL.double().cpu()
+
+
+def _loss(
+    model: GatedModel, ids_BT: Tensor, targets_BTD: Tensor, gate_L: Tensor, settings: GateSettings
+) -> float:
+    with torch.no_grad():
+        gates_BL = gate_L.float().to(ids_BT.device).expand(len(ids_BT), -1)
+        hidden_BTD = model.hidden(ids_BT, gates_BL)
+    return float(kl_to_dense(model.dense, hidden_BTD, targets_BTD, stride=settings.stride)[0].mean())
+
+
+def kl_to_dense(
+    dense: nn.Module, hidden_BTD: Tensor, targets_BTD: Tensor, *, stride: int = 1, slopes: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """KL of the next-token distribution to the dense model's, and its slope, without the batch's logits in memory.
+
+    Args:
+        dense: gives the vocabulary projection.
+        hidden_BTD: states after the final norm of the model that is measured.
+        targets_BTD: those of the dense model for the same tokens.
+        stride: take every so many positions; the first one differs from sequence to sequence.
+        slopes: whether to give the slope.
+
+    Returns:
+        mean KL of each sequence in nats a token, (B,), and if asked its slope in each hidden state, (B, T, D).
+    """
+    slope_BTD = torch.zeros_like(hidden_BTD) if slopes else None
+    losses = []
+    for b in range(len(hidden_BTD)):
+        place_T = torch.arange(b % stride, hidden_BTD.shape[1], stride, device=hidden_BTD.device)
+        loss = hidden_BTD.new_zeros((), dtype=torch.float32)
+        for place_C in torch.split(place_T, POSITIONS_AT_ONCE):
+            hidden_CD = hidden_BTD[b, place_C].detach().requires_grad_(slopes)
+            with torch.no_grad():
+                target_CV = project(dense, targets_BTD[b, place_C]).log_softmax(-1)
+            with torch.set_grad_enabled(slopes):
+                logits_CV = project(dense, hidden_CD)
+            with torch.no_grad():
+                log_q_CV = logits_CV.log_softmax(-1)
+                p_CV = target_CV.exp()
+                loss += (p_CV * target_CV.sub_(log_q_CV)).sum()
+                if slope_BTD is not None:
+                    # The slope of KL(p || softmax(logits)) in the logits is softmax(logits) - p.
+                    (slope_CD,) = torch.autograd.grad(logits_CV, hidden_CD, log_q_CV.exp_().sub_(p_CV))
+                    slope_BTD[b, place_C] = slope_CD / len(place_T)
+        losses.append(loss / len(place_T))
+    return torch.stack(losses), slope_BTD
+
+
+def _check(settings: GateSettings, num_blocks: int, cost_L: Tensor, ids_NT: Tensor) -> None:
+    if not 1 <= settings.count < num_blocks:
+        raise InputError(
+            f"From 1 to {num_blocks - 1} of {num_blocks} blocks can be removed, but the gates' count is "
+            f"{settings.count}."
+        )
+    if cost_L.shape != (num_blocks,) or not bool((cost_L > 0.0).all()):
+        raise InputError(
+            f"Gates need one positive cost a block, {num_blocks} in all, but block_macs has {len(cost_L)} values "
+            f"with a minimum of {float(cost_L.min()) if len(cost_L) else 'nothing'}."
+        )
+    if ids_NT.ndim != 2 or len(ids_NT) == 0 or ids_NT.shape[1] < 2:
+        raise InputError(
+            f"Token ids come as (sequences, positions), at least 1 by 2, but here they are {tuple(ids_NT.shape)}. "
+            "Give more recovery text."
+        )

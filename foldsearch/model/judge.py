@@ -1,0 +1,224 @@
+"""How near a folded model is to the dense one: KL, perplexity, agreement, with errors clustered by document.
+
+The dense model is asked once per token set. What is kept is exact and small: with a linear head W the cross term of
+the KL is  Σ_v p_v z_v = h · (Σ_v p_v W_v),  so the mean head row under the dense distribution, D numbers a token,
+stands for the V dense logits. (V is 49,152 in SmolLM2, D is 576; no top-K, nothing lost.) Where the head is not
+linear (Gemma 2's soft cap, a bias) the dense logits are made again from its last hidden states.
+
+Shapes: N sequences, T positions of a sequence, P = T − 1 of them predict a known token, M positions of a chunk,
+D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from foldsearch.files import replace_atomically
+from foldsearch.model.tokens import TokenSet
+from foldsearch.plan.result import Quality
+
+POSITIONS_AT_ONCE = 64  # of the head: 64 × V logits in float32 are 12 MB at V = 49,152
+TOKENS_AT_ONCE = 4096  # of the blocks, when judging
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DenseTargets:
+    """What the dense model says on a token set.
+
+    hidden_NPD: after its final norm, in the dtype of the model. mean_row_NPD: float32, Σ_v p_v W_v; of zero size
+    where the head is not linear. negentropy_NP: Σ_v p_v log p_v, nats. loss_NP: of the next token, nats.
+    likeliest_NP: int32, the most likely next token.
+    """
+
+    hidden_NPD: Tensor
+    mean_row_NPD: Tensor
+    negentropy_NP: Tensor
+    loss_NP: Tensor
+    likeliest_NP: Tensor
+
+    @property
+    def perplexity(self) -> float:
+        """The dense model's, on these tokens."""
+        return math.exp(float(self.loss_NP.double().mean()))
+
+
+def last_hidden(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
+    """What the head reads: hidden states after the final norm, (B, T, D)."""
+    hidden_BTD: Tensor = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+    return hidden_BTD
+
+
+def head_logits(model: PreTrainedModel, hidden_MD: Tensor) -> Tensor:
+    """Logits in float32, (M, V)."""
+    logits_MV: Tensor = model.get_output_embeddings()(hidden_MD).float()
+    softcap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2
+    return logits_MV if softcap is None else softcap * torch.tanh(logits_MV / softcap)
+
+
+def has_linear_head(model: PreTrainedModel) -> bool:
+    """Whether logits are a matrix product of hidden states and nothing else."""
+    capped = getattr(model.config, "final_logit_softcapping", None) is not None
+    return not capped and model.get_output_embeddings().bias is None
+
+
+def log_normaliser(logits_MV: Tensor) -> Tensor:
+    """log Σ_v exp(logit), (M); three passes where torch.logsumexp takes more."""
+    highest_M1 = logits_MV.detach().amax(-1, keepdim=True)
+    return (logits_MV - highest_M1).exp_().sum(-1).log() + highest_M1[:, 0]
+
+
+def batches(
+    num_sequences: int, sequence_length: int, tokens_at_once: int = TOKENS_AT_ONCE
+) -> Iterator[slice]:
+    """Slices of sequences of at most `tokens_at_once` tokens, one sequence at least."""
+    size = max(1, tokens_at_once // sequence_length)
+    for start in range(0, num_sequences, size):
+        yield slice(start, min(start + size, num_sequences))
+
+
+@torch.inference_mode()
+def ask_dense(
+    dense: PreTrainedModel, tokens: TokenSet, *, progress: Callable[[float], None] | None = None
+) -> DenseTargets:
+    """Run the dense model over a token set; `progress` gets the share done."""
+    rows_VD = dense.get_output_embeddings().weight
+    linear = has_linear_head(dense)
+    parts: dict[str, list[Tensor]] = {field.name: [] for field in fields(DenseTargets)}
+    for batch in batches(*tokens.ids_NT.shape):
+        ids_BT = tokens.ids_NT[batch].to(dense.device)
+        hidden_BPD = last_hidden(dense, ids_BT)[:, :-1]
+        shape = hidden_BPD.shape[:2]
+        chunks: dict[str, list[Tensor]] = {name: [] for name in parts}
+        hidden, following = hidden_BPD.flatten(0, 1), ids_BT[:, 1:].flatten()
+        for hidden_MD, next_M in zip(
+            hidden.split(POSITIONS_AT_ONCE), following.split(POSITIONS_AT_ONCE), strict=True
+        ):
+            logits_MV = head_logits(dense, hidden_MD)
+            normaliser_M = log_normaliser(logits_MV)
+            p_MV = (logits_MV - normaliser_M[:, None]).exp_()
+            cross_M = (p_MV * logits_MV).sum(-1)
+            if linear:
+                rounded_MV = p_MV.to(
+                    rows_VD.dtype
+                )  # the product runs in the head's dtype, over what sums to 1 again
+                mean_row_MD = (rounded_MV @ rows_VD).float() / rounded_MV.sum(
+                    -1, keepdim=True, dtype=torch.float32
+                )
+                chunks["mean_row_NPD"].append(mean_row_MD)
+                cross_M = (hidden_MD.float() * mean_row_MD).sum(-1)  # rounded as the folded model's will be
+            chunks["negentropy_NP"].append(cross_M - normaliser_M)
+            chunks["loss_NP"].append(normaliser_M - logits_MV.gather(1, next_M[:, None])[:, 0])
+            chunks["likeliest_NP"].append(logits_MV.argmax(-1).int())
+        parts["hidden_NPD"].append(hidden_BPD.cpu())
+        for name, values in chunks.items():
+            if values:
+                parts[name].append(torch.cat(values).unflatten(0, shape).cpu())
+        if progress is not None:
+            progress(batch.stop / len(tokens.ids_NT))
+    empty = torch.zeros(0)
+    return DenseTargets(**{name: torch.cat(values) if values else empty for name, values in parts.items()})
+
+
+def dense_targets(
+    dense: PreTrainedModel,
+    tokens: TokenSet,
+    *,
+    model_hash: str,
+    cache_dir: Path,
+    progress: Callable[[float], None] | None = None,
+) -> DenseTargets:
+    """`ask_dense`, kept on disk by content and memory-mapped, so that trials share it."""
+    key = hashlib.sha256(f"{SCHEMA}:{model_hash}:{dense.dtype}:{tokens.content_hash}".encode()).hexdigest()[
+        :16
+    ]
+    path = cache_dir / "targets" / f"{key}.safetensors"
+    if not path.exists():
+        found = ask_dense(dense, tokens, progress=progress)
+        tensors = {field.name: getattr(found, field.name).contiguous() for field in fields(DenseTargets)}
+        replace_atomically(path, lambda temporary: save_file(tensors, temporary))
+    return DenseTargets(**load_file(path, device=str(dense.device)))
+
+
+def cross_terms(
+    model: PreTrainedModel, hidden_MD: Tensor, targets: DenseTargets, chunk: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Σ_v p_v z_v of a chunk, (M): p the dense distribution, z the folded model's logits.
+
+    chunk: the dense hidden states and the mean head rows of the same positions.
+    """
+    dense_hidden_MD, mean_row_MD = chunk
+    if targets.mean_row_NPD.numel():
+        return (hidden_MD.float() * mean_row_MD).sum(-1)
+    with torch.no_grad():
+        p_MV = head_logits(model, dense_hidden_MD).softmax(-1)
+    return (p_MV * head_logits(model, hidden_MD)).sum(-1)
+
+
+@torch.inference_mode()
+def judge(model: PreTrainedModel, tokens: TokenSet, targets: DenseTargets) -> Quality:
+    """The quality of a model on a token set, beside the dense one.
+
+    KL(dense ‖ model) and the next-token loss are means over all predicting positions; standard errors are clustered
+    by document (sequences of a document are not independent), the perplexity's by the delta method.
+    """
+    kl_parts, loss_parts, same_parts = [], [], []
+    flat = {
+        "hidden": targets.hidden_NPD.flatten(0, 1),
+        "row": targets.mean_row_NPD.flatten(0, 1)
+        if targets.mean_row_NPD.numel()
+        else targets.hidden_NPD.flatten(0, 1),
+    }
+    done = 0
+    for batch in batches(*tokens.ids_NT.shape):
+        ids_BT = tokens.ids_NT[batch].to(model.device)
+        hidden = last_hidden(model, ids_BT)[:, :-1].flatten(0, 1)
+        following = ids_BT[:, 1:].flatten()
+        for hidden_MD, next_M in zip(
+            hidden.split(POSITIONS_AT_ONCE), following.split(POSITIONS_AT_ONCE), strict=True
+        ):
+            here = slice(done, done + len(hidden_MD))
+            logits_MV = head_logits(model, hidden_MD)
+            same_parts.append(logits_MV.argmax(-1) == targets.likeliest_NP.flatten()[here])
+            next_logit_M = logits_MV.gather(1, next_M[:, None])[:, 0]
+            normaliser_M = log_normaliser(logits_MV)
+            cross_M = cross_terms(model, hidden_MD, targets, (flat["hidden"][here], flat["row"][here]))
+            kl_parts.append(targets.negentropy_NP.flatten()[here] - cross_M + normaliser_M)
+            loss_parts.append(normaliser_M - next_logit_M)
+            done = here.stop
+    shape = targets.loss_NP.shape
+    kl_NP, loss_NP = (torch.cat(parts).double().cpu().view(shape) for parts in (kl_parts, loss_parts))
+    loss = float(loss_NP.mean())
+    perplexity = math.exp(min(loss, 700.0))
+    return Quality(
+        kl=float(kl_NP.mean()),
+        kl_se=clustered_error(kl_NP, tokens.document_N),
+        perplexity=perplexity,
+        perplexity_se=perplexity * clustered_error(loss_NP, tokens.document_N),
+        dense_perplexity=targets.perplexity,
+        agreement=float(torch.cat(same_parts).double().mean()),
+        tokens=loss_NP.numel(),
+    )
+
+
+def clustered_error(values_NP: Tensor, document_N: Tensor) -> float:
+    """Standard error of the mean of values that are not independent inside a document; infinite for one document.
+
+    Source: the cluster-robust variance of a mean (Liang and Zeger 1986), with the factor G / (G − 1).
+    """
+    residual_N = (values_NP.double() - values_NP.double().mean()).sum(1)
+    documents, index_N = document_N.unique(return_inverse=True)
+    groups = len(documents)
+    if groups < 2:
+        return math.inf
+    sums = torch.zeros(groups, dtype=torch.float64).index_add_(0, index_N, residual_N)
+    return float((sums.square().sum() * groups / (groups - 1)).sqrt() / values_NP.numel())

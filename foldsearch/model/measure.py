@@ -1,0 +1,282 @@
+"""The cost table of a dense model: fvcore counts it once, on the meta device, and every plan is priced from it.
+
+fvcore counts MACs. It skips `scaled_dot_product_attention`, so that gets a handler here, and any operation that is
+neither counted nor on the list of those that do no products is an error instead of a silent zero.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from fvcore.nn import FlopCountAnalysis, parameter_count
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
+
+from foldsearch.errors import ModelError
+from foldsearch.model.blocks import Unit, decoder_blocks, family_of
+from foldsearch.plan.cost import BlockCost, CostTable, UnitCost
+
+TRACED_TOKENS = (32, 64)  # two lengths tell a linear term from a quadratic one
+
+# Operations without products of matrices: fvcore's convention counts them as nothing.
+_FREE = {
+    f"aten::{name}"
+    for name in (
+        "abs add add_ all any arange argmax bitwise_and bitwise_not bitwise_or cat ceil clamp clone contiguous copy_ cos "
+        "cumsum detach diff div div_ dropout embedding empty eq erf exp expand expand_as feature_dropout fill_ floor "
+        "floor_divide full full_like ge gelu gt index index_select layer_norm le lift_fresh logical_and logical_not "
+        "logical_or lt masked_fill masked_fill_ max mean min mul mul_ ne neg new_ones ones ones_like permute pow "
+        "reciprocal relu remainder repeat reshape rsqrt rsub scalar_tensor select sigmoid silu sin slice softmax "
+        "split sqrt square squeeze stack sub sub_ sum t tanh to transpose type_as unbind unflatten unsqueeze view "
+        "where zeros zeros_like"
+    ).split()
+}
+
+
+def _sdpa_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """Both products of attention, Q·Kᵀ and A·V: heads × queries × keys × head width each, masked or not."""
+    query = inputs[0].type().sizes()
+    key, value = inputs[1].type().sizes(), inputs[2].type().sizes()
+    pairs = math.prod(query[:-1]) * key[-2]
+    return Counter(scaled_dot_product_attention=pairs * (query[-1] + value[-1]))
+
+
+def count_macs(model: nn.Module, inputs: tuple[Any, ...]) -> FlopCountAnalysis:
+    """fvcore's analysis of one forward pass, attention included.
+
+    Raises:
+        ModelError: the model runs an operation that fvcore does not count and that is not known to be free.
+    """
+    analysis = FlopCountAnalysis(model, inputs)
+    analysis.set_op_handle("aten::scaled_dot_product_attention", _sdpa_macs)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    with warnings.catch_warnings(), _quiet():
+        warnings.simplefilter("ignore")
+        analysis.total()  # the trace happens here
+        unknown = set(analysis.unsupported_ops()) - _FREE
+    if unknown:
+        raise ModelError(
+            f"every operation must be counted, but nothing here knows the cost of {', '.join(sorted(unknown))}. "
+            "Add a handler, or list it as free, in foldsearch/model/measure.py."
+        )
+    return analysis
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("fvcore.nn.jit_analysis", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+class _LastLogits(nn.Module):
+    """Tokens to the logits of the last one, with the arguments that fvcore's tracer cannot pass by name."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(input_ids=ids_BT, use_cache=False, logits_to_keep=1).logits
+        return logits
+
+
+def last_logits_macs(model: PreTrainedModel, tokens: int) -> FlopCountAnalysis:
+    """fvcore's count for reading `tokens` tokens at once, logits for the last one only."""
+    ids_BT = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+    return count_macs(_LastLogits(model).eval(), (ids_BT,))
+
+
+def measure(config: PretrainedConfig) -> CostTable:
+    """The cost table of the dense model of this config; no weights are needed.
+
+    Raises:
+        ModelError: the family is unknown, or an operation cannot be counted.
+    """
+    try:
+        family = family_of(config)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    with torch.device("meta"), _quiet():
+        model = AutoModelForCausalLM.from_config(config).eval()
+        windows = [_window(layer) for layer in DynamicCache(config=config).layers]
+        kinds = [_kind(block, window) for block, window in zip(decoder_blocks(model), windows, strict=True)]
+        first_of_kind = {kind: kinds.index(kind) for kind in kinds}
+        # Blocks of one kind cost the same, so only as many blocks are traced as show every kind; two at least,
+        # because a second block runs while the embeddings, the first one's input, are still alive.
+        depth = min(max(2, max(first_of_kind.values()) + 1), len(kinds))
+        traced = AutoModelForCausalLM.from_config(_shallow(config, depth)).eval()
+    costs = _block_costs(traced, windows)
+    blocks = tuple(costs[first_of_kind[kind]] for kind in kinds)
+
+    short, _ = TRACED_TOKENS
+    macs = last_logits_macs(traced, short).by_module()
+    head_name = next(
+        name for name, module in traced.named_modules() if module is traced.get_output_embeddings()
+    )
+    outside = (
+        macs[""]
+        - macs[f"model.{head_name}"]
+        - sum(macs[f"model.{family.blocks}.{i}"] for i in range(len(costs)))
+    )
+    activation_width, activation_fixed = _activation_terms(traced)
+    return CostTable(
+        width=config.hidden_size,
+        fixed_weights=parameter_count(model)[""] - sum(_block_parameters(block) for block in blocks),
+        fixed_macs=outside // short,
+        head_macs=macs[f"model.{head_name}"],
+        activation_width=activation_width,
+        activation_fixed=activation_fixed,
+        vocabulary=config.vocab_size,
+        blocks=blocks,
+    )
+
+
+def _shallow(config: PretrainedConfig, depth: int) -> PretrainedConfig:
+    shallow = copy.deepcopy(config)
+    if getattr(config, "layer_types", None):
+        shallow.layer_types = config.layer_types[:depth]
+    shallow.num_hidden_layers = depth
+    return shallow
+
+
+def _window(layer: Any) -> int:
+    return int(layer.sliding_window) if layer.is_sliding else 0
+
+
+def _kind(block: nn.Module, window: int) -> tuple[Any, ...]:
+    return window, *((name, parameter.shape) for name, parameter in block.named_parameters())
+
+
+def _block_parameters(block: BlockCost) -> int:
+    units = block.attention.weights + block.attention.norms + block.mlp.weights + block.mlp.norms
+    return units + block.other
+
+
+def _block_costs(model: PreTrainedModel, windows: list[int]) -> list[BlockCost]:
+    """Cost of every block of a model on the meta device, from two fvcore traces and one run with a cache."""
+    family, width = family_of(model.config), model.config.hidden_size
+    short, long = TRACED_TOKENS
+    macs_short = last_logits_macs(model, short).by_module()
+    macs_long = last_logits_macs(model, long).by_module()
+
+    def fit(names: list[str]) -> tuple[int, int]:
+        """MACs per token and per token²: m(T) = a·T + b·T², through both traces."""
+        at_short, at_long = (sum(macs[name] for name in names) for macs in (macs_short, macs_long))
+        quadratic = (at_long * short - at_short * long) // (short * long * (long - short))
+        return at_short // short - quadratic * short, quadratic
+
+    result = []
+    for index, (block, kv_width) in enumerate(zip(decoder_blocks(model), _kv_widths(model), strict=True)):
+        units = []
+        for unit, cached in ((family.attention, (kv_width, windows[index])), (family.mlp, (0, 0))):
+            names = [f"model.{family.blocks}.{index}.{name}" for name in (*unit.modules, *unit.norms)]
+            weights, norms, adapter_width = _unit_parameters(block, unit)
+            units.append(UnitCost(weights, norms, width, *fit(names), adapter_width, *cached))
+        attention, mlp = units
+        known = _block_parameters(BlockCost(attention, mlp))
+        result.append(BlockCost(attention, mlp, other=parameter_count(block)[""] - known))
+    return result
+
+
+def unit_linears(block: nn.Module, unit: Unit) -> dict[str, nn.Module]:
+    """The linears of a unit by their name in the block: what can be borrowed and adapted."""
+    found = {}
+    for holder in unit.modules:
+        for name, module in block.get_submodule(holder).named_modules(prefix=holder):
+            if isinstance(module, nn.Linear | Conv1D):
+                found[name] = module
+    return found
+
+
+def _unit_parameters(block: nn.Module, unit: Unit) -> tuple[int, int, int]:
+    linears = unit_linears(block, unit).values()
+    weights = sum(parameter.numel() for linear in linears for parameter in linear.parameters())
+    modules = [block.get_submodule(name) for name in (*unit.modules, *unit.norms)]
+    everything = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    return weights, everything - weights, sum(sum(linear.weight.shape) for linear in linears)
+
+
+def _kv_widths(model: PreTrainedModel) -> list[int]:
+    """Numbers cached per token by each block, read off the model's own cache."""
+    ids_BT = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    with torch.no_grad(), _quiet():
+        cache = model.base_model(input_ids=ids_BT, use_cache=True).past_key_values
+    return [layer.keys.shape[1] * (layer.keys.shape[3] + layer.values.shape[3]) for layer in cache.layers]
+
+
+class _LiveNumbers(TorchDispatchMode):
+    """Peak of the numbers that live tensors hold: parameters, inputs and what `cache` keeps aside."""
+
+    def __init__(self, cache: DynamicCache) -> None:
+        super().__init__()
+        self.peak = 0
+        self._cache = cache
+        self._sizes = WeakIdKeyDictionary()  # a storage leaves when the last tensor on it is gone
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        before = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in before:
+                storage = tensor.untyped_storage()
+                self._sizes[storage] = storage.nbytes() // tensor.element_size()
+        kept = [t for layer in self._cache.layers for t in (layer.keys, layer.values) if t is not None]
+        cached = {id(tensor.untyped_storage()) for tensor in kept}
+        self.peak = max(
+            self.peak, sum(size for storage, size in self._sizes.items() if id(storage) not in cached)
+        )
+        return outputs
+
+
+def activation_numbers(model: PreTrainedModel, tokens: int) -> int:
+    """Peak working set of the blocks when `tokens` tokens are read at once, in numbers, the KV cache aside."""
+    ids_BT = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+    cache = DynamicCache(config=model.config)  # given, because without one transformers looks at token values
+    with torch.no_grad(), _quiet(), _LiveNumbers(cache) as live:
+        model.base_model(input_ids=ids_BT, past_key_values=cache, use_cache=True)
+    return live.peak
+
+
+def _fused_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """The shapes of a fused kernel, which keeps no matrix of scores (torch's meta kernel would)."""
+    return torch.empty_like(query).transpose(1, 2).contiguous(), None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+ALL_ATTENTION_FUNCTIONS.register("foldsearch_fused", _fused_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register("foldsearch_fused", _no_mask)
+
+
+def _activation_terms(model: PreTrainedModel) -> tuple[int, int]:
+    """The working set as (numbers per token, numbers at any length), with fused attention."""
+    model.set_attn_implementation("foldsearch_fused")
+    short, long = TRACED_TOKENS
+    at_short, at_long = activation_numbers(model, short), activation_numbers(model, long)
+    per_token = (at_long - at_short) // (long - short)
+    return per_token, max(at_short - per_token * short, 0)

@@ -1,0 +1,112 @@
+"""What stands in for a unit, or for one of its linears, in a folded model.
+
+This file is shipped inside folded exports, so it needs torch only and nothing of foldsearch.
+
+Shapes: B batch, T tokens, D width of the residual stream, I inputs and O outputs of a linear, R rank of an adapter.
+A leading `...` is any shape: OPT's MLP sees (B·T, D), the others (B, T, D).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+GAMMA_START = 0.01  # a child starts near identity; FlexiGPT section 3 says "small" and gives no number
+NORM_EPS = 1e-6
+
+
+class Borrowed(nn.Module):
+    """A linear that runs another block's weights, with a low-rank adapter of its own where rank > 0.
+
+        y = owner(x) + up · down · x
+
+    The owner is looked up at every call, by the module that holds it and its name there: it is not a submodule, so
+    the state dict holds its weights once, and what is put in the owner's place later is run here too. `copy.deepcopy`
+    of the whole model keeps the link inside the copy.
+
+    Parameters: down (R, I), up (O, R). They may be float32 in a bfloat16 model; the product is taken in x's dtype.
+    Source: FlexiGPT section 4 and Relaxed Recursive Transformers section 3 for the adapter.
+    """
+
+    down: nn.Parameter | None
+    up: nn.Parameter | None
+
+    def __init__(self, holder: nn.Module, name: str, inputs: int, outputs: int, rank: int) -> None:
+        super().__init__()
+        self._owner = (holder, name)  # a tuple hides the module from register_module
+        self.inputs, self.outputs, self.rank = inputs, outputs, rank
+        if rank:
+            self.down = nn.Parameter(torch.empty(rank, inputs))
+            self.up = nn.Parameter(torch.empty(outputs, rank))
+            self.reset_parameters()
+        else:
+            self.register_parameter("down", None)
+            self.register_parameter("up", None)
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module whose weights this one runs."""
+        holder, name = self._owner
+        module: nn.Module = getattr(holder, name)
+        return module
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Up is zero, so the adapter starts as nothing; down is random, so that up gets a gradient."""
+        if self.down is not None and self.up is not None:
+            start_RI = torch.randn(self.rank, self.inputs, generator=generator)  # drawn on the default device
+            self.down.copy_(start_RI * self.inputs**-0.5)
+            self.up.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From x (..., I) to (..., O)."""
+        holder, name = self._owner
+        y: Tensor = getattr(holder, name)(x)
+        if self.down is not None and self.up is not None:
+            y = y + functional.linear(functional.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        return y
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        return f"inputs={self.inputs}, outputs={self.outputs}, rank={self.rank}"
+
+
+class OutputNorm(nn.Module):
+    """The normalised output of a borrowed unit: (h − mean) / std · γ over the width, in float32 (FlexiGPT section 3).
+
+    It wraps the module whose output is added to the residual stream. Parameter: gamma (D).
+    """
+
+    def __init__(self, inner: nn.Module, width: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.gamma = nn.Parameter(torch.empty(width))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Small, so that the unit starts near nothing. `generator` is not used: the start is not random."""
+        self.gamma.fill_(GAMMA_START)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From x (..., I) to (..., D)."""
+        h: Tensor = self.inner(x)
+        normal = functional.layer_norm(h.float(), h.shape[-1:], eps=NORM_EPS)
+        return (normal * self.gamma.float()).to(h.dtype)
+
+
+class AbsentAttention(nn.Module):
+    """An attention that is not there: it adds nothing to the residual stream and caches nothing."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """hidden_states (B, T, D) to zeros of the same shape, and no attention weights."""
+        return torch.zeros_like(hidden_states), None
+
+
+class AbsentMLP(nn.Module):
+    """An MLP that is not there: it adds nothing to the residual stream."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states (..., D) to zeros of the same shape."""
+        return torch.zeros_like(hidden_states)

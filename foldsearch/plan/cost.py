@@ -1,0 +1,261 @@
+"""What a plan costs on a device: arithmetic over a table that fvcore measured once on the dense model.
+
+Units: sizes in bytes, compute in MACs (one multiply and add; 1 MAC = 2 FLOPs) per token, gigabytes decimal.
+A gigabyte budget bounds weights + adapters + KV cache + activations, for one target.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from foldsearch.errors import BudgetError
+from foldsearch.plan.plan import FoldPlan, Replacement
+
+GB = 10**9
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+Runtime = Literal["folded", "expanded"]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The device side of the price.
+
+    dtype: of the stored weights, the KV cache and the activations.
+    context: tokens held in the KV cache. batch: sequences served at once.
+    prefill_chunk: tokens that go through the model at once when a prompt is read.
+    runtime: "folded" stores a shared weight once; "expanded" stores it again for every child, adapters merged
+    (for runtimes that cannot share).
+    """
+
+    dtype: str = "bfloat16"
+    context: int = 2048
+    batch: int = 1
+    prefill_chunk: int = 512
+    runtime: Runtime = "folded"
+
+
+@dataclass(frozen=True, slots=True)
+class UnitCost:
+    """The attention or the MLP of one block, as measured on the dense model.
+
+    weights: parameters of its linears (they can be borrowed). norms: parameters that stay with the block.
+    output_norm: parameters of an output norm γ on this unit.
+    macs: per token, whatever the context. context_macs: per token and per token of context.
+    adapter_width: sum over its linears of inputs + outputs (parameters, and MACs per token, of rank 1).
+    kv_width: numbers cached per token. window: tokens its attention can see (0: all of them).
+    """
+
+    weights: int
+    norms: int
+    output_norm: int
+    macs: int
+    context_macs: int
+    adapter_width: int
+    kv_width: int = 0
+    window: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCost:
+    """One block of the dense model. other: parameters of the block that belong to neither unit."""
+
+    attention: UnitCost
+    mlp: UnitCost
+    other: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CostTable:
+    """The dense model, measured (see foldsearch.model.measure).
+
+    width: of the residual stream. fixed_weights: parameters outside the blocks (a tied head counted once).
+    fixed_macs: MACs per token outside the blocks and the head. head_macs: of one token's logits.
+    activation_width, activation_fixed: peak of live activation numbers while a block runs, per token that goes
+    through at once, and the part that does not grow with them. vocabulary: logits of one token.
+    """
+
+    width: int
+    fixed_weights: int
+    fixed_macs: int
+    head_macs: int
+    activation_width: int
+    activation_fixed: int
+    vocabulary: int
+    blocks: tuple[BlockCost, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts and lists."""
+        from dataclasses import asdict
+
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> CostTable:
+        """Read what `to_json` made."""
+        blocks = tuple(
+            BlockCost(UnitCost(**block["attention"]), UnitCost(**block["mlp"]), block["other"])
+            for block in value["blocks"]
+        )
+        return cls(**{**value, "blocks": blocks})
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Every term of a plan's price.
+
+    weight_bytes: stored weights and norms. adapter_bytes: what children carry (adapters, γ) and replacements.
+    kv_bytes: at the target's context and batch. activation_bytes: peak working set of one prefill chunk.
+    prefill_macs: per token of a prompt of `context` tokens, logits for its last token only.
+    decode_macs: for one more token when the cache is full.
+    """
+
+    weight_bytes: int
+    adapter_bytes: int
+    kv_bytes: int
+    activation_bytes: int
+    prefill_macs: float
+    decode_macs: int
+
+    @property
+    def memory_bytes(self) -> int:
+        """What `--budget-gb` bounds."""
+        return self.weight_bytes + self.adapter_bytes + self.kv_bytes + self.activation_bytes
+
+    @property
+    def stored_bytes(self) -> int:
+        """What the folded file holds."""
+        return self.weight_bytes + self.adapter_bytes
+
+    @property
+    def flops(self) -> int:
+        """FLOPs per token at decode: what `--budget-flops` bounds, and an objective of the search."""
+        return 2 * self.decode_macs
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Upper bounds; None is no bound."""
+
+    memory_bytes: int | None = None
+    flops: int | None = None
+
+    def violations(self, cost: Cost) -> dict[str, float]:
+        """For each bound, how far the cost is above it as a share of the bound; feasible where all are <= 0."""
+        found = {}
+        if self.memory_bytes is not None:
+            found["memory"] = cost.memory_bytes / self.memory_bytes - 1
+        if self.flops is not None:
+            found["flops"] = cost.flops / self.flops - 1
+        return found
+
+    def admits(self, cost: Cost) -> bool:
+        """Whether the cost keeps every bound."""
+        return (self.memory_bytes is None or cost.memory_bytes <= self.memory_bytes) and (
+            self.flops is None or cost.flops <= self.flops
+        )
+
+
+def parse_flops(text: str, dense: Cost) -> int:
+    """A FLOPs bound: `0.8x` of dense, or FLOPs per token such as `2.5e8`.
+
+    Raises:
+        BudgetError: not a positive number.
+    """
+    number = text.strip().removesuffix("x")
+    try:
+        value = float(number)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise BudgetError(
+            f"--budget-flops is FLOPs per token at decode (2.5e8) or a share of dense (0.8x), got '{text}'."
+        )
+    return int(value * dense.flops) if text.strip().endswith("x") else int(value)
+
+
+def price(plan: FoldPlan, table: CostTable, target: Target) -> Cost:
+    """The cost of a plan, by arithmetic (about 20 µs for 30 blocks).
+
+    Raises:
+        BudgetError: the table is of a model with another number of blocks.
+    """
+    if plan.num_blocks != len(table.blocks):
+        raise BudgetError(f"the plan is for {plan.num_blocks} blocks, the model has {len(table.blocks)}.")
+    expanded = target.runtime == "expanded"
+    context = target.context
+    weights, carried, kv_width_tokens = table.fixed_weights, 0, 0
+    macs, prefill_context_macs, decode_context_macs = table.fixed_macs, 0, 0
+    seen: set[int] = set()
+    for slot in plan.slots:
+        if type(slot) is Replacement:
+            parameters, slot_macs = replacement_cost(slot, table)
+            carried += parameters
+            macs += slot_macs
+            if slot.kind == "layer":
+                attention = table.blocks[slot.first].attention
+                seen_tokens = min(context, attention.window) if attention.window else context
+                prefill_context_macs += attention.context_macs
+                decode_context_macs += attention.context_macs * seen_tokens
+                kv_width_tokens += attention.kv_width * seen_tokens
+            continue
+        home = slot.home
+        block = table.blocks[home]
+        repeat = home in seen
+        seen.add(home)
+        weights += block.other
+        for source, unit, own_unit in (
+            (slot.attention, block.attention, True),
+            (slot.mlp, block.mlp, False),
+        ):
+            if source is None:
+                continue
+            weights += unit.norms
+            macs += unit.macs
+            if unit.context_macs:
+                prefill_context_macs += unit.context_macs
+                decode_context_macs += unit.context_macs * (
+                    min(context, unit.window) if unit.window else context
+                )
+            if unit.kv_width:
+                kv_width_tokens += unit.kv_width * (min(context, unit.window) if unit.window else context)
+            if source == home and not repeat:
+                weights += unit.weights
+                continue
+            if expanded:
+                owner = table.blocks[source]
+                weights += owner.attention.weights if own_unit else owner.mlp.weights
+            elif slot.rank:
+                carried += slot.rank * unit.adapter_width
+                macs += slot.rank * unit.adapter_width
+            if slot.norm:
+                carried += unit.output_norm
+    size = DTYPE_BYTES[target.dtype]
+    activations = table.activation_fixed + table.activation_width * min(target.prefill_chunk, context)
+    return Cost(
+        weight_bytes=weights * size,
+        adapter_bytes=carried * size,
+        kv_bytes=kv_width_tokens * target.batch * size,
+        activation_bytes=(activations + table.vocabulary) * target.batch * size,
+        prefill_macs=macs + prefill_context_macs * context + table.head_macs / context,
+        decode_macs=macs + decode_context_macs + table.head_macs,
+    )
+
+
+def replacement_cost(slot: Replacement, table: CostTable) -> tuple[int, int]:
+    """Parameters and context-free MACs per token of a replacement.
+
+    `linear` and `ffn` have biases, `swiglu` has none; `layer` copies the first replaced block, whose KV cache and
+    context term `price` adds.
+    """
+    width = table.width
+    if slot.kind == "linear":
+        return width * width + width, width * width
+    if slot.kind == "layer":
+        block = table.blocks[slot.first]
+        parameters = sum(unit.weights + unit.norms for unit in (block.attention, block.mlp)) + block.other
+        return parameters, block.attention.macs + block.mlp.macs
+    hidden = slot.size or 4 * width
+    if slot.kind == "ffn":
+        return 2 * width * hidden + hidden + width, 2 * width * hidden
+    return 3 * width * hidden, 3 * width * hidden

@@ -1,0 +1,392 @@
+"""What a search proposes, before it is a plan.
+
+A proposal says *how many* blocks to drop and by which criterion; *which* blocks is known only after the
+criterion has looked at the model (gates are trained first). So a proposal has a lower bound of its price, from
+counts alone, and becomes a plan when it meets the list of dropped blocks.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple, get_args
+
+from foldsearch.errors import PlanError
+from foldsearch.plan.cost import DTYPE_BYTES, Cost, CostTable, Target, price
+from foldsearch.plan.plan import FoldPlan, Replacement, ReplacementKind, Slot
+
+Criterion = Literal["gate", "block_influence", "window", "greedy", "given"]
+Origin = Literal["sampler", "baseline", "neighbour", "hand"]
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """One trial as it is suggested.
+
+    criterion: what ranks the blocks; "given": `plan` says it all (neighbour moves, plans typed by hand).
+    num_removed: blocks to drop. gate_eps: of the gated training, where the criterion is "gate".
+    group_size, group_start, num_groups: grouped sharing (see `fold_plan`); group_size 1 or num_groups 0 is none.
+    adapter_rank: of each child. learning_rate, delta_rank: of the recovery training.
+    origin: who proposed it.
+
+    Raises:
+        PlanError: a number is out of its range, or plan, gate_eps and criterion do not agree.
+    """
+
+    criterion: Criterion
+    num_removed: int = 0
+    gate_eps: float | None = None
+    group_size: int = 1
+    group_start: int = 0
+    num_groups: int = 0
+    adapter_rank: int = 0
+    learning_rate: float = 1e-3
+    delta_rank: int = 8
+    plan: FoldPlan | None = None
+    origin: Origin = "sampler"
+
+    def __post_init__(self) -> None:
+        if self.criterion not in get_args(Criterion):
+            known = ", ".join(get_args(Criterion))
+            raise PlanError(f"a proposal's criterion is one of {known}; got '{self.criterion}'.")
+        if (self.criterion == "given") != (self.plan is not None):
+            raise PlanError(
+                f"a proposal holds a plan exactly when its criterion is 'given'; got criterion '{self.criterion}' "
+                f"and plan {str(self.plan)!r}."
+            )
+        if (self.criterion == "gate") != (self.gate_eps is not None):
+            raise PlanError(
+                f"a proposal holds gate_eps exactly when its criterion is 'gate'; got criterion '{self.criterion}' "
+                f"and gate_eps {self.gate_eps}."
+            )
+        for name, value, low in (
+            ("num_removed", self.num_removed, 0),
+            ("group_size", self.group_size, 1),
+            ("group_start", self.group_start, 0),
+            ("num_groups", self.num_groups, 0),
+            ("adapter_rank", self.adapter_rank, 0),
+            ("delta_rank", self.delta_rank, 0),
+        ):
+            if value < low:
+                raise PlanError(f"a proposal's {name} is {low} or more, got {value}.")
+        if not 0 < self.learning_rate < float("inf"):
+            raise PlanError(f"a proposal's learning_rate is a positive number, got {self.learning_rate}.")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict; a plan as its text and number of blocks."""
+        held = None if self.plan is None else {"plan": str(self.plan), "num_blocks": self.plan.num_blocks}
+        return {**asdict(self), "plan": held}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Proposal:
+        """Read what `to_json` made."""
+        held = value["plan"]
+        plan = None if held is None else FoldPlan.parse(held["plan"], held["num_blocks"])
+        return cls(**{**value, "plan": plan})
+
+
+# ---- a proposal becomes a plan
+
+
+def fold_plan(dropped: Iterable[int], proposal: Proposal, num_blocks: int) -> FoldPlan:
+    """Drop the blocks, then share in groups over what is retained.
+
+    Grouped sharing (FoldGPT, arXiv 2407.00928, abstract): from the `group_start`-th retained block on, `num_groups`
+    runs of `group_size` blocks; the first of a run is the owner, the others are its children, each with norms of
+    its own and an adapter of rank `adapter_rank`. Ours: each child also has FlexiGPT's output norm, so that it
+    starts near the identity, and a run that the end of the model cuts short keeps what is left of it.
+
+    Args:
+        dropped: blocks that the criterion removes; ignored where the proposal holds its plan.
+        proposal: how to share what is retained.
+        num_blocks: of the dense model.
+
+    Raises:
+        PlanError: every block is dropped, or a block to drop does not exist.
+    """
+    if proposal.plan is not None:
+        return proposal.plan
+    plan = FoldPlan.dropping(dropped, num_blocks)
+    slots = [slot for slot in plan.slots if isinstance(slot, Slot)]
+    for first, last in _groups(len(slots), proposal):
+        owner = slots[first].home
+        for position in range(first + 1, last):
+            slots[position] = Slot(slots[position].home, owner, owner, proposal.adapter_rank, norm=True)
+    return FoldPlan(tuple(slots), num_blocks)
+
+
+def _groups(num_retained: int, proposal: Proposal) -> Iterator[tuple[int, int]]:
+    """First and past-the-last position of each group."""
+    if proposal.group_size < 2:
+        return
+    for group in range(proposal.num_groups):
+        first = proposal.group_start + group * proposal.group_size
+        last = min(first + proposal.group_size, num_retained)
+        if last - first < 2:
+            return
+        yield first, last
+
+
+# ---- price from counts alone
+
+
+class _Sums(NamedTuple):
+    """Sums over the k cheapest blocks, at index k, and minima; parameters, MACs, cached numbers."""
+
+    weights: list[int]
+    norms: list[int]
+    decode_macs: list[int]
+    prefill_macs: list[int]
+    kv: list[int]
+    smallest_weights: int
+    smallest_adapter: int
+    smallest_norm: int
+
+
+# A search prices against one table. Found by identity: hashing a table takes longer than pricing.
+_latest: list[tuple[CostTable, int, _Sums]] = []
+
+
+def _sums(table: CostTable, context: int) -> _Sums:
+    for known, known_context, sums in _latest:
+        if known is table and known_context == context:
+            return sums
+    sums = _sum(table, context)
+    _latest[:] = [(table, context, sums), *_latest[:3]]
+    return sums
+
+
+def _sum(table: CostTable, context: int) -> _Sums:
+    weights, norms, decode, prefill, kv, adapters, output_norms = [], [], [], [], [], [], []
+    for block in table.blocks:
+        units = (block.attention, block.mlp)
+        seen = [min(context, unit.window) if unit.window else context for unit in units]
+        weights.append(sum(unit.weights for unit in units))
+        norms.append(sum(unit.norms for unit in units) + block.other)
+        decode.append(sum(unit.macs + unit.context_macs * n for unit, n in zip(units, seen, strict=True)))
+        prefill.append(sum(unit.macs + unit.context_macs * context for unit in units))
+        kv.append(sum(unit.kv_width * n for unit, n in zip(units, seen, strict=True)))
+        adapters.append(sum(unit.adapter_width for unit in units))
+        output_norms.append(sum(unit.output_norm for unit in units))
+
+    return _Sums(
+        weights=_cheapest(weights),
+        norms=_cheapest(norms),
+        decode_macs=_cheapest(decode),
+        prefill_macs=_cheapest(prefill),
+        kv=_cheapest(kv),
+        smallest_weights=min(weights),
+        smallest_adapter=min(adapters),
+        smallest_norm=min(output_norms),
+    )
+
+
+def _cheapest(values: list[int]) -> list[int]:
+    return list(accumulate(sorted(values), initial=0))
+
+
+def lower_bound(proposal: Proposal, table: CostTable, target: Target) -> Cost:
+    """A price that no plan of the proposal can be below, term by term; exact where all blocks cost the same.
+
+    A proposal that holds its plan is priced exactly.
+
+    Raises:
+        PlanError: as many blocks are dropped as there are.
+        BudgetError: the plan it holds is for another number of blocks.
+    """
+    if proposal.plan is not None:
+        return price(proposal.plan, table, target)
+    retained = len(table.blocks) - proposal.num_removed
+    if retained < 1:
+        raise PlanError(
+            f"a plan runs at least one block, but {proposal.num_removed} of {len(table.blocks)} are dropped. Keep one."
+        )
+    sums = _sums(table, target.context)
+    children = sum(last - first - 1 for first, last in _groups(retained, proposal))
+    weights = table.fixed_weights + sums.weights[retained - children] + sums.norms[retained]
+    carried = children * sums.smallest_norm
+    macs = table.fixed_macs
+    if target.runtime == "expanded":
+        weights += children * sums.smallest_weights
+    else:
+        carried += children * proposal.adapter_rank * sums.smallest_adapter
+        macs += children * proposal.adapter_rank * sums.smallest_adapter
+    size = DTYPE_BYTES[target.dtype]
+    activations = table.activation_fixed + table.activation_width * min(target.prefill_chunk, target.context)
+    return Cost(
+        weight_bytes=weights * size,
+        adapter_bytes=carried * size,
+        kv_bytes=sums.kv[retained] * target.batch * size,
+        activation_bytes=(activations + table.vocabulary) * target.batch * size,
+        prefill_macs=macs + sums.prefill_macs[retained] + table.head_macs / target.context,
+        decode_macs=macs + sums.decode_macs[retained] + table.head_macs,
+    )
+
+
+# ---- neighbours
+
+_TRIES = 50  # random draws before all one-slot moves are listed
+
+
+def neighbour(plan: FoldPlan, rng: random.Random) -> FoldPlan:
+    """A lawful plan that differs from `plan` in one or two slots.
+
+    Mostly the count stays: a block, or one unit of a block, goes and another comes back. Else one slot changes: a
+    block goes or comes back, loses or regains a unit, shares with another owner or with none, its adapter doubles
+    or halves, a replacement changes its kind.
+
+    Takes some milliseconds. Source: swaps after EvoPress (2410.14649), the other moves ours.
+    """
+    for _ in range(_TRIES):
+        draw = rng.random()
+        if draw < 0.5:
+            moved = _swap(plan, rng, _without_block, _with_block)
+        elif draw < 0.6:
+            moved = _swap(plan, rng, _without_attention, _with_attention)
+        elif draw < 0.7:
+            moved = _swap(plan, rng, _without_mlp, _with_mlp)
+        else:
+            options = list(rng.choice(_MOVES)(plan))
+            moved = rng.choice(options) if options else plan
+        if moved != plan:
+            return moved
+    return rng.choice([moved for move in _MOVES for moved in move(plan) if moved != plan])
+
+
+_Move = Callable[[FoldPlan], Iterator[FoldPlan]]
+
+
+def _swap(plan: FoldPlan, rng: random.Random, take: _Move, give: _Move) -> FoldPlan:
+    """Give something back, then take something (what has nothing to give back cannot swap)."""
+    if (given := list(give(plan))) and (taken := list(take(rng.choice(given)))):
+        return rng.choice(taken)
+    return plan
+
+
+def _put(plan: FoldPlan, first: int, past: int, *slots: Slot | Replacement) -> Iterator[FoldPlan]:
+    """The plan with `slots` in place of its positions first..past-1, where that is lawful."""
+    try:
+        yield FoldPlan((*plan.slots[:first], *slots, *plan.slots[past:]), plan.num_blocks)
+    except PlanError:
+        return
+
+
+def _first_runs(plan: FoldPlan) -> Iterator[tuple[int, Slot]]:
+    seen: set[int] = set()
+    for position, slot in enumerate(plan.slots):
+        if isinstance(slot, Slot) and slot.home not in seen:
+            seen.add(slot.home)
+            yield position, slot
+
+
+def _place(plan: FoldPlan, block: int) -> int:
+    """The position at which a dropped block comes back."""
+    ends = [(position, slot.home) for position, slot in _first_runs(plan)]
+    ends += [
+        (position, slot.last) for position, slot in enumerate(plan.slots) if isinstance(slot, Replacement)
+    ]
+    return max((position + 1 for position, last in ends if last < block), default=0)
+
+
+def _without_block(plan: FoldPlan) -> Iterator[FoldPlan]:
+    for position, slot in enumerate(plan.slots):
+        if isinstance(slot, Slot):
+            yield from _put(plan, position, position + 1)
+
+
+def _with_block(plan: FoldPlan) -> Iterator[FoldPlan]:
+    for block in plan.dropped:
+        position = _place(plan, block)
+        yield from _put(plan, position, position, Slot(block, block, block))
+
+
+def _without_attention(plan: FoldPlan) -> Iterator[FoldPlan]:
+    for position, slot in _first_runs(plan):
+        if slot.attention is not None and slot.mlp is not None:
+            yield from _put(plan, position, position + 1, _tidy(replace(slot, attention=None)))
+
+
+def _without_mlp(plan: FoldPlan) -> Iterator[FoldPlan]:
+    for position, slot in _first_runs(plan):
+        if slot.attention is not None and slot.mlp is not None:
+            yield from _put(plan, position, position + 1, _tidy(replace(slot, mlp=None)))
+
+
+def _with_attention(plan: FoldPlan) -> Iterator[FoldPlan]:
+    for position, slot in _first_runs(plan):
+        if slot.attention is None:
+            yield from _put(plan, position, position + 1, replace(slot, attention=slot.mlp))
+    for block in plan.dropped:
+        position = _place(plan, block)
+        yield from _put(plan, position, position, Slot(block, block, None))
+
+
+def _with_mlp(plan: FoldPlan) -> Iterator[FoldPlan]:
+    for position, slot in _first_runs(plan):
+        if slot.mlp is None:
+            yield from _put(plan, position, position + 1, replace(slot, mlp=slot.attention))
+    for block in plan.dropped:
+        position = _place(plan, block)
+        yield from _put(plan, position, position, Slot(block, None, block))
+
+
+def _with_other_owner(plan: FoldPlan) -> Iterator[FoldPlan]:
+    """A block shares with the nearest owner on either side; a child carries what other children carry."""
+    rank = max((slot.rank for slot in plan.slots if isinstance(slot, Slot)), default=0)
+    owners = plan.owners("attention") & plan.owners("mlp")
+    for position, slot in _first_runs(plan):
+        others = owners - {slot.home, slot.attention, slot.mlp}
+        nearest = (
+            max((owner for owner in others if owner < slot.home), default=None),
+            min((owner for owner in others if owner > slot.home), default=None),
+        )
+        for owner in nearest:
+            if owner is not None:
+                child = Slot(slot.home, owner, owner, slot.rank or rank, norm=True)
+                yield from _put(plan, position, position + 1, child)
+
+
+def _with_own_weights(plan: FoldPlan) -> Iterator[FoldPlan]:
+    for position, slot in _first_runs(plan):
+        if _borrows(slot):
+            yield from _put(plan, position, position + 1, Slot(slot.home, slot.home, slot.home))
+
+
+def _with_other_rank(plan: FoldPlan) -> Iterator[FoldPlan]:
+    first = dict(_first_runs(plan))
+    for position, slot in enumerate(plan.slots):
+        if isinstance(slot, Slot) and (position not in first or _borrows(slot)):
+            for rank in (2 * slot.rank, slot.rank // 2) if slot.rank else (1,):
+                yield from _put(plan, position, position + 1, replace(slot, rank=rank))
+
+
+def _with_other_kind(plan: FoldPlan) -> Iterator[FoldPlan]:
+    for position, slot in enumerate(plan.slots):
+        if isinstance(slot, Replacement):
+            for kind in get_args(ReplacementKind):
+                yield from _put(plan, position, position + 1, Replacement(slot.first, slot.last, kind))
+
+
+def _borrows(slot: Slot) -> bool:
+    return not {slot.attention, slot.mlp} <= {slot.home, None}
+
+
+def _tidy(slot: Slot) -> Slot:
+    """Without adapter and output norm where nothing is borrowed any more."""
+    return slot if _borrows(slot) else replace(slot, rank=0, norm=False)
+
+
+_MOVES: tuple[_Move, ...] = (
+    _without_block,
+    _with_block,
+    _without_attention,
+    _without_mlp,
+    _with_attention,
+    _with_mlp,
+    _with_other_owner,
+    _with_own_weights,
+    _with_other_rank,
+    _with_other_kind,
+)

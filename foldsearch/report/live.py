@@ -1,0 +1,222 @@
+"""A run as it happens: one line a trial when it ends, and where the running ones are.
+
+On a terminal the running trials are bars at the bottom of the screen; in a log file there are lines only.
+"""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from foldsearch.plan.cost import GB
+from foldsearch.plan.result import TrialResult
+from foldsearch.report.terminal import budget_words, ruler, strip_text
+from foldsearch.report.view import author
+from foldsearch.search.events import (
+    Event,
+    Notice,
+    Preparing,
+    Progress,
+    RungDone,
+    SearchDone,
+    SearchInterrupted,
+    SearchStarted,
+    TrialFailed,
+    TrialFinished,
+    TrialProgress,
+    TrialRetried,
+    TrialStarted,
+    TrialStopped,
+)
+
+if TYPE_CHECKING:
+    from foldsearch.plan.proposal import Proposal
+
+_BY_WIDTH = 12  # characters for who proposed a trial
+
+
+class RunDisplay:
+    """Prints a run's events; use it as a context manager, and pass it as `on_event`."""
+
+    def __init__(self, console: Console) -> None:
+        """`console`: where to print."""
+        self._console = console
+        self._live: Live | None = None
+        self._waiting = "preparing"
+        self._waiting_share = 0.0
+        self._began = time.monotonic()
+        self._running: dict[int, tuple[str, float]] = {}  # number: phase and share
+        self._proposals: dict[int, Proposal] = {}
+        self._results: dict[int, list[TrialResult]] = {}
+        self._progress = Progress(0, None, 0.0, None)
+        self._progress_at = self._began
+
+    def __enter__(self) -> RunDisplay:
+        if self._console.is_terminal:
+            self._live = Live(
+                console=self._console, get_renderable=self._bottom, refresh_per_second=4, transient=True
+            )
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        match event:
+            case Notice():
+                self._print(Text(f"Note: {event.text}", style="yellow"))
+            case Preparing():
+                self._prepare(event)
+            case SearchStarted():
+                self._start(event)
+            case TrialStarted():
+                self._proposals[event.number] = event.proposal
+                self._results.setdefault(event.number, [])
+                self._running[event.number] = ("starting", 0.0)
+            case TrialProgress():
+                self._running[event.number] = (event.phase, event.share)
+            case RungDone():
+                self._results.setdefault(event.number, []).append(event.result)
+            case TrialFinished():
+                mark = (
+                    Text("● on the front", style="bold") if event.on_front else Text("dominated", style="dim")
+                )
+                if event.result.state == "known":
+                    mark = Text(f"same plan as trial {event.result.known_from}", style="dim")
+                self._end(event.number, mark)
+            case TrialStopped():
+                self._end(
+                    event.number, Text(f"stopped at rung {event.result.rung}: {event.reason}", style="dim")
+                )
+            case TrialFailed():
+                self._end(event.number, Text(event.reason, style="red"))
+            case TrialRetried():
+                self._print(
+                    Text(f"trial {event.number} goes on in a new worker: {event.reason}", style="yellow")
+                )
+            case Progress():
+                self._progress, self._progress_at = event, time.monotonic()
+                if self._live is None:
+                    self._print(Text(f"      {self._overall()}", style="dim"))
+            case SearchInterrupted():
+                self._print(
+                    f"Stopped; nothing that was finished is lost, {event.num_running} trials were under way.\n"
+                    f"Go on with: {event.resume}"
+                )
+            case SearchDone():
+                self._done(event)
+            case _:
+                raise AssertionError(f"an event without words: {event}")
+
+    # ---- lines
+
+    def _print(self, what: RenderableType) -> None:
+        self._console.print(what)
+
+    def _prepare(self, event: Preparing) -> None:
+        if self._live is None and event.stage != self._waiting:
+            self._print(Text(f"{event.stage} ...", style="dim"))
+        self._waiting = event.stage
+        self._waiting_share = event.share
+
+    def _start(self, event: SearchStarted) -> None:
+        self._waiting = ""
+        folder, study = event.folder, event.folder.study
+        planned = f"{event.planned} trials" if event.planned is not None else "trials"
+        limit = f" in at most {_duration(study.seconds)}" if study.seconds is not None else ""
+        before = f", {event.num_ended} of them ended before" if event.num_ended else ""
+        self._print(
+            Text.assemble(
+                (str(folder.path), "bold"),
+                f": {planned}{limit}{before}; {budget_words(folder)}, dense needs "
+                f"{folder.dense.memory_bytes / GB:.4f} GB and {folder.dense.flops:.3g} FLOPs per token",
+            )
+        )
+        rungs = ", ".join(f"{tokens:,}" for tokens in study.rungs)
+        self._print(
+            Text(
+                f"KL to dense in nats per token, after recovery on {rungs} tokens, is measured on the search texts"
+            )
+        )
+        heads = f"{'trial':>5}  {'by':<{_BY_WIDTH}}  {ruler(folder.num_blocks):<{folder.num_blocks}}  {'GB':>6}  KL"
+        self._print(Text(heads, style="bold", no_wrap=True))
+
+    def _end(self, number: int, outcome: Text) -> None:
+        self._running.pop(number, None)
+        results = self._results.pop(number, [])
+        proposal = self._proposals.pop(number, None)
+        line = Text(f"{number:>5}  {author(proposal) if proposal else '':<{_BY_WIDTH}}  ")
+        if results:
+            last = results[-1]
+            line.append_text(strip_text(last.plan))
+            line.append(f"  {last.cost.memory_bytes / GB:6.4f}  ")
+            measured = [result.quality.kl for result in results if result.quality]
+            for rung, kl in enumerate(measured):
+                final = rung == len(measured) - 1
+                line.append(("" if rung == 0 else " → ") + f"{kl:.3f}", style="bold" if final else "")
+            line.append("  ")
+        line.append_text(outcome)
+        self._print(line)
+        if results and (gates := results[-1].gates) is not None:
+            self._print(Text(f"       gates: {gate_words(gates)}", style="dim"))
+
+    def _done(self, event: SearchDone) -> None:
+        parts = [f"{event.num_finished} trials finished", f"{event.num_stopped} stopped early"]
+        if event.num_failed:
+            parts.append(f"{event.num_failed} failed")
+        self._print(
+            f"Done in {_duration(event.elapsed_seconds)}: {', '.join(parts)}, {len(event.front)} on the front."
+        )
+
+    # ---- the bottom of a terminal
+
+    def _overall(self) -> str:
+        p = self._progress
+        since = time.monotonic() - self._progress_at
+        parts = [f"{p.num_ended} of {p.planned} trials" if p.planned is not None else f"{p.num_ended} trials"]
+        parts.append(_duration(p.elapsed_seconds + since))
+        if p.remaining_seconds is not None:
+            parts.append(f"about {_duration(max(0.0, p.remaining_seconds - since))} left")
+        return " · ".join(parts)
+
+    def _bottom(self) -> RenderableType:
+        if self._waiting:
+            done = f" {self._waiting_share:.0%}" if self._waiting_share else ""
+            return Text(f"{self._waiting}{done} · {_duration(time.monotonic() - self._began)}", style="dim")
+        table = Table.grid(padding=(0, 2, 0, 0))
+        for number, (phase, share) in sorted(self._running.items()):
+            proposal = self._proposals.get(number)
+            table.add_row(
+                Text(f"{number:>5}"),
+                Text(f"{author(proposal) if proposal else '':<{_BY_WIDTH}}"),
+                ProgressBar(total=1.0, completed=share, width=24),
+                Text(phase, style="dim"),
+            )
+        return Group(table, Text(f"       {self._overall()}", style="bold"))
+
+
+def gate_words(gates: dict[str, Any]) -> str:
+    """The gated training behind a plan, in words."""
+    words = (
+        f"{gates['steps']} steps, {gates['tokens']:,} tokens, {gates['polarized']:.0%} outside 0.05 to 0.95"
+    )
+    words += f", loss {gates['soft_loss']:.3f} gated → {gates['hard_loss']:.3f} with the blocks dropped"
+    return words + (" (trained before, from the cache)" if gates["from_cache"] else "")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

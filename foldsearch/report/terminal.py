@@ -1,0 +1,403 @@
+"""Tables and strips for the terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from foldsearch.plan.cost import GB, Cost, CostTable, Target, price
+from foldsearch.plan.plan import FoldPlan
+from foldsearch.plan.result import TrialResult
+from foldsearch.plan.strip import LEGEND
+from foldsearch.report.colours import DROPPED, PAIRS, paint
+from foldsearch.report.view import Entry, RunView, by_cost, flops_unit
+from foldsearch.search.folder import RunFolder
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from foldsearch.export.ship import ExportReport
+    from foldsearch.model.evidence import Evidence
+    from foldsearch.search.dry_run import DryRun
+    from foldsearch.spec.study import Study
+
+WIDTH_OF_LOGS = 120  # characters of a line where the output is no terminal
+_EIGHTHS = " ▁▂▃▄▅▆▇█"
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that fits its terminal; in a log file lines are wide enough for every column."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else WIDTH_OF_LOGS
+    return Console(stderr=stderr, width=width, highlight=False, soft_wrap=False)
+
+
+# ---- a plan as a strip
+
+
+def strip_text(plan: FoldPlan) -> Text:
+    """A plan as one coloured character a block (see `foldsearch.plan.strip`)."""
+    text = Text(no_wrap=True)
+    for cell, attention, mlp in paint(plan):
+        if attention is None and mlp is None:
+            text.append("·", style=DROPPED)
+        elif attention is not None and mlp is not None and attention != mlp:
+            text.append("▀", style=f"{attention} on {mlp}")
+        else:
+            text.append(cell.glyph, style=attention or mlp or "")
+    return text
+
+
+def ruler(num_blocks: int) -> str:
+    """Block numbers to stand above a strip: 0    5    10   15 …"""
+    return "".join(f"{block:<5}" for block in range(0, num_blocks, 5))[:num_blocks].rstrip()
+
+
+def legend() -> Text:
+    """What the cells of a strip mean."""
+    text = Text(style="dim")
+    text.append(LEGEND)
+    text.append("    a colour is a shared weight: ")
+    dark, light = PAIRS[0]
+    text.append("█", style=f"not dim {dark}")
+    text.append(" owner ")
+    text.append("▒", style=f"not dim {light}")
+    text.append(" its children")
+    return text
+
+
+# ---- the front
+
+
+def front_report(view: RunView, *, width: int, every: bool = False) -> Group:
+    """All that `foldsearch front` prints.
+
+    Args:
+        view: the run.
+        width: characters of a line; where one table does not fit, there are two.
+        every: all finished trials, not only the front and the baselines.
+    """
+    parts: list[RenderableType] = [_heading(view), Text()]
+    if not view.finished:
+        parts.append(
+            Text("No trial has reached the last rung yet; a front compares trials of one rung only.")
+        )
+        return Group(*parts)
+    whole = _front_table(view, every, ("quality", "cost"))
+    if Console(width=10_000).measure(whole).maximum <= width:
+        parts.append(whole)
+    else:
+        parts += [_front_table(view, every, ("quality",)), Text(), _front_table(view, every, ("cost",))]
+    parts += [Text(), legend(), _footnote(view)]
+    if criteria := view.by_count():
+        parts += [Text(), _criteria_table(criteria)]
+    return Group(*parts)
+
+
+def _front_table(view: RunView, every: bool, parts: tuple[str, ...]) -> Table:
+    folder = view.folder
+    shown = sorted(view.finished, key=by_cost) if every else view.front_and_baselines
+    front = {entry.number for entry in view.front}
+    best_kl = min(entry.final.kl for entry in shown)
+    unit, size = flops_unit(folder.dense)
+    table = _plain_table("", "trial>")
+    if "quality" in parts:
+        _columns(
+            table, ruler(folder.num_blocks), "search KL>", "report KL>", "perplexity>", "Δ KL>", "chosen by"
+        )
+    if "cost" in parts:
+        _columns(table, "weights>", "adapters>", "KV>", "activ.>", "total GB>")
+        _columns(table, f"prefill {unit}F>", f"decode {unit}F>", "file>")
+
+    row: list[str | Text] = ["", "dense"]
+    if "quality" in parts:
+        dense = view.dense_perplexity
+        row += [
+            strip_text(FoldPlan.identity(folder.num_blocks)),
+            "0",
+            "0",
+            "" if dense is None else f"{dense:.2f}",
+            "",
+            "",
+        ]
+    if "cost" in parts:
+        row += _price(folder.dense, folder.dense, size)
+    table.add_row(*row, style="dim")
+    for entry in shown:
+        on_front = entry.number in front
+        row = [_marks(view, entry, on_front), Text(str(entry.number), style="bold" if on_front else "dim")]
+        if "quality" in parts:
+            q, final = entry.quality, entry.final
+            kl = Text(f"{final.kl:.3f} ± {final.kl_se:.3f}", style="bold" if final.kl == best_kl else "")
+            perplexity = f"{final.perplexity:.2f} ± {final.perplexity_se:.2f}"
+            row += [strip_text(entry.plan), f"{q.kl:.3f} ± {q.kl_se:.3f}", kl, perplexity, _gain(view, entry)]
+            row.append(", ".join(entry.authors))
+        if "cost" in parts:
+            row += _price(entry.cost, folder.dense, size)
+        table.add_row(*row)
+    return table
+
+
+def _price(cost: Cost, dense: Cost, size: float) -> list[str | Text]:
+    decimals = 4 if dense.memory_bytes < GB else 3 if dense.memory_bytes < 10 * GB else 2
+
+    def gb(value: int) -> str:
+        return f"{value / GB:.{decimals}f}"
+
+    total = Text(gb(cost.memory_bytes), style="bold")
+    parts = [gb(n) for n in (cost.weight_bytes, cost.adapter_bytes, cost.kv_bytes, cost.activation_bytes)]
+    prefill, decode = 2 * cost.prefill_macs / size, cost.flops / size
+    stored = f"{cost.stored_bytes / dense.stored_bytes:.0%}"
+    return [*parts, total, f"{prefill:.1f}", f"{decode:.1f}", stored]
+
+
+def _marks(view: RunView, entry: Entry, on_front: bool) -> Text:
+    text = Text()
+    if on_front:
+        text.append(*("◆", "bold magenta") if entry == view.knee else ("●", "bold"))
+    else:
+        text.append(" ")
+    if entry.is_baseline:
+        text.append("○", style="yellow")
+    return text
+
+
+def _gain(view: RunView, entry: Entry) -> Text:
+    gain = view.gain(entry)
+    if gain is None:
+        return Text("—", style="dim")
+    return Text(f"{gain:+.3f}", style="green" if gain < 0 else "red" if gain > 0 else "dim")
+
+
+def _criteria_table(criteria: Mapping[int, Mapping[str, Entry]]) -> Table:
+    order = ("gate", "block_influence", "window", "greedy", "sampler", "neighbour", "hand")
+    used = [name for name in order if any(name in row for row in criteria.values())]
+    table = Table(
+        title="report KL by criterion, plans that only drop blocks", title_justify="left", title_style="bold",
+        header_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0),
+    )  # fmt: skip
+    _columns(table, "dropped>", *(f"{name.replace('_', ' ')}>" for name in used))
+    for count, row in criteria.items():
+        best = min(entry.final.kl for entry in row.values())
+        cells = []
+        for name in used:
+            q = row[name].final if name in row else None
+            text = "—" if q is None else f"{q.kl:.3f} ± {q.kl_se:.3f}"
+            cells.append(Text(text, style="dim" if q is None else "bold green" if q.kl == best else ""))
+        table.add_row(str(count), *cells)
+    return table
+
+
+def _heading(view: RunView) -> Text:
+    study, target = view.folder.study, view.folder.target
+    text = Text()
+    text.append(view.name, style="bold")
+    text.append(f"  {study.model}" + (f" ({view.note})" if view.note else "") + f" on {view.data}\n")
+    text.append(
+        f"priced for {target.dtype}, a context of {target.context:,} tokens, batch {target.batch}, "
+        f"{target.runtime} weights; {budget_words(view.folder)}",
+        style="dim",
+    )
+    return text
+
+
+def budget_words(folder: RunFolder) -> str:
+    """The budget in words."""
+    budget, bounds = folder.budget, []
+    if budget.memory_bytes is not None:
+        bounds.append(f"{budget.memory_bytes / GB:g} GB")
+    if budget.flops is not None:
+        bounds.append(
+            f"{budget.flops:.3g} FLOPs per token ({budget.flops / folder.dense.flops:.2g}x of dense)"
+        )
+    return "budget " + " and ".join(bounds) if bounds else "no budget"
+
+
+def _footnote(view: RunView) -> Text:
+    first = view.finished[0]
+    return Text(
+        f"● on the front (least {', '.join(view.folder.study.objectives)} on the search texts)  ◆ its knee  "
+        f"○ a simple baseline\n"
+        f"KL to dense in nats per token, ± one standard error by document: over {first.quality.tokens:,} tokens that "
+        f"the search looked at, and over {first.final.tokens:,} of the report texts, which it did not; perplexity and "
+        "Δ KL are of the latter. Δ KL: against the best baseline of about the same cost or less. GB decimal: weights + "
+        "adapters + KV cache + activations. F: FLOPs per token. file: its size as a share of dense.",
+        style="dim",
+    )
+
+
+def _plain_table(*names: str) -> Table:
+    table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    _columns(table, *names)
+    return table
+
+
+def _columns(table: Table, *names: str) -> None:
+    """Columns by name; a trailing > aligns to the right."""
+    for name in names:
+        right = name.endswith(">")
+        table.add_column(name.removesuffix(">"), justify="right" if right else "left", no_wrap=True)
+
+
+# ---- one plan
+
+
+def results_table(results: Sequence[TrialResult]) -> Group:
+    """The rungs of one trial: `foldsearch try`."""
+    table = _plain_table(
+        "rung>", "recovery tokens>", "search KL>", "perplexity>", "agreement>", "report KL>", "seconds>"
+    )
+    for result in results:
+        row = [str(result.rung), f"{result.recovery_tokens:,}"]
+        if (q := result.quality) is not None:
+            row += [
+                f"{q.kl:.4f} ± {q.kl_se:.4f}",
+                f"{q.perplexity:.2f} ± {q.perplexity_se:.2f}",
+                f"{q.agreement:.1%}",
+            ]
+            row.append("" if result.report is None else f"{result.report.kl:.4f} ± {result.report.kl_se:.4f}")
+        else:
+            row += [result.state, "", "", ""]
+        table.add_row(*row, f"{result.seconds:.0f}")
+    last = results[-1]
+    words = f"{last.cost.memory_bytes / GB:.4f} GB, {last.cost.flops:.4g} FLOPs per token at decode"
+    if last.quality is not None:
+        words += f"; dense has perplexity {last.quality.dense_perplexity:.2f} on the same texts"
+    return Group(strip_text(last.plan), Text(str(last.plan), style="dim"), Text(), table, Text(), Text(words))
+
+
+def price_table(plan: FoldPlan, table: CostTable, target: Target) -> Group:
+    """Every cost term of a plan beside the dense model's: `foldsearch price`."""
+    dense, cost = price(FoldPlan.identity(plan.num_blocks), table, target), price(plan, table, target)
+    unit, size = flops_unit(dense)
+    shown = _plain_table("", "plan>", "dense>", "share>")
+    terms: list[tuple[str, float, float, str]] = [
+        (f"{name}, GB", getattr(cost, key) / GB, getattr(dense, key) / GB, ".4f")
+        for name, key in (
+            ("weights", "weight_bytes"),
+            ("adapters and replacements", "adapter_bytes"),
+            ("KV cache", "kv_bytes"),
+            ("activations", "activation_bytes"),
+            ("total", "memory_bytes"),
+        )
+    ]
+    terms += [
+        (
+            f"prefill, {unit}FLOPs per token",
+            2 * cost.prefill_macs / size,
+            2 * dense.prefill_macs / size,
+            ".1f",
+        ),
+        (f"decode, {unit}FLOPs per token", cost.flops / size, dense.flops / size, ".1f"),
+    ]
+    for name, ours, theirs, form in terms:
+        share = f"{ours / theirs:.1%}" if theirs else ""
+        style = "bold" if name.startswith("total") else ""
+        shown.add_row(name, f"{ours:{form}}", f"{theirs:{form}}", share, style=style)
+    words = f"{target.dtype}, a context of {target.context:,} tokens, batch {target.batch}, {target.runtime} weights"
+    return Group(
+        Text(ruler(plan.num_blocks)), strip_text(plan), Text(), shown, Text(), Text(words, style="dim")
+    )
+
+
+# ---- before a search, after an export
+
+
+def dry_run_table(study: Study, found: DryRun) -> Group:
+    """What a search would do: `foldsearch run --dry-run`."""
+    low, high = found.counts
+    trials = f"{study.trials} trials" if study.trials else "trials"
+    table = Table.grid(padding=(0, 3, 0, 0))
+    table.add_row(
+        "space", f"{study.space.name}: {found.size:,} proposals, recovery settings and neighbours not counted"
+    )
+    table.add_row(
+        "feasible", f"{found.feasible_share:.1%} of random ones as they come; {low} to {high} blocks can go"
+    )
+    table.add_row("dense", f"{found.dense.memory_bytes / GB:.4f} GB, {found.dense.flops:.4g} FLOPs per token")
+    table.add_row(
+        "smallest",
+        f"{found.smallest_cost.memory_bytes / GB:.4f} GB, {found.smallest_cost.flops:.4g} FLOPs per token",
+    )
+    table.add_row("", Text(str(found.smallest), style="dim"))
+    table.add_row("time", f"about {found.seconds / 60:.0f} minutes at most, {trials}, {study.jobs} at a time")
+    table.add_row("disk", f"about {found.disk_bytes / GB:.2f} GB")
+    table.add_row("memory", f"about {found.memory_bytes / GB:.2f} GB")
+    return Group(*([Text(f"Note: {found.notice}", style="yellow")] if found.notice else []), table)
+
+
+def export_table(report: ExportReport, folder: Path) -> Group:
+    """What was shipped, beside dense: `foldsearch export`."""
+    ours, dense = report.exported, report.dense
+    table = _plain_table("", f"{report.form}>", "dense>", "ratio>")
+
+    def row(name: str, key: str, form: str, scale: float = 1.0) -> None:
+        mine = getattr(ours, key)
+        theirs = None if dense is None else getattr(dense, key)
+        shown = ["—" if value is None else f"{value / scale:{form}}" for value in (mine, theirs)]
+        table.add_row(name, *shown, f"{mine / theirs:.2f}" if mine and theirs else "")
+
+    row("parameters, millions", "parameters", ".1f", 1e6)
+    row("weight files, MB", "disk_bytes", ".1f", 1e6)
+    row("resident memory, MB", "resident_bytes", ".0f", 1e6)
+    row(f"perplexity, {report.tokens:,} report tokens", "perplexity", ".2f")
+    row("prompt, tokens per second", "prefill_tokens_per_second", ".0f")
+    row("decoding, tokens per second", "decode_tokens_per_second", ".1f")
+    tolerance = f"at most {report.logits_tolerance:g} allowed" if report.logits_tolerance else "none allowed"
+    checks = [
+        f"Verified in a fresh process, in {report.dtype}, against the model that was measured:",
+        "  no weight missing or unexpected",
+        f"  logits differ by {report.logits_difference:.2g} of their RMS ({tolerance})",
+        f"  cached decoding differs from a full forward by {report.decode_difference:.2g} of the logits' RMS "
+        f"(at most {report.decode_tolerance:g} allowed)",
+        f"  perplexity {ours.perplexity:.4f}, measured {report.measured_perplexity:.4f}",
+    ]
+    if report.loads_without_foldsearch:
+        checks.append(
+            "  loads where foldsearch is not installed, with trust_remote_code=True, to the same logits"
+        )
+    lines = [Text(line, style="" if line[0] != " " else "green") for line in checks]
+    return Group(Text(f"{folder}", style="bold"), Text(), table, Text(), *lines)
+
+
+# ---- what the dense model tells
+
+
+def evidence_table(evidence: Evidence) -> RenderableType:
+    """FoldGPT's Fig. 2 for a model: both cosines, a bar each, and the rank of each block's influence."""
+    table = _plain_table("block>", "cos(in, out)>", "", "cos(out, start)>", "", "influence>", "rank>")
+    block, start = evidence.block_cosine, evidence.start_cosine
+    ranking = sorted(range(len(block)), key=lambda i: (-block[i], i))
+    for i, (near, far) in enumerate(zip(block, start, strict=True)):
+        rank = ranking.index(i) + 1
+        style = "bold" if rank <= max(1, len(block) // 5) else ""
+        table.add_row(
+            str(i),
+            f"{near:.4f}",
+            Text(bar(near, block), style=PAIRS[0][0]),
+            f"{far:.4f}",
+            Text(bar(far, start), style=PAIRS[1][0]),
+            Text(f"{1 - near:.4f}", style=style),
+            Text(str(rank), style=style),
+        )
+    return table
+
+
+def bar(value: float, values: Sequence[float], cells: int = 16) -> str:
+    """A horizontal bar from the lowest of the values (one eighth of a cell) to the highest (full)."""
+    low, high = min(values), max(values)
+    eighths = 1 + round((value - low) / (high - low or 1) * (8 * cells - 1))
+    full, rest = divmod(eighths, 8)
+    return "█" * full + " ▏▎▍▌▋▊▉"[rest].strip()
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """One character a value, from the lowest to the highest."""
+    low, high = min(values), max(values)
+    return "".join(_EIGHTHS[1 + round((value - low) / (high - low or 1) * 7)] for value in values)

@@ -1,0 +1,229 @@
+"""What there is to see in a run: its records, and the questions that every report asks of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from foldsearch.errors import RunError
+from foldsearch.plan.cost import GB, Cost
+from foldsearch.plan.front import knee
+from foldsearch.plan.plan import FoldPlan, Slot
+from foldsearch.plan.proposal import Proposal
+from foldsearch.plan.result import Quality, TrialResult
+from foldsearch.search.folder import RunFolder
+from foldsearch.search.records import Record, front, point, read_records
+
+SAME_COST = 1.02  # a baseline that costs a hair more is still the one to beat
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A trial that reached the last rung: one row of a table, one point of a picture.
+
+    proposals: all those that led to its plan, its own first. quality: on the search texts, which the search looked
+    at. final: on the report texts, which it did not.
+    """
+
+    number: int
+    proposals: tuple[Proposal, ...]
+    result: TrialResult
+    quality: Quality
+    final: Quality
+
+    @property
+    def plan(self) -> FoldPlan:
+        """What was built."""
+        return self.result.plan
+
+    @property
+    def cost(self) -> Cost:
+        """What it costs on the target."""
+        return self.result.cost
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether one of the simple baselines gives this plan; gates are not one."""
+        return self.baseline is not None
+
+    @property
+    def baseline(self) -> str | None:
+        """The first simple baseline that gives this plan."""
+        names = [p.criterion for p in self.proposals if p.origin == "baseline" and p.criterion != "gate"]
+        return names[0] if names else None
+
+    @property
+    def authors(self) -> tuple[str, ...]:
+        """Who chose the blocks, each once: a criterion, or who gave the plan."""
+        return tuple(dict.fromkeys(author(proposal) for proposal in self.proposals))
+
+
+@dataclass(frozen=True, slots=True)
+class RunView:
+    """A run as it stands: the folder, its records by number, and what must be said beside a figure of the model."""
+
+    folder: RunFolder
+    records: tuple[Record, ...]
+    note: str = ""
+
+    @classmethod
+    def open(cls, path: Path) -> RunView:
+        """Read a run folder; safe while the run goes on.
+
+        Raises:
+            RunError: not a run folder.
+        """
+        folder = RunFolder.open(path)
+        return cls(folder, tuple(read_records(folder)), folder.provenance.get("model note", ""))
+
+    @property
+    def name(self) -> str:
+        """The run folder, as it was named."""
+        return str(self.folder.path)
+
+    @property
+    def data(self) -> str:
+        """The texts, as the study names them."""
+        data = self.folder.study.data
+        return data if isinstance(data, str) else ", ".join(dict.fromkeys(data.model_dump().values()))
+
+    @property
+    def dense_perplexity(self) -> float | None:
+        """Of the dense model on the report texts; None if no trial has reached the last rung yet."""
+        finished = self.finished
+        return finished[0].final.dense_perplexity if finished else None
+
+    @property
+    def finished(self) -> tuple[Entry, ...]:
+        """The plans that reached the last rung, each once, by the number of the trial that measured it."""
+        proposals: dict[str, list[Proposal]] = {}
+        measured: dict[str, tuple[int, TrialResult, Quality]] = {}
+        for record in self.records:
+            result = record.last
+            if record.state != "finished" or result is None or result.quality is None:
+                continue
+            if record.proposal is not None:
+                proposals.setdefault(result.plan.id, []).append(record.proposal)
+            if result.state == "measured":
+                measured.setdefault(result.plan.id, (record.number, result, result.quality))
+        return tuple(
+            Entry(number, tuple(proposals.get(plan_id, ())), result, quality, result.report or quality)
+            for plan_id, (number, result, quality) in measured.items()
+        )
+
+    @property
+    def front(self) -> tuple[Entry, ...]:
+        """The Pareto front of the finished trials, largest memory first."""
+        numbers = {record.number for record in front(self.records, self.folder.study.objectives)}
+        return tuple(sorted((e for e in self.finished if e.number in numbers), key=by_cost))
+
+    @property
+    def knee(self) -> Entry | None:
+        """The front's compromise (see `foldsearch.plan.front.knee`)."""
+        entries = self.front
+        points = [point(entry.result, self.folder.study.objectives) for entry in entries]
+        return entries[knee(points)] if entries else None
+
+    @property
+    def front_and_baselines(self) -> tuple[Entry, ...]:
+        """What a table shows, largest memory first."""
+        numbers = {entry.number for entry in self.front}
+        shown = (entry for entry in self.finished if entry.is_baseline or entry.number in numbers)
+        return tuple(sorted(shown, key=by_cost))
+
+    def gain(self, entry: Entry) -> float | None:
+        """KL on the report texts, less that of the baseline to beat: below 0, the search found something better.
+
+        The baseline to beat has the lowest KL of those that cost no more memory and no more FLOPs, give or take 2 %;
+        None where there is none, or where `entry` is it.
+        """
+        fair = [
+            other
+            for other in self.finished
+            if other.is_baseline
+            and other.cost.memory_bytes <= SAME_COST * entry.cost.memory_bytes
+            and other.cost.flops <= SAME_COST * entry.cost.flops
+        ]
+        best = min(fair, key=_final_kl, default=None)
+        return None if best is None or best == entry else _final_kl(entry) - _final_kl(best)
+
+    def by_count(self) -> dict[int, dict[str, Entry]]:
+        """For each number of dropped blocks, by criterion, the plan of lowest KL on the search texts.
+
+        Only plans that do nothing but drop blocks. Counts that only one criterion reached are left out.
+        """
+        found: dict[int, dict[str, Entry]] = {}
+        for entry in sorted(self.finished, key=_kl, reverse=True):
+            if only_drops(entry.plan):
+                for proposal in entry.proposals:
+                    name = proposal.origin if proposal.criterion == "given" else proposal.criterion
+                    found.setdefault(len(entry.plan.dropped), {})[name] = entry
+        return {count: row for count, row in sorted(found.items()) if len(row) > 1}
+
+    def pick(self, *, number: int | None = None, max_gb: float | None = None) -> Entry:
+        """The trial a person means: by its number, or of lowest KL within `max_gb`, or the knee.
+
+        Raises:
+            RunError: no such trial, or none that fits.
+        """
+        finished = self.finished
+        if not finished:
+            raise RunError(
+                f"only a trial that reached the last rung can be picked, and '{self.name}' has none yet. "
+                f"Go on with: foldsearch resume {self.name}"
+            )
+        if number is not None:
+            for entry in finished:
+                if entry.number == number:
+                    return entry
+            known = ", ".join(str(entry.number) for entry in finished)
+            raise RunError(
+                f"only a trial that reached the last rung can be picked, got {number}. "
+                f"Those of '{self.name}' that did: {known}."
+            )
+        if max_gb is None:
+            chosen = self.knee
+            assert chosen is not None
+            return chosen
+        fitting = [entry for entry in finished if entry.cost.memory_bytes <= max_gb * GB]
+        if not fitting:
+            least = min(entry.cost.memory_bytes for entry in finished) / GB
+            raise RunError(
+                f"no finished trial of '{self.name}' fits {max_gb:g} GB: the smallest needs {least:.4f} GB. "
+                "Raise --max-gb, or run a search with a smaller --budget-gb."
+            )
+        # by the search texts: the report texts stay unseen by every choice
+        return min(fitting, key=_kl)
+
+
+def author(proposal: Proposal) -> str:
+    """Who chose the blocks of a proposal, in a word or two."""
+    if proposal.criterion == "gate":
+        return f"gate {proposal.gate_eps:g}"
+    if proposal.criterion == "given":
+        return proposal.origin
+    return proposal.criterion.replace("block_influence", "influence")
+
+
+def only_drops(plan: FoldPlan) -> bool:
+    """Whether every position of the plan is a block as it is in the dense model."""
+    own = all(isinstance(slot, Slot) and slot.attention == slot.mlp == slot.home for slot in plan.slots)
+    return own and plan.depth + len(plan.dropped) == plan.num_blocks
+
+
+def by_cost(entry: Entry) -> tuple[int, int, int]:
+    """Sorts by memory, then FLOPs, the largest first."""
+    return -entry.cost.memory_bytes, -entry.cost.flops, entry.number
+
+
+def flops_unit(dense: Cost) -> tuple[str, float]:
+    """The unit that FLOPs per token read well in, and how many FLOPs it is."""
+    return ("G", 1e9) if dense.flops >= 1e10 else ("M", 1e6)
+
+
+def _kl(entry: Entry) -> float:
+    return entry.quality.kl
+
+
+def _final_kl(entry: Entry) -> float:
+    return entry.final.kl

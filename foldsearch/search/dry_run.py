@@ -1,0 +1,107 @@
+"""What a study would do: how large its space is, what fits, and about how long and how much it takes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from foldsearch.plan.cost import GB, Cost, CostTable
+from foldsearch.plan.plan import FoldPlan
+from foldsearch.search.folder import RunFolder
+from foldsearch.spec.space import feasible_share, narrow, size, smallest
+from foldsearch.spec.study import Study
+
+GATE_STEP_TOKENS = 512  # for estimates
+
+
+def num_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def dense_fits(run: RunFolder) -> str:
+    """What to say where dense keeps the budget already; "" where it does not, or there is no budget."""
+    budget, dense = run.budget, run.dense
+    if (budget.memory_bytes is None and budget.flops is None) or not budget.admits(dense):
+        return ""
+    words = [f"{dense.memory_bytes / GB:.4f} GB" if budget.memory_bytes is not None else ""]
+    words += [f"{dense.flops:.4g} FLOPs per token" if budget.flops is not None else ""]
+    needs = " and ".join(word for word in words if word)
+    return f"the dense model keeps the budget already (it needs {needs}); searching below it."
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What a study would do. size: different proposals, recovery settings and neighbours not counted.
+
+    feasible_share: of 100,000 random proposals, as they come. counts: blocks to drop, from and to, that can fit.
+    smallest: the plan that needs the least memory. seconds, disk_bytes, memory_bytes: estimates of the whole run;
+    seconds is an upper one (no trial stopped early). notice: where dense keeps the budget already.
+    """
+
+    size: int
+    feasible_share: float
+    counts: tuple[int, int]
+    dense: Cost
+    smallest: FoldPlan
+    smallest_cost: Cost
+    seconds: float
+    disk_bytes: int
+    memory_bytes: int
+    notice: str
+
+
+def plan_search(
+    study: Study, table: CostTable, *, macs_per_second: float | None = None, num_proposals: int = 100_000
+) -> DryRun:
+    """What `run_search` would do, without doing it; takes a few seconds.
+
+    Args:
+        study: what to run.
+        table: the dense model's costs.
+        macs_per_second: of this machine in a forward pass; 3e10 a CPU where it is not known.
+        num_proposals: to draw for the feasible share.
+
+    Raises:
+        BudgetError: no plan of the space can keep the budget.
+    """
+    run = RunFolder(Path(), study, table, {})
+    target, budget, num_blocks = run.target, run.budget, run.num_blocks
+    space = narrow(study.space, table, target, budget)
+    plan, cost = smallest(study.space, table, target)
+    trials = study.trials or 0
+    rate = macs_per_second or 3e10 * num_cpus()
+    splits = study.splits
+    # A training token costs about three forward passes; gates are trained once a count and a value of gate_eps.
+    search_tokens = splits.search * splits.sequence_length
+    tokens = len(study.rungs) * search_tokens + splits.report * splits.sequence_length + 3 * study.rungs[-1]
+    fewest, most = space.counts(num_blocks)
+    gates = "gate" in space.criteria and min(trials, (most - fewest + 1) * len(space.gate_eps))
+    gate_tokens = 3 * gates * study.gates.steps * GATE_STEP_TOKENS
+    forward = run.dense.prefill_macs + table.head_macs
+    seconds = forward * (trials * tokens + gate_tokens) / study.jobs / rate
+    if study.seconds is not None:
+        seconds = min(seconds, study.seconds) if trials else study.seconds
+    rank = max(space.recover.delta_ranks)
+    trained = sum(block.attention.adapter_width + block.mlp.adapter_width for block in table.blocks)
+    trained_bytes = 4 * trained * (rank + max(space.share.adapter_ranks))
+    activations = (
+        4
+        * splits.sequence_length
+        * study.recovery.batch
+        * (num_blocks * table.activation_width + 2 * table.vocabulary)
+    )
+    return DryRun(
+        size=size(study.space, num_blocks),
+        feasible_share=feasible_share(study.space, table, target, budget, num_proposals=num_proposals),
+        counts=space.counts(num_blocks),
+        dense=run.dense,
+        smallest=plan,
+        smallest_cost=cost,
+        seconds=seconds,
+        disk_bytes=trials * trained_bytes + 10**7,
+        # weights once for the machine; each trial its parameters, gradients, two moments, activations, Python
+        memory_bytes=run.dense.weight_bytes + study.jobs * (4 * trained_bytes + activations + 6 * 10**8),
+        notice=dense_fits(run),
+    )

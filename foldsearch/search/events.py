@@ -1,0 +1,137 @@
+"""What a run tells whoever listens, in the driver's process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from foldsearch.plan.proposal import Proposal
+from foldsearch.plan.result import TrialResult
+from foldsearch.search.folder import RunFolder
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something happened in a run; the subclasses say what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Notice(Event):
+    """Something a person should know, in words."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Preparing(Event):
+    """Before the first trial. stage: in words. share: done of the stage, 0 to 1."""
+
+    stage: str
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class SearchStarted(Event):
+    """Trials begin. num_ended: trials of earlier processes of this run. planned: None if only time ends it."""
+
+    folder: RunFolder
+    num_ended: int
+    planned: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class TrialStarted(Event):
+    """A trial begins, or goes on after an interruption (`resumed`)."""
+
+    number: int
+    proposal: Proposal
+    resumed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TrialProgress(Event):
+    """Where a running trial is, about once a second. phase: in words. share: done of the phase, 0 to 1."""
+
+    number: int
+    phase: str
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class RungDone(Event):
+    """A result of a rung; TrialStopped, TrialFinished or TrialFailed follows if it was the trial's last."""
+
+    number: int
+    result: TrialResult
+
+
+@dataclass(frozen=True, slots=True)
+class TrialStopped(Event):
+    """Halving stopped a trial."""
+
+    number: int
+    result: TrialResult
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrialFinished(Event):
+    """A trial reached the last rung. on_front: whether nothing dominates it so far."""
+
+    number: int
+    result: TrialResult
+    on_front: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TrialFailed(Event):
+    """A trial crashed, diverged, or turned out above the budget."""
+
+    number: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrialRetried(Event):
+    """The worker of a trial died; the trial goes on from its last rung in another one."""
+
+    number: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress(Event):
+    """After every trial's end. planned, remaining_seconds: None where not known."""
+
+    num_ended: int
+    planned: int | None
+    elapsed_seconds: float
+    remaining_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class SearchDone(Event):
+    """The run is over. front: numbers of the trials that nothing dominates."""
+
+    folder: RunFolder
+    num_finished: int
+    num_stopped: int
+    num_failed: int
+    elapsed_seconds: float
+    front: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SearchInterrupted(Event):
+    """Ctrl-C: nothing that was finished is lost. resume: the command that goes on."""
+
+    folder: RunFolder
+    num_running: int
+    resume: str
+
+
+OnEvent = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """Nobody listens."""

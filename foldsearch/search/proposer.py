@@ -1,0 +1,176 @@
+"""Who is next: baselines first, then the sampler and neighbours of the front, at last what a report still needs.
+
+Baselines are each criterion of the space with nothing shared, at the fewest dropped blocks that keep the budget (a
+fifth of the blocks where dense keeps it already). They are never halved, so the search is never worse than the
+simple ways of dropping blocks, and a report can say by how much it is better.
+
+When the trials or seconds of the study are spent, the search closes: at the most promising counts of the front (the
+knee's first, then by the hypervolume that its points add; `CLOSING_COUNTS` of them), each criterion whose plan has
+not reached the last rung gets a trial beyond those asked for, and it is not halved either.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ray.tune.search import Searcher
+
+from foldsearch.plan.front import contributions, knee, normalise
+from foldsearch.plan.proposal import Proposal, lower_bound
+from foldsearch.search.folder import RunFolder
+from foldsearch.search.records import Record, Records, front, point
+
+CLOSING_COUNTS = 2
+CLOSING_ROUNDS = 2  # closing trials may move the front to other counts: look again, but not for ever
+DENSE_FITS_SHARE = 0.2
+
+
+class Line:
+    """The line of trials of one run: hands out the next one until the search is over.
+
+    Limits count what earlier processes of the same run did.
+    """
+
+    def __init__(self, records: Records) -> None:
+        """Queues the baselines where the run is new."""
+        self.records = records
+        self.study = records.folder.study
+        self._before = records.elapsed
+        self._began = time.monotonic()
+        if not records.all() and (count := baseline_count(records)) is not None:
+            for criterion in records.space.criteria:
+                records.queue(criterion, count)
+
+    def elapsed(self) -> float:
+        """Seconds of this run so far, over all its processes."""
+        return self._before + time.monotonic() - self._began
+
+    def next(self, *, num_running: int) -> tuple[int, Proposal] | None:
+        """Number and proposal of the next trial; None if there is none, or none before a running one ends."""
+        known = self.records.all()
+        if self.records.anyone_waits or self._may_begin(known):
+            return self.records.ask()
+        if num_running:
+            return None
+        most = CLOSING_ROUNDS * CLOSING_COUNTS * len(self.records.space.criteria)
+        missing = missing_baselines(self.records)[: most - sum(record.closing for record in known)]
+        for criterion, count in missing:
+            self.records.queue(criterion, count, closing=True)
+        return self.records.ask() if missing else None
+
+    def planned(self) -> int | None:
+        """Trials this run will have, as far as is known now; None where only seconds (or nothing) end it."""
+        if self.study.trials is None:
+            return None
+        return self.study.trials + sum(record.closing for record in self.records.all())
+
+    def remaining(self) -> float | None:
+        """Seconds to the end of the search, from the mean of the trials that ended; None before the first one."""
+        known = self.records.all()
+        took = [record.last.seconds for record in known if record.ended and record.last is not None]
+        left = None if self.study.seconds is None else max(0.0, self.study.seconds - self.elapsed())
+        planned = self.planned()
+        if planned is None or not took:
+            return left
+        begun = sum(record.is_trial for record in known if record.ended)
+        expected = max(0, planned - begun) * sum(took) / len(took) / self.study.jobs
+        return expected if left is None else min(expected, left)
+
+    def _may_begin(self, known: list[Record]) -> bool:
+        if self.study.trials is not None:
+            begun = sum(record.is_trial and not record.closing for record in known)
+            if begun >= self.study.trials:
+                return False
+        if self.study.seconds is None:
+            return True
+        whole = [
+            record.last.seconds for record in known if record.state == "finished" and record.last is not None
+        ]
+        mean = sum(whole) / len(whole) if whole else 0.0
+        # This trial, and what closing would take if the search ended after it, are to fit the time that is left.
+        reserve = (1 + len(missing_baselines(self.records))) * mean / self.study.jobs
+        return self.elapsed() + reserve < self.study.seconds
+
+
+def baseline_count(records: Records) -> int | None:
+    """Blocks that a baseline drops; None where dropping alone cannot keep the budget."""
+    folder = records.folder
+    fewest, most = records.space.counts(folder.num_blocks)
+    if folder.budget.admits(folder.dense):
+        fewest = min(most, max(fewest, round(DENSE_FITS_SHARE * folder.num_blocks)))
+    return next((count for count in range(max(1, fewest), most + 1) if _fits(folder, count)), None)
+
+
+def missing_baselines(records: Records) -> list[tuple[str, int]]:
+    """Criteria and counts that the front ends on, and whose plans have not reached the last rung."""
+    known = records.all()
+    done = {
+        (record.proposal.criterion, record.proposal.num_removed)
+        for record in known
+        if record.proposal is not None and not record.proposal.num_groups
+        if record.state in ("finished", "failed") or record.exempt
+    }
+    return [
+        (criterion, count)
+        for count in _promising(records, known)
+        for criterion in records.space.criteria
+        if (criterion, count) not in done
+    ]
+
+
+def _promising(records: Records, known: list[Record]) -> list[int]:
+    folder = records.folder
+    ends = [record.last for record in front(known, records.objectives) if record.last is not None]
+    if not ends:
+        return []
+    points = [point(last, records.objectives) for last in ends]
+    added = contributions(normalise(points), [1.1] * len(points[0]))
+    order = (knee(points), *sorted(range(len(points)), key=lambda i: -added[i]))
+    fewest, most = records.space.counts(folder.num_blocks)
+    counts = dict.fromkeys(len(ends[i].plan.dropped) for i in order)
+    return [c for c in counts if max(1, fewest) <= c <= most and _fits(folder, c)][:CLOSING_COUNTS]
+
+
+def _fits(folder: RunFolder, count: int) -> bool:
+    return folder.budget.admits(
+        lower_bound(Proposal("window", num_removed=count), folder.table, folder.target)
+    )
+
+
+class Proposer(Searcher):
+    """Tune's side of it: a searcher over the line. It keeps nothing that the study does not know."""
+
+    def __init__(self, line: Line) -> None:
+        """`line`: hands out the trials."""
+        super().__init__()
+        self._line = line
+        self._running: set[str] = set()
+
+    def suggest(self, trial_id: str) -> Any:
+        """Config of the next trial; None: not now; FINISHED: never again.
+
+        As many at a time as the study's jobs and no more: Tune would ask for one more than can run, and that one
+        would be proposed without the results of those that run.
+        """
+        if len(self._running) >= self._line.study.jobs:
+            return None
+        asked = self._line.next(num_running=len(self._running))
+        if asked is None:
+            return None if self._running else str(Searcher.FINISHED)
+        number, proposal = asked
+        self._line.records.note_tune_id(number, trial_id)
+        self._running.add(trial_id)
+        return {"number": number, "proposal": proposal.to_json()}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Make room for the next one; the study has been told by then."""
+        self._running.discard(trial_id)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save: the study is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing to restore."""

@@ -1,0 +1,424 @@
+"""The book of record: one Optuna study in the run folder's SQLite file.
+
+Every trial is a row, whatever became of it:
+
+    COMPLETE   reached the last rung                        objectives: KL, memory in GB, FLOPs per token
+    PRUNED     stopped at a rung (user attribute `stopped_at_rung`), or infeasible (its constraints say by how much)
+    FAIL       crashed, diverged, or no finite numbers: user attribute `reason`
+    RUNNING    being run, or interrupted: run_search goes on with it first
+
+User attributes: `proposal`, `origin`, `closing`, `plan`, `tune_id`, and `rung 0`, `rung 1`, ... (TrialResults).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from foldsearch.errors import BudgetError
+from foldsearch.plan.cost import GB, Cost, price
+from foldsearch.plan.front import non_dominated
+from foldsearch.plan.plan import FoldPlan
+from foldsearch.plan.proposal import Origin, Proposal, lower_bound, neighbour
+from foldsearch.plan.result import TrialResult
+from foldsearch.plan.strip import strip
+from foldsearch.search.folder import RunFolder
+from foldsearch.spec.space import Option, Space, narrow, propose, propose_recovery, repair
+from foldsearch.spec.study import Objective
+
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
+
+STUDY_NAME = "foldsearch"
+METRIC_NAMES = {"kl": "KL to dense (nats per token)", "memory": "memory (GB)", "flops": "FLOPs per token"}
+_NEIGHBOUR_TRIES = 20
+_REJECTS = 100
+
+RecordState = Literal["waiting", "running", "finished", "stopped", "infeasible", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One trial as the study knows it.
+
+    proposal: None until it is asked for. results: of its rungs so far, in order. reason: of a failure or a stop.
+    closing: whether it was added when the search had spent its trials (see `foldsearch.search.proposer`).
+    """
+
+    number: int
+    state: RecordState
+    proposal: Proposal | None
+    results: tuple[TrialResult, ...]
+    reason: str = ""
+    closing: bool = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return self.state not in ("waiting", "running")
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether it counts as a trial: not those that were rejected by their price before anything ran."""
+        return self.state != "infeasible" or bool(self.results)
+
+    @property
+    def last(self) -> TrialResult | None:
+        """Its latest result."""
+        return self.results[-1] if self.results else None
+
+    @property
+    def exempt(self) -> bool:
+        """Whether halving lets it through: baselines reach the last rung, so that reports can compare with them."""
+        return self.proposal is not None and self.proposal.origin == "baseline"
+
+
+def front(
+    records: Sequence[Record], objectives: Sequence[Objective] = ("kl", "memory", "flops")
+) -> list[Record]:
+    """The trials that no other dominates: feasible ones that reached the last rung, each plan once."""
+    finished = [record for record in records if record.state == "finished" and record.last is not None]
+    once: dict[str, Record] = {}
+    for record in finished:
+        assert record.last is not None
+        if record.last.state == "measured":
+            once.setdefault(record.last.plan.id, record)
+    candidates = list(once.values())
+    points = [point(record.last, objectives) for record in candidates if record.last is not None]
+    return [candidates[i] for i in non_dominated(points)]
+
+
+def point(result: TrialResult, objectives: Sequence[Objective]) -> tuple[float, ...]:
+    """A result's objectives, in the study's order: KL in nats per token, memory in GB, FLOPs per token."""
+    kl, memory_bytes, flops = result.objectives()
+    values = {"kl": kl, "memory": memory_bytes / GB, "flops": flops}
+    return tuple(values[name] for name in objectives)
+
+
+def read_records(folder: RunFolder) -> list[Record]:
+    """Every trial of a run so far, by number; safe while the run goes on."""
+    if not folder.storage.is_file():
+        return []
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.load_study(study_name=STUDY_NAME, storage=_storage(folder))
+    return [_record(trial) for trial in study.get_trials(deepcopy=False)]
+
+
+class Records:
+    """The study of a run: who is next, and what became of whom.
+
+    space: the study's, narrowed to what can fit the budget.
+
+    Raises:
+        BudgetError: no plan of the space can keep the budget.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.objectives: tuple[Objective, ...] = ("kl", *(o for o in folder.study.objectives if o != "kl"))
+        self.space: Space = narrow(folder.study.space, folder.table, folder.target, folder.budget)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.study = optuna.create_study(
+            study_name=STUDY_NAME,
+            storage=_storage(folder),
+            directions=["minimize"] * len(self.objectives),
+            load_if_exists=True,
+        )
+        trials = self._trials()
+        self.study.sampler = _sampler(folder.study.sampler, folder.study.seed + len(trials))
+        self._interrupted = [trial.number for trial in trials if trial.state == TrialState.RUNNING]
+        if not trials:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                self.study.set_metric_names([METRIC_NAMES[name] for name in self.objectives])
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False)
+
+    def all(self) -> list[Record]:
+        """Every trial, by number."""
+        return [_record(trial) for trial in self._trials()]
+
+    def get(self, number: int) -> Record:
+        """One trial."""
+        return _record(self._trials()[number])
+
+    def front(self) -> list[Record]:
+        """The front of the trials so far."""
+        return front(self.all(), self.objectives)
+
+    # ---- who is next
+
+    def queue(self, criterion: str, num_removed: int, *, closing: bool = False) -> None:
+        """Put a baseline first in line: a criterion at a count, nothing shared, recovery settings in mid-range.
+
+        Its gate_eps is that of the best gates so far, else the middle one of the space.
+        """
+        low, high = self.space.recover.learning_rate
+        ranks = self.space.recover.delta_ranks
+        params = {
+            "num_removed": num_removed,
+            "criterion": criterion,
+            "num_groups": 0,
+            "learning_rate": min(max(math.sqrt(low * high), low), high),
+            "delta_rank": ranks[len(ranks) // 2],
+        }
+        if criterion == "gate":
+            params["gate_eps"] = self._best_eps()
+        self.study.enqueue_trial(params, user_attrs={"origin": "baseline", "closing": closing})
+
+    def _best_eps(self) -> float:
+        gated = [
+            (record.last.quality.kl, record.proposal.gate_eps)
+            for record in self.all()
+            if record.state == "finished" and record.last is not None and record.last.quality is not None
+            if record.proposal is not None and record.proposal.gate_eps is not None
+        ]
+        return min(gated)[1] if gated else self.space.gate_eps[len(self.space.gate_eps) // 2]
+
+    @property
+    def anyone_waits(self) -> bool:
+        """Whether an interrupted or a queued trial is still to be run."""
+        return bool(self._interrupted) or any(trial.state == TrialState.WAITING for trial in self._trials())
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds that processes of this run have worked, as last noted."""
+        return float(self.study.user_attrs.get("seconds", 0.0))
+
+    def note_elapsed(self, seconds: float) -> None:
+        """Write down how long this run has worked."""
+        self.study.set_user_attr("seconds", seconds)
+
+    def note_tune_id(self, number: int, trial_id: str) -> None:
+        """Write down under which name Tune runs a trial."""
+        self._write(number, tune_id=trial_id)
+
+    def ask(self) -> tuple[int, Proposal]:
+        """The next trial: one that was interrupted, a queued baseline, a neighbour of the front, or a suggestion.
+
+        A proposal that cannot fit is repaired; if that fails it is told as infeasible, and the next one is asked
+        for.
+
+        Raises:
+            BudgetError: a hundred proposals in a row could not fit.
+        """
+        while self._interrupted:
+            number = self._interrupted.pop(0)
+            record = self.get(number)
+            if record.results and ended(record.results[-1]):
+                self.finish(number)  # only the telling was interrupted
+            elif (proposal := record.proposal or self._propose(self._trial(number))) is not None:
+                return number, proposal
+        for _ in range(_REJECTS):
+            trial = self.study.ask()
+            if (proposal := self._propose(trial)) is not None:
+                return trial.number, proposal
+        raise BudgetError(
+            f"{_REJECTS} proposals in a row could not keep the budget {self.folder.budget}. "
+            "Raise the budget, or widen the space (share.max_groups, share.adapter_ranks)."
+        )
+
+    def _propose(self, trial: optuna.Trial) -> Proposal | None:
+        folder = self.folder
+        origin: Origin = trial.user_attrs.get("origin", "sampler")
+        drawn = self._neighbour(trial) if origin == "sampler" else None
+        if drawn is None:
+            suggested = propose(_Suggest(trial), self.space, folder.num_blocks, origin=origin)
+            drawn = repair(suggested, self.space, folder.table, folder.target, folder.budget)
+            if drawn is None:
+                self._write(trial.number, proposal=suggested.to_json(), origin=origin)
+                self._reject(trial.number, lower_bound(suggested, folder.table, folder.target))
+                return None
+        self._write(trial.number, proposal=drawn.to_json(), origin=drawn.origin)
+        return drawn
+
+    def _neighbour(self, trial: optuna.Trial) -> Proposal | None:
+        """With the space's probability, a plan near one of the front that fits and was never tried."""
+        rng = random.Random(f"{self.folder.study.seed} {trial.number}")
+        if rng.random() >= self.space.neighbour_share:
+            return None
+        records = self.all()
+        if not (parents := front(records, self.objectives)):
+            return None
+        tried = {record.last.plan for record in records if record.last is not None}
+        tried |= {record.proposal.plan for record in records if record.proposal and record.proposal.plan}
+        tried.add(FoldPlan.identity(self.folder.num_blocks))
+        for _ in range(_NEIGHBOUR_TRIES):
+            parent = rng.choice(parents).last
+            assert parent is not None
+            plan = neighbour(parent.plan, rng)
+            if plan not in tried and self.folder.budget.admits(
+                price(plan, self.folder.table, self.folder.target)
+            ):
+                learning_rate, delta_rank = propose_recovery(_Suggest(trial), self.space)
+                return Proposal(
+                    "given", learning_rate=learning_rate, delta_rank=delta_rank, plan=plan, origin="neighbour"
+                )
+        return None
+
+    # ---- what became of whom
+
+    def record(self, number: int, result: TrialResult) -> None:
+        """Write down the result of a rung."""
+        self._write(number, **{f"rung {result.rung}": result.to_json(), "plan": str(result.plan)})
+
+    def finish(self, number: int) -> RecordState:
+        """Tell the study how a trial ended, by its last result.
+
+        COMPLETE only with finite objectives at the last rung (Optuna would take an infinity for a value).
+        """
+        result = self.get(number).last
+        if result is None:
+            return self.fail(number, "it gave no result")
+        if result.state == "infeasible":
+            self._reject(number, result.cost)
+            return "infeasible"
+        if result.state in ("diverged", "failed"):
+            return self.fail(number, f"{result.state}: {result.reason}" if result.reason else result.state)
+        if result.quality is None or not all(map(math.isfinite, point(result, self.objectives))):
+            return self.fail(number, "diverged: its objectives are not finite numbers")
+        self._price(number, result.cost)
+        self._note(number, result)
+        if not result.is_last_rung:
+            return self.fail(number, f"it ended after rung {result.rung}, before the last one")
+        self.study.tell(number, point(result, self.objectives))
+        return "finished"
+
+    def stop(self, number: int, reason: str) -> None:
+        """Tell the study that halving stopped a trial: PRUNED, and never on a front."""
+        result = self.get(number).last
+        assert result is not None
+        self._price(number, result.cost)
+        self._note(number, result)
+        self._write(number, stopped_at_rung=result.rung, reason=reason)
+        self.study.tell(number, state=TrialState.PRUNED)
+
+    def fail(self, number: int, reason: str) -> RecordState:
+        """Tell the study that a trial failed: a row with its reason."""
+        self._write(number, reason=reason)
+        self.study.tell(number, state=TrialState.FAIL)
+        return "failed"
+
+    def _reject(self, number: int, cost: Cost) -> None:
+        """PRUNED with constraints: a sampler learns from it where feasible plans end (from FAIL it would not)."""
+        self._price(number, cost)
+        words = ", ".join(
+            f"{name} {above:+.1%}" for name, above in self.folder.budget.violations(cost).items()
+        )
+        self._write(number, reason=f"above the budget: {words}")
+        self.study.tell(number, state=TrialState.PRUNED)
+
+    # ---- writing
+
+    def _trial(self, number: int) -> optuna.Trial:
+        return optuna.Trial(self.study, self._trials()[number]._trial_id)
+
+    def _write(self, number: int, **attributes: Any) -> None:
+        trial_id = self._trials()[number]._trial_id
+        for name, value in attributes.items():
+            self.study._storage.set_trial_user_attr(trial_id, name, value)
+
+    def _price(self, number: int, cost: Cost) -> None:
+        violations = self.folder.budget.violations(cost)
+        trial = self._trial(number)
+        for name, above in violations.items():
+            trial.set_constraint(name, above)
+        # optuna-dashboard reads the key that Optuna used before version 5.
+        self.study._storage.set_trial_system_attr(trial._trial_id, "constraints", list(violations.values()))
+
+    def _note(self, number: int, result: TrialResult) -> None:
+        from optuna_dashboard import save_note
+
+        save_note(self._trial(number), note(result))
+
+
+def ended(result: TrialResult) -> bool:
+    """Whether no further rung follows, whatever halving says."""
+    return result.is_last_rung or result.state in ("infeasible", "diverged", "failed")
+
+
+def note(result: TrialResult) -> str:
+    """What the dashboard shows beside a trial: the plan, its strip, every cost term, quality (Markdown)."""
+    cost = result.cost
+    rows = [
+        ("weights", f"{cost.weight_bytes / GB:.4f} GB"),
+        ("adapters", f"{cost.adapter_bytes / GB:.4f} GB"),
+        ("KV cache", f"{cost.kv_bytes / GB:.4f} GB"),
+        ("activations", f"{cost.activation_bytes / GB:.4f} GB"),
+        ("**memory**", f"**{cost.memory_bytes / GB:.4f} GB**"),
+        ("prefill", f"{2 * cost.prefill_macs:.4g} FLOPs per token"),
+        ("decode", f"{cost.flops:.4g} FLOPs per token"),
+        ("rung", f"{result.rung}, after {result.recovery_tokens} recovery tokens"),
+    ]
+    if quality := result.quality:
+        rows += [
+            ("KL to dense", f"{quality.kl:.4f} ± {quality.kl_se:.4f} nats per token"),
+            (
+                "perplexity",
+                f"{quality.perplexity:.2f} ± {quality.perplexity_se:.2f} (dense {quality.dense_perplexity:.2f})",
+            ),
+            ("agreement", f"{quality.agreement:.1%}"),
+        ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"`{result.plan}`\n\n`{strip(result.plan)}`\n\n| | |\n|---|---|\n{table}\n"
+
+
+def _record(trial: FrozenTrial) -> Record:
+    attributes = trial.user_attrs
+    rungs = sorted((name for name in attributes if name.startswith("rung ")), key=lambda name: int(name[5:]))
+    states: dict[TrialState, RecordState] = {
+        TrialState.WAITING: "waiting",
+        TrialState.RUNNING: "running",
+        TrialState.COMPLETE: "finished",
+        TrialState.FAIL: "failed",
+        TrialState.PRUNED: "stopped" if "stopped_at_rung" in attributes else "infeasible",
+    }
+    return Record(
+        trial.number,
+        states[trial.state],
+        Proposal.from_json(attributes["proposal"]) if "proposal" in attributes else None,
+        tuple(TrialResult.from_json(attributes[name]) for name in rungs),
+        attributes.get("reason", ""),
+        attributes.get("closing", False),
+    )
+
+
+def _storage(folder: RunFolder) -> optuna.storages.RDBStorage:
+    url = f"sqlite:///{folder.storage.resolve()}"
+    return optuna.storages.RDBStorage(
+        url, engine_kwargs={"connect_args": {"timeout": 60}}
+    )  # seconds to wait for others
+
+
+def _sampler(name: str, seed: int) -> BaseSampler:
+    # A fixed seed would repeat its suggestions after a restart, so `seed` counts the trials already there.
+    if name == "nsga2":
+        return optuna.samplers.NSGAIISampler(seed=seed, population_size=8)
+    if name == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=8)
+
+
+class _Suggest:
+    """Optuna's trial, as a space asks it."""
+
+    def __init__(self, trial: optuna.Trial) -> None:
+        self._trial = trial
+
+    def integer(self, name: str, low: int, high: int) -> int:
+        return self._trial.suggest_int(name, low, high)
+
+    def number(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        return self._trial.suggest_float(name, low, high, log=log)
+
+    def choice(self, name: str, options: Sequence[Option]) -> Option:
+        value: Any = self._trial.suggest_categorical(name, options)
+        return value  # type: ignore[no-any-return]

@@ -1,0 +1,382 @@
+"""Run a study: Ray Tune runs the trials, the Optuna study proposes them and remembers, the run folder keeps the rest.
+
+A run that was stopped, by Ctrl-C or by `kill -9`, goes on from two things only: the study (finished trials are rows;
+a trial that was being run is RUNNING) and the trial folders (the state at the last rung). Tune starts afresh over
+them: its own restore would bring back a second, older account of the same trials.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from foldsearch.errors import RunError
+from foldsearch.plan.result import TrialResult
+from foldsearch.search.dry_run import dense_fits, num_cpus
+from foldsearch.search.events import (
+    Event,
+    Notice,
+    OnEvent,
+    Preparing,
+    Progress,
+    RungDone,
+    SearchDone,
+    SearchInterrupted,
+    SearchStarted,
+    TrialFailed,
+    TrialFinished,
+    TrialProgress,
+    TrialRetried,
+    TrialStarted,
+    TrialStopped,
+    ignore,
+)
+from foldsearch.search.folder import RunFolder
+from foldsearch.search.halving import Halving, decide
+from foldsearch.search.proposer import Line, Proposer
+from foldsearch.search.records import Records, ended, point
+from foldsearch.search.worker import DISK_FULL, PROGRESS_SECONDS, TrialRunner, load_function
+from foldsearch.spec.space import narrow
+from foldsearch.spec.study import Study
+
+TRIAL = "foldsearch.trial:run_trial"
+PREPARE = "foldsearch.trial:prepare_context"
+MAX_CRASHES = 2  # a worker that dies is started again this often for the same trial
+
+
+# ---- the search
+
+
+def run_search(
+    study: Study | None,
+    folder: Path,
+    *,
+    resume: bool = False,
+    on_event: OnEvent = ignore,
+    trial: str = TRIAL,
+    prepare: str = PREPARE,
+) -> RunFolder:
+    """Run a study into a new folder, or go on with the run in `folder`.
+
+    Args:
+        study: what to run. With `resume`, None takes the folder's; another one may differ in trials, seconds and
+            jobs only.
+        folder: of the run; it appears when everything that can be refused was not refused.
+        resume: go on with a run: interrupted trials first, from their last rung.
+        on_event: told what happens, in this process.
+        trial: "module:function" with the signature of `foldsearch.trial.run_trial`; workers import it.
+        prepare: "module:function" with the signature of `foldsearch.trial.prepare_context`; its result, a dataclass
+            with `table`, `run_folder`, `threads` and `device`, is what trials get as their context.
+
+    Raises:
+        BudgetError: no plan of the space can keep the budget.
+        RunError: the folder exists already, or is not the run it should be; or the disk is full.
+        KeyboardInterrupt: after Ctrl-C; the run can be resumed.
+    """
+
+    def say(stage: str, share: float) -> None:
+        on_event(Preparing(stage, share))
+
+    if resume:
+        run = RunFolder.open(folder)
+        with run.lock(), _disk_full_is_an_error(run):
+            run = run.with_limits(study or run.study)
+            context = load_function(prepare)(run.study, folder, progress=say)
+            if context.table != run.table:
+                raise RunError(
+                    f"the model of '{folder}' is not the one it was started with. Start a new run."
+                )
+            _search(run, context, trial, on_event)
+        return run
+    if study is None:
+        raise ValueError("a new run needs a study.")
+    with RunFolder.draft(folder) as draft:
+        context = load_function(prepare)(study, draft, progress=say)
+        checked = RunFolder(folder, study, context.table, {})
+        narrow(study.space, checked.table, checked.target, checked.budget)
+        run = RunFolder.create(folder, draft, study, context.table, _provenance(context, draft))
+    with run.lock(), _disk_full_is_an_error(run):
+        _search(run, replace(context, run_folder=folder), trial, on_event)
+    return run
+
+
+def _search(run: RunFolder, context: Any, trial: str, on_event: OnEvent) -> None:
+    if notice := dense_fits(run):
+        on_event(Notice(notice))
+    records = Records(run)
+    threads = max(1, num_cpus() // run.study.jobs)
+    Search(records, Line(records), on_event).run(replace(context, threads=threads), trial)
+
+
+def _provenance(context: Any, draft: Path) -> dict[str, str]:
+    """Versions, and hashes of what went in."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": sys.version.split()[0]}
+    for package in ("torch", "transformers", "optuna", "ray", "fvcore"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    if (files := getattr(context, "files", None)) is not None:
+        found |= {"model hash": files.content_hash, "model dtype": files.dtype, "model note": files.note}
+    tokens = draft / "tokens.safetensors"
+    if tokens.is_file():
+        found["tokens sha256"] = hashlib.sha256(tokens.read_bytes()).hexdigest()
+    return found
+
+
+class Search:
+    """One process's part of a run: between Tune, the line of trials, the study, and whoever listens."""
+
+    def __init__(self, records: Records, line: Line, on_event: OnEvent) -> None:
+        """`on_event`: told what happens."""
+        self.records = records
+        self.line = line
+        self.folder = records.folder
+        self._tell = on_event
+        self._error: BaseException | None = None
+
+    def run(self, context: Any, trial: str) -> None:
+        """Run trials until the line is empty."""
+        known = self.records.all()
+        ended_before = sum(record.ended for record in known)
+        self._tell(SearchStarted(self.folder, ended_before, self.line.planned()))
+        study = self.folder.study
+        cpus = max(num_cpus(), study.jobs)
+        gpus = 1 / study.jobs if context.device == "cuda" else 0
+        try:
+            with _ray(cpus):
+                tune.run(
+                    tune.with_parameters(TrialRunner, context=context, trial=trial, folder=self.folder),
+                    name=time.strftime("%Y%m%d-%H%M%S"),
+                    storage_path=str(self.folder.tune.resolve()),
+                    search_alg=Proposer(self.line),
+                    scheduler=Halving(self.judge),
+                    callbacks=[Watcher(self)],
+                    num_samples=-1,
+                    resources_per_trial={"cpu": cpus // study.jobs, "gpu": gpus},
+                    max_failures=MAX_CRASHES,
+                    reuse_actors=True,
+                    raise_on_failed_trial=False,
+                    trial_dirname_creator=lambda trial: f"{trial.config['number']:05}-{trial.trial_id}",
+                    verbose=0,
+                )
+        except KeyboardInterrupt:
+            running = sum(record.state == "running" for record in self.records.all())
+            self.records.note_elapsed(self.line.elapsed())
+            self._tell(SearchInterrupted(self.folder, running, f"foldsearch resume {self.folder.path}"))
+            raise
+        except Exception:
+            if self._error is not None:
+                raise self._error from None  # Tune wraps what `judge` raises into text
+            raise
+        self.records.note_elapsed(self.line.elapsed())
+        states = [record.state for record in self.records.all()]
+        self._tell(
+            SearchDone(
+                self.folder,
+                num_finished=states.count("finished"),
+                num_stopped=states.count("stopped"),
+                num_failed=states.count("failed"),
+                elapsed_seconds=self.line.elapsed(),
+                front=tuple(record.number for record in self.records.front()),
+            )
+        )
+
+    def judge(self, number: int, message: str) -> bool:
+        """Record what a worker says of a trial; whether the trial ends now."""
+        try:
+            return self._judge(number, json.loads(message))
+        except BaseException as error:
+            self._error = error
+            raise
+
+    def _judge(self, number: int, message: dict[str, Any]) -> bool:
+        if reason := message.get("disk full"):
+            raise RunError(
+                f"trial {number} could not be written: {reason}. Free some space; nothing that was finished is lost. "
+                f"Go on with: foldsearch resume {self.folder.path}"
+            )
+        if reason := message.get("failed"):
+            if (last := self.records.get(number).last) is not None and last.state == "known":
+                reason = f"trial {last.known_from} measures the same plan at this moment"
+                self.records.stop(number, reason)
+                self._ended(TrialStopped(number, last, reason))
+                return True
+            self.records.fail(number, reason)
+            self._ended(TrialFailed(number, reason))
+            return True
+        result = TrialResult.from_json(message["result"])
+        known_rungs = {known.rung for known in self.records.get(number).results}
+        if message.get("again") and result.rung in known_rungs and not ended(result):
+            return False  # it went on from here before it was interrupted
+        self.records.record(number, result)
+        self._tell(RungDone(number, result))
+        if ended(result):
+            if self.records.finish(number) == "finished":
+                on_front = number in {record.number for record in self.records.front()}
+                self._ended(TrialFinished(number, result, on_front))
+            else:
+                self._ended(TrialFailed(number, self.records.get(number).reason))
+            return True
+        settings = self.folder.study.halving
+        objectives = self.records.objectives
+        known = self.records.all()
+        if known[number].exempt or result.quality is None:
+            return False
+        others = {
+            other.plan: point(other, objectives)
+            for record in known
+            for other in record.results
+            if record.number != number
+            and other.rung == result.rung
+            and other.quality
+            and other.plan != result.plan
+        }
+        decision = decide(
+            point(result, objectives),
+            list(others.values()),
+            keep=settings.keep,
+            at_least=settings.at_least,
+            band=settings.band,
+        )
+        if not decision.goes_on:
+            self.records.stop(number, decision.reason)
+            self._ended(TrialStopped(number, result, decision.reason))
+        return not decision.goes_on
+
+    def started(self, number: int) -> None:
+        """A worker has the trial."""
+        record = self.records.get(number)
+        assert record.proposal is not None
+        self._tell(TrialStarted(number, record.proposal, resumed=bool(record.results)))
+
+    def retried(self, number: int, reason: str) -> None:
+        """The worker died, another one takes over."""
+        self._tell(TrialRetried(number, reason))
+
+    def lost(self, number: int, reason: str) -> None:
+        """Workers died too often over this trial."""
+        self.records.fail(number, reason)
+        self._ended(TrialFailed(number, reason))
+
+    def progress(self, number: int) -> None:
+        """Pass on what the worker wrote about where it is."""
+        try:
+            value = json.loads((self.folder.trial(number) / "progress.json").read_text())
+        except (OSError, ValueError):
+            return  # none yet
+        self._tell(TrialProgress(number, value["phase"], value["share"]))
+
+    def _ended(self, event: Event) -> None:
+        self._tell(event)
+        self.records.note_elapsed(self.line.elapsed())
+        num_ended = sum(record.ended and record.is_trial for record in self.records.all())
+        self._tell(Progress(num_ended, self.line.planned(), self.line.elapsed(), self.line.remaining()))
+
+
+class Watcher(tune.Callback):
+    """Tune's side of the events that are not results."""
+
+    def __init__(self, search: Search) -> None:
+        """`search`: is told."""
+        self._search = search
+        self._looked = 0.0
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A worker has the trial."""
+        self._search.started(trial.config["number"])
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A worker died; Tune starts the trial again."""
+        self._search.retried(trial.config["number"], _reason(trial))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Tune gave the trial up."""
+        self._search.lost(trial.config["number"], _reason(trial))
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Look where the running trials are, about once a second."""
+        if time.monotonic() - self._looked >= PROGRESS_SECONDS:
+            self._looked = time.monotonic()
+            for trial in trials:
+                if trial.status == "RUNNING":
+                    self._search.progress(trial.config["number"])
+
+
+def _reason(trial: Any) -> str:
+    error = trial.get_pickled_error() or trial.get_error() or "the worker was lost"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"crashed: {' '.join(lines)[:500]}"
+
+
+# ---- the machine
+
+
+@contextmanager
+def _ray(cpus: int) -> Iterator[None]:
+    """Ray of our own on this machine, quiet; whoever started Ray before us keeps theirs."""
+    quiet = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths stay what they were
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+        "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+        "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # its state is never restored
+    }
+    before = {name: os.environ.get(name) for name in quiet}
+    os.environ.update(quiet)
+    loggers = [logging.getLogger(name) for name in ("ray", "ray.tune", "ray.train", "ray._private")]
+    levels = [logger.level for logger in loggers]
+    ours = not ray.is_initialized()
+    try:
+        if ours:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.CRITICAL,
+                object_store_memory=100 * 10**6,  # bytes; nothing large goes through it
+            )
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        if ours:
+            ray.shutdown()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _disk_full_is_an_error(run: RunFolder) -> Iterator[None]:
+    from optuna.exceptions import StorageInternalError
+
+    try:
+        yield
+    except (OSError, StorageInternalError) as error:
+        if isinstance(error, OSError) and error.errno not in DISK_FULL:
+            raise
+        raise RunError(
+            f"the run folder '{run.path}' cannot be written: {error.__cause__ or error}. Free some space; nothing that "
+            f"was finished is lost. Go on with: foldsearch resume {run.path}"
+        ) from error

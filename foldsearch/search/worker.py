@@ -1,0 +1,131 @@
+"""What runs in a worker process: one trial after the other, a rung at a time."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from foldsearch.files import alone, write_json
+from foldsearch.plan.proposal import Proposal
+from foldsearch.plan.result import TrialResult
+from foldsearch.search.folder import RunFolder
+
+PROGRESS_SECONDS = 1.0
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def load_function(name: str) -> Callable[..., Any]:
+    """The function that "module:function" names."""
+    module, function = name.split(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found
+
+
+class TrialRunner(tune.Trainable):
+    """One trial at a time in a worker process that outlives it (`reuse_actors`).
+
+    The checkpoint of a trial is its folder: `run_trial` leaves its state there after every rung, so a new worker
+    needs nothing else to go on.
+    """
+
+    def setup(  # type: ignore[override]  # tune.with_parameters adds the others
+        self, config: dict[str, Any], context: Any, trial: str, folder: RunFolder
+    ) -> None:
+        """`config`: number and proposal of the trial; the others are the same for all trials of a run."""
+        # Ray sets 1, and torch reads it when it is first imported.
+        os.environ["OMP_NUM_THREADS"] = str(context.threads)
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(context.threads)
+        self._context, self._trial, self._folder = context, load_function(trial), folder
+        self._held = ExitStack()
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """The next trial."""
+        self._held.close()
+        self._begin(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        """Close the trial that runs, if one does."""
+        self._held.close()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Which trial folder holds the state."""
+        return {"number": self._number}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """Nothing to load: the trial folder is looked into when the trial begins."""
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self._number = config["number"]
+        self._proposal = Proposal.from_json(config["proposal"])
+        self._results: Iterator[TrialResult] | None = None
+
+    def step(self) -> dict[str, Any]:
+        """Run to the next rung.
+
+        Errors are told, not raised: raised ones would be tried again, and most would only happen again. Only a
+        worker that dies is worth another try.
+        """
+        message: dict[str, Any]
+        try:
+            if self._results is None:
+                self._results = self._start()
+                if (known := self._known()) is not None:
+                    return {"result": json.dumps({"result": known, "again": True})}
+            message = {"result": next(self._results).to_json()}
+        except StopIteration:
+            message = {"failed": "it ended before the last rung"}
+        except Exception as error:
+            words = f"{type(error).__name__}: {error}"[:500]
+            disk_full = isinstance(error, OSError) and error.errno in DISK_FULL
+            message = {"disk full" if disk_full else "failed": words}
+            if not disk_full:
+                (self._folder.trial(self._number) / "error.txt").write_text(traceback.format_exc())
+        return {"result": json.dumps(message)}
+
+    def _start(self) -> Iterator[TrialResult]:
+        place = self._folder.trial(self._number)
+        # The worker of a driver that was killed may live a moment longer: wait until it let go.
+        self._held.enter_context(alone(place / "lock"))
+        progress = _ProgressFile(place / "progress.json")
+        results: Iterator[TrialResult] = self._trial(
+            self._proposal, self._context, number=self._number, progress=progress
+        )
+        if hasattr(results, "close"):
+            self._held.callback(results.close)
+        return results
+
+    def _known(self) -> dict[str, Any] | None:
+        """The last result in the trial folder: `run_trial` will not yield it again, and the study may lack it."""
+        path = self._folder.trial(self._number) / "trial.json"
+        if not path.is_file():
+            return None
+        results: list[dict[str, Any]] = json.loads(path.read_text())["results"]
+        return results[-1] if results else None
+
+
+class _ProgressFile:
+    """Where a trial is, for the driver to read; written about once a second."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._last = ("", -1.0)
+
+    def __call__(self, phase: str, share: float) -> None:
+        now = time.monotonic()
+        if phase != self._last[0] or now - self._last[1] >= PROGRESS_SECONDS:
+            self._last = (phase, now)
+            write_json(self._path, {"phase": phase, "share": share})

@@ -1,0 +1,1 @@
+"""What a person writes: studies and spaces, in TOML."""

@@ -1,0 +1,571 @@
+"""One trial, rung by rung: draft → gate → fold → measure → recover a little → measure → recover more.
+
+It knows neither Optuna nor Ray and can run alone in one process. What it learnt is on disk after every rung, under
+the run folder, so a trial that was stopped or killed goes on from its last rung when it is run again:
+
+    trials/00012/trial.json             plan, recovery settings, results so far
+    trials/00012/recovered.safetensors  what recovery trained; optimizer.safetensors until the last rung
+    plans/<plan id>.json                which trial measures the plan: no plan is trained twice
+    tokens.safetensors                  the three token sets
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, PreTrainedModel
+
+from foldsearch.errors import InputError, RunError
+from foldsearch.files import once, replace_atomically, write_json
+from foldsearch.model import gates as gating
+from foldsearch.model import source
+from foldsearch.model.evidence import (
+    Evidence,
+    GreedyResult,
+    best_window,
+    greedy_order,
+    influence_order,
+    measure_evidence,
+)
+from foldsearch.model.fold import fold
+from foldsearch.model.judge import DenseTargets, dense_targets, judge
+from foldsearch.model.measure import measure
+from foldsearch.model.recover import Diverged, Recovery, RecoverySettings, attach, load_trained, merge
+from foldsearch.model.tokens import Splits, TokenSet, make_splits
+from foldsearch.plan.cost import Budget, Cost, CostTable, Target, price
+from foldsearch.plan.plan import FoldPlan
+from foldsearch.plan.proposal import Proposal, fold_plan, lower_bound
+from foldsearch.plan.result import Quality, TrialResult
+from foldsearch.spec.study import Sources, Study
+
+Progress = Callable[[str, float], None]
+"""Called with the name of the stage and the share of it that is done."""
+
+GREEDY_TOKENS = 1024  # SLEB calibrates on few; each of its hundreds of runs goes over them
+EVIDENCE_SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TrialContext:
+    """All that trials of a run share: paths and plain values, so that it can be sent to another process.
+
+    budget: resolved against the dense model's price. threads: torch threads of a trial; 0 leaves them alone.
+    """
+
+    study: Study
+    files: source.DenseFiles
+    table: CostTable
+    budget: Budget
+    run_folder: Path
+    cache_dir: Path
+    device: str
+    threads: int = 0
+
+    @property
+    def target(self) -> Target:
+        """What plans are priced for."""
+        return self.study.target.value()
+
+    @property
+    def dense_cost(self) -> Cost:
+        """The price of the dense model."""
+        return price(FoldPlan.identity(len(self.table.blocks)), self.table, self.target)
+
+    def trial_folder(self, number: int) -> Path:
+        """Where a trial keeps what it learnt."""
+        return self.run_folder / "trials" / f"{number:05d}"
+
+
+# ---- before the first trial
+
+
+def choose_device(wanted: str) -> str:
+    """The device that "auto" stands for on this machine: CUDA, then MPS, then the CPU.
+
+    Raises:
+        InputError: a device was named that is not here.
+    """
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        return next(device for device, available in here.items() if available)
+    if not here[wanted]:
+        found = ", ".join(device for device, available in here.items() if available)
+        raise InputError(f"--device {wanted} needs one, but torch finds only: {found}.")
+    return wanted
+
+
+def choose_precision(wanted: str, device: str) -> str:
+    """The dtype that "auto" stands for: bfloat16 where the device multiplies it fast, else float32."""
+    if wanted != "auto":
+        return wanted
+    fast = device == "cuda" or (device == "cpu" and torch.cpu._is_amx_tile_supported())
+    return "bfloat16" if fast else "float32"
+
+
+def prepare_context(
+    study: Study, run_folder: Path, *, cache_dir: Path | None = None, progress: Progress | None = None
+) -> TrialContext:
+    """Find and convert the model, price it, split the text, and ask the dense model once.
+
+    Everything is kept: the model and its answers in the cache by content, the token sets in the run folder.
+
+    Raises:
+        ModelError, DataError, BudgetError: the model, the text or the budget cannot be used.
+    """
+    say = progress or (lambda stage, share: None)
+    cache_dir = cache_dir or source.default_cache_dir()
+    device = choose_device(study.device)
+    files = source.prepare(
+        study.model,
+        dtype=choose_precision(study.precision, device),
+        cache_dir=cache_dir,
+        trust_remote_code=study.trust_remote_code,
+        progress=lambda message: say(message, 0.0),
+    )
+    say("pricing the dense model", 0.0)
+    table = _cost_table(files)
+    dense = price(FoldPlan.identity(len(table.blocks)), table, study.target.value())
+    context = TrialContext(study, files, table, study.budget.value(dense), run_folder, cache_dir, device)
+    if not (run_folder / "tokens.safetensors").exists():
+        say("reading the text", 0.0)
+        _write_splits(run_folder / "tokens.safetensors", _make_splits(study, files, say))
+    _workbench(context, say)
+    return context
+
+
+def _cost_table(files: source.DenseFiles) -> CostTable:
+    config = AutoConfig.from_pretrained(files.folder, trust_remote_code=files.trust_remote_code)
+    return measure(config)
+
+
+def _make_splits(study: Study, files: source.DenseFiles, say: Progress) -> Splits:
+    references = study.data.model_dump() if isinstance(study.data, Sources) else study.data
+    sizes = study.splits
+    return make_splits(
+        references,
+        source.open_tokenizer(files),
+        sequence_length=sizes.sequence_length,
+        num_sequences={"search": sizes.search, "recovery": sizes.recovery, "report": sizes.report},
+        text_column=study.text_column,
+        progress=lambda message: say(message, 0.0),
+    )
+
+
+def _write_splits(path: Path, splits: Splits) -> None:
+    sets = (splits.search, splits.recovery, splits.report)
+    tensors = {f"{one.name}.ids": one.ids_NT.contiguous() for one in sets}
+    tensors |= {f"{one.name}.document": one.document_N.contiguous() for one in sets}
+    metadata = {one.name: json.dumps(one.documents) for one in sets}
+    replace_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def read_splits(run_folder: Path) -> Splits:
+    """The token sets of a run.
+
+    Raises:
+        RunError: the run folder has none.
+    """
+    path = run_folder / "tokens.safetensors"
+    if not path.exists():
+        raise RunError(
+            f"a run folder holds tokens.safetensors, but {run_folder} does not. Start the run anew."
+        )
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        sets = [
+            TokenSet(
+                name,
+                file.get_tensor(f"{name}.ids"),
+                file.get_tensor(f"{name}.document"),
+                tuple(json.loads(metadata[name])),
+            )
+            for name in ("search", "recovery", "report")
+        ]
+    return Splits(*sets)
+
+
+# ---- what trials of one process share
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Workbench:
+    """The dense model, mapped, and what it says on the three token sets."""
+
+    dense: PreTrainedModel
+    splits: Splits
+    search: DenseTargets
+    recovery: DenseTargets
+    report: DenseTargets
+
+
+def open_workbench(context: TrialContext, progress: Progress | None = None) -> Workbench:
+    """The workbench of a run; opened once per process."""
+    return _workbench(context, progress or (lambda stage, share: None))
+
+
+_open: dict[tuple[Any, ...], Workbench] = {}
+
+
+def _workbench(context: TrialContext, say: Progress) -> Workbench:
+    key = (context.run_folder, context.files, context.device)
+    if key not in _open:
+        dense = source.open_dense(context.files, device=context.device)
+        splits = read_splits(context.run_folder)
+        _open.clear()  # one model at a time
+
+        def ask(tokens: TokenSet) -> DenseTargets:
+            return dense_targets(
+                dense,
+                tokens,
+                model_hash=context.files.content_hash,
+                cache_dir=context.cache_dir,
+                progress=lambda share: say(f"asking the dense model ({tokens.name})", share),
+            )
+
+        _open[key] = Workbench(dense, splits, ask(splits.search), ask(splits.recovery), ask(splits.report))
+    return _open[key]
+
+
+# ---- which blocks to drop
+
+
+def choose_blocks(
+    proposal: Proposal, context: TrialContext, say: Progress
+) -> tuple[tuple[int, ...], dict[str, Any] | None]:
+    """The blocks that the proposal's criterion drops, and a summary of the gated training where there was one.
+
+    Evidence, greedy orders and gate rankings are functions of (model, tokens, settings, seed); each is computed once
+    per machine, and trials that want the same one wait for it.
+    """
+    count = proposal.num_removed
+    if count == 0:
+        return (), None
+    if proposal.criterion == "gate":
+        found, summary = _gate_ranking(proposal, context, say)
+        return tuple(sorted(found.ranking[:count])), summary
+    if proposal.criterion == "greedy":
+        return tuple(sorted(_greedy(context, say).order[:count])), None
+    evidence = _evidence(context, say)
+    if proposal.criterion == "window":
+        return best_window(evidence, count), None
+    return tuple(sorted(influence_order(evidence)[:count])), None
+
+
+def _cache_path(context: TrialContext, folder: str, tokens: TokenSet, **settings: Any) -> Path:
+    parts = [EVIDENCE_SCHEMA, context.files.content_hash, context.files.dtype, tokens.content_hash, settings]
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return context.cache_dir / folder / f"{key}.json"
+
+
+def _evidence(context: TrialContext, say: Progress) -> Evidence:
+    bench = _workbench(context, say)
+    tokens = bench.splits.search
+    ids_NT = tokens.ids_NT.to(bench.dense.device)
+    value, _ = once(
+        _cache_path(context, "evidence", tokens),
+        lambda: measure_evidence(bench.dense, ids_NT, progress=_share(say, "block influence")).to_json(),
+    )
+    return Evidence.from_json(value)
+
+
+def _greedy(context: TrialContext, say: Progress) -> GreedyResult:
+    bench = _workbench(context, say)
+    tokens = bench.splits.search
+    rows = max(1, GREEDY_TOKENS // tokens.ids_NT.shape[1])
+    most = context.study.space.counts(len(context.table.blocks))[1]
+    ids_NT = tokens.ids_NT[:rows].to(bench.dense.device)
+    value, _ = once(
+        _cache_path(context, "greedy", tokens, rows=rows, most=most),
+        lambda: greedy_order(
+            bench.dense, ids_NT, max(most, 1), progress=_share(say, "greedy removal")
+        ).to_json(),
+    )
+    return GreedyResult.from_json(value)
+
+
+def _gate_ranking(
+    proposal: Proposal, context: TrialContext, say: Progress
+) -> tuple[gating.GateResult, dict[str, Any]]:
+    bench = _workbench(context, say)
+    tokens = bench.splits.recovery
+    assert proposal.gate_eps is not None
+    settings = gating.GateSettings(
+        count=proposal.num_removed,
+        eps=proposal.gate_eps,
+        steps=context.study.gates.steps,
+        seed=context.study.seed,
+    )
+    macs = [float(block.attention.macs + block.mlp.macs) for block in context.table.blocks]
+    ids_NT = tokens.ids_NT.to(bench.dense.device)
+    value, known = once(
+        _cache_path(context, "gates", tokens, **settings.to_json()),
+        lambda: gating.train_gates(
+            bench.dense, ids_NT, settings, block_macs=macs, progress=_share(say, "training gates")
+        ).to_json(),
+    )
+    result = gating.GateResult.from_json(value)
+    summary = {
+        "eps": settings.eps,
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "polarized": result.polarized,
+        "soft_loss": result.soft_loss,
+        "hard_loss": result.hard_loss,
+        "seconds": result.seconds,
+        "from_cache": known,
+    }
+    return result, summary
+
+
+def _share(say: Progress, stage: str) -> Callable[[int, int], None]:
+    return lambda done, total: say(stage, done / max(total, 1))
+
+
+# ---- the trial
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """A trial as it stands on disk: enough to go on from its last rung."""
+
+    plan: FoldPlan
+    learning_rate: float
+    delta_rank: int
+    gates: dict[str, Any] | None
+    results: tuple[TrialResult, ...]
+
+    def write(self, folder: Path) -> None:
+        value = {
+            "plan": str(self.plan),
+            "num_blocks": self.plan.num_blocks,
+            "learning_rate": self.learning_rate,
+            "delta_rank": self.delta_rank,
+            "gates": self.gates,
+            "results": [result.to_json() for result in self.results],
+        }
+        write_json(folder / "trial.json", value)
+
+    @classmethod
+    def read(cls, folder: Path) -> _Record | None:
+        path = folder / "trial.json"
+        if not path.exists():
+            return None
+        value = json.loads(path.read_text())
+        plan = FoldPlan.parse(value["plan"], value["num_blocks"])
+        results = tuple(TrialResult.from_json(result) for result in value["results"])
+        return cls(plan, value["learning_rate"], value["delta_rank"], value["gates"], results)
+
+
+def run_trial(
+    proposal: Proposal, context: TrialContext, *, number: int, progress: Progress | None = None
+) -> Iterator[TrialResult]:
+    """Run one trial; yields a result per rung, and may be closed at any yield.
+
+    A trial whose folder holds earlier rungs goes on after the last of them and yields only what is new. A plan that
+    another trial has measured is not trained again: its results are yielded as "known", and if that trial was stopped
+    early, this one goes on from where it stopped. What cannot fit, diverges or runs out of memory ends the trial with
+    a result that says so.
+
+    Args:
+        proposal: what to try. number: of the trial; names its folder.
+        progress: told the stage and its share.
+    """
+    say = progress or (lambda stage, share: None)
+    began = time.perf_counter()
+    if context.threads:
+        torch.set_num_threads(context.threads)
+    folder = context.trial_folder(number)
+    record = _Record.read(folder)
+    if record is None:
+        drafted = _draft(proposal, context, say)
+        if isinstance(drafted, TrialResult):
+            yield drafted
+            return
+        record = drafted
+    cost = price(record.plan, context.table, context.target)
+    with _plan_alone(context, record.plan) as (free, owner):
+        if owner is not None and owner != number:
+            known = _Record.read(context.trial_folder(owner))
+            if known is not None and known.results:
+                for result in known.results:
+                    yield replace(result, state="known", known_from=owner, gates=record.gates)
+                if not free or known.results[-1].is_last_rung:
+                    return
+                if known.results[-1].recovery_tokens:
+                    record = replace(known, gates=record.gates)
+                    _copy_state(context.trial_folder(owner), folder)
+                else:
+                    record = replace(record, results=known.results)
+        if free:
+            write_json(_plan_path(context, record.plan), {"trial": number, "plan": str(record.plan)})
+        spent = record.results[-1].seconds if record.results else 0.0
+        try:
+            for result in _rungs(record, context, folder, say):
+                result = replace(
+                    result, cost=cost, seconds=spent + time.perf_counter() - began, gates=record.gates
+                )
+                record = replace(record, results=(*record.results, result))
+                record.write(folder)
+                if result.is_last_rung:
+                    (folder / "optimizer.safetensors").unlink(missing_ok=True)
+                yield result
+        except (Diverged, InputError, MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+            state, reason = _failure(error)
+            yield TrialResult(
+                plan=record.plan,
+                cost=cost,
+                quality=None,
+                rung=len(record.results),
+                is_last_rung=False,
+                recovery_tokens=record.results[-1].recovery_tokens if record.results else 0,
+                seconds=spent + time.perf_counter() - began,
+                state=state,  # type: ignore[arg-type]
+                reason=reason,
+                gates=record.gates,
+            )
+
+
+def _failure(error: BaseException) -> tuple[str, str]:
+    """State and reason of a trial that could not go on; anything that is our own fault is raised again."""
+    if isinstance(error, Diverged):
+        return "diverged", str(error)
+    text = str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return "failed", f"out of memory: {text.splitlines()[0] if text else 'no size given'}"
+    if isinstance(error, InputError):
+        return "failed", text
+    raise error
+
+
+def _draft(proposal: Proposal, context: TrialContext, say: Progress) -> _Record | TrialResult:
+    """The proposal as a plan that fits; or the result that says it does not."""
+    bound = lower_bound(proposal, context.table, context.target)
+    gates = None
+    if context.budget.admits(bound) or proposal.origin == "hand":
+        dropped: tuple[int, ...] = ()
+        if proposal.plan is None:
+            dropped, gates = choose_blocks(proposal, context, say)
+        plan = fold_plan(dropped, proposal, len(context.table.blocks))
+        cost = price(plan, context.table, context.target)
+        if context.budget.admits(cost) or proposal.origin == "hand":
+            return _Record(plan, proposal.learning_rate, proposal.delta_rank, gates, ())
+    else:  # never built; the plan only shows the counts
+        plan = fold_plan(range(proposal.num_removed), proposal, len(context.table.blocks))
+        cost = bound
+    over = {name: share for name, share in context.budget.violations(cost).items() if share > 0}
+    reason = "; ".join(f"{name} is {share:.1%} above the budget" for name, share in over.items())
+    return TrialResult(plan, cost, None, 0, False, 0, 0.0, "infeasible", reason, gates=gates)
+
+
+def _rungs(record: _Record, context: TrialContext, folder: Path, say: Progress) -> Iterator[TrialResult]:
+    """Results of the rungs that the record does not hold yet."""
+    study = context.study
+    bench = _workbench(context, say)
+    random.seed(study.seed)
+    torch.manual_seed(study.seed)
+    model = fold(bench.dense, record.plan)
+    settings = RecoverySettings(
+        learning_rate=record.learning_rate,
+        delta_rank=record.delta_rank,
+        next_token=study.recovery.next_token,
+        kl=study.recovery.kl,
+        tail=study.recovery.tail,
+        batch=study.recovery.batch,
+        seed=study.seed,
+    )
+    recovery: Recovery | None = None
+    last = len(study.rungs) - 1
+    for rung in range(len(record.results), last + 1):
+        tokens = study.rungs[rung]
+        if tokens:
+            if recovery is None:
+                recovery = Recovery(model, settings, bench.splits.recovery, bench.recovery, study.rungs[-1])
+                if record.results and record.results[-1].recovery_tokens:
+                    recovery.load(folder, record.results[-1].recovery_tokens)
+            recovery.train(tokens, lambda share: say("recovery", share))
+            recovery.save(folder)
+        say("measuring", 0.0)
+        yield TrialResult(
+            plan=record.plan,
+            cost=context.dense_cost,  # the caller knows the plan's
+            quality=judge(model, bench.splits.search, bench.search),
+            rung=rung,
+            is_last_rung=rung == last,
+            recovery_tokens=recovery.tokens_done if recovery else 0,
+            seconds=0.0,
+            report=judge(model, bench.splits.report, bench.report) if rung == last else None,
+        )
+
+
+def _copy_state(owner: Path, folder: Path) -> None:
+    for name in ("recovered.safetensors", "optimizer.safetensors"):
+        replace_atomically(folder / name, lambda path, name=name: shutil.copyfile(owner / name, path))  # type: ignore[misc]
+
+
+def _plan_path(context: TrialContext, plan: FoldPlan) -> Path:
+    return context.run_folder / "plans" / f"{plan.id}.json"
+
+
+@contextmanager
+def _plan_alone(context: TrialContext, plan: FoldPlan) -> Iterator[tuple[bool, int | None]]:
+    """Whether no other running trial measures this plan, and the number of the trial that did before."""
+    path = _plan_path(context, plan)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path.with_suffix(".lock"), os.O_CREAT | os.O_RDWR)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except BlockingIOError:
+            free = False
+        owner = json.loads(path.read_text())["trial"] if path.exists() else None
+        yield free, owner
+    finally:
+        os.close(lock)  # lets go of the lock
+
+
+# ---- after the search
+
+
+def recovered_model(context: TrialContext, number: int) -> tuple[PreTrainedModel, TrialResult]:
+    """The folded model of a finished trial as it was measured, deltas merged, and its last result.
+
+    Raises:
+        RunError: the trial was not measured, or its weights are gone.
+    """
+    folder = context.trial_folder(number)
+    record = _Record.read(folder)
+    if record is None or not record.results:
+        raise RunError(
+            f"only a trial that was measured can be rebuilt, but trial {number} of {folder.parents[1]} was not."
+        )
+    result = record.results[-1]
+    model = fold(open_workbench(context).dense, record.plan)
+    if result.recovery_tokens:
+        if not (folder / "recovered.safetensors").exists():
+            raise RunError(
+                f"trial {number} was trained, but {folder / 'recovered.safetensors'} is gone. Run it again."
+            )
+        load_trained(attach(model, record.delta_rank, context.study.seed), folder)
+        merge(model)
+    return model, result
+
+
+def quality_of(context: TrialContext, model: PreTrainedModel) -> tuple[Quality, Quality]:
+    """Quality of a model on the search and on the report tokens of a run."""
+    bench = open_workbench(context)
+    return judge(model, bench.splits.search, bench.search), judge(model, bench.splits.report, bench.report)

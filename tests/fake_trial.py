@@ -1,0 +1,104 @@
+"""A trial without a model: KL by arithmetic on the plan, every rung logged into a file.
+
+Its folder is kept as `foldsearch.trial` keeps one: `trial.json` holds the results so far, and a trial whose folder
+holds some goes on after the last of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from foldsearch.files import write_json
+from foldsearch.plan.cost import BlockCost, CostTable, UnitCost, price
+from foldsearch.plan.plan import FoldPlan
+from foldsearch.plan.proposal import Proposal, fold_plan
+from foldsearch.plan.result import Quality, TrialResult
+from foldsearch.spec.study import Study
+
+NUM_BLOCKS = 12
+BLOCK = BlockCost(
+    UnitCost(40_000, 100, 100, 40_000, 10, 900, kv_width=64), UnitCost(120_000, 100, 100, 120_000, 0, 1500)
+)
+TABLE = CostTable(100, 500_000, 0, 500_000, 1000, 0, 5000, (BLOCK,) * NUM_BLOCKS)
+ORDERS = {
+    "gate": (6, 4, 8, 2, 10, 5, 7, 3, 9, 1),
+    "block_influence": (9, 8, 7, 6, 5, 4, 3, 2, 1, 10),
+    "window": (5, 6, 7, 4, 8, 3, 9, 2, 10, 1),
+    "greedy": (6, 8, 4, 2, 5, 7, 9, 3, 10, 1),
+}
+
+
+@dataclass(frozen=True)
+class FakeContext:
+    """table, run_folder, threads, device: as the search expects them."""
+
+    study: Study
+    table: CostTable
+    run_folder: Path
+    threads: int = 0
+    device: str = "cpu"
+
+
+def prepare(study: Study, run_folder: Path, *, progress: Callable[[str, float], None] | None = None) -> FakeContext:
+    if progress is not None:
+        progress("pricing the dense model", 1.0)
+    return FakeContext(study, TABLE, run_folder)
+
+
+def result_of(plan: FoldPlan, study: Study, rung: int, learning_rate: float = 1e-3) -> TrialResult:
+    """Loss grows with dropped and shared blocks, and shrinks with recovery tokens: deterministic, no two alike."""
+    tokens = study.rungs[rung]
+    odd = sum((block * 7919) % 13 for block in plan.dropped) / 100
+    children = sum(not own for _, _, _, own in plan.runs("mlp"))
+    kl = (0.1 + 0.2 * len(plan.dropped) + 0.07 * children + odd) * (1 + 1 / (1 + tokens / 100)) + 10 * learning_rate
+    return TrialResult(
+        plan=plan,
+        cost=price(plan, TABLE, study.target.value()),
+        quality=Quality(kl, kl / 20, 30 + kl, 0.5, 30.0, 0.7, 100),
+        rung=rung,
+        is_last_rung=rung == len(study.rungs) - 1,
+        recovery_tokens=tokens,
+        seconds=0.1 * (rung + 1),
+    )
+
+
+def run_trial(
+    proposal: Proposal,
+    context: FakeContext,
+    *,
+    number: int,
+    progress: Callable[[str, float], None] | None = None,
+) -> Iterator[TrialResult]:
+    """The environment says what is to go wrong: FAKE_RAISE, FAKE_KILL, FAKE_DISK_FULL name a trial and a rung ("3:1"),
+    FAKE_SECONDS says how long a rung takes.
+    """
+    study = context.study
+    place = context.run_folder / "trials" / f"{number:05}"
+    plan = fold_plan(ORDERS.get(proposal.criterion, ())[: proposal.num_removed], proposal, NUM_BLOCKS)
+    path = place / "trial.json"
+    known = json.loads(path.read_text())["results"] if path.is_file() else []
+    for rung in range(len(known), len(study.rungs)):
+        here = f"{number}:{rung}"
+        with (context.run_folder / "executed.log").open("a") as log:
+            log.write(f"{here} {os.getpid()}\n")
+        if os.environ.get("FAKE_RAISE") == here:
+            raise RuntimeError("the fake breaks here")
+        if os.environ.get("FAKE_DISK_FULL") == here:
+            raise OSError(28, "No space left on device")
+        if os.environ.get("FAKE_KILL") == here:
+            mark = context.run_folder / "killed"
+            if not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), 9)
+        if progress is not None:
+            progress("recovery", 0.5)
+        time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
+        result = result_of(plan, study, rung, proposal.learning_rate)
+        known.append(result.to_json())
+        write_json(path, {"results": known})
+        yield result

@@ -1,0 +1,160 @@
+"""An export is the model that was measured, or nothing is left of it.
+
+Oracles: the folded model in this process, in the dtype that ships; the folder's own files; what the message says when
+the written weights are tampered with between writing and verifying.
+"""
+
+import json
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+
+from foldsearch.errors import VerificationError
+from foldsearch.export import export, load_exported, ship
+from foldsearch.model.fold import fold
+from foldsearch.model.parts import Borrowed
+from foldsearch.plan.plan import FoldPlan
+
+NUM_BLOCKS = 6
+IDS = torch.randint(3, 96, (5, 24), generator=torch.Generator().manual_seed(1))
+
+
+def dense_model(folder=None):
+    torch.manual_seed(0)
+    config = tf.Gemma2Config(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=NUM_BLOCKS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=7,
+        max_position_embeddings=64,
+    )
+    model = tf.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    if folder is None:
+        return model
+    model.save_pretrained(folder)
+    return tf.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def folded(dense, text):
+    plan = FoldPlan.parse(text, NUM_BLOCKS)
+    model = fold(dense, plan)
+    torch.manual_seed(2)
+    for part in model.modules():
+        if isinstance(part, Borrowed) and part.rank:
+            part.up.data.normal_(0, 0.1)
+    return model, plan
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=IDS, use_cache=False).logits
+
+
+def test_folded_export(tmp_path):
+    """bfloat16, with everything a plan can have; the dense model's figures beside."""
+    dense = dense_model(tmp_path / "dense")
+    model, plan = folded(dense, "0 1=3+r4+n 2a 3 4=3m 5m")
+    out = tmp_path / "new" / "out.v1"
+    report = export(
+        model,
+        None,
+        out,
+        plan=plan,
+        form="folded",
+        dtype="bfloat16",
+        ids_NT=IDS,
+        dense=dense,
+        details={"base_model": "tiny", "kl": 0.5},
+    )
+    assert report.logits_max_difference == 0
+    assert report.logits_tolerance == 0
+    assert report.loads_without_foldsearch
+    assert report.refused_without_code
+    assert report.exported.perplexity == report.measured_perplexity
+    assert report.exported.weight_bytes == 2 * sum(p.numel() for p in model.parameters())
+    assert report.dense is not None
+    assert report.exported.disk_bytes < report.dense.disk_bytes
+    assert report.exported.decode_tokens_per_second > 0
+    assert json.loads((out / "foldsearch.json").read_text()) == report.to_json()
+    card = (out / "README.md").read_text()
+    assert "# tiny, folded" in card
+    assert str(plan) in card
+    assert '"kl": 0.5' in card
+    assert str(tmp_path) not in card + (out / "config.json").read_text()
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+    again, tokenizer = load_exported(out)
+    assert tokenizer is None
+    assert again.dtype == torch.bfloat16
+    expected = fold(dense.to(torch.bfloat16), plan)
+    expected.load_state_dict(again.state_dict())
+    assert torch.equal(logits(again), logits(expected))
+
+
+def test_expanded_export(tmp_path):
+    """Float32; merged adapters are the same function up to rounding; it replaces an older export."""
+    model, plan = folded(dense_model(), "0 1=3+r4 2 3 5 2=2")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    report = export(model, None, out, plan=plan, form="expanded", dtype="float32", ids_NT=IDS, overwrite=True)
+    assert not (out / "old").exists()
+    assert report.logits_tolerance > 0
+    assert report.logits_difference <= report.logits_tolerance
+    assert report.loads_without_foldsearch is None
+    assert report.dense is None
+    again, _ = load_exported(out)
+    assert type(again) is tf.Gemma2ForCausalLM
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-4, rtol=1e-4)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("tamper", "message"),
+    [
+        (lambda weights: weights["model.layers.1.mlp.up_proj.weight"].mul_(1.01), "logits are"),
+        (
+            lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"),
+            "missing: model.layers.1.mlp.up_proj",
+        ),
+    ],
+)
+def test_a_mismatch_fails_and_leaves_nothing(tmp_path, monkeypatch, tamper, message):
+    write = ship.write_folded
+
+    def write_wrong(model, folder):
+        write(model, folder)
+        weights = load_file(folder / "model.safetensors")
+        tamper(weights)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(ship, "write_folded", write_wrong)
+    model, plan = folded(dense_model(), "0 2-3")
+    with pytest.raises(VerificationError, match=message):
+        export(model, None, tmp_path / "out", plan=plan, form="folded", dtype="float32", ids_NT=IDS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_code_that_cannot_run_alone_fails(tmp_path, monkeypatch):
+    """Shipped code that imports foldsearch loads here, but not where foldsearch isn't."""
+    write = ship.write_folded
+
+    def write_wrong(model, folder):
+        write(model, folder)
+        code = (folder / "parts.py").read_text()
+        (folder / "parts.py").write_text(code + "\nimport foldsearch.errors\n")
+
+    monkeypatch.setattr(ship, "write_folded", write_wrong)
+    model, plan = folded(dense_model(), "0 2-3")
+    with pytest.raises(VerificationError, match="without foldsearch"):
+        export(model, None, tmp_path / "out", plan=plan, form="folded", dtype="float32", ids_NT=IDS)
+    assert list(tmp_path.iterdir()) == []

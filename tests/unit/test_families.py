@@ -1,0 +1,265 @@
+"""Every family, on a tiny random model whose norms and biases are away from their initial values.
+
+Oracles: the dense model itself (identity); the dense model with blocks bypassed by hooks (dropping); a copy of the
+dense model whose weights were overwritten (children, adapters, output norms, repeats); one full forward (cached
+decoding); the model before it was saved (reload).
+"""
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from foldsearch.model.blocks import FAMILIES, decoder_blocks, family_of
+from foldsearch.model.fold import fold
+from foldsearch.model.folded import folded_model_class
+from foldsearch.model.parts import Borrowed, OutputNorm
+from foldsearch.plan.plan import FoldPlan
+
+NUM_BLOCKS, WIDTH, TOKENS, WINDOW = 6, 32, 20, 7
+SLIDING, FULL = "sliding_attention", "full_attention"
+# dropping any of the first blocks shifts this list against itself
+TYPES = [SLIDING, SLIDING, FULL, SLIDING, FULL, FULL]
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": NUM_BLOCKS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
+CONFIGS = {
+    "llama": lambda: tf.LlamaConfig(**LLAMA, attention_bias=True, mlp_bias=True),
+    "mistral": lambda: tf.MistralConfig(**LLAMA, sliding_window=WINDOW),
+    "qwen2": lambda: tf.Qwen2Config(
+        **LLAMA, use_sliding_window=True, sliding_window=WINDOW, layer_types=TYPES
+    ),
+    "qwen3": lambda: tf.Qwen3Config(
+        **LLAMA, head_dim=8, use_sliding_window=True, sliding_window=WINDOW, layer_types=TYPES
+    ),
+    "gemma": lambda: tf.GemmaConfig(**LLAMA, head_dim=8),
+    "gemma2": lambda: tf.Gemma2Config(**LLAMA, head_dim=8, sliding_window=WINDOW, layer_types=TYPES),
+    "gemma3_text": lambda: tf.Gemma3TextConfig(**LLAMA, head_dim=8, sliding_window=WINDOW, layer_types=TYPES),
+    "phi3": lambda: tf.Phi3Config(**LLAMA, sliding_window=WINDOW),
+    "olmo2": lambda: tf.Olmo2Config(**LLAMA),
+    "gpt2": lambda: tf.GPT2Config(**SIZES, scale_attn_by_inverse_layer_idx=True),
+    "gpt_neox": lambda: tf.GPTNeoXConfig(**SIZES, intermediate_size=48),
+    "opt": lambda: tf.OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=WIDTH),
+}
+MIXED = "0 1=3+r4+n 2 3 3=3+r2 4=2a0m 5=2m"
+HALVES = "0m 1a 2=3a 3 4a=3+r2 5m"
+
+
+@cache
+def dense_model(name):
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    return model
+
+
+@cache
+def token_ids():
+    return torch.randint(3, 96, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(model, ids=None):
+    return model(input_ids=token_ids() if ids is None else ids, use_cache=False).logits
+
+
+def folded(name, text):
+    """A folded model whose adapters and output norms are random, so that they matter."""
+    model = fold(dense_model(name), FoldPlan.parse(text, NUM_BLOCKS))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for part in model.modules():
+            if isinstance(part, (Borrowed, OutputNorm)):
+                for parameter in part.parameters(recurse=False):
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+families = pytest.mark.parametrize("name", sorted(FAMILIES))
+
+
+def test_every_family_is_tested():
+    assert set(CONFIGS) == set(FAMILIES)
+
+
+@families
+def test_identity_is_bit_identical_and_copies_nothing(name):
+    dense = dense_model(name)
+    model = fold(dense, FoldPlan.identity(NUM_BLOCKS))
+    assert torch.equal(logits(model), logits(dense))
+    theirs = {tensor.data_ptr() for tensor in dense.parameters()}
+    assert {tensor.data_ptr() for tensor in model.parameters()} == theirs
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@families
+@pytest.mark.parametrize("dropped", [(0,), (1, 2), (2, 4), (0, 3, 5)])
+def test_dropping_is_bypassing(name, dropped):
+    dense = dense_model(name)
+
+    def bypass(module, args, kwargs, output):
+        hidden_BTD = args[0] if args else kwargs["hidden_states"]
+        return (hidden_BTD, *output[1:]) if isinstance(output, tuple) else hidden_BTD
+
+    hooks = [
+        decoder_blocks(dense)[block].register_forward_hook(bypass, with_kwargs=True) for block in dropped
+    ]
+    try:
+        expected = logits(dense)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    model = fold(dense, FoldPlan.dropping(dropped, NUM_BLOCKS))
+    assert torch.equal(logits(model), expected)
+    assert not torch.allclose(expected, logits(dense), atol=1e-3)
+
+
+def overwrite(dense, child, owner, unit):
+    """Give a block's unit another block's linears: whatever is not called a norm."""
+    blocks, count = decoder_blocks(dense), 0
+    for path in unit.modules:
+        target = dict(blocks[child].get_submodule(path).named_parameters())
+        for key, value in blocks[owner].get_submodule(path).named_parameters():
+            if "norm" not in key:
+                target[key].data = value.data.clone()
+                count += 1
+    assert count
+
+
+@families
+def test_a_child_runs_its_owners_linears_and_its_own_norms(name):
+    expected = copy.deepcopy(dense_model(name))
+    family = family_of(expected.config)
+    for unit in (family.attention, family.mlp):
+        overwrite(expected, 1, 3, unit)
+    overwrite(expected, 4, 2, family.attention)
+    overwrite(expected, 4, 0, family.mlp)
+    overwrite(expected, 5, 2, family.mlp)
+    model = folded(name, "0 1=3 2 3 4=2a0m 5=2m")
+    assert torch.equal(logits(model), logits(expected))
+
+
+@families
+def test_adapters_and_output_norms_equal_changed_weights(name):
+    """W_child = W_owner + up · down, and (h − mean) / std · γ on what the unit adds."""
+    model = folded(name, "0 1=3+r4+n 2 3 4 5")
+    expected = copy.deepcopy(dense_model(name))
+    family = family_of(expected.config)
+    for unit in (family.attention, family.mlp):
+        overwrite(expected, 1, 3, unit)
+    ours, theirs = decoder_blocks(model)[1], decoder_blocks(expected)[1]
+    num_adapters = 0
+    for path, part in ours.named_modules():
+        if isinstance(part, Borrowed):
+            linear = theirs.get_submodule(path.replace(".inner", ""))
+            change_OI = part.up @ part.down
+            linear.weight.data += change_OI.T if isinstance(linear, Conv1D) else change_OI
+            num_adapters += 1
+        if isinstance(part, OutputNorm):
+
+            def normalise(module, args, output, gamma=part.gamma):
+                centred = output - output.mean(-1, keepdim=True)
+                return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * gamma
+
+            theirs.get_submodule(path).register_forward_hook(normalise)
+    linears = [m for m in dense_model(name).modules() if isinstance(m, (nn.Linear, Conv1D))]
+    assert num_adapters == (len(linears) - 1) // NUM_BLOCKS
+    torch.testing.assert_close(logits(model), logits(expected), atol=1e-4, rtol=1e-4)
+
+
+@families
+def test_a_repeat_is_the_block_once_more(name):
+    """Oracle: the dense model with a copy of block 2 put in its list after block 4."""
+    expected = copy.deepcopy(dense_model(name))
+    blocks = decoder_blocks(expected)
+    blocks.insert(5, copy.deepcopy(blocks[2]))
+    expected.config.num_hidden_layers = NUM_BLOCKS + 1
+    if getattr(expected.config, "layer_types", None) is not None:
+        expected.config.layer_types = [*TYPES[:5], TYPES[2], *TYPES[5:]]
+    model = folded(name, "0-4 2=2 5")
+    assert torch.equal(logits(model), logits(expected))
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in expected.parameters())
+
+
+@families
+def test_absent_units_add_nothing(name):
+    expected = copy.deepcopy(dense_model(name))
+    family = family_of(expected.config)
+
+    def silence(module, args, output):
+        return torch.zeros_like(output)
+
+    for block, unit in ((0, family.attention), (1, family.mlp), (4, family.mlp), (5, family.attention)):
+        decoder_blocks(expected)[block].get_submodule(unit.output).register_forward_hook(silence)
+    model = folded(name, "0m 1a 2-3 4a 5m")
+    torch.testing.assert_close(logits(model), logits(expected), atol=1e-5, rtol=1e-5)
+
+
+@families
+@pytest.mark.parametrize("text", ["0 2-3 5", MIXED, HALVES])
+def test_cached_decoding_equals_one_full_forward(name, text):
+    model = folded(name, text)
+    full_BTV = logits(model)
+    cache, steps = None, []
+    with torch.no_grad():
+        for token in range(TOKENS):
+            output = model(input_ids=token_ids()[:, token : token + 1], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            steps.append(output.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), full_BTV, atol=1e-4, rtol=1e-4)
+    filled = [getattr(layer, "keys", None) is not None for layer in cache.layers]
+    assert filled == [slot.attention is not None for slot in FoldPlan.parse(text, NUM_BLOCKS).slots]
+
+
+@families
+@pytest.mark.parametrize("text", [MIXED, HALVES])
+def test_generate_equals_greedy_choice_without_a_cache(name, text):
+    model = folded(name, text)
+    ids = token_ids()[:1]
+    written = model.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
+    for _ in range(5):
+        next_BV = logits(model, ids)[:, -1]
+        next_BV[:, 2] = -torch.inf  # min_new_tokens forbids the end token
+        ids = torch.cat([ids, next_BV.argmax(-1, keepdim=True)], 1)
+    assert written.tolist() == ids.tolist()
+
+
+@families
+@pytest.mark.parametrize("text", [MIXED, HALVES])
+def test_saved_and_loaded_again_it_is_the_same(name, text, tmp_path):
+    model = folded(name, text)
+    model.save_pretrained(tmp_path)
+    model_class = folded_model_class(name)
+    again, info = model_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert torch.equal(logits(again.eval()), logits(model))
+    assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+@families
+def test_a_deep_copy_shares_nothing_with_the_original(name):
+    model = folded(name, MIXED)
+    before = logits(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert torch.equal(logits(model), before)
+    assert not torch.equal(logits(twin), before)
+    blocks = set(decoder_blocks(twin).modules())
+    assert all(part.owner in blocks for part in twin.modules() if isinstance(part, Borrowed))

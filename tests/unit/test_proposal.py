@@ -1,0 +1,181 @@
+"""Proposals become lawful plans, and are never priced above them.
+
+Oracles: FoldPlan's own laws (checked on construction), `price` of the real plan, and a brute-force count of slots.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from foldsearch.errors import PlanError
+from foldsearch.plan.cost import BlockCost, Cost, CostTable, Target, UnitCost, price
+from foldsearch.plan.plan import FoldPlan, Replacement, Slot
+from foldsearch.plan.proposal import Proposal, fold_plan, lower_bound, neighbour
+
+small = st.integers(0, 1000)
+NO_UNIT = UnitCost(0, 0, 0, 0, 0, 0)
+
+
+@st.composite
+def tables(draw: st.DrawFn, num_blocks: int) -> CostTable:
+    """Tables whose blocks differ from each other, some with sliding windows."""
+    attention = st.builds(
+        UnitCost, small, small, small, small, small, small, kv_width=small, window=st.sampled_from([0, 4, 64])
+    )
+    mlp = st.builds(UnitCost, small, small, small, small, st.just(0), small)
+    blocks = tuple(BlockCost(draw(attention), draw(mlp), draw(small)) for _ in range(num_blocks))
+    return CostTable(8, draw(small), draw(small), draw(small), draw(small), draw(small), draw(small), blocks)
+
+
+@st.composite
+def proposals(draw: st.DrawFn, num_blocks: int) -> Proposal:
+    criterion = draw(st.sampled_from(["gate", "block_influence", "window", "greedy"]))
+    return Proposal(
+        criterion=criterion,  # type: ignore[arg-type]
+        num_removed=draw(st.integers(0, num_blocks - 1)),
+        gate_eps=0.1 if criterion == "gate" else None,
+        group_size=draw(st.integers(1, num_blocks + 1)),
+        group_start=draw(st.integers(0, num_blocks + 1)),
+        num_groups=draw(st.integers(0, num_blocks)),
+        adapter_rank=draw(st.integers(0, 4)),
+    )
+
+
+@st.composite
+def lawful_plans(draw: st.DrawFn, num_blocks: int) -> FoldPlan:
+    """Plans that several random moves lead to, some with a replacement or a repeat in them."""
+    words = [str(block) for block in range(num_blocks)]
+    if num_blocks > 3 and draw(st.booleans()):
+        words[1:3] = ["1-2~linear"]
+    if draw(st.booleans()):
+        words.append("0=0+r2")
+    plan = FoldPlan.parse(" ".join(words), num_blocks)
+    rng = random.Random(draw(st.integers(0, 10**6)))
+    for _ in range(draw(st.integers(0, 8))):
+        plan = neighbour(plan, rng)
+    return plan
+
+
+@given(st.data(), st.integers(1, 12))
+def test_a_proposal_gives_a_lawful_plan_and_never_overprices_it(data: st.DataObject, num_blocks: int) -> None:
+    proposal = data.draw(proposals(num_blocks))
+    table = data.draw(tables(num_blocks))
+    target = Target(
+        dtype=data.draw(st.sampled_from(["float32", "bfloat16"])),
+        context=data.draw(st.sampled_from([1, 32, 2048])),
+        batch=data.draw(st.integers(1, 3)),
+        runtime=data.draw(st.sampled_from(["folded", "expanded"])),
+    )
+    order = data.draw(st.permutations(range(num_blocks)))
+    plan = fold_plan(order[: proposal.num_removed], proposal, num_blocks)
+    assert plan.depth == num_blocks - proposal.num_removed
+    bound, exact = lower_bound(proposal, table, target), price(plan, table, target)
+    for field in fields(Cost):
+        assert getattr(bound, field.name) <= getattr(exact, field.name), field.name
+
+
+@given(st.data(), st.integers(1, 12))
+def test_the_bound_is_exact_where_all_blocks_cost_the_same(data: st.DataObject, num_blocks: int) -> None:
+    block = BlockCost(UnitCost(90, 9, 7, 80, 3, 5, kv_width=4), UnitCost(120, 8, 6, 110, 0, 4), 2)
+    table = CostTable(8, 1, 2, 3, 4, 5, 6, (block,) * num_blocks)
+    proposal = data.draw(proposals(num_blocks))
+    plan = fold_plan(range(proposal.num_removed), proposal, num_blocks)
+    assert lower_bound(proposal, table, Target()) == price(plan, table, Target())
+
+
+def test_groups_are_read_off_the_retained_blocks() -> None:
+    proposal = Proposal("greedy", num_removed=3, group_size=3, group_start=1, num_groups=2, adapter_rank=4)
+    assert str(fold_plan([2, 5, 6], proposal, 10)) == "0-1 3=1+r4+n 4=1+r4+n 7 8=7+r4+n 9=7+r4+n"
+    cut = replace(proposal, num_removed=4)
+    assert str(fold_plan([2, 5, 6, 9], cut, 10)) == "0-1 3=1+r4+n 4=1+r4+n 7 8=7+r4+n"
+    assert str(fold_plan([2, 5, 6], replace(proposal, num_groups=0), 10)) == "0-1 3-4 7-9"
+
+
+def test_a_given_plan_is_the_plan() -> None:
+    plan = FoldPlan.parse("0 1=0 2", 4)
+    proposal = Proposal("given", plan=plan, origin="hand")
+    table = CostTable(8, 1, 2, 3, 4, 5, 6, (BlockCost(NO_UNIT, NO_UNIT),) * 4)
+    assert fold_plan([], proposal, 4) == plan
+    assert lower_bound(proposal, table, Target()) == price(plan, table, Target())
+
+
+@given(st.data(), st.integers(1, 12))
+def test_json_round_trip(data: st.DataObject, num_blocks: int) -> None:
+    for proposal in (
+        data.draw(proposals(num_blocks)),
+        Proposal("given", plan=data.draw(lawful_plans(num_blocks)), origin="neighbour"),
+    ):
+        assert Proposal.from_json(json.loads(json.dumps(proposal.to_json()))) == proposal
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"criterion": "given"}, "exactly when its criterion is 'given'"),
+        ({"criterion": "gate"}, "gate_eps"),
+        ({"criterion": "window", "gate_eps": 0.1}, "gate_eps"),
+        ({"criterion": "magic"}, "one of gate"),
+        ({"criterion": "window", "num_removed": -1}, "num_removed is 0 or more, got -1"),
+        ({"criterion": "window", "learning_rate": 0.0}, "positive number"),
+    ],
+)
+def test_proposals_that_say_two_things_are_refused(arguments: dict[str, object], words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        Proposal(**arguments)  # type: ignore[arg-type]
+
+
+def test_a_bound_needs_a_block() -> None:
+    table = CostTable(8, 1, 2, 3, 4, 5, 6, (BlockCost(NO_UNIT, NO_UNIT),) * 4)
+    with pytest.raises(PlanError, match="Keep one"):
+        lower_bound(Proposal("window", num_removed=4), table, Target())
+
+
+# ---- neighbours
+
+
+def difference(a: FoldPlan, b: FoldPlan) -> int:
+    """Slots that are not the same in both plans, by home block and occurrence; a replacement counts once."""
+
+    def states(plan: FoldPlan) -> dict[tuple[object, ...], object]:
+        found: dict[tuple[object, ...], object] = {}
+        for slot in plan.slots:
+            name = slot.home if isinstance(slot, Slot) else f"replacement {slot.first}"
+            found[name, sum(key[0] == name for key in found)] = slot
+        return found
+
+    left, right = states(a), states(b)
+    return sum(left.get(key) != right.get(key) for key in left.keys() | right.keys())
+
+
+@settings(max_examples=200)
+@given(st.data(), st.integers(1, 12), st.integers(0, 10**6))
+def test_a_neighbour_is_one_or_two_slots_away(data: st.DataObject, num_blocks: int, seed: int) -> None:
+    plan = data.draw(lawful_plans(num_blocks))
+    moved = neighbour(plan, random.Random(seed))
+    assert moved != plan
+    assert moved.num_blocks == num_blocks
+    assert 1 <= difference(plan, moved) <= 2
+
+
+@pytest.mark.parametrize("text", ["0", "0a", "0m", "0~linear", "0 0=0", "0 0=0+r1"])
+def test_a_model_of_one_block_has_neighbours_too(text: str) -> None:
+    plan = FoldPlan.parse(text, 1)
+    for seed in range(20):
+        assert neighbour(plan, random.Random(seed)) != plan
+
+
+def test_most_neighbours_keep_the_count_and_all_kinds_occur() -> None:
+    plan = FoldPlan.parse("0-4 5=4+r8+n 6-9 11-12 14a 15-19", 20)
+    moved = [neighbour(plan, random.Random(seed)) for seed in range(400)]
+    assert sum(other.depth == plan.depth for other in moved) > 200
+    assert any(slot.rank == 16 for other in moved for slot in other.slots if isinstance(slot, Slot))
+    assert {len(other.dropped) for other in moved} == {1, 2, 3}
+    assert any("+n" not in str(other) for other in moved)
+    assert any(str(other).count("+n") == 2 for other in moved)
+    assert all(not isinstance(slot, Replacement) for other in moved for slot in other.slots)

@@ -1,0 +1,391 @@
+"""Documents, their splits, and the token sequences cut from them.
+
+Oracles: the stated rules, written out a second time here (hashing, chunking) or as literal documents.
+"""
+
+from __future__ import annotations
+
+import bz2
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from foldsearch.errors import DataError
+from foldsearch.model.tokens import SPLITS, Splits, TokenSet, load_documents, make_splits, split_of
+
+
+class Counting(PreTrainedTokenizerFast):
+    """Counts the documents it is asked to tokenise."""
+
+    num_calls = 0
+
+    def __call__(self, *args, **kwargs):
+        type(self).num_calls += 1
+        return super().__call__(*args, **kwargs)
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Token i is the word "wi"; it would put <s> first, if it were allowed to."""
+    vocabulary = {"<unk>": 0, "<s>": 1} | {f"w{index}": index for index in range(2, 500)}
+    built = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    built.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    built.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    Counting.num_calls = 0
+    return Counting(tokenizer_object=built, unk_token="<unk>", bos_token="<s>", model_max_length=8)
+
+
+def document(index: int, num_words: int = 20) -> str:
+    return " ".join(f"w{2 + (index * 31 + position) % 498}" for position in range(num_words))
+
+
+def sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_folder(folder: Path, texts: list[str]) -> str:
+    folder.mkdir()
+    for index, text in enumerate(texts):
+        (folder / f"{index:03}.txt").write_text(text, encoding="utf-8")
+    return str(folder)
+
+
+def numbers(search: int, recovery: int, report: int) -> dict[str, int]:
+    return {"search": search, "recovery": recovery, "report": report}
+
+
+def words(ids: torch.Tensor) -> str:
+    return " ".join(f"w{index}" for index in ids.tolist())
+
+
+# -------------------------------------------------------------------------------------------------------- documents
+
+
+def test_a_folder_of_text_files_is_a_document_each(tmp_path: Path) -> None:
+    texts = ["one\n\n\n\nstill one", "two", "  \n "]
+    assert load_documents(write_folder(tmp_path / "d", texts)) == texts[:2]  # white space is no document
+
+
+def test_two_blank_lines_or_a_form_feed_separate_documents_of_a_text_file(tmp_path: Path) -> None:
+    file = tmp_path / "book.txt"
+    file.write_text("A\n\nstill A\n\n\nB\n \n\t\n\nC\fD")
+    assert load_documents(str(file)) == ["A\n\nstill A", "B", "C", "D"]
+
+
+def test_windows_line_ends(tmp_path: Path) -> None:
+    file = tmp_path / "book.txt"
+    file.write_bytes(b"A\r\n\r\nstill A\r\n\r\n\r\nB")
+    assert load_documents(str(file)) == ["A\n\nstill A", "B"]
+
+
+def test_jsonl(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"text": "Ä\\nB", "id": 1}\n\n{"text": "half a pair: \\ud800"}\n{"text": null}\n')
+    assert load_documents(str(file)) == ["Ä\nB", "half a pair: ?"]
+    file.write_text('{"body": "C"}\n')
+    assert load_documents(str(file), text_column="body") == ["C"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"body": "x"}', r"data\.jsonl, line 2: there is no 'text', only 'body'\..*text_column"),
+        ('{"text": 3}', r"data\.jsonl, line 2: 'text' must hold text, not int"),
+        ("[1]", r"data\.jsonl, line 2: each line is one JSON object, not list"),
+        ('{"text": ', r"data\.jsonl, line 2: each line is one JSON object, but"),
+    ],
+)
+def test_jsonl_errors_name_the_line(tmp_path: Path, line: str, message: str) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(DataError, match=message):
+        load_documents(str(file))
+
+
+def test_parquet(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "data.parquet"
+    pq.write_table(pa.table({"text": ["A", "", None, "B\n"], "other": [1, 2, 3, 4]}), file)
+    assert load_documents(str(file)) == ["A", "B\n"]
+    with pytest.raises(DataError, match=r"there is no 'body', only 'text', 'other'"):
+        load_documents(str(file), text_column="body")
+    with pytest.raises(DataError, match=r"row 1: 'other' must hold text, not int"):
+        load_documents(str(file), text_column="other")
+    file.write_bytes(b"PAR1 no more")
+    with pytest.raises(DataError, match="not a readable Parquet file"):
+        load_documents(str(file))
+
+
+def test_rows_of_wikitext_are_lines(tmp_path: Path) -> None:
+    rows = [
+        "",
+        " = A = \n",
+        "",
+        " text \n",
+        "",
+        " = = Part = = \n",
+        " = 1 = \n",
+        "",
+        " = B C = \n",
+        " more \n",
+    ]
+    file = tmp_path / "wikitext-train.jsonl"
+    file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    assert load_documents(str(file)) == [
+        # " = 1 = " follows a row with text in it: no heading
+        " = A = \n\n text \n\n = = Part = = \n = 1 = \n\n",
+        " = B C = \n more \n",
+    ]
+    (tmp_path / "other").mkdir()
+    other = file.rename(tmp_path / "other" / "lines.jsonl")
+    assert load_documents(str(other)) == [row for row in rows if row]
+
+
+def test_articles_of_a_mediawiki_dump(tmp_path: Path) -> None:
+    dump = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">
+    <page><title>Sea</title><ns>0</ns><revision><text>{{Box|a={{b}}}}The '''sea''' is [[water|wet]] and
+[[wide]].&lt;ref name="x"&gt;Book&lt;/ref&gt; [[File:sea.jpg|thumb|The [[sea]]]]
+== Waves ==
+{| class="t"
+| cell
+|}
+High [http://example.org waves].</text></revision></page>
+    <page><title>Ocean</title><ns>0</ns><redirect title="Sea"/><revision><text>#REDIRECT</text></revision></page>
+    <page><title>Talk:Sea</title><ns>1</ns><revision><text>talk</text></revision></page>
+    </mediawiki>"""
+    file = tmp_path / "dump.xml.bz2"
+    file.write_bytes(bz2.compress(dump.encode()))
+    (article,) = load_documents(str(file))
+    assert " ".join(article.split()) == "Sea The sea is wet and wide. Waves High waves."
+
+
+def test_a_package_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "tiny_text_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('the package must not be imported')")
+    write_folder(package / "speeches", ["A", "B"])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert load_documents("package:tiny_text_package/speeches") == ["A", "B"]
+    assert load_documents("package:tiny_text_package/speeches/001.txt") == ["B"]
+    with pytest.raises(DataError, match="has no file or folder 'nosuch'"):
+        load_documents("package:tiny_text_package/nosuch")
+
+
+def test_limit(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "d", ["A", "B", "C"])
+    assert load_documents(folder, limit=2) == ["A", "B"]
+    with pytest.raises(DataError, match="at least 1, not 0"):
+        load_documents(folder, limit=0)
+
+
+def test_progress_is_told(tmp_path: Path) -> None:
+    told: list[str] = []
+    load_documents(write_folder(tmp_path / "d", ["A", "B"]), progress=told.append)
+    assert told == [f"{tmp_path / 'd'}: 2 documents"]
+
+
+def test_unreadable_references(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("Grün".encode("latin-1"))
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "table.csv").write_text("a,b")
+    (tmp_path / "dump.bz2").write_bytes(b"not bz2")
+    (tmp_path / "none").mkdir()
+    for reference, message in {
+        "./nosuch": "there is no such file or folder",
+        "nosuch.jsonl": "there is no such file or folder",
+        "package:no_such_package_here": "pip install --no-deps no-such-package-here",
+        str(tmp_path / "latin.txt"): "text must be UTF-8, but the byte at 2",
+        str(tmp_path / "empty.txt"): "no document with any text",
+        str(tmp_path / "table.csv"): r"\.csv is not a known kind of text; known are \.txt, \.jsonl",
+        str(tmp_path / "dump.bz2"): "cannot be read",
+        str(tmp_path / "none"): "the folder holds no text",
+    }.items():
+        with pytest.raises(DataError, match=message):
+            load_documents(reference)
+
+
+# ----------------------------------------------------------------------------------------------------------- splits
+
+
+@given(st.text())
+def test_split_of_follows_the_rule(text: str) -> None:
+    u = int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], "big") / 2**64
+    expected = "search" if u < 0.2 else "report" if u < 0.4 else "recovery"
+    assert split_of(hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()) == expected
+
+
+def test_split_of_known_documents() -> None:
+    """Written down: a change of the rule would mix what was trained on with what is reported, across versions."""
+    assert [split_of(sha(text)) for text in ("a", "b", "c", "d", "e", "f", "g", "h")] == KNOWN
+
+
+KNOWN = ["recovery", "report", "search", "search", "report", "search", "recovery", "recovery"]
+
+
+def test_chunks_from_the_documents_start_in_hash_order(tmp_path: Path, tokenizer) -> None:
+    texts = [document(index, num_words=20 + index) for index in range(40)]
+    folder = write_folder(tmp_path / "d", texts)
+    splits = make_splits(folder, tokenizer, sequence_length=8, num_sequences=numbers(6, 9, 5))
+    for name, wanted in numbers(6, 9, 5).items():
+        chosen = sorted((sha(text), text) for text in texts if split_of(sha(text)) == name)
+        expected = [
+            (key, " ".join(text.split()[start : start + 8])) for key, text in chosen for start in (0, 8)
+        ][:wanted]
+        found: TokenSet = getattr(splits, name)
+        assert found.name == name
+        assert found.num_tokens == wanted * 8
+        assert [words(ids_T) for ids_T in found.ids_NT] == [text for _, text in expected]
+        assert [found.documents[index] for index in found.document_N.tolist()] == [key for key, _ in expected]
+        assert len(set(found.documents)) == len(found.documents) == len(set(found.document_N.tolist()))
+
+
+def test_only_what_is_needed_is_tokenised(tmp_path: Path, tokenizer) -> None:
+    folder = write_folder(tmp_path / "d", [document(index) for index in range(60)])
+    make_splits(folder, tokenizer, sequence_length=8, num_sequences=numbers(4, 4, 3))
+    assert Counting.num_calls == 2 + 2 + 2
+
+
+def test_short_documents_are_passed_over(tmp_path: Path, tokenizer) -> None:
+    texts = [document(index, num_words=7 if index % 2 else 8) for index in range(60)]
+    folder = write_folder(tmp_path / "d", texts)
+    splits = make_splits(folder, tokenizer, sequence_length=8, num_sequences=numbers(3, 3, 3))
+    long = {sha(text) for text in texts[::2]}
+    assert set(splits.search.documents + splits.recovery.documents + splits.report.documents) <= long
+
+
+def test_duplicates_count_once(tmp_path: Path, tokenizer) -> None:
+    texts = [document(index) for index in range(30)]
+    once = write_folder(tmp_path / "once", texts)
+    thrice = write_folder(tmp_path / "thrice", texts * 3)
+    one, other = (
+        make_splits(folder, tokenizer, sequence_length=8, num_sequences=numbers(4, 8, 4))
+        for folder in (once, thrice)
+    )
+    for name in SPLITS:
+        assert torch.equal(getattr(one, name).ids_NT, getattr(other, name).ids_NT)
+        assert getattr(one, name).content_hash == getattr(other, name).content_hash
+
+
+def test_more_data_moves_no_document_to_another_split(tmp_path: Path, tokenizer) -> None:
+    texts = [document(index) for index in range(80)]
+    few = write_folder(tmp_path / "few", texts[:40])
+    many = write_folder(tmp_path / "many", texts)
+    before = make_splits(few, tokenizer, sequence_length=8, num_sequences=numbers(4, 8, 4))
+    after = make_splits(many, tokenizer, sequence_length=8, num_sequences=numbers(4, 8, 4))
+    for name in SPLITS:
+        for other in set(SPLITS) - {name}:
+            assert not set(getattr(before, name).documents) & set(getattr(after, other).documents)
+
+
+def test_too_few_tokens(tmp_path: Path, tokenizer) -> None:
+    texts = [document(index) for index in range(30)]
+    folder = write_folder(tmp_path / "d", texts)
+    num_search = sum(split_of(sha(text)) == "search" for text in texts)
+    with pytest.raises(
+        DataError,
+        match=rf"search: 99 sequences of 8 tokens are wanted, but .* gives only {2 * num_search}, at most 2 from each "
+        rf"of its {num_search} documents.*shorter.*per_document.*more text",
+    ):
+        make_splits(folder, tokenizer, sequence_length=8, num_sequences=numbers(99, 1, 1))
+
+
+def test_a_split_may_be_empty(tmp_path: Path, tokenizer) -> None:
+    folder = write_folder(tmp_path / "d", [document(index) for index in range(30)])
+    splits = make_splits(folder, tokenizer, sequence_length=8, num_sequences=numbers(2, 0, 2))
+    assert splits.recovery.ids_NT.shape == (0, 8)
+    assert splits.recovery.documents == ()
+
+
+def test_three_sources(tmp_path: Path, tokenizer) -> None:
+    sources = {
+        name: write_folder(tmp_path / name, [document(100 * index + number) for number in range(3)])
+        for index, name in enumerate(SPLITS)
+    }
+    splits = make_splits(sources, tokenizer, sequence_length=8, num_sequences=numbers(6, 6, 6))
+    for index, name in enumerate(SPLITS):  # each source is used whole, whatever the hash of its documents
+        assert set(getattr(splits, name).documents) == {sha(document(100 * index + n)) for n in range(3)}
+
+
+def test_overlapping_sources_are_refused(tmp_path: Path, tokenizer) -> None:
+    one = write_folder(tmp_path / "one", [document(index) for index in range(3)])
+    two = write_folder(tmp_path / "two", [document(index) for index in range(2, 5)])
+    three = write_folder(tmp_path / "three", [document(index) for index in range(10, 13)])
+    with pytest.raises(DataError, match=rf"recovery and report share 1 document .*{sha(document(2))[:12]}"):
+        make_splits(
+            {"search": three, "recovery": one, "report": two},
+            tokenizer,
+            sequence_length=8,
+            num_sequences=numbers(6, 6, 6),
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sequence_length": 0}, "at least 1, not 0"),
+        ({"per_document": 0}, "at least 1"),
+        (
+            {"num_sequences": {"search": 1, "recovery": 1}},
+            "num_sequences names exactly search, recovery, report",
+        ),
+        ({"num_sequences": numbers(1, -1, 1)}, "recovery is at least 0, not -1"),
+        ({"references": {"search": "x"}}, "data names exactly search, recovery, report, not search"),
+    ],
+)
+def test_arguments_are_checked(tokenizer, changes: dict, message: str) -> None:
+    arguments = {"references": "d", "sequence_length": 8, "num_sequences": numbers(1, 1, 1)} | changes
+    with pytest.raises(DataError, match=message):
+        make_splits(arguments.pop("references"), tokenizer, **arguments)
+
+
+# ----------------------------------------------------------------------------------------------------------- values
+
+
+def token_set(name: str, documents: tuple[str, ...], first: int = 0) -> TokenSet:
+    ids_NT = first + torch.arange(4 * len(documents)).reshape(-1, 4)
+    return TokenSet(name, ids_NT, torch.arange(len(documents)), documents)
+
+
+def test_splits_refuse_any_common_document() -> None:
+    sets = [token_set(name, (f"{name}1", f"{name}2")) for name in SPLITS]
+    Splits(*sets)
+    for index in range(3):
+        for other in range(3):
+            if index != other:
+                broken = list(sets)
+                broken[index] = token_set(SPLITS[index], (f"{SPLITS[index]}1", f"{SPLITS[other]}2"))
+                with pytest.raises(DataError, match="share 1 document"):
+                    Splits(*broken)
+
+
+def test_content_hash_depends_on_tokens_shape_and_documents() -> None:
+    one = token_set("search", ("a", "b"))
+    assert one.content_hash == token_set("report", ("a", "b")).content_hash  # the name is no content
+    reshaped = TokenSet("search", one.ids_NT.reshape(1, 8), torch.tensor([0]), ("a", "b"))
+    moved = TokenSet("search", one.ids_NT, torch.tensor([0, 0]), ("a", "b"))
+    others = [token_set("search", ("a", "b"), first=1), token_set("search", ("a", "c")), reshaped, moved]
+    hashes = {one.content_hash, *(other.content_hash for other in others)}
+    assert len(hashes) == 5
+
+
+@pytest.mark.parametrize(
+    ("ids_NT", "document_N"),
+    [
+        (torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)),
+        (torch.zeros(2, 4, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)),
+        (torch.zeros(2, 4, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)),
+        (torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, dtype=torch.int64)),
+    ],
+)
+def test_token_set_checks_its_tensors(ids_NT: torch.Tensor, document_N: torch.Tensor) -> None:
+    with pytest.raises(DataError, match="search"):
+        TokenSet("search", ids_NT, document_N, ("a",))
