@@ -109,6 +109,15 @@ def inspect_model(study: Study, progress: Progress = _silent) -> Evidence:
     )
 
 
+def check_plan_text(text: str) -> None:
+    """Read a plan before its model is known, so that a typing error is told before a model is fetched.
+
+    Raises:
+        PlanError: it cannot be read, or breaks a law for any number of blocks.
+    """
+    FoldPlan.parse(text, _MANY_BLOCKS)
+
+
 def try_plan(
     plan: FoldPlan | str, study: Study, *, folder: Path | None = None, progress: Progress = _silent
 ) -> Iterator[TrialResult]:
@@ -129,7 +138,7 @@ def try_plan(
     from foldsearch.trial import prepare_context, run_trial
 
     text = str(plan)
-    FoldPlan.parse(text, _MANY_BLOCKS)  # a typing error is told before a model is fetched
+    check_plan_text(text)
     with ExitStack() as held:
         if folder is None:
             folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="foldsearch-try-")))

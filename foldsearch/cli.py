@@ -352,10 +352,11 @@ def _try(args: argparse.Namespace) -> int:
 
 
 def _price(args: argparse.Namespace) -> int:
-    from foldsearch.api import measure_model
+    from foldsearch.api import check_plan_text, measure_model
     from foldsearch.plan.plan import FoldPlan
     from foldsearch.report.terminal import console, price_table
 
+    check_plan_text(args.plan)
     study = _study(args)
     with _status() as progress:
         table = measure_model(study, progress)

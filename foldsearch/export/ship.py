@@ -21,7 +21,8 @@ from torch import Tensor
 from foldsearch.errors import InputError, ModelError, PlanError, VerificationError
 from foldsearch.export import verify
 from foldsearch.export.card import model_card
-from foldsearch.export.write import cast, expand, write_folded
+from foldsearch.export.write import expand, write_folded
+from foldsearch.model.fold import cast
 from foldsearch.model.parts import Borrowed
 from foldsearch.plan.cost import DTYPE_BYTES, GB
 from foldsearch.plan.plan import FoldPlan
@@ -132,10 +133,10 @@ def export(
     details = dict(details or {})
     base_model = str(details.pop("base_model", "") or Path(str(model.config.name_or_path)).name or "unknown")
     ids_NT = ids_NT.detach().to("cpu")
-    measured = cast(model, getattr(torch, dtype))
+    measured = _as_shipped(model, dtype)
     expanded = form == "expanded"
     # adapters are merged before weights are rounded: the sum is rounded once
-    shipped = cast(expand(model), getattr(torch, dtype)) if expanded else measured
+    shipped = _as_shipped(expand(model), dtype) if expanded else measured
     weight_bytes = _weight_bytes(shipped)
     folder.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(folder.parent).free) < 1.1 * weight_bytes:
@@ -275,34 +276,25 @@ def _verify(
             "threads": torch.get_num_threads(),
             "tensors": str(tensors),
         }
-        answer = _fresh_process({**request, "folder": str(folder.resolve()), "measure": True}, workplace)
+        here = {**request, "folder": str(folder.resolve())}
+        answer = _fresh_process({**here, "measure": True}, workplace)
+        figures = _figures(answer, folder, weight_bytes)
+        _raise_for(_faults(answer, figures, dtype, tolerance, measured_perplexity), form)
         alone = None
         if form == "folded":
-            alone = _fresh_process(
-                {**request, "folder": str(folder.resolve()), "measure": False},
-                workplace,
-                without_foldsearch=True,
-            )
+            alone = _fresh_process({**here, "measure": False}, workplace, without_foldsearch=True)
+            faults = [f"without foldsearch: {fault}" for fault in _logit_faults(alone, tolerance)]
+            if not alone["refused_without_code"]:
+                faults.append(
+                    "stock transformers loads the folder without its code, which would run another model"
+                )
+            _raise_for(faults, form)
         dense_figures = None
         if dense is not None and (dense_folder := Path(str(dense.config.name_or_path))).is_dir():
             save_file({"ids_NT": ids_NT.contiguous()}, tensors)
-            found = _fresh_process(
-                {**request, "folder": str(dense_folder.resolve()), "measure": True}, workplace
-            )
+            there = {**request, "folder": str(dense_folder.resolve()), "measure": True}
+            found = _fresh_process(there, workplace)
             dense_figures = _figures(found, dense_folder, found["parameters"] * DTYPE_BYTES[dtype])
-    figures = _figures(answer, folder, weight_bytes)
-    faults = _faults(answer, figures, dtype, tolerance, measured_perplexity)
-    if alone is not None:
-        if not alone["refused_without_code"]:
-            faults.append(
-                "stock transformers loads the folder without its code, which would run another model"
-            )
-        faults += [f"without foldsearch: {fault}" for fault in _logit_faults(alone, tolerance)]
-    if faults:
-        raise VerificationError(
-            f"the {form} export is not the model that was measured: {'; '.join(faults)}. Nothing was exported. "
-            "This is a bug of foldsearch or of a library: please report it with the plan and the versions."
-        )
     return ExportReport(
         form=form,
         dtype=dtype,
@@ -324,6 +316,14 @@ def _verify(
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
         details=details,
     )
+
+
+def _raise_for(faults: list[str], form: str) -> None:
+    if faults:
+        raise VerificationError(
+            f"the {form} export is not the model that was measured: {'; '.join(faults)}. Nothing was exported. "
+            "This is a bug of foldsearch or of a library: please report it with the plan and the versions."
+        )
 
 
 def _faults(
@@ -415,6 +415,12 @@ def _fresh_process(
         )
     answer: dict[str, Any] = json.loads(answer_file.read_text())
     return answer
+
+
+def _as_shipped(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
+    twin: Any = cast(model, getattr(torch, dtype))
+    on_cpu: PreTrainedModel = twin.to("cpu")
+    return on_cpu
 
 
 def _weight_bytes(model: PreTrainedModel) -> int:

@@ -26,21 +26,6 @@ if TYPE_CHECKING:
 SHIPPED_CODE = tuple(Path(str(module.__file__)) for module in (folded_file, parts_file, blocks_file))
 
 
-def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A copy on the CPU with every parameter in `dtype`, in eval mode.
-
-    Buffers keep theirs: `model.to(dtype)` would round the frequencies of the rotary embedding, which a reloaded model
-    has in float32.
-    """
-    twin: Any = copy.deepcopy(model)
-    twin.to("cpu").eval()
-    for parameter in twin.parameters():
-        parameter.data = parameter.data.to(dtype)
-    twin.config.dtype = dtype
-    copied: PreTrainedModel = twin.requires_grad_(False)
-    return copied
-
-
 def write_folded(model: PreTrainedModel, folder: Path) -> None:
     """Write a folded model with the code that runs it; `folder` exists.
 

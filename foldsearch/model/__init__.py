@@ -1,1 +1,1 @@
-
+"""What needs torch: the dense model, its evidence, folding, recovery and judging."""

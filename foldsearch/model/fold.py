@@ -47,6 +47,20 @@ def fold(dense: PreTrainedModel, plan: FoldPlan) -> PreTrainedModel:
     return model
 
 
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy with every parameter in `dtype`, frozen and in eval mode: the model as it ships.
+
+    Buffers keep their dtype. `model.to(dtype)` would round the frequencies of the rotary embedding, which a model
+    that is loaded in `dtype` has in float32.
+    """
+    twin: Any = copy.deepcopy(model).eval()
+    for parameter in twin.parameters():
+        parameter.data = parameter.data.to(dtype)
+    twin.config.dtype = dtype
+    copied: PreTrainedModel = twin.requires_grad_(False)
+    return copied
+
+
 def folded_config(dense: PretrainedConfig, plan: FoldPlan) -> PretrainedConfig:
     """The folded model's config: the dense model's, with the positions of the plan."""
     slots = layer_map(plan)

@@ -54,6 +54,8 @@ class GateSettings:
         positions: length that sequences are cut into. Short ones give more gates a try for the same tokens.
         sequences: different sequences (of `positions`) that the steps go round; the dense model's targets are kept.
         pressure: share of the blocks still to be removed that is closed on average at any time.
+        least: blocks that are closed on average at least (but never above a quarter of the open ones): with fewer in
+            play, most gates would be measured too seldom to be ranked.
         warmup: share of the steps before the first gate closes for good.
         decay: of the running mean, a step.
         prior: how many measurements the Block Influence that gates start from counts for.
@@ -68,9 +70,10 @@ class GateSettings:
     positions: int = 64
     sequences: int = 64
     pressure: float = 0.75
+    least: float = 3.0
     warmup: float = 0.4
     decay: float = 0.97
-    prior: float = 1.0
+    prior: float = 3.0
     stride: int = 2
     seed: int = 0
 
@@ -233,30 +236,28 @@ def train_gates(
     history: list[tuple[float, ...]] = []
     with GatedModel(dense) as model:
         targets_NTD = _targets(model, ids_NT, settings.sequences_per_step)
+        expected_L = _expected(weights.values / cost_L, cost_L, ranked, settings)
         for step in range(settings.steps):
-            left = settings.count - len(ranked)
-            expected_L = _expected(
-                weights.values / cost_L, cost_L, ranked, max(1.0, settings.pressure * left), settings
-            )
             gates_BL, in_play_BL = _sample(expected_L, settings.sequences_per_step, rng)
             row_B = torch.arange(step * len(gates_BL), (step + 1) * len(gates_BL)) % len(ids_NT)
             slope_BL = _slopes(model, ids_NT[row_B], targets_NTD[row_B], gates_BL, settings.stride)
             weights.add(-slope_BL, in_play_BL)
             while len(ranked) < _due(step, settings):
                 ranked.append(_lowest(weights.values / cost_L, ranked))
-            left = settings.count - len(ranked)
-            expected_L = _expected(
-                weights.values / cost_L, cost_L, ranked, settings.pressure * left, settings
-            )
+            expected_L = _expected(weights.values / cost_L, cost_L, ranked, settings)
             history.append(tuple(expected_L.tolist()))
             if progress is not None:
                 progress(step + 1, settings.steps)
         final_L = expected_L
         hard_L = torch.ones(len(blocks), dtype=torch.float64)
         hard_L[ranked] = 0.0
-        rows = slice(0, min(len(ids_NT), 2 * settings.sequences_per_step))
-        soft_loss, hard_loss = (
-            _loss(model, ids_NT[rows], targets_NTD[rows], gate_L, settings) for gate_L in (final_L, hard_L)
+        rows = slice(0, 2 * settings.sequences_per_step)
+        hard_loss = _loss(model, ids_NT[rows], targets_NTD[rows], hard_L, settings)
+        polarized_wholly = torch.equal(final_L, hard_L)
+        soft_loss = (
+            hard_loss
+            if polarized_wholly
+            else _loss(model, ids_NT[rows], targets_NTD[rows], final_L, settings)
         )
     while len(ranked) < len(blocks):
         ranked.append(_lowest(weights.values / cost_L, ranked))
@@ -300,14 +301,14 @@ class _Weights:
         )  # a removal may seem to help; its logarithm must exist
 
 
-def _expected(
-    weight_L: Tensor, cost_L: Tensor, closed: Sequence[int], removal: float, settings: GateSettings
-) -> Tensor:
-    """Expected openings: 0 for the closed gates, and `removal` mean blocks of FLOPs less among the others."""
+def _expected(weight_L: Tensor, cost_L: Tensor, closed: Sequence[int], settings: GateSettings) -> Tensor:
+    """Expected openings: 0 for the closed gates, among the others less by what is still to be removed."""
     open_L = torch.ones_like(weight_L)
     open_L[list(closed)] = 0.0
-    if removal <= 0.0:
+    left = settings.count - len(closed)
+    if left == 0:
         return open_L
+    removal = max(settings.pressure * left, min(settings.least, float(open_L.sum()) / 4))
     logit_L = weight_L.log() / settings.eps
     target = float((open_L * cost_L).sum()) - removal
     low, high = float(logit_L.min()) - 50.0, float(logit_L.max()) + 50.0

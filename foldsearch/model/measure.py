@@ -24,10 +24,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.pytorch_utils import Conv1D
 
 from foldsearch.errors import ModelError
 from foldsearch.model.blocks import Unit, decoder_blocks, family_of
+from foldsearch.model.folded import linears
 from foldsearch.plan.cost import BlockCost, CostTable, UnitCost
 
 TRACED_TOKENS = (32, 64)  # two lengths tell a linear term from a quadratic one
@@ -36,10 +36,10 @@ TRACED_TOKENS = (32, 64)  # two lengths tell a linear term from a quadratic one
 _FREE = {
     f"aten::{name}"
     for name in (
-        "abs add add_ all any arange argmax bitwise_and bitwise_not bitwise_or cat ceil clamp clone contiguous copy_ cos "
-        "cumsum detach diff div div_ dropout embedding empty eq erf exp expand expand_as feature_dropout fill_ floor "
-        "floor_divide full full_like ge gelu gt index index_select layer_norm le lift_fresh logical_and logical_not "
-        "logical_or lt masked_fill masked_fill_ max mean min mul mul_ ne neg new_ones ones ones_like permute pow "
+        "abs add add_ all any arange argmax bitwise_and bitwise_not bitwise_or cat ceil clamp clone contiguous "
+        "copy_ cos cumsum detach diff div div_ dropout embedding empty eq erf exp expand expand_as feature_dropout "
+        "fill_ floor floor_divide full full_like ge gelu gt index index_select layer_norm le lift_fresh logical_and "
+        "logical_not logical_or lt masked_fill masked_fill_ max mean min mul mul_ ne neg new_ones ones ones_like permute pow "
         "reciprocal relu remainder repeat reshape rsqrt rsub scalar_tensor select sigmoid silu sin slice softmax "
         "split sqrt square squeeze stack sub sub_ sum t tanh to transpose type_as unbind unflatten unsqueeze view "
         "where zeros zeros_like"
@@ -199,40 +199,35 @@ def _block_costs(model: PreTrainedModel, windows: list[int]) -> list[BlockCost]:
     return result
 
 
-def unit_linears(block: nn.Module, unit: Unit) -> dict[str, nn.Module]:
-    """The linears of a unit by their name in the block: what can be borrowed and adapted."""
-    found = {}
-    for holder in unit.modules:
-        for name, module in block.get_submodule(holder).named_modules(prefix=holder):
-            if isinstance(module, nn.Linear | Conv1D):
-                found[name] = module
-    return found
-
-
 def _unit_parameters(block: nn.Module, unit: Unit) -> tuple[int, int, int]:
-    linears = unit_linears(block, unit).values()
-    weights = sum(parameter.numel() for linear in linears for parameter in linear.parameters())
+    adapted = [block.get_submodule(name) for name in linears(block, unit)]
+    weights = sum(parameter.numel() for linear in adapted for parameter in linear.parameters())
     modules = [block.get_submodule(name) for name in (*unit.modules, *unit.norms)]
     everything = sum(parameter.numel() for module in modules for parameter in module.parameters())
-    return weights, everything - weights, sum(sum(linear.weight.shape) for linear in linears)
+    return (
+        weights,
+        everything - weights,
+        sum(sum(weight.shape) for linear in adapted if isinstance(weight := linear.weight, torch.Tensor)),
+    )
 
 
 def _kv_widths(model: PreTrainedModel) -> list[int]:
     """Numbers cached per token by each block, read off the model's own cache."""
     ids_BT = torch.zeros(1, 2, dtype=torch.long, device="meta")
     with torch.no_grad(), _quiet():
-        cache = model.base_model(input_ids=ids_BT, use_cache=True).past_key_values
-    return [layer.keys.shape[1] * (layer.keys.shape[3] + layer.values.shape[3]) for layer in cache.layers]
+        cache: Any = model.base_model(input_ids=ids_BT, use_cache=True).past_key_values
+    shapes = [(layer.keys.shape, layer.values.shape) for layer in cache.layers]
+    return [keys[1] * (keys[3] + values[3]) for keys, values in shapes]
 
 
 class _LiveNumbers(TorchDispatchMode):
     """Peak of the numbers that live tensors hold: parameters, inputs and what `cache` keeps aside."""
 
     def __init__(self, cache: DynamicCache) -> None:
-        super().__init__()
-        self.peak = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak: int = 0
         self._cache = cache
-        self._sizes = WeakIdKeyDictionary()  # a storage leaves when the last tensor on it is gone
+        self._sizes: Any = WeakIdKeyDictionary()  # a storage leaves when the last tensor on it is gone
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
@@ -241,8 +236,8 @@ class _LiveNumbers(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in before:
                 storage = tensor.untyped_storage()
                 self._sizes[storage] = storage.nbytes() // tensor.element_size()
-        kept = [t for layer in self._cache.layers for t in (layer.keys, layer.values) if t is not None]
-        cached = {id(tensor.untyped_storage()) for tensor in kept}
+        kept = [getattr(layer, name, None) for layer in self._cache.layers for name in ("keys", "values")]
+        cached = {id(tensor.untyped_storage()) for tensor in kept if tensor is not None}
         self.peak = max(
             self.peak, sum(size for storage, size in self._sizes.items() if id(storage) not in cached)
         )
@@ -255,7 +250,7 @@ def activation_numbers(model: PreTrainedModel, tokens: int) -> int:
     cache = DynamicCache(config=model.config)  # given, because without one transformers looks at token values
     with torch.no_grad(), _quiet(), _LiveNumbers(cache) as live:
         model.base_model(input_ids=ids_BT, past_key_values=cache, use_cache=True)
-    return live.peak
+    return int(live.peak)
 
 
 def _fused_attention(

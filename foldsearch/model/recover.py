@@ -99,7 +99,7 @@ class Delta(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., I) to (..., O)."""
+        """Map x (..., I) to (..., O)."""
         if self.training:
             y: Tensor = self.linear(x)
             return y + functional.linear(functional.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
@@ -141,11 +141,12 @@ def attach(model: PreTrainedModel, delta_rank: int, seed: int = 0) -> dict[str, 
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
             parametrize.register_parametrization(module, name, Shift(parameter))
-    trained = {}
+    trained: dict[str, nn.Parameter] = {}
     for path, module in model.named_modules():
         if isinstance(module, Delta | Borrowed | OutputNorm | Shift):
             for name, parameter in module.named_parameters(recurse=False):
-                trained[f"{path}.{name}"] = parameter.requires_grad_(True)
+                parameter.requires_grad_(True)
+                trained[f"{path}.{name}"] = parameter
     return trained
 
 
@@ -166,7 +167,8 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
                 value = getattr(module, name).detach().clone()
                 parametrize.remove_parametrizations(module, name, leave_parametrized=False)
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    return model
 
 
 class Recovery:
@@ -280,11 +282,11 @@ class Recovery:
         leaf = hidden.detach().requires_grad_(True)
         total = 0.0
         for loss in self._chunk_losses(leaf, ids_BT[:, 1:].flatten(), rows):
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += float(loss.detach())
         if not math.isfinite(total):
             return total
-        hidden.backward(leaf.grad)  # type: ignore[no-untyped-call]
+        hidden.backward(leaf.grad)
         nn.utils.clip_grad_norm_(list(self.trained.values()), self.settings.clip)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)

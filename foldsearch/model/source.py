@@ -203,7 +203,7 @@ def open_dense(
         )
     assert not any(value.is_meta for value in (*model.parameters(), *model.buffers()))
     model.requires_grad_(False)
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
     model.to(device)  # type: ignore[arg-type]  # annotated for the module, called on the instance
     return model
 
@@ -467,7 +467,7 @@ def _usable_in_place(source: _Source, config: PretrainedConfig, dtype: str, trus
         for path in source.weights:
             headers |= _safetensors_header(path)
         with _quiet(), torch.device("meta"):  # names and shapes only
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError):
@@ -642,14 +642,14 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the hub's bars as well
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
         if had_bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            logging.enable_progress_bar()
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-
+"""Values: plans, prices, proposals, results, fronts. Standard library only."""

@@ -188,7 +188,7 @@ def price(plan: FoldPlan, table: CostTable, target: Target) -> Cost:
     macs, prefill_context_macs, decode_context_macs = table.fixed_macs, 0, 0
     seen: set[int] = set()
     for slot in plan.slots:
-        if type(slot) is Replacement:
+        if isinstance(slot, Replacement):
             parameters, slot_macs = replacement_cost(slot, table)
             carried += parameters
             macs += slot_macs

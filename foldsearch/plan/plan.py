@@ -107,7 +107,7 @@ class FoldPlan:
         slots: list[Slot | Replacement] = []
         seen: set[int] = set()
         for word in text.split():
-            for slot in _parse_word(word, seen):
+            for slot in _parse_word(word, seen, num_blocks):
                 slots.append(slot)
                 if isinstance(slot, Slot):
                     seen.add(slot.home)
@@ -129,6 +129,10 @@ class FoldPlan:
             ) from error
         if schema != SCHEMA:
             raise PlanError(f"this version reads plans of schema {SCHEMA}, got schema {schema!r}.")
+        if not (isinstance(words, str) and isinstance(num_blocks, int)):
+            raise PlanError(
+                f"a plan in JSON has a text and a whole number of blocks; got {words!r} and {num_blocks!r}."
+            )
         return cls.parse(words, num_blocks)
 
     # ---- forms
@@ -276,16 +280,17 @@ def _check_owners(plan: FoldPlan) -> None:
                 f"block {slot.home} shares the {unit} of block {source}, but block {source} has no {unit} weights "
                 f"of its own (it borrows, or lacks, that unit). Share from a block that runs its own."
             )
-    for position, slot in enumerate(plan.slots):
-        if isinstance(slot, Slot) and (slot.rank or slot.norm) and position not in borrowers:
+    for position, carrier in enumerate(plan.slots):
+        if isinstance(carrier, Slot) and (carrier.rank or carrier.norm) and position not in borrowers:
             raise PlanError(
-                f"only a child carries an adapter or an output norm, but block {slot.home} at position {position} "
+                f"only a child carries an adapter or an output norm, but block {carrier.home} at position {position} "
                 "runs its own weights. Leave +r and +n out."
             )
 
 
 # ---- text
 
+LONGEST_WORD = 64  # characters
 _WORD = re.compile(
     r"(?P<home>\d+)(?:-(?P<last>\d+))?(?P<unit>[am])?"
     r"(?:=(?P<source>\d+)(?P<source_unit>[am])?(?:(?P<source_mlp>\d+)m)?)?"
@@ -293,11 +298,11 @@ _WORD = re.compile(
 )
 
 
-def _parse_word(word: str, seen: set[int]) -> list[Slot | Replacement]:
-    match = _WORD.fullmatch(word)
+def _parse_word(word: str, seen: set[int], num_blocks: int) -> list[Slot | Replacement]:
+    match = _WORD.fullmatch(word) if len(word) <= LONGEST_WORD else None
     if match is None:
         raise PlanError(
-            f"'{word}' is not a word of a plan. Examples: 0-5  8a  10m  6=5  7=9+r8+n  7=9a  3=3+r8  13-18~linear."
+            f"'{word[:LONGEST_WORD]}' is not a word of a plan. Examples: 0-5  8a  10m  6=5  7=9+r8+n  7=9a  3=3+r8  13-18~linear."
         )
     part = match.groupdict()
     home, last = int(part["home"]), int(part["last"] or part["home"])
@@ -312,10 +317,13 @@ def _parse_word(word: str, seen: set[int]) -> list[Slot | Replacement]:
     if last < home:
         raise PlanError(f"'{word}': a range goes up. Write {last}-{home}.")
     if part["source"] is None:
+        if last > max(home, num_blocks - 1):  # before a list of that length is made
+            raise PlanError(f"'{word}' names block {last}, but blocks go from 0 to {num_blocks - 1}.")
         for block in range(home, last + 1):
             if block in seen:
                 raise PlanError(
-                    f"'{word}': block {block} has run already. Write {block}={block} to run it again with the same weights."
+                    f"'{word}': block {block} has run already. Write {block}={block} to run it again with the same "
+                    "weights."
                 )
         attention = part["unit"] != "m"
         mlp = part["unit"] != "a"
@@ -354,28 +362,26 @@ def _words(plan: FoldPlan) -> Iterator[str]:
     seen: set[int] = set()
     run: list[int] = []
     for slot in plan.slots:
-        plain = (
-            isinstance(slot, Slot)
-            and slot.home not in seen
-            and (slot.attention, slot.mlp) == (slot.home, slot.home)
+        whole = (
+            isinstance(slot, Slot) and slot == Slot(slot.home, slot.home, slot.home) and slot.home not in seen
         )
-        if run and not (plain and isinstance(slot, Slot) and slot.home == run[-1] + 1):
+        if run and not (whole and isinstance(slot, Slot) and slot.home == run[-1] + 1):
             yield _run_word(run)
             run = []
         if isinstance(slot, Replacement):
-            yield f"{slot.first}{'' if slot.last == slot.first else f'-{slot.last}'}~{slot.kind}{slot.size or ''}"
-        elif plain:
+            yield f"{_run_word([slot.first, slot.last])}~{slot.kind}{slot.size or ''}"
+            continue
+        if whole:
             run.append(slot.home)
         else:
             yield _slot_word(slot, slot.home in seen)
-        if isinstance(slot, Slot):
-            seen.add(slot.home)
+        seen.add(slot.home)
     if run:
         yield _run_word(run)
 
 
 def _run_word(run: list[int]) -> str:
-    return str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}"
+    return str(run[0]) if run[0] == run[-1] else f"{run[0]}-{run[-1]}"
 
 
 def _slot_word(slot: Slot, repeat: bool) -> str:

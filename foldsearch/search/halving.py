@@ -34,7 +34,7 @@ class Decision:
 
 
 def decide(
-    point: Point, others: Sequence[Point], *, keep: float = 0.5, at_least: int = 4, band: float = 0.1
+    point: Point, others: Sequence[Point], *, keep: float = 0.5, at_least: int = 4, band: float = 0.25
 ) -> Decision:
     """Whether the trial whose result of a rung is `point` goes on to the next rung.
 

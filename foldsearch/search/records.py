@@ -7,7 +7,7 @@ Every trial is a row, whatever became of it:
     FAIL       crashed, diverged, or no finite numbers: user attribute `reason`
     RUNNING    being run, or interrupted: run_search goes on with it first
 
-User attributes: `proposal`, `origin`, `closing`, `plan`, `tune_id`, and `rung 0`, `rung 1`, ... (TrialResults).
+User attributes: `proposal`, `closing`, `plan`, `tune_id`, and `rung 0`, `rung 1`, ... (TrialResults).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import math
 import random
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import optuna
+import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
 from foldsearch.errors import BudgetError
@@ -31,7 +32,7 @@ from foldsearch.plan.result import TrialResult
 from foldsearch.plan.strip import strip
 from foldsearch.search.folder import RunFolder
 from foldsearch.spec.space import Option, Space, narrow, propose, propose_recovery, repair
-from foldsearch.spec.study import Objective
+from foldsearch.spec.study import Objective, Study
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -122,7 +123,7 @@ class Records:
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
-        self.objectives: tuple[Objective, ...] = ("kl", *(o for o in folder.study.objectives if o != "kl"))
+        self.objectives: tuple[Objective, ...] = folder.study.objectives
         self.space: Space = narrow(folder.study.space, folder.table, folder.target, folder.budget)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.study = optuna.create_study(
@@ -131,28 +132,33 @@ class Records:
             directions=["minimize"] * len(self.objectives),
             load_if_exists=True,
         )
-        trials = self._trials()
-        self.study.sampler = _sampler(folder.study.sampler, folder.study.seed + len(trials))
-        self._interrupted = [trial.number for trial in trials if trial.state == TrialState.RUNNING]
+        # The run's lock makes this process the only writer, so what it knows need not be read again.
+        trials = self.study.get_trials(deepcopy=False)
+        self.study.sampler = _sampler(folder.study, len(trials))
+        self._records = [_record(trial) for trial in trials]
+        self._trials = {
+            trial.number: optuna.Trial(self.study, trial._trial_id)
+            for trial in trials
+            if trial.state == TrialState.RUNNING
+        }
+        self._interrupted = [record.number for record in self._records if record.state == "running"]
+        self._elapsed = float(self.study.user_attrs.get("seconds", 0.0))
         if not trials:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 self.study.set_metric_names([METRIC_NAMES[name] for name in self.objectives])
 
-    def _trials(self) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False)
-
     def all(self) -> list[Record]:
         """Every trial, by number."""
-        return [_record(trial) for trial in self._trials()]
+        return list(self._records)
 
     def get(self, number: int) -> Record:
         """One trial."""
-        return _record(self._trials()[number])
+        return self._records[number]
 
     def front(self) -> list[Record]:
         """The front of the trials so far."""
-        return front(self.all(), self.objectives)
+        return front(self._records, self.objectives)
 
     # ---- who is next
 
@@ -173,11 +179,12 @@ class Records:
         if criterion == "gate":
             params["gate_eps"] = self._best_eps()
         self.study.enqueue_trial(params, user_attrs={"origin": "baseline", "closing": closing})
+        self._records.append(Record(len(self._records), "waiting", None, (), closing=closing))
 
     def _best_eps(self) -> float:
         gated = [
             (record.last.quality.kl, record.proposal.gate_eps)
-            for record in self.all()
+            for record in self._records
             if record.state == "finished" and record.last is not None and record.last.quality is not None
             if record.proposal is not None and record.proposal.gate_eps is not None
         ]
@@ -186,15 +193,16 @@ class Records:
     @property
     def anyone_waits(self) -> bool:
         """Whether an interrupted or a queued trial is still to be run."""
-        return bool(self._interrupted) or any(trial.state == TrialState.WAITING for trial in self._trials())
+        return bool(self._interrupted) or any(record.state == "waiting" for record in self._records)
 
     @property
     def elapsed(self) -> float:
         """Seconds that processes of this run have worked, as last noted."""
-        return float(self.study.user_attrs.get("seconds", 0.0))
+        return self._elapsed
 
     def note_elapsed(self, seconds: float) -> None:
         """Write down how long this run has worked."""
+        self._elapsed = seconds
         self.study.set_user_attr("seconds", seconds)
 
     def note_tune_id(self, number: int, trial_id: str) -> None:
@@ -215,10 +223,15 @@ class Records:
             record = self.get(number)
             if record.results and ended(record.results[-1]):
                 self.finish(number)  # only the telling was interrupted
-            elif (proposal := record.proposal or self._propose(self._trial(number))) is not None:
+            elif (proposal := record.proposal or self._propose(self._trials[number])) is not None:
                 return number, proposal
         for _ in range(_REJECTS):
             trial = self.study.ask()
+            self._trials[trial.number] = trial
+            if trial.number == len(self._records):
+                self._records.append(Record(trial.number, "running", None, ()))
+            else:  # one that was queued
+                self._change(trial.number, state="running")
             if (proposal := self._propose(trial)) is not None:
                 return trial.number, proposal
         raise BudgetError(
@@ -234,10 +247,12 @@ class Records:
             suggested = propose(_Suggest(trial), self.space, folder.num_blocks, origin=origin)
             drawn = repair(suggested, self.space, folder.table, folder.target, folder.budget)
             if drawn is None:
-                self._write(trial.number, proposal=suggested.to_json(), origin=origin)
+                self._change(trial.number, proposal=suggested)
+                self._write(trial.number, proposal=suggested.to_json())
                 self._reject(trial.number, lower_bound(suggested, folder.table, folder.target))
                 return None
-        self._write(trial.number, proposal=drawn.to_json(), origin=drawn.origin)
+        self._change(trial.number, proposal=drawn)
+        self._write(trial.number, proposal=drawn.to_json())
         return drawn
 
     def _neighbour(self, trial: optuna.Trial) -> Proposal | None:
@@ -245,8 +260,8 @@ class Records:
         rng = random.Random(f"{self.folder.study.seed} {trial.number}")
         if rng.random() >= self.space.neighbour_share:
             return None
-        records = self.all()
-        if not (parents := front(records, self.objectives)):
+        records = self._records
+        if not (parents := self.front()):
             return None
         tried = {record.last.plan for record in records if record.last is not None}
         tried |= {record.proposal.plan for record in records if record.proposal and record.proposal.plan}
@@ -268,7 +283,11 @@ class Records:
 
     def record(self, number: int, result: TrialResult) -> None:
         """Write down the result of a rung."""
-        self._write(number, **{f"rung {result.rung}": result.to_json(), "plan": str(result.plan)})
+        earlier = tuple(known for known in self.get(number).results if known.rung < result.rung)
+        if not earlier:
+            self._write(number, plan=str(result.plan))
+        self._write(number, **{f"rung {result.rung}": result.to_json()})
+        self._change(number, results=(*earlier, result))
 
     def finish(self, number: int) -> RecordState:
         """Tell the study how a trial ended, by its last result.
@@ -289,7 +308,7 @@ class Records:
         self._note(number, result)
         if not result.is_last_rung:
             return self.fail(number, f"it ended after rung {result.rung}, before the last one")
-        self.study.tell(number, point(result, self.objectives))
+        self._end(number, "finished", TrialState.COMPLETE, values=point(result, self.objectives))
         return "finished"
 
     def stop(self, number: int, reason: str) -> None:
@@ -298,13 +317,12 @@ class Records:
         assert result is not None
         self._price(number, result.cost)
         self._note(number, result)
-        self._write(number, stopped_at_rung=result.rung, reason=reason)
-        self.study.tell(number, state=TrialState.PRUNED)
+        self._write(number, stopped_at_rung=result.rung)
+        self._end(number, "stopped", TrialState.PRUNED, reason)
 
     def fail(self, number: int, reason: str) -> RecordState:
         """Tell the study that a trial failed: a row with its reason."""
-        self._write(number, reason=reason)
-        self.study.tell(number, state=TrialState.FAIL)
+        self._end(number, "failed", TrialState.FAIL, reason)
         return "failed"
 
     def _reject(self, number: int, cost: Cost) -> None:
@@ -313,22 +331,33 @@ class Records:
         words = ", ".join(
             f"{name} {above:+.1%}" for name, above in self.folder.budget.violations(cost).items()
         )
-        self._write(number, reason=f"above the budget: {words}")
-        self.study.tell(number, state=TrialState.PRUNED)
+        self._end(number, "infeasible", TrialState.PRUNED, f"above the budget: {words}")
 
     # ---- writing
 
-    def _trial(self, number: int) -> optuna.Trial:
-        return optuna.Trial(self.study, self._trials()[number]._trial_id)
+    def _end(
+        self,
+        number: int,
+        state: RecordState,
+        told: TrialState,
+        reason: str = "",
+        values: Sequence[float] | None = None,
+    ) -> None:
+        if reason:
+            self._write(number, reason=reason)
+        self.study.tell(number, values, state=told)
+        self._change(number, state=state, reason=reason)
+
+    def _change(self, number: int, **changes: Any) -> None:
+        self._records[number] = replace(self._records[number], **changes)
 
     def _write(self, number: int, **attributes: Any) -> None:
-        trial_id = self._trials()[number]._trial_id
         for name, value in attributes.items():
-            self.study._storage.set_trial_user_attr(trial_id, name, value)
+            self._trials[number].set_user_attr(name, value)
 
     def _price(self, number: int, cost: Cost) -> None:
         violations = self.folder.budget.violations(cost)
-        trial = self._trial(number)
+        trial = self._trials[number]
         for name, above in violations.items():
             trial.set_constraint(name, above)
         # optuna-dashboard reads the key that Optuna used before version 5.
@@ -337,7 +366,7 @@ class Records:
     def _note(self, number: int, result: TrialResult) -> None:
         from optuna_dashboard import save_note
 
-        save_note(self._trial(number), note(result))
+        save_note(self._trials[number], note(result))
 
 
 def ended(result: TrialResult) -> bool:
@@ -392,19 +421,31 @@ def _record(trial: FrozenTrial) -> Record:
 
 
 def _storage(folder: RunFolder) -> optuna.storages.RDBStorage:
-    url = f"sqlite:///{folder.storage.resolve()}"
-    return optuna.storages.RDBStorage(
-        url, engine_kwargs={"connect_args": {"timeout": 60}}
-    )  # seconds to wait for others
+    storage = optuna.storages.RDBStorage(
+        f"sqlite:///{folder.storage.resolve()}",
+        engine_kwargs={"connect_args": {"timeout": 60}},  # seconds to wait for another writer
+    )
+    # Write-ahead log: what is committed survives a killed process, readers do not wait, and a commit takes 0.1 ms.
+    # `NORMAL` leaves the last commits to chance only when the machine itself loses power.
+    sqlalchemy.event.listen(storage.engine, "connect", _write_ahead)
+    storage.engine.dispose()  # connections from before
+    return storage
 
 
-def _sampler(name: str, seed: int) -> BaseSampler:
-    # A fixed seed would repeat its suggestions after a restart, so `seed` counts the trials already there.
-    if name == "nsga2":
+def _write_ahead(connection: Any, _: object) -> None:
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def _sampler(study: Study, num_trials: int) -> BaseSampler:
+    # A fixed seed would repeat its suggestions after a restart, so the seed counts the trials already there.
+    seed = study.seed + num_trials
+    if study.sampler == "nsga2":
         return optuna.samplers.NSGAIISampler(seed=seed, population_size=8)
-    if name == "random":
+    if study.sampler == "random":
         return optuna.samplers.RandomSampler(seed=seed)
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=8)
+    # The liar keeps trials that run at the same time apart; alone, it only reads the storage again and again.
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=8, constant_liar=study.jobs > 1)
 
 
 class _Suggest:

@@ -103,13 +103,13 @@ class RecoverySettings(TomlTable):
 class HalvingSettings(TomlTable):
     """Which trials go on after a rung (see `foldsearch.search.halving`).
 
-    keep: share of the results of a rung that goes on. at_least: results of a rung before any trial is stopped.
-    band: how near two costs are, as a share of the costs seen, to be compared by what they add to the front.
+    keep: share of the trials of about the same cost that goes on after a rung. at_least: results of a rung before
+    any trial is stopped. band: how near two costs are to be about the same, as a share of the span of costs seen.
     """
 
     keep: Annotated[float, Field(gt=0, le=1)] = 0.5
     at_least: Positive = 4
-    band: Share01 = 0.1
+    band: Share01 = 0.25
 
 
 class Sources(TomlTable):

@@ -15,9 +15,9 @@ from torch import nn
 
 from foldsearch.errors import InputError, ModelError, PlanError
 from foldsearch.export import export, load_exported
-from foldsearch.export.write import cast, expand
+from foldsearch.export.write import expand
 from foldsearch.model.blocks import decoder_blocks
-from foldsearch.model.fold import fold
+from foldsearch.model.fold import cast, fold
 from foldsearch.model.parts import AbsentMLP, Borrowed, OutputNorm
 from foldsearch.plan.plan import FoldPlan
 

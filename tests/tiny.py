@@ -1,0 +1,92 @@
+"""Tiny random models of every family, a tokenizer of words, and folders of text."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from pathlib import Path
+
+import torch
+import transformers as tf
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from foldsearch.model.tokens import TokenSet
+
+VOCABULARY, WIDTH, NUM_BLOCKS, WINDOW = 96, 32, 5, 9
+# dropping a block shifts this list against itself
+TYPES = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": NUM_BLOCKS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA = {**COMMON, "intermediate_size": 40, "num_key_value_heads": 2}
+MIXED_LLAMA = {**LLAMA, "sliding_window": WINDOW, "layer_types": TYPES}
+CONFIGS = {
+    "llama": lambda: tf.LlamaConfig(**LLAMA),
+    "mistral": lambda: tf.MistralConfig(**LLAMA, sliding_window=WINDOW),
+    "qwen2": lambda: tf.Qwen2Config(**MIXED_LLAMA, use_sliding_window=True),
+    "qwen3": lambda: tf.Qwen3Config(**MIXED_LLAMA, head_dim=12, use_sliding_window=True),
+    "gemma": lambda: tf.GemmaConfig(**LLAMA, head_dim=8),
+    "gemma2": lambda: tf.Gemma2Config(**MIXED_LLAMA, head_dim=8, final_logit_softcapping=3.0),
+    "gemma3_text": lambda: tf.Gemma3TextConfig(**MIXED_LLAMA, head_dim=12),
+    "phi3": lambda: tf.Phi3Config(**LLAMA, sliding_window=None),
+    "olmo2": lambda: tf.Olmo2Config(**LLAMA),
+    "gpt2": lambda: tf.GPT2Config(**COMMON),
+    "gpt_neox": lambda: tf.GPTNeoXConfig(**COMMON, intermediate_size=40),
+    "opt": lambda: tf.OPTConfig(**COMMON, ffn_dim=40, word_embed_proj_dim=WIDTH),
+}
+
+
+@cache
+def dense_model(name: str = "llama") -> PreTrainedModel:
+    """Weights large enough that the next token's distribution is far from uniform; frozen."""
+    torch.manual_seed(0)
+    model: PreTrainedModel = tf.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    return model.requires_grad_(False)
+
+
+def token_set(name: str = "search", sequences: int = 6, length: int = 16, seed: int = 0) -> TokenSet:
+    """Random tokens, two sequences a document."""
+    ids_NT = torch.randint(3, VOCABULARY, (sequences, length), generator=torch.Generator().manual_seed(seed))
+    documents = tuple(f"{name}{index}" for index in range((sequences + 1) // 2))
+    return TokenSet(name, ids_NT, torch.arange(sequences) // 2, documents)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Token i is the word "wi", for i of 3 and above."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{index}": index for index in range(3, VOCABULARY)}
+    built = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    built.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=built, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def save_model(folder: Path, name: str = "llama") -> str:
+    """The dense model and its tokenizer as a folder that a study can name."""
+    dense_model(name).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def write_corpus(folder: Path, documents: int = 60, words: int = 50, seed: int = 0) -> str:
+    """A folder of text files in which a word often follows from the one before, so that there is something to learn."""
+    folder.mkdir(parents=True)
+    rng = random.Random(seed)
+    for index in range(documents):
+        word, text = rng.randrange(3, VOCABULARY), []
+        for _ in range(words):
+            text.append(f"w{word}")
+            word = 3 + (word * 5 + 1) % (VOCABULARY - 3) if rng.random() < 0.8 else rng.randrange(3, VOCABULARY)
+        (folder / f"{index:03}.txt").write_text(" ".join(text), encoding="utf-8")
+    return str(folder)

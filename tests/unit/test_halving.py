@@ -1,0 +1,97 @@
+"""Who is stopped, and at which rung, on curves written down beforehand.
+
+Oracle: the rule worked out by hand (the comments beside the curves), and laws that hold for any results.
+"""
+
+from __future__ import annotations
+
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from foldsearch.plan.front import dominates
+from foldsearch.search.halving import decide
+
+# name: (memory GB, GFLOPs per token), KL at each of three rungs; in the order in which they were run, one at a time
+CURVES = {
+    "a": ((0.280, 0.33), (0.70, 0.50, 0.45)),  # one of the first four results of every rung
+    "b": ((0.280, 0.33), (1.00, 0.72, 0.60)),
+    "c": ((0.280, 0.33), (0.65, 0.48, 0.44)),
+    "d": ((0.280, 0.33), (0.90, 0.75, 0.66)),
+    "e": ((0.240, 0.28), (1.30, 0.90, 0.80)),  # nobody else is as cheap
+    "f": ((0.280, 0.33), (0.95, 0.60, 0.50)),  # c, e, a and d are of a better rank: four of six
+    "g": ((0.279, 0.33), (0.66, 0.74, 0.70)),  # rank 0 with c and e; then d's place among six, three go on
+    "h": ((0.245, 0.28), (1.35, 0.80, 0.70)),  # e costs less and is better
+    "i": ((0.260, 0.33), (0.80, 0.70, 0.65)),  # shares weights: nobody else has that memory
+    "j": ((0.278, 0.33), (0.64, 0.45, 0.40)),  # better and cheaper than c
+    "k": ((0.262, 0.33), (0.97, 0.50, 0.40)),  # i is better and cheaper
+}
+STOPPED = {"f": 0, "g": 1, "h": 0, "k": 0}
+
+
+def test_who_stops_at_which_rung() -> None:
+    rungs: list[list[tuple[float, ...]]] = [[], [], []]
+    stopped: dict[str, int] = {}
+    for name, (costs, losses) in CURVES.items():
+        for rung, loss in enumerate(losses):
+            decision = decide((loss, *costs), rungs[rung])
+            rungs[rung].append((loss, *costs))
+            if rung < 2 and not decision.goes_on:
+                stopped[name] = rung
+                break
+    assert stopped == STOPPED
+
+
+def test_reasons_have_the_numbers_in_them() -> None:
+    same_cost = [(loss, 1.0, 1.0) for loss in (0.1, 0.2, 0.3, 0.4, 0.5)]
+    assert decide((0.6, 1.0, 1.0), same_cost).reason == "dominated: 5 of 6 results are of a better rank"
+    assert decide((0.6, 1.0, 1.0), same_cost[:3]).reason == "one of the first 4 at this rung"
+    ranked_alike = [(0.1 * i, 1.0 - 0.001 * i, 1.0) for i in range(6)] + [(0.0, 5.0, 1.0)]
+    assert decide((0.59, 0.99, 1.0), ranked_alike).reason.startswith("place ")
+
+
+results = st.tuples(st.floats(0, 5), st.floats(0, 1), st.floats(0, 1))
+
+
+@given(results, st.lists(results, max_size=14), st.integers(1, 6), st.floats(0.1, 1))
+def test_the_first_ones_and_the_best_of_their_cost_go_on(
+    point: tuple[float, ...], others: list[tuple[float, ...]], at_least: int, keep: float
+) -> None:
+    decision = decide(point, others, keep=keep, at_least=at_least, band=0.2)
+    if len(others) < at_least:
+        assert decision.goes_on
+    spans = [max(column) - min(column) for column in zip(point, *others, strict=True)]
+    near = [
+        other
+        for other in others
+        if all(abs(a - b) <= 0.2 * span for a, b, span in zip(other[1:], point[1:], spans[1:], strict=True))
+    ]
+    if not near and not any(dominates(other, point) for other in others):
+        assert decision.goes_on
+
+
+@given(st.lists(results, min_size=1, max_size=14), st.floats(0.1, 1))
+def test_a_quarter_is_never_kept_where_all_cost_the_same(
+    points: list[tuple[float, ...]], keep: float
+) -> None:
+    """Same costs: only quality counts, so the share that is kept can be counted."""
+    losses = sorted({round(point[0], 3) for point in points})
+    same = [(loss, 1.0, 1.0) for loss in losses]
+    going = [
+        decide(point, [other for other in same if other != point], keep=keep, at_least=1).goes_on
+        for point in same
+    ]
+    assert sum(going) == max(1, math.ceil(keep * len(same)))
+    assert going == sorted(going, reverse=True)  # the better ones
+
+
+@given(results, st.lists(results, max_size=10), st.integers(0, 10**6))
+def test_the_order_of_the_others_does_not_matter(
+    point: tuple[float, ...], others: list[tuple[float, ...]], seed: int
+) -> None:
+    import random
+
+    shuffled = list(others)
+    random.Random(seed).shuffle(shuffled)
+    assert decide(point, others).goes_on == decide(point, shuffled).goes_on
