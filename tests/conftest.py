@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
-# Before any library is imported: each reads these once.
+import pytest
+
+# Before torch, transformers or ray is imported: each reads these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -13,3 +18,57 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run two at a time on 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("COLUMNS", "120")
+
+
+@pytest.fixture(scope="session")
+def _recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of fake trials, written by the search's own records; tests get copies of it."""
+    from foldsearch.plan.plan import FoldPlan
+    from foldsearch.plan.proposal import fold_plan
+    from foldsearch.search.folder import RunFolder
+    from foldsearch.search.proposer import baseline_count
+    from foldsearch.search.records import Records
+    from foldsearch.spec.load import load_study
+    from tests.fake_trial import NUM_BLOCKS, ORDERS, TABLE, result_of
+
+    path = tmp_path_factory.mktemp("recorded") / "run"
+    study = load_study("default", {"budget.gb": 0.0070, "rungs": [0, 100, 400], "trials": 14})
+    with RunFolder.draft(path) as draft:
+        provenance = {"model note": "fake <weights>"}
+        records = Records(RunFolder.create(path, draft, study, TABLE, provenance))
+    count = baseline_count(records)
+    assert count == 4  # gate and greedy drop the same four: one measures the plan, the other knows it
+    for criterion in ("gate", "block_influence", "window", "greedy"):
+        records.queue(criterion, count)
+    measured: dict[FoldPlan, int] = {}
+    for _ in range(14):
+        number, proposal = records.ask()
+        if number == 5:
+            records.fail(number, "crashed: out of paper")
+            continue
+        plan = fold_plan(ORDERS.get(proposal.criterion, ())[: proposal.num_removed], proposal, NUM_BLOCKS)
+        owner = measured.setdefault(plan, number)
+        for rung in range(3):
+            result = result_of(plan, study, rung, proposal.learning_rate)
+            if rung == 2:
+                assert result.quality is not None
+                report = replace(result.quality, kl=1.1 * result.quality.kl, dense_perplexity=33.0, tokens=222)
+                result = replace(result, report=report)
+            if proposal.criterion == "gate":
+                gates = {"steps": 20, "tokens": 1000, "polarized": 0.9, "soft_loss": 2.0, "hard_loss": 2.5}
+                result = replace(result, gates={**gates, "from_cache": number > 4})
+            if owner != number:
+                result = replace(result, state="known", known_from=owner)
+            records.record(number, result)
+            if number == 7 and rung == 1:
+                records.stop(number, "rank 2 of 4")
+                break
+        else:
+            records.finish(number)
+    return path
+
+
+@pytest.fixture
+def run_path(_recorded: Path, tmp_path: Path) -> Path:
+    """A run folder of a test's own: 14 trials of a model of 12 blocks, one failed, one stopped."""
+    return Path(shutil.copytree(_recorded, tmp_path / "run"))

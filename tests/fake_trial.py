@@ -44,7 +44,9 @@ class FakeContext:
     device: str = "cpu"
 
 
-def prepare(study: Study, run_folder: Path, *, progress: Callable[[str, float], None] | None = None) -> FakeContext:
+def prepare(
+    study: Study, run_folder: Path, *, progress: Callable[[str, float], None] | None = None
+) -> FakeContext:
     if progress is not None:
         progress("pricing the dense model", 1.0)
     return FakeContext(study, TABLE, run_folder)
@@ -55,7 +57,9 @@ def result_of(plan: FoldPlan, study: Study, rung: int, learning_rate: float = 1e
     tokens = study.rungs[rung]
     odd = sum((block * 7919) % 13 for block in plan.dropped) / 100
     children = sum(not own for _, _, _, own in plan.runs("mlp"))
-    kl = (0.1 + 0.2 * len(plan.dropped) + 0.07 * children + odd) * (1 + 1 / (1 + tokens / 100)) + 10 * learning_rate
+    kl = (0.1 + 0.2 * len(plan.dropped) + 0.07 * children + odd) * (
+        1 + 1 / (1 + tokens / 100)
+    ) + 10 * learning_rate
     return TrialResult(
         plan=plan,
         cost=price(plan, TABLE, study.target.value()),
@@ -74,30 +78,31 @@ def run_trial(
     number: int,
     progress: Callable[[str, float], None] | None = None,
 ) -> Iterator[TrialResult]:
-    """The environment says what is to go wrong: FAKE_RAISE, FAKE_KILL, FAKE_DISK_FULL name a trial and a rung ("3:1"),
-    FAKE_SECONDS says how long a rung takes.
+    """`faults.json` beside the run folder says what goes wrong: {"3:1": "raise"} breaks trial 3 at rung 1; other words
+    are "kill" (this process, the first time) and "disk full". {"seconds": 0.2} is how long a rung takes.
     """
     study = context.study
     place = context.run_folder / "trials" / f"{number:05}"
+    beside = context.run_folder.parent / "faults.json"
+    faults = json.loads(beside.read_text()) if beside.is_file() else {}
     plan = fold_plan(ORDERS.get(proposal.criterion, ())[: proposal.num_removed], proposal, NUM_BLOCKS)
     path = place / "trial.json"
     known = json.loads(path.read_text())["results"] if path.is_file() else []
     for rung in range(len(known), len(study.rungs)):
-        here = f"{number}:{rung}"
-        with (context.run_folder / "executed.log").open("a") as log:
-            log.write(f"{here} {os.getpid()}\n")
-        if os.environ.get("FAKE_RAISE") == here:
+        log = context.run_folder / "executed.log"
+        before = log.read_text() if log.is_file() else ""
+        with log.open("a") as file:
+            file.write(f"{number}:{rung} {os.getpid()}\n")
+        fault = faults.get(f"{number}:{rung}")
+        if fault == "raise":
             raise RuntimeError("the fake breaks here")
-        if os.environ.get("FAKE_DISK_FULL") == here:
+        if fault == "disk full":
             raise OSError(28, "No space left on device")
-        if os.environ.get("FAKE_KILL") == here:
-            mark = context.run_folder / "killed"
-            if not mark.exists():
-                mark.touch()
-                os.kill(os.getpid(), 9)
+        if fault == "kill" and f"{number}:{rung} " not in before:
+            os.kill(os.getpid(), 9)
         if progress is not None:
             progress("recovery", 0.5)
-        time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
+        time.sleep(faults.get("seconds", 0.0))
         result = result_of(plan, study, rung, proposal.learning_rate)
         known.append(result.to_json())
         write_json(path, {"results": known})

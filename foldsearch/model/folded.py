@@ -114,8 +114,10 @@ def assemble(model: "PreTrainedModel") -> None:
     """Turn a stock model with one whole block per position into the folded model that its config describes, in place.
 
     Raises:
-        ValueError: the config has no `fold`, or one of another schema.
+        ValueError: the config has no `fold`, or one of another schema; or this transformers cannot cache it.
     """
+    from transformers import cache_utils
+
     config: Any = model.config
     fold = config.fold
     if not fold or fold.get("schema") != FOLD_SCHEMA:
@@ -125,6 +127,11 @@ def assemble(model: "PreTrainedModel") -> None:
         )
     family = family_of(config)
     blocks, slots = decoder_blocks(model), fold["slots"]
+    if any(slot["attention"] is None for slot in slots) and not hasattr(cache_utils, "DummyLayer"):
+        raise ValueError(
+            "a position without attention needs a KV cache that can skip it, which this version of transformers does "
+            "not have: decoding would be wrong. Use transformers 5.23 or later."
+        )
     for unit_name, unit in (("attention", family.attention), ("mlp", family.mlp)):
         owners: dict[int, nn.Module] = {}
         borrowers: list[tuple[nn.Module, dict[str, Any]]] = []

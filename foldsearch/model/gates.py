@@ -17,7 +17,8 @@ attenuation, for every gate in play, by one backward pass. The weight w of a gat
 is its opening: the constraint holds exactly in every step, and `eps` is how far a weight must be from the threshold tau
 for its gate to be out of play. Gate i plays with probability min(1, 2 (1 - p_i)), so that it is p_i open on average
 (half open at least). As the run proceeds the gates with the lowest weights are closed for good, one by one, and the
-others learn how much they matter without them. So the gates always end polarized.
+others learn how much they matter without them. So the gates always end polarized. Last, a few swaps of gates that are
+near the threshold are tried on the training text.
 
 Shapes: N sequences, B sequences of a step, T positions, D width, V vocabulary, C positions of a chunk, L blocks.
 """
@@ -26,8 +27,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -39,6 +41,7 @@ from foldsearch.model.evidence import BlockRun, Progress, last_hidden, measure_e
 
 POSITIONS_AT_ONCE = 64  # of the vocabulary projection; three of its outputs are alive together
 CLOSED, OPEN = 0.05, 0.95  # a gate outside these is polarized
+SWAP_ROUNDS = 2
 MOST_INFLUENCE = 20.0  # of a block at the start, in medians: the first block's is far out and says no more
 
 
@@ -59,6 +62,7 @@ class GateSettings:
         warmup: share of the steps before the first gate closes for good.
         decay: of the running mean, a step.
         prior: how many measurements the Block Influence that gates start from counts for.
+        swaps: at the end, so many of the kept blocks are tried in place of the two removed ones that matter most.
         stride: the loss is taken at every so many positions.
         seed: of the sequences and of the gates.
     """
@@ -74,6 +78,7 @@ class GateSettings:
     warmup: float = 0.4
     decay: float = 0.97
     prior: float = 3.0
+    swaps: int = 4
     stride: int = 2
     seed: int = 0
 
@@ -94,10 +99,10 @@ class GateSettings:
             raise InputError(
                 f"The gates' warmup and decay are between 0 and 1, but here they are {self.warmup} and {self.decay}."
             )
-        if self.pressure <= 0.0 or self.prior <= 0.0 or self.stride < 1:
+        if self.pressure <= 0.0 or self.prior <= 0.0 or self.stride < 1 or self.swaps < 0:
             raise InputError(
-                "The gates' pressure and prior are above 0 and their stride is at least 1, but here they are "
-                f"{self.pressure}, {self.prior} and {self.stride}."
+                "The gates' pressure and prior are above 0, their stride is at least 1 and their swaps are at least 0, "
+                f"but here they are {self.pressure}, {self.prior}, {self.stride} and {self.swaps}."
             )
 
     @property
@@ -124,10 +129,12 @@ class GateResult:
         gates: expected opening per block at the end.
         history: `gates` after every step.
         polarized: the share of `gates` that is below 0.05 or above 0.95.
-        soft_loss: KL to the dense model (nats a token) with `gates` as they are, on the first training sequences.
-        hard_loss: the same with the first `count` blocks of the ranking removed and all others whole.
+        soft_loss: KL to the dense model (nats a token) with the gates as training left them, on the first training
+            sequences. They are all 0 or 1 by then.
+        hard_loss: the same with the first `count` blocks of the ranking removed: lower where a swap helped.
         steps: training steps done.
         tokens: tokens trained on (every one forward and backward).
+        swap_tokens: tokens of the swaps' runs (forward only).
         seconds: wall time.
     """
 
@@ -139,6 +146,7 @@ class GateResult:
     hard_loss: float
     steps: int
     tokens: int
+    swap_tokens: int
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -248,17 +256,21 @@ def train_gates(
             history.append(tuple(expected_L.tolist()))
             if progress is not None:
                 progress(step + 1, settings.steps)
-        final_L = expected_L
-        hard_L = torch.ones(len(blocks), dtype=torch.float64)
-        hard_L[ranked] = 0.0
         rows = slice(0, 2 * settings.sequences_per_step)
-        hard_loss = _loss(model, ids_NT[rows], targets_NTD[rows], hard_L, settings)
-        polarized_wholly = torch.equal(final_L, hard_L)
-        soft_loss = (
-            hard_loss
-            if polarized_wholly
-            else _loss(model, ids_NT[rows], targets_NTD[rows], final_L, settings)
-        )
+        ids_BT, targets_BTD = ids_NT[rows], targets_NTD[rows]
+        soft_loss = hard_loss = _loss_without(model, ids_BT, targets_BTD, ranked, settings.stride)
+        runs = 1
+        for _ in range(SWAP_ROUNDS if settings.swaps else 0):
+            best, best_loss = ranked, hard_loss
+            for swapped in _swaps(ranked, weights.values / cost_L, settings.swaps):
+                loss = _loss_without(model, ids_BT, targets_BTD, swapped, settings.stride)
+                runs += 1
+                if loss < best_loss:
+                    best, best_loss = swapped, loss
+            if best is ranked:
+                break
+            ranked, hard_loss = best, best_loss
+        final_L = _expected(weights.values / cost_L, cost_L, ranked, settings)
     while len(ranked) < len(blocks):
         ranked.append(_lowest(weights.values / cost_L, ranked))
     outside = [gate < CLOSED or gate > OPEN for gate in final_L.tolist()]
@@ -271,6 +283,7 @@ def train_gates(
         hard_loss=hard_loss,
         steps=settings.steps,
         tokens=settings.steps * settings.sequences_per_step * ids_NT.shape[1],
+        swap_tokens=runs * ids_BT.numel(),
         seconds=time.perf_counter() - began,
     )
 
@@ -370,13 +383,23 @@ def _slopes(model: GatedModel, ids_BT: Tensor, targets_BTD: Tensor, gates_BL: Te
     return slope_BL.double().cpu()
 
 
-def _loss(
-    model: GatedModel, ids_BT: Tensor, targets_BTD: Tensor, gate_L: Tensor, settings: GateSettings
+def _swaps(removed: Sequence[int], weight_L: Tensor, num_kept: int) -> Iterator[list[int]]:
+    """The removed blocks with one swapped: the two that matter most for those that matter least of the kept."""
+    by_weight = sorted(range(len(weight_L)), key=lambda i: (float(weight_L[i]), i))
+    returns = [i for i in by_weight if i in removed][-2:]
+    goes = [i for i in by_weight if i not in removed][:num_kept]
+    for old, new in product(returns, goes):
+        yield [new if i == old else i for i in removed]
+
+
+def _loss_without(
+    model: GatedModel, ids_BT: Tensor, targets_BTD: Tensor, removed: Sequence[int], stride: int
 ) -> float:
+    gate_L = torch.ones(len(decoder_blocks(model.dense)), device=ids_BT.device)
+    gate_L[list(removed)] = 0.0
     with torch.no_grad():
-        gates_BL = gate_L.float().to(ids_BT.device).expand(len(ids_BT), -1)
-        hidden_BTD = model.hidden(ids_BT, gates_BL)
-    return float(kl_to_dense(model.dense, hidden_BTD, targets_BTD, stride=settings.stride)[0].mean())
+        hidden_BTD = model.hidden(ids_BT, gate_L.expand(len(ids_BT), -1))
+    return float(kl_to_dense(model.dense, hidden_BTD, targets_BTD, stride=stride)[0].mean())
 
 
 def kl_to_dense(

@@ -23,10 +23,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from foldsearch.files import replace_atomically
+from foldsearch.model.head import (
+    POSITIONS_AT_ONCE,
+    has_linear_head,
+    head_logits,
+    last_hidden,
+    log_normaliser,
+)
 from foldsearch.model.tokens import TokenSet
 from foldsearch.plan.result import Quality
 
-POSITIONS_AT_ONCE = 64  # of the head: 64 × V logits in float32 are 12 MB at V = 49,152
 TOKENS_AT_ONCE = 4096  # of the blocks, when judging
 SCHEMA = 1
 
@@ -50,31 +56,6 @@ class DenseTargets:
     def perplexity(self) -> float:
         """The dense model's, on these tokens."""
         return math.exp(float(self.loss_NP.double().mean()))
-
-
-def last_hidden(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
-    """What the head reads: hidden states after the final norm, (B, T, D)."""
-    hidden_BTD: Tensor = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
-    return hidden_BTD
-
-
-def head_logits(model: PreTrainedModel, hidden_MD: Tensor) -> Tensor:
-    """Logits in float32, (M, V)."""
-    logits_MV: Tensor = model.get_output_embeddings()(hidden_MD).float()
-    softcap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2
-    return logits_MV if softcap is None else softcap * torch.tanh(logits_MV / softcap)
-
-
-def has_linear_head(model: PreTrainedModel) -> bool:
-    """Whether logits are a matrix product of hidden states and nothing else."""
-    capped = getattr(model.config, "final_logit_softcapping", None) is not None
-    return not capped and model.get_output_embeddings().bias is None
-
-
-def log_normaliser(logits_MV: Tensor) -> Tensor:
-    """log Σ_v exp(logit), (M); three passes where torch.logsumexp takes more."""
-    highest_M1 = logits_MV.detach().amax(-1, keepdim=True)
-    return (logits_MV - highest_M1).exp_().sum(-1).log() + highest_M1[:, 0]
 
 
 def batches(

@@ -55,6 +55,10 @@ def _sdpa_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     return Counter(scaled_dot_product_attention=pairs * (query[-1] + value[-1]))
 
 
+def _no_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    return Counter()
+
+
 def count_macs(model: nn.Module, inputs: tuple[Any, ...]) -> FlopCountAnalysis:
     """fvcore's analysis of one forward pass, attention included.
 
@@ -63,6 +67,7 @@ def count_macs(model: nn.Module, inputs: tuple[Any, ...]) -> FlopCountAnalysis:
     """
     analysis = FlopCountAnalysis(model, inputs)
     analysis.set_op_handle("aten::scaled_dot_product_attention", _sdpa_macs)
+    analysis.set_op_handle("aten::layer_norm", _no_macs)  # fvcore counts this kind of norm and no other
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
@@ -157,6 +162,7 @@ def _shallow(config: PretrainedConfig, depth: int) -> PretrainedConfig:
     if getattr(config, "layer_types", None):
         shallow.layer_types = config.layer_types[:depth]
     shallow.num_hidden_layers = depth
+    shallow.pad_token_id = None  # else GPT-2 looks for it among the tokens, and on the meta device they have no values
     return shallow
 
 

@@ -55,7 +55,8 @@ class Borrowed(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Up is zero, so the adapter starts as nothing; down is random, so that up gets a gradient."""
         if self.down is not None and self.up is not None:
-            start_RI = torch.randn(self.rank, self.inputs, generator=generator)  # drawn on the default device
+            device = None if generator is None else generator.device
+            start_RI = torch.randn(self.rank, self.inputs, generator=generator, device=device)
             self.down.copy_(start_RI * self.inputs**-0.5)
             self.up.zero_()
 

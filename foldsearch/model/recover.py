@@ -34,14 +34,8 @@ from transformers.pytorch_utils import Conv1D
 from foldsearch.errors import FoldsearchError
 from foldsearch.files import replace_atomically
 from foldsearch.model.blocks import decoder_blocks, family_of
-from foldsearch.model.judge import (
-    POSITIONS_AT_ONCE,
-    DenseTargets,
-    cross_terms,
-    head_logits,
-    last_hidden,
-    log_normaliser,
-)
+from foldsearch.model.head import POSITIONS_AT_ONCE, head_logits, last_hidden, log_normaliser
+from foldsearch.model.judge import DenseTargets, cross_terms
 from foldsearch.model.parts import Borrowed, OutputNorm
 from foldsearch.model.tokens import TokenSet
 

@@ -135,10 +135,19 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Upper bounds; None is no bound."""
+    """Upper bounds; None is no bound.
+
+    Raises:
+        BudgetError: a bound is not positive.
+    """
 
     memory_bytes: int | None = None
     flops: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, bound in (("memory", self.memory_bytes), ("FLOPs per token", self.flops)):
+            if bound is not None and bound < 1:
+                raise BudgetError(f"a budget's {name} is at least 1, got {bound}. Raise it.")
 
     def violations(self, cost: Cost) -> dict[str, float]:
         """For each bound, how far the cost is above it as a share of the bound; feasible where all are <= 0."""
@@ -167,11 +176,12 @@ def parse_flops(text: str, dense: Cost) -> int:
         value = float(number)
     except ValueError:
         value = 0.0
-    if not 0 < value < float("inf"):
+    flops = value * dense.flops if text.strip().endswith("x") else value
+    if not 1 <= flops < float("inf"):  # below one: a share of dense whose x was forgotten
         raise BudgetError(
             f"--budget-flops is FLOPs per token at decode (2.5e8) or a share of dense (0.8x), got '{text}'."
         )
-    return int(value * dense.flops) if text.strip().endswith("x") else int(value)
+    return int(flops)
 
 
 def price(plan: FoldPlan, table: CostTable, target: Target) -> Cost:

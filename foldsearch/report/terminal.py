@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from foldsearch.spec.study import Study
 
 WIDTH_OF_LOGS = 120  # characters of a line where the output is no terminal
-_EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -370,34 +370,28 @@ def export_table(report: ExportReport, folder: Path) -> Group:
 
 
 def evidence_table(evidence: Evidence) -> RenderableType:
-    """FoldGPT's Fig. 2 for a model: both cosines, a bar each, and the rank of each block's influence."""
-    table = _plain_table("block>", "cos(in, out)>", "", "cos(out, start)>", "", "influence>", "rank>")
-    block, start = evidence.block_cosine, evidence.start_cosine
-    ranking = sorted(range(len(block)), key=lambda i: (-block[i], i))
-    for i, (near, far) in enumerate(zip(block, start, strict=True)):
+    """FoldGPT's Fig. 2 for a model: both cosines, and Block Influence with a bar and its rank (1: least)."""
+    table = _plain_table("block>", "cos(in, out)>", "cos(start, out)>", "influence>", "rank>", "")
+    influence = [1 - cosine for cosine in evidence.block_cosine]
+    ranking = sorted(range(len(influence)), key=lambda i: (influence[i], i))
+    full = 3 * median(influence)  # the first and the last blocks would flatten all the others
+    for i, (near, far) in enumerate(zip(evidence.block_cosine, evidence.start_cosine, strict=True)):
         rank = ranking.index(i) + 1
-        style = "bold" if rank <= max(1, len(block) // 5) else ""
+        style = "bold" if rank <= max(1, len(influence) // 5) else ""
         table.add_row(
             str(i),
             f"{near:.4f}",
-            Text(bar(near, block), style=PAIRS[0][0]),
-            f"{far:.4f}",
-            Text(bar(far, start), style=PAIRS[1][0]),
-            Text(f"{1 - near:.4f}", style=style),
+            f"{far:+.4f}",
+            Text(f"{influence[i]:.4f}", style=style),
             Text(str(rank), style=style),
+            Text(bar(influence[i] / full), style=PAIRS[0][0]),
         )
     return table
 
 
-def bar(value: float, values: Sequence[float], cells: int = 16) -> str:
-    """A horizontal bar from the lowest of the values (one eighth of a cell) to the highest (full)."""
-    low, high = min(values), max(values)
-    eighths = 1 + round((value - low) / (high - low or 1) * (8 * cells - 1))
-    full, rest = divmod(eighths, 8)
+def bar(share: float, cells: int = 24) -> str:
+    """A horizontal bar; a share above 1 ends in an arrow."""
+    if share > 1:
+        return "█" * (cells - 1) + "▶"
+    full, rest = divmod(round(max(share, 0.0) * 8 * cells), 8)
     return "█" * full + " ▏▎▍▌▋▊▉"[rest].strip()
-
-
-def sparkline(values: Sequence[float]) -> str:
-    """One character a value, from the lowest to the highest."""
-    low, high = min(values), max(values)
-    return "".join(_EIGHTHS[1 + round((value - low) / (high - low or 1) * 7)] for value in values)

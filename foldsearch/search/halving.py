@@ -1,10 +1,11 @@
 """Which trials go on after a rung.
 
 Asynchronous, like ASHA (Li et al. 2020): a trial is judged when its result of a rung arrives, against the results of
-that rung so far, and never again. Several objectives need another order than ASHA's: non-domination rank first, and
-within a rank what a trial adds to the front (hypervolume), compared with the trials of about its cost only. With
-three conflicting objectives nearly every trial has rank 0, so the rank alone would stop nobody; and trials of quite
-another cost are no rivals: the cheap end of a front is as wanted as its good end. Source: ours.
+that rung so far, and never again. Several objectives need another order than ASHA's. Non-domination rank comes first;
+but with three conflicting objectives nearly every trial has rank 0, so the rank alone would stop hardly anybody. Then
+the trials of about the same cost compete for their place on the front, by the hypervolume that each of them alone
+would add to the results of other costs. Trials of quite another cost are no rivals: the cheap end of a front is as
+wanted as its good end. Source: ours.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from foldsearch.plan.front import Point, contributions, ranks
+from foldsearch.plan.front import Point, hypervolume, normalise, ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,50 +52,25 @@ def decide(
     if len(points) <= at_least:
         return Decision(True, f"one of the first {at_least} at this rung")
     rank = ranks(points)
-    quota = max(at_least, math.ceil(keep * len(points)))
     better = sum(other < rank[0] for other in rank)
-    if better >= quota:
+    if better >= max(at_least, math.ceil(keep * len(points))):
         return Decision(False, f"dominated: {better} of {len(points)} results are of a better rank")
-    spans = [max(column) - min(column) for column in zip(*points, strict=True)]
-    rivals = [i for i, other in enumerate(points) if _near(other, points[0], spans, band)]
-    added = _added([points[i] for i in rivals], [rank[i] for i in rivals], spans, band)
-    order = sorted(range(len(rivals)), key=lambda i: (rank[rivals[i]], -added[i]))
-    place = order.index(0)  # rivals[0] is the point itself
+    scaled = normalise(points)
+    rivals = [i for i, other in enumerate(scaled) if _near(other, scaled[0], band)]
+    # Costs have a far reference, so that small differences of cost count little beside quality.
+    reference = (1.1, *(2.0 for _ in scaled[0][1:]))
+    elsewhere = [other for i, other in enumerate(scaled) if i not in rivals]
+    without = hypervolume(elsewhere, reference)
+    adds = {i: hypervolume([*elsewhere, scaled[i]], reference) - without for i in rivals}
+    place = sum((-adds[i], scaled[i]) < (-adds[0], scaled[0]) for i in rivals)
     kept = math.ceil(keep * len(rivals))
-    words = f"place {place + 1} of {len(rivals)} at about this cost, {kept} go on"
-    return Decision(place < kept, words)
+    return Decision(
+        place < kept, f"place {place + 1} of {len(rivals)} at about this cost, of which {kept} go on"
+    )
 
 
-def _near(a: Point, b: Point, spans: Sequence[float], band: float) -> bool:
-    return all(abs(x - y) <= band * span for x, y, span in zip(a[1:], b[1:], spans[1:], strict=True))
-
-
-def _added(points: list[Point], rank: list[int], spans: Sequence[float], band: float) -> list[float]:
-    """Hypervolume that each point adds to those of its own rank.
-
-    Quality is scaled to the points' own span; costs to the width of the band, with the reference one more band
-    away: so within a band a better quality counts more than a slightly lower cost.
-    """
-    qualities = [point[0] for point in points]
-    low, span = min(qualities), max(qualities) - min(qualities)
-    scaled = [
-        (
-            (point[0] - low) / span if span else 0.0,
-            *(
-                x / (band * width) if band * width else 0.0
-                for x, width in zip(point[1:], spans[1:], strict=True)
-            ),
-        )
-        for point in points
-    ]
-    worst = [max(column) for column in zip(*scaled, strict=True)]
-    reference = (worst[0] + 0.1, *(x + 1 for x in worst[1:]))
-    result = [0.0] * len(points)
-    for level in set(rank):
-        members = [i for i, other in enumerate(rank) if other == level]
-        for i, volume in zip(members, contributions([scaled[i] for i in members], reference), strict=True):
-            result[i] = volume
-    return result
+def _near(a: Point, b: Point, band: float) -> bool:
+    return all(abs(x - y) <= band for x, y in zip(a[1:], b[1:], strict=True))
 
 
 class Halving(FIFOScheduler):

@@ -107,10 +107,12 @@ class Space(TomlTable):
     def counts(self, num_blocks: int) -> tuple[int, int]:
         """Fewest and most blocks to drop of `num_blocks`: removal rates as whole numbers, one block always stays.
 
-        Where no whole number lies in the range, the nearest one above it does.
+        Where no whole number lies in the range, the nearest one above it does. Something is dropped or shared, so
+        a space without sharing drops at least one block.
         """
         low, high = self.removal
-        fewest = min(math.ceil(low * num_blocks - 1e-9), num_blocks - 1)
+        fewest = max(math.ceil(low * num_blocks - 1e-9), 0 if self.share.max_groups else 1)
+        fewest = min(fewest, num_blocks - 1)
         return fewest, max(fewest, min(math.floor(high * num_blocks + 1e-9), num_blocks - 1))
 
 
@@ -136,7 +138,9 @@ def propose(suggest: Suggest, space: Space, num_blocks: int, *, origin: Origin =
     num_removed = suggest.integer("num_removed", fewest, most)
     criterion = suggest.choice("criterion", space.criteria)
     gate_eps = suggest.choice("gate_eps", space.gate_eps) if criterion == "gate" else None
-    num_groups = suggest.integer("num_groups", 0, space.share.max_groups)
+    num_groups = suggest.integer(
+        "num_groups", 0 if num_removed else min(1, space.share.max_groups), space.share.max_groups
+    )
     group_size, group_start, adapter_rank = 1, 0, 0
     if num_groups:
         group_size = suggest.choice("group_size", space.share.group_sizes)
@@ -266,7 +270,7 @@ def size(space: Space, num_blocks: int) -> int:
         starts = last - first + 1
         share = space.share
         total += criteria * (
-            1 + share.max_groups * len(share.group_sizes) * starts * len(share.adapter_ranks)
+            bool(count) + share.max_groups * len(share.group_sizes) * starts * len(share.adapter_ranks)
         )
     return total
 
@@ -277,7 +281,8 @@ def _start(space: Space, num_retained: int, end: int = 0) -> int:
 
 def _extremes(space: Space, num_blocks: int, count: int) -> Iterator[Proposal]:
     """Proposals among which the cheapest of a count is: nothing shared, or as much as the space allows."""
-    yield Proposal("window", num_removed=count)
+    if count or not space.share.max_groups:
+        yield Proposal("window", num_removed=count)
     if space.share.max_groups:
         for group_size in space.share.group_sizes:
             for groups in range(1, space.share.max_groups + 1):

@@ -108,7 +108,7 @@ def descend(
                 loss_B = next_token_losses(dense, leaf_BTD, ids_NT[row_B])
                 (slope_BTD,) = torch.autograd.grad(loss_B.sum(), leaf_BTD)
             assert slope_BTD is not None
-            hidden_BTD.backward(slope_BTD / batch, retain_graph=True)  # type: ignore[no-untyped-call]
+            hidden_BTD.backward(slope_BTD / batch, retain_graph=True)
             if penalty:
                 extra.backward()
             slope_L = w_L.grad
@@ -169,6 +169,7 @@ def closing(dense: nn.Module, ids_NT: Tensor, settings: GateSettings) -> dict[st
         "soft": result.soft_loss,
         "hard": result.hard_loss,
         "tokens": result.tokens,
+        "forward_tokens": result.swap_tokens,
         "seconds": result.seconds,
     }
 
@@ -237,18 +238,21 @@ class Bench:
 
     def baseline(self, name: str, count: int) -> dict[str, Any]:
         if name == "dense":
-            return {"order": [], "tokens": 0, "seconds": 0.0}
+            return {"order": []}
         if name == "influence":
-            return {"order": list(influence_order(self.evidence)[:count]), "tokens": self.search_NT.numel()}
+            return {
+                "order": list(influence_order(self.evidence)[:count]),
+                "forward_tokens": self.evidence.tokens,
+            }
         if name == "window":
-            return {"order": list(best_window(self.evidence, count)), "tokens": self.search_NT.numel()}
+            return {"order": list(best_window(self.evidence, count)), "forward_tokens": self.evidence.tokens}
         if self.greedy is None:
             began = time.perf_counter()
             result = greedy_order(self.dense, self.search_NT, max(COUNTS))
             tokens = result.evaluations * result.tokens
             self.greedy = {
                 "order": list(result.order),
-                "tokens": tokens,
+                "forward_tokens": tokens,
                 "seconds": time.perf_counter() - began,
             }
         return {**self.greedy, "order": self.greedy["order"][:count]}
@@ -276,6 +280,7 @@ class Bench:
         settings = replace(CLOSING, count=count, seed=seed)
         closings = {
             "closing": settings,
+            "closing, no swaps": replace(settings, swaps=0),
             "closing, half the tokens": replace(settings, steps=settings.steps // 2),
             "closing, twice the tokens": replace(settings, steps=settings.steps * 2),
             "closing, hardened at the end only": replace(settings, warmup=1.0),
@@ -292,7 +297,7 @@ class Bench:
 MIDDLE = 6  # the count that gates train at if one ranking is to serve all counts
 OWN_COUNT = "closing"  # recipes whose gates are trained for the count they're measured at
 ONE_FOR_ALL = "one closing ranking for all counts"
-GATE_KEYS = ("order", "history", "polarized", "soft", "hard", "tokens", "seconds")
+GATE_KEYS = ("order", "history", "polarized", "soft", "hard", "tokens", "forward_tokens", "seconds")
 BASELINES = ("dense", "influence", "window", "greedy")
 RECIPES = (
     "fixed eps, next token",
@@ -335,7 +340,7 @@ def table(
                 elif same and not recipe.startswith(
                     OWN_COUNT
                 ):  # trained once, ranked once, removed at every rate
-                    found = {key: same[0][key] for key in GATE_KEYS}
+                    found = {key: same[0][key] for key in GATE_KEYS if key in same[0]}
                 else:
                     trained_at = count if recipe.startswith(OWN_COUNT) else MIDDLE
                     found = loaded.gate_recipe(recipe, trained_at, seed)
@@ -354,16 +359,16 @@ def read(out: Path) -> list[dict[str, Any]]:
 def show(rows: Sequence[dict[str, Any]]) -> None:
     print(
         "| dropped | recipe | seeds | perplexity SOTU | Wikipedia | KL SOTU | KL Wikipedia | polarized "
-        "| soft → hard KL | tokens | s |"
+        "| soft → hard KL | trained tokens | forward | s |"
     )
-    print("|" + "---|" * 11)
+    print("|" + "---|" * 12)
     for count in sorted({row["count"] for row in rows}):
         names = list(dict.fromkeys(row["recipe"] for row in rows if row["count"] == count))
         for name in sorted(names, key=lambda n: (n not in BASELINES, n)):
             same = [row for row in rows if row["count"] == count and row["recipe"] == name]
 
             def mean(key: str, same: Sequence[dict[str, Any]] = same) -> float:
-                return statistics.fmean(row.get(key, math.nan) for row in same)
+                return statistics.fmean(row.get(key, 0.0) for row in same)
 
             def cell(key: str, digits: int, same: Sequence[dict[str, Any]] = same) -> str:
                 spread = f" [{min(r[key] for r in same):.{digits}f}–{max(r[key] for r in same):.{digits}f}]"
@@ -377,7 +382,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
                 f"| {cell('sotu_kl', 3)} | {cell('wikipedia_kl', 3)} "
                 f"| {format(mean('polarized'), '.2f') if gate else ''} "
                 f"| {format(mean('soft'), '.2f') + ' → ' + format(mean('hard'), '.2f') if gate else ''} "
-                f"| {mean('tokens'):,.0f} | {mean('seconds'):.0f} |"
+                f"| {mean('tokens'):,.0f} | {mean('forward_tokens'):,.0f} | {mean('seconds'):.0f} |"
             )
 
 

@@ -141,6 +141,35 @@ def overwrite(dense, child, owner, unit):
 
 
 @families
+def test_a_units_output_is_what_is_added_to_the_residual_stream(name):
+    """So that an output norm stands there: a block's output is its input plus both units' outputs."""
+    dense = dense_model(name)
+    family, block = family_of(dense.config), decoder_blocks(dense)[1]
+    added_BTD, seen = [], []
+
+    def keep(module, args, output):
+        added_BTD.append(output.view(2, TOKENS, WIDTH))
+
+    hooks = [
+        block.get_submodule(unit.output).register_forward_hook(keep)
+        for unit in (family.attention, family.mlp)
+    ]
+    hooks.append(
+        block.register_forward_hook(
+            lambda module, args, kwargs, output: seen.extend([args or list(kwargs.values()), output]),
+            with_kwargs=True,
+        )
+    )
+    try:
+        logits(dense)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    (before_BTD, *_), after_BTD = seen
+    torch.testing.assert_close(before_BTD + sum(added_BTD), after_BTD)
+
+
+@families
 def test_a_child_runs_its_owners_linears_and_its_own_norms(name):
     expected = copy.deepcopy(dense_model(name))
     family = family_of(expected.config)

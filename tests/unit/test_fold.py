@@ -4,9 +4,11 @@ Oracles: values that follow from definitions; the folded model (for its expanded
 model by AutoModelForCausalLM (for registration).
 """
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import transformers as tf
 from torch import nn
 
 from foldsearch.errors import InputError, ModelError, PlanError
-from foldsearch.export import export, load_exported
+from foldsearch.export import export, load_exported, ship
 from foldsearch.export.write import expand
 from foldsearch.model.blocks import decoder_blocks
 from foldsearch.model.fold import cast, fold
@@ -247,6 +249,24 @@ def test_export_refuses_before_it_writes(tmp_path):
         export(model, None, out, **given)
     with pytest.raises(ModelError, match=r"no config\.json"):
         load_exported(out)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    model = fold(dense_model(), plan("0 2-3"))
+    given = {"plan": plan("0 2-3"), "form": "folded", "dtype": "float32", "ids_NT": IDS}
+    (tmp_path / "old").mkdir()
+
+    def fill_the_disk(model, folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ship, "write_folded", fill_the_disk)
+    with pytest.raises(InputError, match=r"No space left on device.*Make room"):
+        export(model, None, tmp_path / "old", **given, overwrite=True)
+    monkeypatch.setattr(ship.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(InputError, match=r"needs 0\.00 GB, but .* has 0\.00 GB free"):
+        export(model, None, tmp_path / "new", **given)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
 # ---- registration

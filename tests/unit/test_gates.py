@@ -143,10 +143,21 @@ def test_gates_hold_the_constraint_at_every_step_and_end_polarized(
         assert [result.gates[i] for i in result.ranking[:2]] == [0.0, 0.0]
 
 
+def test_swaps_never_make_it_worse(dense: LlamaForCausalLM, ids_NT: Tensor) -> None:
+    for seed in range(4):
+        plain = train_gates(dense, ids_NT, replace(SETTINGS, swaps=0, seed=seed), block_macs=ONES)
+        swapped = train_gates(dense, ids_NT, replace(SETTINGS, swaps=3, seed=seed), block_macs=ONES)
+        assert plain.soft_loss == plain.hard_loss == swapped.soft_loss
+        assert swapped.hard_loss <= plain.hard_loss
+        assert len(set(swapped.ranking[:2]) - set(plain.ranking[:2])) <= 2
+        assert sorted(swapped.ranking) == list(range(NUM_BLOCKS))
+        assert (plain.swap_tokens, plain.tokens) == (8 * 16, swapped.tokens)
+
+
 def test_a_block_that_costs_more_goes_first_at_equal_importance(
     dense: LlamaForCausalLM, ids_NT: Tensor
 ) -> None:
-    settings = replace(SETTINGS, count=1)
+    settings = replace(SETTINGS, count=1, swaps=0)
     cheap = train_gates(dense, ids_NT, settings, block_macs=ONES).ranking
     last = cheap[-1]
     macs = [1.0] * NUM_BLOCKS

@@ -1,0 +1,30 @@
+"""Run or resume a study of fake trials in a process of its own, to be interrupted and killed.
+
+python -m tests.fake_driver FOLDER run|resume
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from foldsearch.search.events import Event
+from foldsearch.search.run import run_search
+from foldsearch.spec.load import load_study
+from foldsearch.spec.study import Study
+
+FAKES = {"trial": "tests.fake_trial:run_trial", "prepare": "tests.fake_trial:prepare"}
+
+
+def study(**overrides: object) -> Study:
+    """Small and quick: twelve blocks, dense is above the budget."""
+    return load_study("default", {"budget.gb": 0.0070, "rungs": [0, 100, 400], "trials": 9, **overrides})
+
+
+def say(event: Event) -> None:
+    print(type(event).__name__, getattr(event, "number", ""), getattr(event, "resume", ""), flush=True)
+
+
+if __name__ == "__main__":
+    resume = sys.argv[2] == "resume"
+    run_search(None if resume else study(), Path(sys.argv[1]), resume=resume, on_event=say, **FAKES)

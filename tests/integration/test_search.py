@@ -1,0 +1,250 @@
+"""The search with real Ray and trials that need no model; drivers and workers are really killed.
+
+Oracles: the log into which the fake trial writes every rung it executes, and the Optuna study as read from its file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import optuna
+import psutil
+import pytest
+import ray
+from optuna.trial import TrialState
+
+from foldsearch.errors import BudgetError, RunError
+from foldsearch.search import events
+from foldsearch.search.folder import RunFolder
+from foldsearch.search.records import STUDY_NAME, Record, read_records
+from foldsearch.search.run import run_search
+from tests.fake_driver import FAKES, study
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def shared_ray() -> Iterator[None]:
+    """One Ray for the tests that do not kill it; run_search uses what is there."""
+    os.environ["PYTHONPATH"] = str(ROOT)  # workers import the fakes
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=100 * 10**6,
+    )
+    yield
+    ray.shutdown()
+
+
+def executed(run: Path) -> Counter[str]:
+    """How often each "trial:rung" was executed."""
+    return Counter(line.split()[0] for line in (run / "executed.log").read_text().splitlines())
+
+
+def stored(run: Path) -> list[optuna.trial.FrozenTrial]:
+    return optuna.load_study(study_name=STUDY_NAME, storage=f"sqlite:///{run / 'storage.db'}").get_trials()
+
+
+def check_whole(run: Path) -> list[Record]:
+    """Laws of a run that is over: every trial ended, and every rung of it was recorded once."""
+    assert {trial.state for trial in stored(run)} <= {TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL}
+    records = read_records(RunFolder.open(run))
+    for record in records:
+        rungs = [result.rung for result in record.results]
+        assert rungs == list(range(len(rungs)))
+        if record.state == "finished":
+            assert rungs == [0, 1, 2]
+    return records
+
+
+def test_a_search_end_to_end_with_a_killed_worker_and_a_broken_trial(
+    shared_ray: None, tmp_path: Path
+) -> None:
+    (tmp_path / "faults.json").write_text(json.dumps({"2:1": "kill", "6:1": "raise"}))
+    run = tmp_path / "run"
+    told: list[events.Event] = []
+    run_search(study(), run, on_event=told.append, **FAKES)
+    records = check_whole(run)
+
+    # the trial that broke is a row with its reason, and was not tried again
+    assert (records[6].state, records[6].reason) == ("failed", "RuntimeError: the fake breaks here")
+    assert "the fake breaks here" in (run / "trials" / "00006" / "error.txt").read_text()
+    times = executed(run)
+    assert times["6:1"] == 1
+
+    # the worker that was killed was replaced, and its trial went on from its last rung
+    assert [event.number for event in told if isinstance(event, events.TrialRetried)] == [2]
+    assert (times["2:0"], times["2:1"], times["2:2"]) == (1, 2, 1)
+    assert records[2].state == "finished"
+    assert {name: count for name, count in times.items() if count > 1} == {"2:1": 2}
+
+    # who began, ended; in this order
+    kinds = [type(event).__name__ for event in told]
+    assert kinds[:2] == ["Preparing", "SearchStarted"]
+    done = told[-1]
+    assert isinstance(done, events.SearchDone)
+    states = Counter(record.state for record in records)
+    assert (done.num_finished, done.num_stopped, done.num_failed) == (
+        states["finished"],
+        states["stopped"],
+        states["failed"],
+    )
+    ends = (events.TrialFinished, events.TrialStopped, events.TrialFailed)
+    assert Counter(event.number for event in told if isinstance(event, ends)) == Counter(range(len(records)))
+    progress = [event for event in told if isinstance(event, events.Progress)]
+    assert progress[-1].num_ended == progress[-1].planned == len(records)
+    assert progress[-1].remaining_seconds == 0
+
+    # trials were asked for as configured, and the closing ones come on top
+    assert sum(not record.closing for record in records) == 9
+    assert [record.proposal.origin for record in records[:4] if record.proposal] == ["baseline"] * 4
+
+    # the same seed on one worker gives the same proposals
+    other = tmp_path / "other"
+    run_search(study(), other, **FAKES)
+    again = check_whole(other)
+    assert [record.proposal for record in again] == [record.proposal for record in records]
+
+    # a run that is over stays so, unless it is given more trials
+    before = executed(other)
+    run_search(None, other, resume=True, **FAKES)
+    assert executed(other) == before
+    run_search(study(trials=10), other, resume=True, **FAKES)
+    more = check_whole(other)
+    assert more[: len(again)] == again
+    assert sum(not record.closing for record in more) == 10
+
+
+def test_two_at_a_time(shared_ray: None, tmp_path: Path) -> None:
+    (tmp_path / "faults.json").write_text(json.dumps({"seconds": 1.5}))
+    run = tmp_path / "run"
+    told: list[events.Event] = []
+    run_search(study(jobs=2, trials=4), run, on_event=told.append, **FAKES)
+    check_whole(run)
+    assert set(executed(run).values()) == {1}
+    running, most = set(), 0
+    for event in told:
+        if isinstance(event, events.TrialStarted):
+            running.add(event.number)
+        elif isinstance(event, events.TrialFinished | events.TrialStopped):
+            running.discard(event.number)
+        most = max(most, len(running))
+    assert most == 2
+
+
+def test_a_full_disk_ends_the_search_and_loses_nothing(shared_ray: None, tmp_path: Path) -> None:
+    faults = tmp_path / "faults.json"
+    faults.write_text(json.dumps({"3:1": "disk full"}))
+    run = tmp_path / "run"
+    with pytest.raises(RunError, match=r"No space left on device.*foldsearch resume"):
+        run_search(study(trials=4), run, **FAKES)
+    states = [record.state for record in read_records(RunFolder.open(run))]
+    assert states == ["finished", "finished", "finished", "running"]
+    faults.write_text("{}")
+    run_search(None, run, resume=True, **FAKES)
+    check_whole(run)
+    assert {name for name, count in executed(run).items() if count > 1} == {"3:1"}
+
+
+def test_what_cannot_begin_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match="its smallest reaches"):
+        run_search(study(**{"budget.gb": 0.001}), tmp_path / "run", **FAKES)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(RunError, match=r"holds study\.json"):
+        run_search(None, tmp_path / "run", resume=True, **FAKES)
+
+
+# ---- drivers that are interrupted and killed
+
+
+def driver(run: Path, verb: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.fake_driver", str(run), verb],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def is_executing(run: Path, rung: int, least: int) -> bool:
+    """Whether a trial is at work at this rung, after at least so many executed rungs."""
+    if not (run / "executed.log").is_file():
+        return False
+    lines = (run / "executed.log").read_text().splitlines()
+    return len(lines) >= least and lines[-1].split()[0].endswith(f":{rung}")
+
+
+def test_interrupted_and_killed_drivers_lose_and_repeat_nothing(tmp_path: Path) -> None:
+    (tmp_path / "faults.json").write_text(json.dumps({"seconds": 0.4}))
+    run = tmp_path / "run"
+
+    # Ctrl-C in the middle of a trial: it says how to go on, and its trial can
+    first = driver(run, "run")
+    wait_for(lambda: is_executing(run, rung=1, least=5), first)
+    first.send_signal(signal.SIGINT)
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode != 0
+    assert re.search(rf"SearchInterrupted +foldsearch resume {run}", output)
+    after_interrupt = read_records(RunFolder.open(run))
+    assert [record.state for record in after_interrupt].count("running") == 1
+
+    # kill -9 in the middle of another one
+    lines = len((run / "executed.log").read_text().splitlines())
+    second = driver(run, "resume")
+    wait_for(lambda: is_executing(run, rung=1, least=lines + 5), second)
+    children = psutil.Process(second.pid).children(recursive=True)
+    second.kill()
+    second.communicate(timeout=60)
+    after_kill = read_records(RunFolder.open(run))
+    assert [record.state for record in after_kill].count("running") == 1
+
+    third = driver(run, "resume")
+    output, _ = third.communicate(timeout=180)
+    assert third.returncode == 0, output
+    assert "SearchDone" in output
+    records = check_whole(run)
+
+    # every trial that had ended is there as it was, exactly once
+    for earlier in (after_interrupt, after_kill):
+        for record in earlier:
+            if record.ended:
+                assert records[record.number] == record
+    assert [record.number for record in records] == list(range(len(records)))
+
+    # only the two rungs that were cut short were executed twice
+    cut = {name for name, count in executed(run).items() if count > 1}
+    assert max(executed(run).values()) <= 2
+    running = {
+        f"{record.number}:{len(record.results)}"
+        for earlier in (after_interrupt, after_kill)
+        for record in earlier
+        if record.state == "running"
+    }
+    assert cut <= running
+    assert len(running) == 2
+
+    # nothing of the killed driver's Ray is left
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert alive == []

@@ -1,0 +1,370 @@
+"""The book of record and the run folder, without Ray.
+
+Oracles: Optuna's own reading of the storage file, the fake trial's arithmetic, brute-force dominance.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from optuna_dashboard._note import get_note
+
+from foldsearch.errors import BudgetError, RunError
+from foldsearch.plan.front import dominates
+from foldsearch.plan.plan import FoldPlan
+from foldsearch.plan.proposal import Proposal, fold_plan
+from foldsearch.plan.result import TrialResult
+from foldsearch.search.folder import RunFolder
+from foldsearch.search.proposer import Line, baseline_count, missing_baselines
+from foldsearch.search.records import STUDY_NAME, Records, front, note, point, read_records
+from foldsearch.spec.load import load_study
+from foldsearch.spec.study import Study
+from tests.fake_trial import NUM_BLOCKS, ORDERS, TABLE, result_of
+
+
+@pytest.fixture
+def study() -> Study:
+    return load_study("default", {"budget.gb": 0.0070, "rungs": [0, 100, 400], "trials": 12})
+
+
+def new_run(path: Path, study: Study) -> RunFolder:
+    with RunFolder.draft(path) as draft:
+        return RunFolder.create(path, draft, study, TABLE, {"tokens sha256": "abc"})
+
+
+@pytest.fixture
+def records(tmp_path: Path, study: Study) -> Records:
+    return Records(new_run(tmp_path / "run", study))
+
+
+def frozen(records: Records, number: int) -> optuna.trial.FrozenTrial:
+    """The trial as another process reads it from the file."""
+    url = f"sqlite:///{records.folder.storage}"
+    return optuna.load_study(study_name=STUDY_NAME, storage=url).get_trials()[number]
+
+
+def plan_of(proposal: Proposal) -> FoldPlan:
+    return fold_plan(ORDERS.get(proposal.criterion, ())[: proposal.num_removed], proposal, NUM_BLOCKS)
+
+
+def run_whole(records: Records, number: int, proposal: Proposal) -> None:
+    study = records.folder.study
+    for rung in range(len(study.rungs)):
+        records.record(number, result_of(plan_of(proposal), study, rung, proposal.learning_rate))
+    records.finish(number)
+
+
+def run_line(records: Records) -> list[Proposal]:
+    line = Line(records)
+    proposals = []
+    while (asked := line.next(num_running=0)) is not None:
+        run_whole(records, *asked)
+        proposals.append(asked[1])
+    return proposals
+
+
+# ---- what became of whom
+
+
+def test_a_trial_that_reached_the_last_rung_is_complete(records: Records, study: Study) -> None:
+    number, proposal = records.ask()
+    run_whole(records, number, proposal)
+    trial = frozen(records, number)
+    last = result_of(plan_of(proposal), study, 2, proposal.learning_rate)
+    assert trial.state == TrialState.COMPLETE
+    assert last.quality is not None
+    assert trial.values == [last.quality.kl, last.cost.memory_bytes / 1e9, last.cost.flops]
+    assert trial.constraints["memory"] == last.cost.memory_bytes / 7e6 - 1
+    assert trial.system_attrs["constraints"] == [trial.constraints["memory"]]  # the dashboard's key
+    record = read_records(records.folder)[number]
+    assert record == records.get(number)
+    assert (record.state, record.proposal, record.last) == ("finished", proposal, last)
+
+
+def test_the_dashboard_finds_metric_names_and_notes(records: Records, study: Study) -> None:
+    number, proposal = records.ask()
+    run_whole(records, number, proposal)
+    loaded = optuna.load_study(study_name=STUDY_NAME, storage=f"sqlite:///{records.folder.storage}")
+    assert loaded.metric_names == ["KL to dense (nats per token)", "memory (GB)", "FLOPs per token"]
+    trial = loaded.get_trials()[number]
+    text = get_note(optuna.Trial(loaded, trial._trial_id))
+    assert text == note(records.get(number).results[-1])
+    assert str(plan_of(proposal)) in text
+
+
+@pytest.mark.parametrize("kl", [math.inf, math.nan, -math.inf])
+def test_infinite_objectives_fail(records: Records, study: Study, kl: float) -> None:
+    number, proposal = records.ask()
+    result = result_of(plan_of(proposal), study, 2)
+    assert result.quality is not None
+    records.record(number, replace(result, quality=replace(result.quality, kl=kl)))
+    assert records.finish(number) == "failed"
+    trial = frozen(records, number)
+    assert (trial.state, trial.values) == (TrialState.FAIL, None)
+    assert "not finite" in trial.user_attrs["reason"]
+
+
+@pytest.mark.parametrize("state", ["diverged", "failed"])
+def test_failures_are_rows_with_their_reason(records: Records, study: Study, state: str) -> None:
+    number, proposal = records.ask()
+    result = replace(result_of(plan_of(proposal), study, 1), quality=None, reason="loss is nan")
+    records.record(number, replace(result, state=state))  # type: ignore[arg-type]
+    assert records.finish(number) == "failed"
+    assert frozen(records, number).state == TrialState.FAIL
+    assert read_records(records.folder)[number].reason == f"{state}: loss is nan"
+
+
+def test_stopped_trials_are_pruned_and_never_on_the_front(records: Records, study: Study) -> None:
+    number, _ = records.ask()
+    best = result_of(FoldPlan.dropping([1, 2, 3, 4], NUM_BLOCKS), study, 1)
+    assert best.quality is not None
+    records.record(number, replace(best, quality=replace(best.quality, kl=0.0)))
+    records.stop(number, "place 3 of 4")
+    trial = frozen(records, number)
+    assert trial.state == TrialState.PRUNED
+    assert trial.user_attrs["stopped_at_rung"] == 1
+    record = read_records(records.folder)[number]
+    assert (record.state, record.reason) == ("stopped", "place 3 of 4")
+    assert front([record]) == []
+
+
+def test_infeasible_trials_are_pruned_with_their_constraints(records: Records, study: Study) -> None:
+    number, _ = records.ask()
+    result = replace(result_of(FoldPlan.identity(NUM_BLOCKS), study, 0), quality=None, state="infeasible")
+    records.record(number, result)
+    assert records.finish(number) == "infeasible"
+    trial = frozen(records, number)
+    assert trial.state == TrialState.PRUNED
+    assert trial.constraints["memory"] == pytest.approx(result.cost.memory_bytes / 7e6 - 1)
+    assert read_records(records.folder)[number].state == "infeasible"
+
+
+def test_a_known_plan_is_complete_but_once_on_the_front(records: Records, study: Study) -> None:
+    (first, proposal), (second, _) = records.ask(), records.ask()
+    run_whole(records, first, proposal)
+    for result in records.get(first).results:
+        records.record(second, replace(result, state="known", known_from=first))
+    assert records.finish(second) == "finished"
+    assert frozen(records, second).values == frozen(records, first).values
+    assert [record.number for record in records.front()] == [first]
+
+
+def test_the_front_is_what_nothing_dominates(records: Records, study: Study) -> None:
+    run_line(records)
+    finished = [record for record in records.all() if record.state == "finished"]
+    points = {record.number: point(record.results[-1], records.objectives) for record in finished}
+    expected = {n for n, p in points.items() if not any(dominates(q, p) for q in points.values())}
+    on_front = {record.number for record in records.front()}
+    assert on_front <= expected
+    assert {records.get(n).results[-1].plan for n in expected} == {
+        records.get(n).results[-1].plan for n in on_front
+    }
+
+
+# ---- who is next
+
+
+def test_each_criterion_comes_first_at_the_count_that_just_fits(records: Records) -> None:
+    line = Line(records)
+    count = baseline_count(records)
+    assert count is not None
+    budget = records.folder.budget
+    costs = {
+        k: result_of(FoldPlan.dropping(range(k), NUM_BLOCKS), records.folder.study, 0).cost
+        for k in range(1, 12)
+    }
+    assert count == min(k for k, cost in costs.items() if budget.admits(cost))
+    first = [line.next(num_running=0) for _ in range(4)]
+    criteria = [asked[1].criterion for asked in first if asked is not None]
+    assert criteria == list(records.space.criteria)
+    for asked in first:
+        assert asked is not None
+        proposal = asked[1]
+        assert (proposal.num_removed, proposal.num_groups, proposal.origin) == (count, 0, "baseline")
+        assert records.get(asked[0]).exempt
+
+
+def test_the_line_ends_with_what_the_front_still_needs(records: Records, study: Study) -> None:
+    run_line(records)
+    known = records.all()
+    assert study.trials is not None
+    assert sum(not record.closing for record in known) == study.trials
+    closing = [record for record in known if record.closing]
+    assert closing == known[study.trials :]
+    assert all(record.exempt and record.state == "finished" for record in closing)
+    assert missing_baselines(records) == [] or len(closing) == 16
+    assert Line(records).next(num_running=0) is None
+
+
+def test_a_running_trial_may_still_bring_one(records: Records) -> None:
+    line = Line(records)
+    asked = [line.next(num_running=0) for _ in range(12)]
+    assert all(one is not None for one in asked)
+    assert line.next(num_running=3) is None
+    assert not any(record.closing for record in records.all())
+
+
+def test_seconds_end_the_search(tmp_path: Path, study: Study) -> None:
+    records = Records(new_run(tmp_path / "timed", study.model_copy(update={"trials": None, "seconds": 50.0})))
+    records.note_elapsed(49.99)
+    proposals = run_line(records)
+    assert proposals
+    assert {proposal.origin for proposal in proposals} == {"baseline"}
+
+
+def test_seconds_are_counted_over_processes(records: Records) -> None:
+    records.note_elapsed(12.5)
+    assert Records(records.folder).elapsed == 12.5
+    assert Line(Records(records.folder)).elapsed() >= 12.5
+
+
+def test_all_that_is_asked_for_fits_and_neighbours_are_among_it(tmp_path: Path, study: Study) -> None:
+    study = study.model_copy(
+        update={"trials": 30, "space": study.space.model_copy(update={"neighbour_share": 0.5})}
+    )
+    records = Records(new_run(tmp_path / "neighbours", study))
+    proposals = run_line(records)
+    plans = [plan_of(proposal) for proposal in proposals]
+    assert all(records.folder.budget.admits(result_of(plan, study, 0).cost) for plan in plans)
+    neighbours = [plan for plan, p in zip(plans, proposals, strict=True) if p.origin == "neighbour"]
+    assert len(neighbours) > 5
+    assert len(set(neighbours)) == len(neighbours)
+    low, high = study.space.recover.learning_rate
+    assert all(low <= proposal.learning_rate <= high for proposal in proposals)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+def test_a_seed_gives_the_same_proposals_and_another_does_not(
+    tmp_path: Path, study: Study, sampler: str
+) -> None:
+    def proposals(name: str, seed: int) -> list[Proposal]:
+        changed = study.model_copy(update={"sampler": sampler, "seed": seed, "trials": 11})
+        return run_line(Records(new_run(tmp_path / name, changed)))
+
+    found = proposals("a", 1)
+    assert found == proposals("b", 1)
+    if sampler == "random":
+        assert found != proposals("c", 2)
+
+
+def test_reopened_it_goes_on_and_repeats_no_suggestion(records: Records, study: Study) -> None:
+    study_random = study.model_copy(update={"sampler": "random"})
+    assert study_random.seed == 0
+    first = [records.ask() for _ in range(3)]
+    run_whole(records, *first[0])
+    records.record(first[1][0], result_of(plan_of(first[1][1]), study, 0))
+    again = Records(records.folder)
+    assert again.all() == records.all()
+    assert again.ask() == first[1]  # interrupted after its first rung
+    assert again.ask() == first[2]  # interrupted before it
+    number, proposal = again.ask()
+    assert number == 3
+    assert proposal.learning_rate not in {one.learning_rate for _, one in first}
+
+
+def test_a_trial_that_was_only_not_told_is_told(records: Records, study: Study) -> None:
+    number, proposal = records.ask()
+    for rung in range(3):
+        records.record(number, result_of(plan_of(proposal), study, rung))
+    again = Records(records.folder)
+    assert again.ask()[0] == number + 1
+    assert again.get(number).state == "finished"
+    assert frozen(again, number).state == TrialState.COMPLETE
+
+
+def test_a_trial_that_was_killed_while_it_was_proposed_is_proposed_again(records: Records) -> None:
+    trial = records.study.ask()
+    number, proposal = Records(records.folder).ask()
+    assert number == trial.number
+    assert proposal.origin == "sampler"
+
+
+def test_objectives_can_be_fewer(tmp_path: Path, study: Study) -> None:
+    records = Records(new_run(tmp_path / "two", study.model_copy(update={"objectives": ("kl", "flops")})))
+    number, proposal = records.ask()
+    run_whole(records, number, proposal)
+    last = records.get(number).results[-1]
+    assert last.quality is not None
+    assert frozen(records, number).values == [last.quality.kl, last.cost.flops]
+
+
+# ---- the run folder
+
+
+def test_a_run_folder_reads_back(tmp_path: Path, study: Study) -> None:
+    made = new_run(tmp_path / "run", study)
+    assert RunFolder.open(tmp_path / "run") == made
+    assert read_records(made) == []
+    assert sorted(path.name for path in made.path.iterdir()) == [
+        "plans",
+        "report",
+        "study.json",
+        "table.json",
+        "trials",
+    ]
+
+
+def test_nothing_is_left_of_a_run_that_could_not_begin(tmp_path: Path, study: Study) -> None:
+    class Stop(Exception):
+        pass
+
+    def begin() -> None:
+        with RunFolder.draft(tmp_path / "run") as draft:
+            (draft / "tokens").write_text("x")
+            raise Stop
+
+    with pytest.raises(Stop):
+        begin()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_are_taken_or_no_runs_are_refused(tmp_path: Path, study: Study) -> None:
+    new_run(tmp_path / "run", study)
+    with pytest.raises(RunError, match="there already"), RunFolder.draft(tmp_path / "run"):
+        pass
+    with pytest.raises(RunError, match=r"holds study\.json"):
+        RunFolder.open(tmp_path)
+    path = tmp_path / "run" / "study.json"
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps({**value, "foldsearch": "0.0.1"}))
+    with pytest.raises(RunError, match=r"a run of foldsearch 0\.0\.1"):
+        RunFolder.open(tmp_path / "run")
+    path.write_text(json.dumps({**value, "study": {**value["study"], "sampler": "magic"}}))
+    with pytest.raises(RunError, match="incomplete"):
+        RunFolder.open(tmp_path / "run")
+    path.write_text(path.read_text()[:40])
+    with pytest.raises(RunError, match="cannot be read"):
+        RunFolder.open(tmp_path / "run")
+
+
+def test_a_resumed_run_may_change_its_limits_only(tmp_path: Path, study: Study) -> None:
+    run = new_run(tmp_path / "run", study)
+    run.with_limits(study.model_copy(update={"trials": 50, "jobs": 2}))
+    assert RunFolder.open(run.path).study.trials == 50
+    with pytest.raises(RunError, match="seed was 0, is 1"):
+        run.with_limits(study.model_copy(update={"seed": 1}))
+
+
+def test_one_writer_at_a_time(tmp_path: Path, study: Study) -> None:
+    run = new_run(tmp_path / "run", study)
+    with run.lock(), pytest.raises(RunError, match="another one is at work"), run.lock():
+        pass
+    with run.lock():
+        pass
+
+
+def test_a_budget_out_of_reach_is_refused(tmp_path: Path, study: Study) -> None:
+    tight = study.model_copy(update={"budget": study.budget.model_copy(update={"gb": 0.001})})
+    with pytest.raises(BudgetError, match="its smallest reaches"):
+        Records(new_run(tmp_path / "tight", tight))
+
+
+def test_results_survive_json(study: Study) -> None:
+    result = result_of(FoldPlan.dropping([3], NUM_BLOCKS), study, 1)
+    assert TrialResult.from_json(json.loads(json.dumps(result.to_json()))) == result

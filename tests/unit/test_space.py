@@ -1,0 +1,181 @@
+"""Spaces: what they propose is lawful and in range, narrowing and repair keep what can fit.
+
+Oracles: the laws of FoldPlan and `price` on real plans; brute force over all small proposals.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from foldsearch.errors import BudgetError, SpecError
+from foldsearch.plan.cost import BlockCost, Budget, CostTable, Target, UnitCost, price
+from foldsearch.plan.plan import FoldPlan
+from foldsearch.plan.proposal import Proposal, fold_plan, lower_bound
+from foldsearch.spec.load import load_space, shipped
+from foldsearch.spec.space import (
+    RandomSuggest,
+    Share,
+    Space,
+    feasible_share,
+    narrow,
+    propose,
+    repair,
+    size,
+    smallest,
+)
+
+N = 10
+BLOCK = BlockCost(UnitCost(900, 9, 7, 800, 3, 60, kv_width=4), UnitCost(1200, 8, 6, 1100, 0, 40), 2)
+TABLE = CostTable(8, 100, 20, 300, 40, 5, 60, (BLOCK,) * N)
+TARGET = Target(context=64)
+
+
+@st.composite
+def spaces(draw: st.DrawFn) -> Space:
+    low, high = sorted((draw(st.floats(0, 1)), draw(st.floats(0, 1))))
+    start = sorted((draw(st.floats(0, 1)), draw(st.floats(0, 1))))
+    return Space(
+        removal=(low, high),
+        gate_eps=(0.1, 0.01),
+        share=Share(
+            max_groups=draw(st.integers(0, 3)),
+            group_sizes=tuple(draw(st.sets(st.integers(2, 5), min_size=1))),
+            start=(start[0], start[1]),
+            adapter_ranks=tuple(draw(st.sets(st.integers(0, 8), min_size=1))),
+        ),
+    )
+
+
+@given(spaces(), st.integers(1, 14), st.integers(0, 10**6))
+def test_proposals_are_lawful_in_range_and_never_the_dense_model(
+    space: Space, num_blocks: int, seed: int
+) -> None:
+    proposal = propose(RandomSuggest(seed), space, num_blocks)
+    fewest, most = space.counts(num_blocks)
+    assert fewest <= proposal.num_removed <= most
+    plan = fold_plan(range(proposal.num_removed), proposal, num_blocks)
+    assert plan.depth == num_blocks - proposal.num_removed
+    assert proposal.criterion in space.criteria
+    low, high = space.recover.learning_rate
+    assert low <= proposal.learning_rate <= high
+    if num_blocks > 1:
+        assert plan != FoldPlan.identity(num_blocks)
+
+
+@pytest.mark.parametrize(
+    ("removal", "num_blocks", "expected"),
+    [
+        ((0.0, 0.5), 30, (0, 15)),
+        ((0.1, 0.3), 30, (3, 9)),
+        ((0.31, 0.32), 10, (4, 4)),
+        ((1.0, 1.0), 10, (9, 9)),
+    ],
+)
+def test_counts_are_whole_numbers(
+    removal: tuple[float, float], num_blocks: int, expected: tuple[int, int]
+) -> None:
+    assert Space(removal=removal, share=Share(max_groups=1)).counts(num_blocks) == expected
+
+
+def test_a_space_without_sharing_drops_at_least_one_block() -> None:
+    assert Space(removal=(0.0, 0.5)).counts(30) == (1, 15)
+    assert Space(removal=(0.0, 0.5)).counts(1) == (0, 0)  # there is nothing to drop
+
+
+def every_proposal(space: Space) -> list[Proposal]:
+    fewest, most = space.counts(N)
+    found = [Proposal("window", num_removed=count) for count in range(max(1, fewest), most + 1)]
+    for count, groups, group_size, rank in itertools.product(
+        range(fewest, most + 1),
+        range(1, space.share.max_groups + 1),
+        space.share.group_sizes,
+        space.share.adapter_ranks,
+    ):
+        retained = N - count
+        first, last = (max(0, min(int(share * retained), retained - 2)) for share in space.share.start)
+        found += [
+            Proposal(
+                "window",
+                num_removed=count,
+                num_groups=groups,
+                group_size=group_size,
+                group_start=start,
+                adapter_rank=rank,
+            )
+            for start in range(first, last + 1)
+        ]
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(spaces(), st.floats(0.2, 1.0))
+def test_narrowing_loses_nothing_and_repair_ends_inside_the_budget(space: Space, share: float) -> None:
+    dense = price(FoldPlan.identity(N), TABLE, TARGET)
+    budget = Budget(int(share * dense.memory_bytes))
+    fitting = [p for p in every_proposal(space) if budget.admits(lower_bound(p, TABLE, TARGET))]
+    if not fitting:
+        with pytest.raises(BudgetError, match="smallest reaches"):
+            narrow(space, TABLE, TARGET, budget)
+        return
+    narrowed = narrow(space, TABLE, TARGET, budget)
+    counts = {proposal.num_removed for proposal in fitting}
+    assert narrowed.counts(N) == (min(counts), max(counts))
+    suggest = RandomSuggest(0)
+    for _ in range(30):
+        proposal = propose(suggest, narrowed, N)
+        repaired = repair(proposal, narrowed, TABLE, TARGET, budget)
+        if repaired is None:
+            assert not any(
+                p.num_removed == proposal.num_removed and p.num_groups >= proposal.num_groups for p in fitting
+            )
+        else:
+            assert budget.admits(lower_bound(repaired, TABLE, TARGET))
+            assert (repaired.num_removed, repaired.criterion) == (proposal.num_removed, proposal.criterion)
+            if budget.admits(lower_bound(proposal, TABLE, TARGET)):
+                assert repaired == proposal
+
+
+@given(spaces())
+def test_size_counts_every_proposal_once_a_criterion(space: Space) -> None:
+    criteria = 3 + len(space.gate_eps)
+    assert size(space, N) == criteria * len(set(every_proposal(space)))
+
+
+@given(spaces())
+def test_smallest_is_the_smallest(space: Space) -> None:
+    plan, cost = smallest(space, TABLE, TARGET)
+    assert price(plan, TABLE, TARGET) == cost
+    assert cost.memory_bytes == min(lower_bound(p, TABLE, TARGET).memory_bytes for p in every_proposal(space))
+
+
+def test_a_budget_out_of_reach_says_the_smallest_and_its_plan() -> None:
+    space = load_space("foldgpt")
+    plan, cost = smallest(space, TABLE, TARGET)
+    with pytest.raises(BudgetError) as error:
+        narrow(space, TABLE, TARGET, Budget(1000))
+    assert f"{cost.memory_bytes / 1e9:.4f} GB" in str(error.value)
+    assert str(plan) in str(error.value)
+
+
+def test_the_feasible_share_is_a_share() -> None:
+    space = load_space("foldgpt")
+    dense = price(FoldPlan.identity(N), TABLE, TARGET)
+    assert feasible_share(space, TABLE, TARGET, Budget(), num_proposals=100) == 1.0
+    half = feasible_share(space, TABLE, TARGET, Budget(int(0.7 * dense.memory_bytes)), num_proposals=2000)
+    assert 0.05 < half < 0.95
+    assert feasible_share(space, TABLE, TARGET, Budget(1), num_proposals=100) == 0.0
+
+
+def test_every_shipped_space_loads() -> None:
+    assert "foldgpt" in shipped("spaces")
+    for name in shipped("spaces"):
+        assert load_space(name).name == name
+
+
+def test_unknown_spaces_are_refused_with_a_suggestion() -> None:
+    with pytest.raises(SpecError, match="Did you mean 'foldgpt'"):
+        load_space("foldgtp")

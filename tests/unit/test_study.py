@@ -1,0 +1,160 @@
+"""Studies: what is read, what wins, and how faults are told.
+
+Oracle: the files themselves, and the messages a person should get.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from foldsearch.errors import SpecError
+from foldsearch.plan.cost import BlockCost, Budget, CostTable, Target, UnitCost, price
+from foldsearch.plan.plan import FoldPlan
+from foldsearch.spec.load import load_study, shipped, study_from_json
+from foldsearch.spec.study import BudgetSettings, Study
+
+MINIMAL = 'model = "m"\ndata = "d"\nspace = "foldgpt"\n'
+
+
+def write(folder: Path, text: str, name: str = "mine.toml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def faults(text: str, tmp_path: Path) -> list[str]:
+    with pytest.raises(SpecError) as error:
+        load_study(write(tmp_path, text))
+    first, *lines = str(error.value).splitlines()
+    assert first.startswith(str(tmp_path))
+    assert first.endswith(f"{len(lines)} fault" + "s" * (len(lines) > 1))
+    return [line.strip() for line in lines]
+
+
+def test_every_shipped_study_loads_and_survives_json() -> None:
+    assert {"default", "smollm2-demo"} <= set(shipped("studies"))
+    for name in shipped("studies"):
+        study = load_study(name)
+        assert study_from_json(json.loads(json.dumps(study.model_dump(mode="json")))) == study
+
+
+def test_every_key_of_a_study_is_documented_in_the_default_one() -> None:
+    text = shipped("studies")["default"].read_text()
+    for line in text.splitlines():
+        if "=" in line and not line.startswith("#"):
+            assert "#" in line, f"no comment: {line}"
+    named = tomllib.loads(text)
+    for name, field in Study.model_fields.items():
+        assert name in named or f"# {name} =" in text, f"{name} is not in default.toml"
+        inner = getattr(field.annotation, "model_fields", {})
+        for key in inner if name != "space" else ():
+            assert key in named.get(name, {}) or f"# {key} =" in text, f"{name}.{key} is not in default.toml"
+
+
+def test_foldsearch_toml_of_the_current_folder_is_the_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_study().model == load_study("default").model
+    write(tmp_path, MINIMAL, "foldsearch.toml")
+    assert load_study().model == "m"
+
+
+def test_overrides_win_and_none_is_not_given(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "trials = 5\n[budget]\ngb = 2\n")
+    study = load_study(path, {"budget.gb": 0.5, "budget.flops": "0.8x", "trials": None, "seed": 3})
+    assert (study.budget.gb, study.budget.flops, study.trials, study.seed) == (0.5, "0.8x", 5, 3)
+
+
+def test_a_space_may_be_a_name_a_path_or_a_table(tmp_path: Path) -> None:
+    space = write(tmp_path, "removal = [0.1, 0.2]\n", "tiny.toml")
+    text = f'model = "m"\ndata = "d"\nspace = "{space}"\n'
+    assert load_study(write(tmp_path, text)).space.removal == (0.1, 0.2)
+    inline = 'model = "m"\ndata = "d"\n[space]\nremoval = [0.1, 0.3]\n'
+    assert load_study(write(tmp_path, inline)).space.removal == (0.1, 0.3)
+    assert load_study(write(tmp_path, inline), {"space": "foldgpt"}).space.name == "foldgpt"
+
+
+def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+    text = """
+modle = "x"
+data = 3
+rungs = [0, 5, 5]
+trials = 0
+jobs = "2"
+sampler = "tpee"
+space = { removal = [0.5, 0.1], criteria = ["gates"], share = { max_group = 3, group_sizes = [1] } }
+budget = { gb = -1, flops = "abc" }
+objectives = ["memory"]
+[target]
+dtype = "int8"
+context = 2048.5
+[splitz]
+a = 1
+"""
+    found = faults(text, tmp_path)
+    expected = [
+        "model: a value is needed, but there is none. Add the key.",
+        "modle: unknown key. Did you mean 'model'?",
+        "rungs: each rung trains on more tokens than the one before; got [0, 5, 5].",
+        "trials: must be above 0; got 0.",
+        'jobs: must be a whole number; got "2".',
+        "sampler: must be one of 'tpe', 'nsga2' or 'random'; got \"tpee\". Did you mean 'tpe'?",
+        "space.removal: a range is written [from, to], the smaller number first; got [0.5, 0.1].",
+        "space.criteria[0]: must be one of 'gate', 'block_influence', 'window' or 'greedy'; got \"gates\". "
+        "Did you mean 'gate'?",
+        "space.share.max_group: unknown key. Did you mean 'max_groups'?",
+        "space.share.group_sizes[0]: must be at least 2; got 1.",
+        "budget.gb: must be above 0; got -1.",
+        "budget.flops: FLOPs per token (2.5e8) or a share of dense in quotes (\"0.8x\"); got 'abc'.",
+        "objectives: 'kl' and at least one of 'memory' and 'flops', each once; got ['memory'].",
+        "target.dtype: must be one of 'float32', 'bfloat16' or 'float16'; got \"int8\".",
+        "target.context: must be a whole number; got 2048.5.",
+        "splitz: unknown key. Did you mean 'splits'?",
+    ]
+    assert set(expected) <= set(found)
+    assert {fault.split(":")[0] for fault in found} - {fault.split(":")[0] for fault in expected} == {"data"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model = ", "not TOML"),
+        (MINIMAL + "gates = 3\n", "gates: must be a table of keys; got 3."),
+        (MINIMAL + "learning_rate = 1e-3\n", "learning_rate: unknown key."),
+        ('model = "m"\ndata = "d"\nspace = "nowhere"\n', "a space is a path"),
+        (MINIMAL + "recovery = { kl = 0.0, tail = 0.0, next_token = 0.0 }\n", "at least one of next_token"),
+        (MINIMAL + 'seconds = "10m"\n', "seconds: must be a number"),
+        (MINIMAL + "trials = inf\n", "trials:"),
+    ],
+)
+def test_faults_name_key_law_and_value(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(SpecError) as error:
+        load_study(write(tmp_path, text))
+    assert words in str(error.value)
+
+
+def test_studies_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="Did you mean 'smollm2-demo'"):
+        load_study("smollm2-dmeo")
+    with pytest.raises(SpecError, match="no file"):
+        load_study("somewhere/mine.toml")
+    path = tmp_path / "latin.toml"
+    path.write_bytes(b'model = "caf\xe9"')
+    with pytest.raises(SpecError, match="UTF-8"):
+        load_study(path)
+    with pytest.raises(SpecError, match="is a table of keys"):
+        load_study(write(tmp_path, MINIMAL + "budget = 3\n"), {"budget.gb": 1.0})
+
+
+def test_budgets_are_decimal_gigabytes_and_flops_or_a_share_of_dense() -> None:
+    block = BlockCost(UnitCost(900, 9, 7, 800, 3, 60, kv_width=4), UnitCost(1200, 8, 6, 1100, 0, 40), 2)
+    table = CostTable(8, 100, 20, 300, 40, 5, 60, (block,) * 4)
+    dense = price(FoldPlan.identity(4), table, Target())
+    assert BudgetSettings().value(dense) == Budget(None, None)
+    assert BudgetSettings(gb=0.25, flops="0.5x").value(dense) == Budget(250_000_000, int(dense.flops * 0.5))
+    assert BudgetSettings(flops=2.5e8).value(dense) == Budget(None, 250_000_000)
