@@ -11,7 +11,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from foldsearch.search.dry_run import DryRun
     from foldsearch.spec.study import Study
 
+DEFAULT_PLACE = Path("runs")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _ABOUT = """\
@@ -322,6 +323,9 @@ def _search(study: Study | None, folder: Path, *, resume: bool) -> int:
         if not (folder / "study.json").is_file():
             print("Stopped before the first trial; nothing was kept.", file=sys.stderr)
         return 130
+    finally:
+        with suppress(OSError):  # refused: the folder made for it is empty, and rmdir takes no other
+            DEFAULT_PLACE.rmdir()
     view = open_run(folder)
     out.print()
     out.print(front_report(view, width=out.width))
@@ -464,9 +468,9 @@ def _new_folder(study: str | None) -> Path:
     from foldsearch.spec.load import FOLDER_STUDY
 
     name = Path(study or (FOLDER_STUDY if Path(FOLDER_STUDY).is_file() else "default")).stem
-    folder, number = Path("runs", name), 2
+    folder, number = DEFAULT_PLACE / name, 2
     while folder.exists():
-        folder, number = Path("runs", f"{name}-{number}"), number + 1
+        folder, number = DEFAULT_PLACE / f"{name}-{number}", number + 1
     return folder
 
 

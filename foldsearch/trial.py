@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -44,7 +45,15 @@ from foldsearch.model.evidence import (
 from foldsearch.model.fold import fold
 from foldsearch.model.judge import DenseTargets, dense_targets, judge
 from foldsearch.model.measure import measure
-from foldsearch.model.recover import Diverged, Recovery, RecoverySettings, attach, load_trained, merge
+from foldsearch.model.recover import (
+    Diverged,
+    Recovery,
+    RecoverySettings,
+    attach,
+    load_trained,
+    merge,
+    saved_tokens,
+)
 from foldsearch.model.tokens import Splits, TokenSet, make_splits
 from foldsearch.plan.cost import Budget, Cost, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan
@@ -495,14 +504,20 @@ def _rungs(record: _Record, context: TrialContext, folder: Path, say: Progress) 
             if recovery is None:
                 recovery = Recovery(model, settings, bench.splits.recovery, bench.recovery, study.rungs[-1])
                 if record.results and record.results[-1].recovery_tokens:
-                    recovery.load(folder, record.results[-1].recovery_tokens)
+                    recovery.load(folder)  # it may be one rung ahead of the record
             recovery.train(tokens, lambda share: say("recovery", share))
             recovery.save(folder)
         say("measuring", 0.0)
+        quality = judge(model, bench.splits.search, bench.search)
+        if not math.isfinite(quality.kl):
+            raise Diverged(
+                f"the folded model's KL is {quality.kl} after {tokens} tokens of recovery at learning rate "
+                f"{settings.learning_rate:g}. Lower the learning rate, or compute in float32."
+            )
         yield TrialResult(
             plan=record.plan,
             cost=context.dense_cost,  # the caller knows the plan's
-            quality=judge(model, bench.splits.search, bench.search),
+            quality=quality,
             rung=rung,
             is_last_rung=rung == last,
             recovery_tokens=recovery.tokens_done if recovery else 0,
@@ -559,6 +574,11 @@ def recovered_model(context: TrialContext, number: int) -> tuple[PreTrainedModel
         if not (folder / "recovered.safetensors").exists():
             raise RunError(
                 f"trial {number} was trained, but {folder / 'recovered.safetensors'} is gone. Run it again."
+            )
+        if saved_tokens(folder / "recovered.safetensors") != result.recovery_tokens:
+            raise RunError(
+                f"trial {number} was stopped while rung {result.rung + 1} was measured: its weights are of that rung, "
+                f"its last result is of rung {result.rung}. Resume the run first."
             )
         load_trained(attach(model, record.delta_rank, context.study.seed), folder)
         merge(model)

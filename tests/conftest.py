@@ -52,7 +52,9 @@ def _recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
             result = result_of(plan, study, rung, proposal.learning_rate)
             if rung == 2:
                 assert result.quality is not None
-                report = replace(result.quality, kl=1.1 * result.quality.kl, dense_perplexity=33.0, tokens=222)
+                report = replace(
+                    result.quality, kl=1.1 * result.quality.kl, dense_perplexity=33.0, tokens=222
+                )
                 result = replace(result, report=report)
             if proposal.criterion == "gate":
                 gates = {"steps": 20, "tokens": 1000, "polarized": 0.9, "soft_loss": 2.0, "hard_loss": 2.5}
@@ -72,3 +74,11 @@ def _recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_path(_recorded: Path, tmp_path: Path) -> Path:
     """A run folder of a test's own: 14 trials of a model of 12 blocks, one failed, one stopped."""
     return Path(shutil.copytree(_recorded, tmp_path / "run"))
+
+
+from hypothesis import settings
+
+settings.register_profile(
+    "unhurried", deadline=None
+)  # how long an example takes depends on the machine's other work
+settings.load_profile("unhurried")

@@ -16,9 +16,19 @@ from foldsearch.spec.study import Study
 FAKES = {"trial": "tests.fake_trial:run_trial", "prepare": "tests.fake_trial:prepare"}
 
 
+SPACE = {
+    "removal": [0.0, 0.5],
+    "gate_eps": [0.1, 0.01, 0.001],
+    "neighbour_share": 0.25,
+    "share": {"max_groups": 4, "group_sizes": [2, 3], "start": [0.1, 0.9], "adapter_ranks": [0, 8, 32]},
+    "recover": {"learning_rate": [3e-4, 3e-3], "delta_ranks": [8, 16]},
+}
+
+
 def study(**overrides: object) -> Study:
     """Small and quick: twelve blocks, dense is above the budget."""
-    return load_study("default", {"budget.gb": 0.0070, "rungs": [0, 100, 400], "trials": 9, **overrides})
+    values = {"space": SPACE, "budget.gb": 0.0070, "rungs": [0, 100, 400], "trials": 9, "halving": {}}
+    return load_study("default", {**values, **overrides})
 
 
 def say(event: Event) -> None:

@@ -79,7 +79,8 @@ def run_trial(
     progress: Callable[[str, float], None] | None = None,
 ) -> Iterator[TrialResult]:
     """`faults.json` beside the run folder says what goes wrong: {"3:1": "raise"} breaks trial 3 at rung 1; other words
-    are "kill" (this process, the first time) and "disk full". {"seconds": 0.2} is how long a rung takes.
+    are "kill" (this process, the first time), "disk full" and "wait for trial 1". {"seconds": 0.2} is how long a rung
+    takes.
     """
     study = context.study
     place = context.run_folder / "trials" / f"{number:05}"
@@ -98,6 +99,9 @@ def run_trial(
             raise RuntimeError("the fake breaks here")
         if fault == "disk full":
             raise OSError(28, "No space left on device")
+        if fault == "wait for trial 1":
+            while "1:0 " not in log.read_text():
+                time.sleep(0.05)
         if fault == "kill" and f"{number}:{rung} " not in before:
             os.kill(os.getpid(), 9)
         if progress is not None:

@@ -87,6 +87,8 @@ def write_corpus(folder: Path, documents: int = 60, words: int = 50, seed: int =
         word, text = rng.randrange(3, VOCABULARY), []
         for _ in range(words):
             text.append(f"w{word}")
-            word = 3 + (word * 5 + 1) % (VOCABULARY - 3) if rng.random() < 0.8 else rng.randrange(3, VOCABULARY)
+            word = (
+                3 + (word * 5 + 1) % (VOCABULARY - 3) if rng.random() < 0.8 else rng.randrange(3, VOCABULARY)
+            )
         (folder / f"{index:03}.txt").write_text(" ".join(text), encoding="utf-8")
     return str(folder)

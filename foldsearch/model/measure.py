@@ -39,8 +39,8 @@ _FREE = {
         "abs add add_ all any arange argmax bitwise_and bitwise_not bitwise_or cat ceil clamp clone contiguous "
         "copy_ cos cumsum detach diff div div_ dropout embedding empty eq erf exp expand expand_as feature_dropout "
         "fill_ floor floor_divide full full_like ge gelu gt index index_select layer_norm le lift_fresh logical_and "
-        "logical_not logical_or lt masked_fill masked_fill_ max mean min mul mul_ ne neg new_ones ones ones_like permute pow "
-        "reciprocal relu remainder repeat reshape rsqrt rsub scalar_tensor select sigmoid silu sin slice softmax "
+        "logical_not logical_or lt masked_fill masked_fill_ max mean min mul mul_ ne neg new_ones ones ones_like permute "
+        "pow reciprocal relu remainder repeat reshape rsqrt rsub scalar_tensor select sigmoid silu sin slice softmax "
         "split sqrt square squeeze stack sub sub_ sum t tanh to transpose type_as unbind unflatten unsqueeze view "
         "where zeros zeros_like"
     ).split()
@@ -162,7 +162,9 @@ def _shallow(config: PretrainedConfig, depth: int) -> PretrainedConfig:
     if getattr(config, "layer_types", None):
         shallow.layer_types = config.layer_types[:depth]
     shallow.num_hidden_layers = depth
-    shallow.pad_token_id = None  # else GPT-2 looks for it among the tokens, and on the meta device they have no values
+    shallow.pad_token_id = (
+        None  # else GPT-2 looks for it among the tokens, and on the meta device they have no values
+    )
     return shallow
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -141,6 +142,7 @@ def attach(model: PreTrainedModel, delta_rank: int, seed: int = 0) -> dict[str, 
             for name, parameter in module.named_parameters(recurse=False):
                 parameter.requires_grad_(True)
                 trained[f"{path}.{name}"] = parameter
+    model.train(model.training)  # what was added is in the model's mode
     return trained
 
 
@@ -221,27 +223,35 @@ class Recovery:
             self.model.eval()
 
     def save(self, folder: Path) -> None:
-        """Write what was trained and the optimizer's state as `recovered.safetensors` and `optimizer.safetensors`."""
-        replace_atomically(
-            folder / "optimizer.safetensors", lambda path: save_file(self._optimizer_tensors(), path)
-        )
-        tensors = {name: parameter.detach().contiguous() for name, parameter in self.trained.items()}
+        """Write `optimizer.safetensors`, which holds all that `load` needs, then `recovered.safetensors`: what was
+        trained alone, to rebuild the model from.
+        """
+        trained = {name: parameter.detach().contiguous() for name, parameter in self.trained.items()}
         metadata = {"tokens": str(self.tokens_done)}
-        replace_atomically(folder / "recovered.safetensors", lambda path: save_file(tensors, path, metadata))
+        for file, tensors in (
+            ("optimizer.safetensors", trained | self._optimizer_tensors()),
+            ("recovered.safetensors", trained),
+        ):
+            replace_atomically(
+                folder / file,
+                lambda path, tensors=tensors: save_file(tensors, path, metadata),  # type: ignore[misc]
+            )
 
-    def load(self, folder: Path, tokens_done: int) -> None:
-        """Go on from what `save` wrote at `tokens_done` tokens."""
-        load_trained(self.trained, folder)
-        state = load_file(folder / "optimizer.safetensors")
-        for name, parameter in self.trained.items():
-            if f"{name}.step" in state:
-                self._optimizer.state[parameter] = {
-                    key: state[f"{name}.{key}"].to(parameter.device if key != "step" else "cpu")
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
-        for _ in range(tokens_done // self.tokens.ids_NT.shape[1]):
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote, at the tokens it was written at."""
+        path = folder / "optimizer.safetensors"
+        state = load_file(path)
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(state[name])
+                if f"{name}.step" in state:
+                    self._optimizer.state[parameter] = {
+                        key: state[f"{name}.{key}"].to(parameter.device if key != "step" else "cpu")
+                        for key in ("step", "exp_avg", "exp_avg_sq")
+                    }
+        self.tokens_done = saved_tokens(path)
+        for _ in range(self.tokens_done // self.tokens.ids_NT.shape[1]):
             next(self._order)
-        self.tokens_done = tokens_done
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         return {
@@ -306,6 +316,12 @@ class Recovery:
             far_M = (hidden_MD.float() - dense_hidden[here].float()).square().mean(-1) / power
             loss_M = settings.next_token * next_loss_M + settings.kl * kl_M + settings.tail * far_M
             yield loss_M.sum() / len(hidden)
+
+
+def saved_tokens(path: Path) -> int:
+    """How many tokens had been trained on when `Recovery.save` wrote the file."""
+    with safe_open(path, framework="pt") as file:
+        return int(file.metadata()["tokens"])
 
 
 def load_trained(trained: dict[str, nn.Parameter], folder: Path) -> None:

@@ -302,7 +302,8 @@ def _parse_word(word: str, seen: set[int], num_blocks: int) -> list[Slot | Repla
     match = _WORD.fullmatch(word) if len(word) <= LONGEST_WORD else None
     if match is None:
         raise PlanError(
-            f"'{word[:LONGEST_WORD]}' is not a word of a plan. Examples: 0-5  8a  10m  6=5  7=9+r8+n  7=9a  3=3+r8  13-18~linear."
+            f"'{word[:LONGEST_WORD]}' is not a word of a plan. "
+            "Examples: 0-5  8a  10m  6=5  7=9+r8+n  7=9a  3=3+r8  13-18~linear."
         )
     part = match.groupdict()
     home, last = int(part["home"]), int(part["last"] or part["home"])

@@ -15,10 +15,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from foldsearch.plan.cost import GB
 from foldsearch.plan.result import TrialResult
 from foldsearch.report.terminal import budget_words, ruler, strip_text
-from foldsearch.report.view import author
+from foldsearch.report.view import author, gb
 from foldsearch.search.events import (
     Event,
     Notice,
@@ -37,6 +36,7 @@ from foldsearch.search.events import (
 )
 
 if TYPE_CHECKING:
+    from foldsearch.plan.cost import Cost
     from foldsearch.plan.proposal import Proposal
 
 _BY_WIDTH = 12  # characters for who proposed a trial
@@ -49,6 +49,7 @@ class RunDisplay:
         """`console`: where to print."""
         self._console = console
         self._live: Live | None = None
+        self._dense: Cost | None = None
         self._waiting = "preparing"
         self._waiting_share = 0.0
         self._began = time.monotonic()
@@ -133,7 +134,12 @@ class RunDisplay:
 
     def _start(self, event: SearchStarted) -> None:
         self._waiting = ""
+        self._progress, self._progress_at = (
+            Progress(event.num_ended, event.planned, 0.0, None),
+            time.monotonic(),
+        )
         folder, study = event.folder, event.folder.study
+        self._dense = folder.dense
         planned = f"{event.planned} trials" if event.planned is not None else "trials"
         limit = f" in at most {_duration(study.seconds)}" if study.seconds is not None else ""
         before = f", {event.num_ended} of them ended before" if event.num_ended else ""
@@ -141,7 +147,7 @@ class RunDisplay:
             Text.assemble(
                 (str(folder.path), "bold"),
                 f": {planned}{limit}{before}; {budget_words(folder)}, dense needs "
-                f"{folder.dense.memory_bytes / GB:.4f} GB and {folder.dense.flops:.3g} FLOPs per token",
+                f"{gb(folder.dense.memory_bytes, folder.dense)} GB and {folder.dense.flops:.3g} FLOPs per token",
             )
         )
         rungs = ", ".join(f"{tokens:,}" for tokens in study.rungs)
@@ -150,7 +156,7 @@ class RunDisplay:
                 f"KL to dense in nats per token, after recovery on {rungs} tokens, is measured on the search texts"
             )
         )
-        heads = f"{'trial':>5}  {'by':<{_BY_WIDTH}}  {ruler(folder.num_blocks):<{folder.num_blocks}}  {'GB':>6}  KL"
+        heads = f"{'trial':>5}  {'by':<{_BY_WIDTH}}  {ruler(folder.num_blocks):<{folder.num_blocks}}  {'GB':>7}  KL"
         self._print(Text(heads, style="bold", no_wrap=True))
 
     def _end(self, number: int, outcome: Text) -> None:
@@ -161,7 +167,7 @@ class RunDisplay:
         if results:
             last = results[-1]
             line.append_text(strip_text(last.plan))
-            line.append(f"  {last.cost.memory_bytes / GB:6.4f}  ")
+            line.append(f"  {gb(last.cost.memory_bytes, self._dense or last.cost):>7}  ")
             measured = [result.quality.kl for result in results if result.quality]
             for rung, kl in enumerate(measured):
                 final = rung == len(measured) - 1
@@ -213,7 +219,7 @@ def gate_words(gates: dict[str, Any]) -> str:
         f"{gates['steps']} steps, {gates['tokens']:,} tokens, {gates['polarized']:.0%} outside 0.05 to 0.95"
     )
     words += f", loss {gates['soft_loss']:.3f} gated → {gates['hard_loss']:.3f} with the blocks dropped"
-    return words + (" (trained before, from the cache)" if gates["from_cache"] else "")
+    return words + (" (from the cache)" if gates["from_cache"] else "")
 
 
 def _duration(seconds: float) -> str:

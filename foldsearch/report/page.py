@@ -15,7 +15,7 @@ from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Quality
 from foldsearch.report.colours import DROPPED, PAIRS, REPLACED, paint
 from foldsearch.report.terminal import budget_words
-from foldsearch.report.view import Entry, RunView, author, flops_unit
+from foldsearch.report.view import Entry, RunView, author, flops_unit, gb
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -330,8 +330,8 @@ def _kl(quality: Quality) -> str:
 def _cost_cells(cost: Cost, dense: Cost) -> str:
     unit, size = flops_unit(dense)
     sizes = (cost.weight_bytes, cost.adapter_bytes, cost.kv_bytes, cost.activation_bytes)
-    cells = [f"{n / GB:.4f}" for n in sizes]
-    cells.append(f"<b>{cost.memory_bytes / GB:.4f}</b>")
+    cells = [gb(n, dense) for n in sizes]
+    cells.append(f"<b>{gb(cost.memory_bytes, dense)}</b>")
     cells += [f"{2 * cost.prefill_macs / size:.1f} {unit}", f"{cost.flops / size:.1f} {unit}"]
     return "<td>" + "<td>".join(cells)
 
@@ -363,7 +363,7 @@ def _every_trial(view: RunView) -> str:
         if (result := record.last) is not None:
             kl = "—" if result.quality is None else f"{result.quality.kl:.3f}"
             row += (
-                f"<td>{result.rung}<td>{result.recovery_tokens:,}<td>{kl}<td>{result.cost.memory_bytes / GB:.4f}"
+                f"<td>{result.rung}<td>{result.recovery_tokens:,}<td>{kl}<td>{gb(result.cost.memory_bytes, view.folder.dense)}"
                 f"<td>{result.seconds:.0f}<td class=l><code>{html.escape(str(result.plan))}</code>"
             )
         rows.append(row)

@@ -17,7 +17,7 @@ from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import TrialResult
 from foldsearch.plan.strip import LEGEND
 from foldsearch.report.colours import DROPPED, PAIRS, paint
-from foldsearch.report.view import Entry, RunView, by_cost, flops_unit
+from foldsearch.report.view import Entry, RunView, by_cost, flops_unit, gb
 from foldsearch.search.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -145,13 +145,8 @@ def _front_table(view: RunView, every: bool, parts: tuple[str, ...]) -> Table:
 
 
 def _price(cost: Cost, dense: Cost, size: float) -> list[str | Text]:
-    decimals = 4 if dense.memory_bytes < GB else 3 if dense.memory_bytes < 10 * GB else 2
-
-    def gb(value: int) -> str:
-        return f"{value / GB:.{decimals}f}"
-
-    total = Text(gb(cost.memory_bytes), style="bold")
-    parts = [gb(n) for n in (cost.weight_bytes, cost.adapter_bytes, cost.kv_bytes, cost.activation_bytes)]
+    sizes = (cost.weight_bytes, cost.adapter_bytes, cost.kv_bytes, cost.activation_bytes)
+    parts, total = [gb(n, dense) for n in sizes], Text(gb(cost.memory_bytes, dense), style="bold")
     prefill, decode = 2 * cost.prefill_macs / size, cost.flops / size
     stored = f"{cost.stored_bytes / dense.stored_bytes:.0%}"
     return [*parts, total, f"{prefill:.1f}", f"{decode:.1f}", stored]
@@ -277,29 +272,23 @@ def price_table(plan: FoldPlan, table: CostTable, target: Target) -> Group:
     dense, cost = price(FoldPlan.identity(plan.num_blocks), table, target), price(plan, table, target)
     unit, size = flops_unit(dense)
     shown = _plain_table("", "plan>", "dense>", "share>")
-    terms: list[tuple[str, float, float, str]] = [
-        (f"{name}, GB", getattr(cost, key) / GB, getattr(dense, key) / GB, ".4f")
-        for name, key in (
-            ("weights", "weight_bytes"),
-            ("adapters and replacements", "adapter_bytes"),
-            ("KV cache", "kv_bytes"),
-            ("activations", "activation_bytes"),
-            ("total", "memory_bytes"),
-        )
-    ]
-    terms += [
-        (
-            f"prefill, {unit}FLOPs per token",
-            2 * cost.prefill_macs / size,
-            2 * dense.prefill_macs / size,
-            ".1f",
-        ),
-        (f"decode, {unit}FLOPs per token", cost.flops / size, dense.flops / size, ".1f"),
-    ]
-    for name, ours, theirs, form in terms:
+    for name, key in (
+        ("weights", "weight_bytes"),
+        ("adapters and replacements", "adapter_bytes"),
+        ("KV cache", "kv_bytes"),
+        ("activations", "activation_bytes"),
+        ("total", "memory_bytes"),
+    ):
+        ours, theirs = getattr(cost, key), getattr(dense, key)
         share = f"{ours / theirs:.1%}" if theirs else ""
-        style = "bold" if name.startswith("total") else ""
-        shown.add_row(name, f"{ours:{form}}", f"{theirs:{form}}", share, style=style)
+        style = "bold" if name == "total" else ""
+        shown.add_row(f"{name}, GB", gb(ours, dense), gb(theirs, dense), share, style=style)
+    for name, mine, full in (
+        ("prefill", 2 * cost.prefill_macs, 2 * dense.prefill_macs),
+        ("decode", cost.flops, dense.flops),
+    ):
+        words = f"{name}, {unit}FLOPs per token"
+        shown.add_row(words, f"{mine / size:.1f}", f"{full / size:.1f}", f"{mine / full:.1%}")
     words = f"{target.dtype}, a context of {target.context:,} tokens, batch {target.batch}, {target.runtime} weights"
     return Group(
         Text(ruler(plan.num_blocks)), strip_text(plan), Text(), shown, Text(), Text(words, style="dim")
@@ -320,10 +309,12 @@ def dry_run_table(study: Study, found: DryRun) -> Group:
     table.add_row(
         "feasible", f"{found.feasible_share:.1%} of random ones as they come; {low} to {high} blocks can go"
     )
-    table.add_row("dense", f"{found.dense.memory_bytes / GB:.4f} GB, {found.dense.flops:.4g} FLOPs per token")
+    table.add_row(
+        "dense", f"{gb(found.dense.memory_bytes, found.dense)} GB, {found.dense.flops:.4g} FLOPs per token"
+    )
     table.add_row(
         "smallest",
-        f"{found.smallest_cost.memory_bytes / GB:.4f} GB, {found.smallest_cost.flops:.4g} FLOPs per token",
+        f"{gb(found.smallest_cost.memory_bytes, found.dense)} GB, {found.smallest_cost.flops:.4g} FLOPs per token",
     )
     table.add_row("", Text(str(found.smallest), style="dim"))
     table.add_row("time", f"about {found.seconds / 60:.0f} minutes at most, {trials}, {study.jobs} at a time")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import floor, log10
 from pathlib import Path
 
 from foldsearch.errors import RunError
@@ -218,7 +219,12 @@ def by_cost(entry: Entry) -> tuple[int, int, int]:
 
 def flops_unit(dense: Cost) -> tuple[str, float]:
     """The unit that FLOPs per token read well in, and how many FLOPs it is."""
-    return ("G", 1e9) if dense.flops >= 1e10 else ("M", 1e6)
+    return ("G", 1e9) if dense.flops >= 1e10 else ("M", 1e6) if dense.flops >= 1e7 else ("k", 1e3)
+
+
+def gb(size: int, dense: Cost) -> str:
+    """Bytes as decimal gigabytes, with as many digits as tell apart plans of a model of this size."""
+    return f"{size / GB:.{max(2, 3 - floor(log10(dense.memory_bytes / GB)))}f}"
 
 
 def _kl(entry: Entry) -> float:

@@ -22,7 +22,7 @@ from foldsearch.search.folder import RunFolder
 from foldsearch.search.records import Record, Records, front, point
 
 CLOSING_COUNTS = 2
-CLOSING_ROUNDS = 2  # closing trials may move the front to other counts: look again, but not for ever
+CLOSING_ROUNDS = 2  # closing trials may move the front to other counts: look again, where time allows
 DENSE_FITS_SHARE = 0.2
 
 
@@ -53,7 +53,8 @@ class Line:
             return self.records.ask()
         if num_running:
             return None
-        most = CLOSING_ROUNDS * CLOSING_COUNTS * len(self.records.space.criteria)
+        late = self.study.seconds is not None and self.elapsed() >= self.study.seconds
+        most = (1 if late else CLOSING_ROUNDS) * CLOSING_COUNTS * len(self.records.space.criteria)
         missing = missing_baselines(self.records)[: most - sum(record.closing for record in known)]
         for criterion, count in missing:
             self.records.queue(criterion, count, closing=True)

@@ -21,6 +21,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray._private import worker as ray_worker
 
 from foldsearch.errors import RunError
 from foldsearch.plan.result import TrialResult
@@ -339,10 +340,14 @@ def _ray(cpus: int) -> Iterator[None]:
     }
     before = {name: os.environ.get(name) for name in quiet}
     os.environ.update(quiet)
-    loggers = [logging.getLogger(name) for name in ("ray", "ray.tune", "ray.train", "ray._private")]
-    levels = [logger.level for logger in loggers]
+    logger = logging.getLogger("ray")
+    level = logger.level
     ours = not ray.is_initialized()
+    # A thread of Ray prints a worker's death to stdout, whatever the log settings are; TrialRetried says it instead.
+    says_deaths = ray_worker.print_to_stdstream
     try:
+        logger.setLevel(logging.CRITICAL)
+        ray_worker.print_to_stdstream = _say_nothing
         if ours:
             ray.init(
                 address="local",
@@ -352,19 +357,21 @@ def _ray(cpus: int) -> Iterator[None]:
                 logging_level=logging.CRITICAL,
                 object_store_memory=100 * 10**6,  # bytes; nothing large goes through it
             )
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
         yield
     finally:
         if ours:
             ray.shutdown()
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logger.setLevel(level)
+        ray_worker.print_to_stdstream = says_deaths
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _say_nothing(data: Any, ignore_prefix: bool = False) -> None:
+    pass
 
 
 @contextmanager

@@ -34,7 +34,9 @@ PLANS = {
     "adapters and output norms": "0 1=3+r3+n 2 3 4=0+r2",
     "halves": "0m 1a 2=3a+r3+n 3 4a=3",
     "repeats": "0-2 0=0+r3+n 1a=2 4",
+    "everything": "0m 1=3 2=3a+r3+n 3 1a=3+r2+n",
 }
+ALL_TRACED = ("llama", "gemma2", "gpt2")  # a trace takes a second
 
 
 @cache
@@ -65,7 +67,8 @@ def test_prices_are_what_the_real_folded_models_have(name):
         plan = parse(text)
         cost, model = price(plan, table(name), TARGET), fold(dense, plan)
         assert cost.stored_bytes == 4 * unique_parameters(model) == 4 * parameter_count(model)[""], label
-        assert round(cost.prefill_macs * CONTEXT) == last_logits_macs(model, CONTEXT).total(), label
+        if name in ALL_TRACED or label in ("identity", "everything"):
+            assert round(cost.prefill_macs * CONTEXT) == last_logits_macs(model, CONTEXT).total(), label
         adapters = sum(
             p.numel() for n, p in model.named_parameters() if n.endswith((".down", ".up", ".gamma"))
         )
@@ -74,7 +77,7 @@ def test_prices_are_what_the_real_folded_models_have(name):
     assert weights == 4 * sum(p.numel() for p in dense.parameters())
 
 
-@settings(max_examples=6, deadline=None, phases=[Phase.generate])  # shrinking would take minutes
+@settings(max_examples=4, deadline=None, phases=[Phase.generate])  # shrinking would take minutes
 @given(plan=plans(NUM_BLOCKS, replacements=False, attention=True))
 @pytest.mark.parametrize("name", ["qwen3", "gpt2"])
 def test_any_plans_price_is_what_its_model_has(name, plan):
@@ -88,7 +91,7 @@ def test_the_cache_is_what_the_model_fills(name):
     """transformers keeps window − 1 tokens of a sliding window, because the next one is there when it is read; the
     price counts the window, so it is one token a sliding block above.
     """
-    for text in (PLANS["identity"], PLANS["dropped"], PLANS["shared"], PLANS["halves"], PLANS["repeats"]):
+    for text in PLANS.values():
         model = fold(dense_model(name), parse(text))
         filled = DynamicCache(config=model.config)
         ids_BT = torch.full((2, CONTEXT), 5)
@@ -111,7 +114,9 @@ def test_windows_are_of_their_blocks():
     assert {block.attention.window for block in table("gpt_neox").blocks} == {0}
 
 
-@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(FAMILIES) - {"mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"})
+)
 def test_the_working_set_is_what_lives(name):
     """On the CPU with torch's own attention. Where a window slides, a mask of tokens² comes on top of it."""
     model, found = dense_model(name), table(name)
@@ -126,9 +131,7 @@ def test_the_working_set_is_what_lives(name):
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_llama_in_closed_form(tied, kv_heads):
     width, heads, head_width, inner, blocks, vocabulary = 32, 4, 8, 40, 5, VOCABULARY
-    found = measure(
-        tf.LlamaConfig(**{**LLAMA, "num_key_value_heads": kv_heads, "tie_word_embeddings": tied})
-    )
+    found = measure(tf.LlamaConfig(**{**LLAMA, "num_key_value_heads": kv_heads, "tie_word_embeddings": tied}))
     attention = width * heads * head_width * 2 + width * kv_heads * head_width * 2  # q and o, k and v
     mlp = 3 * width * inner
     assert len(found.blocks) == blocks
@@ -196,5 +199,7 @@ def test_attention_in_plain_products_is_counted_too():
 
 
 def test_an_unknown_family_is_an_error():
-    with pytest.raises(ModelError, match="'bloom'. Known: gemma, gemma2, gemma3_text, gpt2, gpt_neox, llama"):
+    with pytest.raises(
+        ModelError, match=r"'bloom'. Known: gemma, gemma2, gemma3_text, gpt2, gpt_neox, llama"
+    ):
         measure(tf.BloomConfig(hidden_size=16, n_layer=2, n_head=2))

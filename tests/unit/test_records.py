@@ -23,14 +23,14 @@ from foldsearch.plan.result import TrialResult
 from foldsearch.search.folder import RunFolder
 from foldsearch.search.proposer import Line, baseline_count, missing_baselines
 from foldsearch.search.records import STUDY_NAME, Records, front, note, point, read_records
-from foldsearch.spec.load import load_study
 from foldsearch.spec.study import Study
+from tests.fake_driver import study as small_study
 from tests.fake_trial import NUM_BLOCKS, ORDERS, TABLE, result_of
 
 
 @pytest.fixture
 def study() -> Study:
-    return load_study("default", {"budget.gb": 0.0070, "rungs": [0, 100, 400], "trials": 12})
+    return small_study(trials=12)
 
 
 def new_run(path: Path, study: Study) -> RunFolder:

@@ -1,0 +1,87 @@
+"""The dashboard of a run, asked over HTTP from another process.
+
+Oracle: the run's own records; the dashboard's API is what its page is drawn from.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from foldsearch.plan.strip import strip
+from foldsearch.search.folder import RunFolder
+from foldsearch.search.records import METRIC_NAMES, Records, read_records
+from tests.fake_trial import result_of
+
+
+@pytest.fixture
+def board(run_path: Path) -> Iterator[str]:
+    """Address of a dashboard that serves the run."""
+    command = [sys.executable, "-m", "foldsearch", "dashboard", str(run_path), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        yield line.split()[1]
+        process.terminate()
+
+
+def get(url: str) -> Any:
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        return json.loads(answer.read())
+
+
+def test_the_dashboard_shows_trials_constraints_and_notes_live(board: str, run_path: Path) -> None:
+    assert board.startswith("http://127.0.0.1:")
+    (summary,) = get(f"{board}api/studies")["study_summaries"]
+    study = get(f"{board}api/studies/{summary['study_id']}")
+    records = read_records(RunFolder.open(run_path))
+    assert study["objective_names"] == list(METRIC_NAMES.values())
+
+    states = {record.number: record.state for record in records}
+    shown = {trial["number"]: trial for trial in study["trials"]}
+    assert set(shown) == set(states)
+    named = {"finished": "Complete", "stopped": "Pruned", "failed": "Fail"}
+    assert {n: trial["state"] for n, trial in shown.items()} == {n: named[s] for n, s in states.items()}
+
+    last = records[0].last
+    assert last is not None
+    assert shown[0]["values"] == pytest.approx(
+        [last.objectives()[0], last.cost.memory_bytes / 1e9, last.cost.flops]
+    )
+    (above,) = shown[0]["constraints"]
+    assert above == pytest.approx(last.cost.memory_bytes / 0.0070e9 - 1)
+    assert above <= 0
+    assert strip(last.plan) in shown[0]["note"]["body"]
+    assert "KV cache" in shown[0]["note"]["body"]
+
+    # a trial that ends while the page is open
+    writer = Records(RunFolder.open(run_path))
+    number, proposal = writer.ask()
+    for rung in range(3):
+        writer.record(number, result_of(last.plan, writer.folder.study, rung, proposal.learning_rate))
+    writer.finish(number)
+    until = time.monotonic() + 60
+    while True:  # the dashboard reads the storage again every two seconds
+        live = get(f"{board}api/studies/{summary['study_id']}?after={len(states)}")
+        found = [trial["state"] for trial in live["trials"] if trial["number"] == number]
+        if found or time.monotonic() > until:
+            break
+        time.sleep(0.5)
+    assert found == ["Complete"]
+
+
+def test_a_taken_port_is_told(board: str, run_path: Path) -> None:
+    port = board.rstrip("/").rpartition(":")[2]
+    command = [sys.executable, "-m", "foldsearch", "dashboard", str(run_path), "--port", port]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert f"port {port} of 127.0.0.1 cannot be served" in done.stderr
+    assert "--port" in done.stderr

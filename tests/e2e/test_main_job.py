@@ -1,0 +1,149 @@
+"""The main job on a tiny random Llama, typed as a person types it: run, front, pick, export, try.
+
+Oracles: the budget itself, the folder that transformers reloads, the perplexity that the trial measured.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from foldsearch.report.view import RunView
+from tests.tiny import VOCABULARY, save_model
+
+STUDY = """
+model = "{model}"
+data = "{data}"
+device = "cpu"
+precision = "float32"
+rungs = [0, 64, 192]
+trials = 6
+[space]
+name = "tiny"
+removal = [0.0, 0.8]
+criteria = ["gate", "block_influence", "window", "greedy"]
+gate_eps = [0.01]
+[space.share]
+max_groups = 1
+[splits]
+sequence_length = 16
+search = 4
+recovery = 8
+report = 4
+[gates]
+steps = 2
+[target]
+dtype = "float32"
+context = 64
+"""
+
+
+def foldsearch(*words: str, cwd: Path, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+    """One command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "foldsearch", *words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, text and foldsearch.toml, in which a run has been made."""
+    here = tmp_path_factory.mktemp("main-job")
+    model = save_model(here / "model")
+    rng = random.Random(0)
+    (here / "text").mkdir()
+    for number in range(40):
+        words = " ".join(f"w{rng.randrange(3, VOCABULARY)}" for _ in range(60))
+        (here / "text" / f"{number}.txt").write_text(words)
+    (here / "foldsearch.toml").write_text(STUDY.format(model=model, data=here / "text"))
+    return here
+
+
+@pytest.fixture(scope="module")
+def run(place: Path) -> Path:
+    """A finished run; dense needs 0.0003 GB."""
+    done = foldsearch("run", "--budget-gb", "0.00024", "--out", "runs/tiny", cwd=place)
+    assert done.returncode == 0, done.stderr
+    (place / "run.log").write_text(done.stdout)
+    return place / "runs" / "tiny"
+
+
+def test_a_run_ends_with_a_front_within_the_budget(run: Path, place: Path) -> None:
+    view = RunView.open(run)
+    assert len(view.finished) >= 3
+    assert all(entry.cost.memory_bytes <= 240_000 for entry in view.finished)
+    assert {"gate", "window", "greedy"} <= {p.criterion for e in view.finished for p in e.proposals}
+    log = (place / "run.log").read_text()
+    assert f"{len(view.front)} on the front" in log
+    assert "gates: 2 steps" in log
+    assert "left" in log  # an ETA
+    assert (run / "report" / "front.png").stat().st_size > 10_000
+
+
+def test_the_chosen_model_is_exported_as_it_was_measured(run: Path, place: Path) -> None:
+    from foldsearch.export import load_exported
+
+    number = foldsearch("pick", "runs/tiny", "--knee", cwd=place).stdout.strip()
+    done = foldsearch("export", "runs/tiny", "--out", "shipped", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "Verified in a fresh process" in done.stdout
+    view = RunView.open(run)
+    entry = view.pick(number=int(number))
+    shipped = json.loads((place / "shipped" / "foldsearch.json").read_text())
+    assert shipped["plan"] == str(entry.plan)
+    assert shipped["exported"]["perplexity"] == pytest.approx(entry.final.perplexity, rel=1e-3)
+    assert shipped["exported"]["weight_bytes"] == entry.cost.stored_bytes
+    model, _ = load_exported(place / "shipped")
+    assert model.config.fold["plan"] == str(entry.plan)
+
+    again = foldsearch("export", "runs/tiny", "--out", "shipped", cwd=place)
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+
+
+def test_a_plan_is_tried_without_a_search(place: Path) -> None:
+    done = foldsearch("try", "0 2 3=2+r2+n 4", "--tokens", "64", "--out", "tried", cwd=place)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line[:5].strip().isdigit() and "±" in line]
+    assert [(row[0], row[1]) for row in rows] == [("0", "0"), ("1", "64")]
+    assert (place / "tried" / "trials" / "00000" / "recovered.safetensors").is_file()
+
+
+def test_a_plan_is_priced_without_text(place: Path) -> None:
+    done = foldsearch("price", "0 2-4", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "total, GB" in done.stdout
+    refused = foldsearch("price", "0 2-5", cwd=place)
+    assert refused.returncode == 2
+    assert "blocks go from 0 to 4" in refused.stderr
+
+
+def test_a_model_is_inspected(place: Path) -> None:
+    done = foldsearch("inspect", "--out", "cosines.png", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:6]] == list("01234")
+    assert (place / "cosines.png").stat().st_size > 10_000
+
+
+def test_a_dry_run_makes_nothing(place: Path) -> None:
+    done = foldsearch("run", "--budget-gb", "0.00024", "--dry-run", "--out", "runs/dry", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "of random ones" in done.stdout
+    assert not (place / "runs" / "dry").exists()
+
+
+def test_a_budget_that_no_plan_meets_names_the_smallest(place: Path) -> None:
+    done = foldsearch("run", "--budget-gb", "0.00001", "--out", "runs/never", cwd=place)
+    assert done.returncode == 2
+    assert "its smallest reaches 0.0" in done.stderr
+    assert not (place / "runs" / "never").exists()

@@ -1,0 +1,349 @@
+"""One trial, rung by rung, on a tiny model in a folder and a folder of texts.
+
+Oracles: an uninterrupted trial, the price of the plan, the quality of the model that is rebuilt, and what must not be
+called (it raises).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from foldsearch import trial as trials
+from foldsearch.errors import RunError
+from foldsearch.model.recover import Recovery
+from foldsearch.plan.cost import Budget, price
+from foldsearch.plan.plan import FoldPlan
+from foldsearch.plan.proposal import Proposal
+from foldsearch.plan.result import TrialResult
+from foldsearch.spec.space import Space
+from foldsearch.spec.study import GateSettings, SplitSettings, Study
+from foldsearch.trial import (
+    TrialContext,
+    open_workbench,
+    prepare_context,
+    quality_of,
+    recovered_model,
+    run_trial,
+)
+from tests.tiny import NUM_BLOCKS, save_model, write_corpus
+
+RUNGS = (0, 64, 128)
+SHARING = Proposal("window", 1, group_size=2, num_groups=1, adapter_rank=2, learning_rate=3e-3, delta_rank=2)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> TrialContext:
+    torch.set_num_threads(1)
+    place = tmp_path_factory.mktemp("prepared")
+    study = Study(
+        model=save_model(place / "model"),
+        data=write_corpus(place / "corpus"),
+        space=Space(),
+        device="cpu",
+        precision="float32",
+        rungs=RUNGS,
+        splits=SplitSettings(sequence_length=16, search=6, recovery=8, report=6),
+        gates=GateSettings(steps=2),
+    )
+    return prepare_context(study, place / "run", cache_dir=place / "cache")
+
+
+@pytest.fixture
+def context(prepared, tmp_path) -> TrialContext:
+    """A run of its own, with the caches of all."""
+    (tmp_path / "run").mkdir()
+    shutil.copy(prepared.run_folder / "tokens.safetensors", tmp_path / "run")
+    return replace(prepared, run_folder=tmp_path / "run")
+
+
+def never(*args, **kwargs):
+    raise AssertionError("this is not to be called")
+
+
+def measured(results: list[TrialResult]) -> list[TrialResult]:
+    """What does not depend on the clock or on who measured it."""
+    return [replace(r, seconds=0.0, state="measured", known_from=None) for r in results]
+
+
+def trained(context: TrialContext, number: int) -> dict[str, torch.Tensor]:
+    return load_file(context.trial_folder(number) / "recovered.safetensors")
+
+
+def run(context: TrialContext, number: int = 0, proposal: Proposal = SHARING) -> list[TrialResult]:
+    return list(run_trial(proposal, context, number=number))
+
+
+def test_a_result_for_every_rung(context):
+    stages = []
+    results = list(run_trial(SHARING, context, number=3, progress=lambda stage, share: stages.append(stage)))
+    assert [result.rung for result in results] == [0, 1, 2]
+    assert [result.recovery_tokens for result in results] == list(RUNGS)
+    assert [result.is_last_rung for result in results] == [False, False, True]
+    assert {result.state for result in results} == {"measured"}
+    assert {result.plan for result in results} == {results[0].plan}
+    plan = results[0].plan
+    assert len(plan.dropped) == 1
+    assert sum(not own for _, _, _, own in plan.runs("mlp")) == 1
+    assert {result.cost for result in results} == {price(plan, context.table, context.target)}
+    # the report's tokens are kept for the end
+    assert [result.report is None for result in results] == [True, True, False]
+    assert results[-1].report.kl != results[-1].quality.kl
+    assert results[0].quality.tokens == 6 * 15
+    # training brought it nearer, and the clock went on
+    assert results[2].quality.kl < results[1].quality.kl < results[0].quality.kl
+    assert 0 < results[0].seconds < results[1].seconds < results[2].seconds
+    assert {"recovery", "measuring"} <= set(stages)
+    assert results[0].objectives() == (
+        results[0].quality.kl,
+        results[0].cost.memory_bytes,
+        results[0].cost.flops,
+    )
+    folder = context.trial_folder(3)
+    assert sorted(path.name for path in folder.iterdir()) == ["recovered.safetensors", "trial.json"]
+    stored = json.loads((folder / "trial.json").read_text())["results"]
+    assert [TrialResult.from_json(value) for value in stored] == results
+
+
+def test_the_same_seed_gives_the_same_trial(context):
+    first = run(context)
+    shutil.rmtree(context.run_folder / "plans")
+    again = run(context, 1)
+    assert measured(again) == measured(first)
+    assert again[0].known_from is None
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_closed_trial_goes_on_where_it_stopped(context, prepared, tmp_path, stop):
+    whole = run(context)
+    other = replace(context, run_folder=tmp_path / "other")
+    shutil.copytree(context.run_folder, other.run_folder, ignore=shutil.ignore_patterns("plans", "trials"))
+    generator = run_trial(SHARING, other, number=0)
+    first = [next(generator) for _ in range(stop)]
+    generator.close()
+    rest = run(other)
+    assert [result.rung for result in rest] == list(range(stop, 3))
+    assert measured(first + rest) == measured(whole)
+    assert rest[-1].seconds > first[-1].seconds
+    one, two = trained(context, 0), trained(other, 0)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert run(other) == []  # nothing is left to do
+
+
+def test_a_trial_killed_while_measuring_goes_on(context, tmp_path, monkeypatch):
+    """Trained and saved, but the rung was never noted."""
+    whole = run(context)
+    other = replace(context, run_folder=tmp_path / "other")
+    shutil.copytree(context.run_folder, other.run_folder, ignore=shutil.ignore_patterns("plans", "trials"))
+    generator = run_trial(SHARING, other, number=0)
+    first = [next(generator), next(generator)]
+    with monkeypatch.context() as patch:
+        patch.setattr(trials, "judge", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            next(generator)
+    with pytest.raises(RunError, match=r"stopped while rung 2 was measured.*Resume the run first"):
+        recovered_model(other, 0)
+    assert measured(first + run(other)) == measured(whole)
+    one, two = trained(context, 0), trained(other, 0)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+# ---- a plan is trained once
+
+
+def test_a_known_plan_is_not_trained_again(context, monkeypatch):
+    first = run(context, 0)
+    monkeypatch.setattr(trials, "fold", never)
+    given = Proposal("given", plan=first[0].plan, learning_rate=1e-4, delta_rank=1)
+    again = run(context, 7, given)
+    assert measured(again) == measured(first)
+    assert {(result.state, result.known_from) for result in again} == {("known", 0)}
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_another_trial_goes_on_with_a_stopped_plan(context, tmp_path, stop):
+    whole = run(context)
+    other = replace(context, run_folder=tmp_path / "other")
+    shutil.copytree(context.run_folder, other.run_folder, ignore=shutil.ignore_patterns("plans", "trials"))
+    generator = run_trial(SHARING, other, number=0)
+    for _ in range(stop):
+        next(generator)
+    generator.close()
+    results = run(other, 5)
+    assert [result.state for result in results] == ["known"] * stop + ["measured"] * (3 - stop)
+    assert measured(results) == measured(whole)
+    one, two = trained(context, 0), trained(other, 5)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    # who finished it is who knows it now
+    third = run(other, 6)
+    assert {(result.state, result.known_from) for result in third} == {("known", 5)}
+    assert measured(third) == measured(whole)
+
+
+def test_two_trials_never_measure_a_plan_at_once(context):
+    """While one holds the plan, another gets what is known so far and leaves the rest to it."""
+    generator = run_trial(SHARING, context, number=0)
+    first = next(generator)
+    results = run(context, 1)
+    assert measured(results) == measured([first])
+    assert results[0].state == "known"
+    assert [result.rung for result in generator] == [1, 2]
+
+
+# ---- what does not end well
+
+
+@pytest.mark.parametrize("criterion", ["gate", "window"])
+def test_what_cannot_fit_is_never_built(context, monkeypatch, criterion):
+    for name in ("fold", "open_workbench", "_workbench", "choose_blocks"):
+        monkeypatch.setattr(trials, name, never)
+    tight = replace(context, budget=Budget(memory_bytes=context.dense_cost.memory_bytes // 2, flops=10**9))
+    proposal = Proposal(criterion, 1, gate_eps=0.5 if criterion == "gate" else None)
+    (result,) = run(tight, 0, proposal)
+    assert (result.state, result.quality, result.is_last_rung) == ("infeasible", None, False)
+    assert result.reason.startswith("memory is ")
+    assert "flops" not in result.reason
+    assert result.cost.memory_bytes > tight.budget.memory_bytes
+    assert not context.trial_folder(0).exists()
+    assert TrialResult.from_json(json.loads(json.dumps(result.to_json()))) == result
+
+
+def test_a_plan_typed_by_hand_is_measured_above_the_budget_too(context):
+    tight = replace(context, budget=Budget(memory_bytes=1))
+    plan = FoldPlan.dropping([2], NUM_BLOCKS)
+    results = run(tight, 0, Proposal("given", plan=plan, origin="hand"))
+    assert [result.state for result in results] == ["measured"] * 3
+
+
+def test_a_divergence_is_told(context):
+    results = run(context, 0, replace(SHARING, learning_rate=1e30))
+    assert [result.state for result in results] == ["measured", "diverged"]
+    last = results[-1]
+    assert (last.rung, last.quality, last.is_last_rung) == (1, None, False)
+    assert "Lower the learning rate" in last.reason
+
+
+def test_a_divergence_in_the_very_last_step_is_told(context):
+    """The last loss was a number; the model that the step left is not."""
+    study = context.study.model_copy(update={"rungs": (0, 32)})
+    results = run(replace(context, study=study), 0, replace(SHARING, learning_rate=1e30))
+    assert [result.state for result in results] == ["measured", "diverged"]
+    assert "KL is nan after 32 tokens" in results[-1].reason
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "out of memory: no size given"),
+        (torch.OutOfMemoryError("Tried to allocate 3 GiB.\nmore"), "out of memory: Tried to allocate 3 GiB."),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
+            "99 bytes",
+        ),
+    ],
+)
+def test_running_out_of_memory_is_told(context, monkeypatch, error, reason):
+    def train(*args):
+        raise error
+
+    monkeypatch.setattr(Recovery, "train", train)
+    results = run(context)
+    assert [result.state for result in results] == ["measured", "failed"]
+    assert reason in results[-1].reason
+
+
+def test_a_fault_of_our_own_is_raised(context, monkeypatch):
+    def train(*args):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(Recovery, "train", train)
+    generator = run_trial(SHARING, context, number=0)
+    next(generator)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        next(generator)
+
+
+# ---- which blocks go
+
+
+@pytest.mark.parametrize("criterion", ["block_influence", "window", "greedy", "gate"])
+def test_criteria(context, criterion, monkeypatch, tmp_path):
+    fresh = replace(context, cache_dir=tmp_path / "cache")
+    shutil.copytree(context.cache_dir / "targets", tmp_path / "cache" / "targets")
+    proposal = Proposal(criterion, 2, gate_eps=0.5 if criterion == "gate" else None, delta_rank=0)
+    first = next(run_trial(proposal, fresh, number=0))
+    assert len(first.plan.dropped) == 2
+    if criterion == "window":
+        assert first.plan.dropped[1] == first.plan.dropped[0] + 1
+    assert (first.gates is None) == (criterion != "gate")
+    for name in ("measure_evidence", "greedy_order"):
+        monkeypatch.setattr(trials, name, never)
+    monkeypatch.setattr(trials.gating, "train_gates", never)
+    again = next(run_trial(proposal, fresh, number=1))
+    assert again.plan == first.plan
+    if criterion == "gate":
+        assert first.gates["from_cache"] is False
+        assert again.gates == {**first.gates, "from_cache": True}
+        assert first.gates["steps"] == 2
+        with pytest.raises(AssertionError, match="not to be called"):  # another eps is another training
+            next(run_trial(replace(proposal, gate_eps=0.25), fresh, number=2))
+
+
+# ---- the model that was measured
+
+
+def test_the_recovered_model_is_the_one_that_was_measured(context):
+    last = run(context)[-1]
+    model, result = recovered_model(context, 0)
+    assert result == TrialResult.from_json(json.loads(json.dumps(last.to_json())))
+    search, report = quality_of(context, model)
+    assert search == last.quality
+    assert report == last.report
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_untrained_rung_is_rebuilt_too(context):
+    generator = run_trial(SHARING, context, number=0)
+    first = next(generator)
+    generator.close()
+    model, result = recovered_model(context, 0)
+    assert quality_of(context, model)[0] == first.quality == result.quality
+
+
+def test_what_was_not_measured_cannot_be_rebuilt(context):
+    with pytest.raises(RunError, match="only a trial that was measured can be rebuilt, but trial 9"):
+        recovered_model(context, 9)
+    run(context)
+    os.unlink(context.trial_folder(0) / "recovered.safetensors")
+    with pytest.raises(RunError, match=r"is gone. Run it again"):
+        recovered_model(context, 0)
+
+
+# ---- what is shared
+
+
+def test_the_dense_weights_are_never_written(context):
+    files = list(Path(context.files.folder).glob("*.safetensors"))
+    before = [path.read_bytes() for path in files]
+    dense = open_workbench(context).dense
+    values = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    run(context)
+    assert before == [path.read_bytes() for path in files]
+    assert all(torch.equal(tensor, values[name]) for name, tensor in dense.state_dict().items())
+
+
+def test_preparing_again_gives_the_same_run(prepared):
+    held = (prepared.run_folder / "tokens.safetensors").read_bytes()
+    again = prepare_context(prepared.study, prepared.run_folder, cache_dir=prepared.cache_dir)
+    assert again == prepared
+    assert (prepared.run_folder / "tokens.safetensors").read_bytes() == held
+    splits = trials.read_splits(prepared.run_folder)
+    documents = [one.documents for one in (splits.search, splits.recovery, splits.report)]
+    assert len(set().union(*documents)) == sum(map(len, documents))

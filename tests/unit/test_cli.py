@@ -1,0 +1,259 @@
+"""The command line: exit codes, messages, and that nothing is left half done.
+
+Oracles: the exit codes that the README promises, folders listed before and after, Optuna's storage as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import foldsearch
+from foldsearch import api, cli
+from foldsearch.errors import VerificationError
+from foldsearch.report.view import RunView
+
+VERBS = ("run", "resume", "try", "price", "inspect", "front", "pick", "export", "dashboard")
+
+
+class Shell:
+    """Types commands in an empty folder."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, *words: str) -> tuple[int, str, str]:
+        """Exit code, standard output, standard error."""
+        try:
+            code = cli.main(words)
+        except SystemExit as end:
+            code = int(end.code or 0)
+        said = self._capsys.readouterr()
+        return code, said.out, said.err
+
+
+@pytest.fixture
+def shell(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("FOLDSEARCH_CACHE", str(tmp_path / "cache"))
+    return Shell(capsys)
+
+
+# ---- help
+
+
+def test_help_names_every_verb_and_teaches_the_main_job(shell: Shell) -> None:
+    code, out, _ = shell("--help")
+    assert code == 0
+    assert all(re.search(rf"^ +{verb}\b", out, re.MULTILINE) for verb in VERBS)
+    assert "foldsearch run --budget-gb 2" in out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(shell: Shell, verb: str) -> None:
+    code, out, _ = shell(verb, "--help")
+    assert code == 0
+    assert out.startswith(f"usage: foldsearch {verb}")
+    assert len(out.splitlines()) > 6
+
+
+def test_version(shell: Shell) -> None:
+    assert shell("--version")[:2] == (0, f"foldsearch {foldsearch.__version__}\n")
+
+
+# ---- bad input: exit code 2, the law and the remedy, nothing left behind
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("", "VERB"),
+        ("fold", "invalid choice: 'fold'"),
+        ("run nope", "a study is a path to a TOML file or one of default, smollm2-demo; got 'nope'"),
+        ("run smolm2-demo", "Did you mean 'smollm2-demo'?"),
+        ("run missing.toml", "there is no file 'missing.toml'"),
+        ("run --space foldgp", "Did you mean 'foldgpt'?"),
+        ("run --budget-gb -1", "budget.gb: must be above 0; got -1"),
+        ("run --budget-gb much", "--budget-gb: invalid float value: 'much'"),
+        ("run --budget-flops 0.8y", "or a share of dense in quotes"),
+        ("run --trials 0", "trials: must be above 0; got 0"),
+        ("run --time soon", "a time is seconds, or 90s, 15m, 2h; got 'soon'"),
+        ("run --time 0m", "a time is seconds"),
+        ("run --context 0 --batch -2", "target.batch: must be above 0; got -2"),
+        ("run --model ./no-model", "./no-model: there is no such file or folder"),
+        ("run --dry-run --model ./no-model", "./no-model: there is no such file or folder"),
+        ("run --model package:no_such_package", "no_such_package"),
+        ("try 0-3;5", "'0-3;5' is not a word of a plan"),
+        ("try 7-3", "a range goes up"),
+        ("price 0-3_5=4", "block 4 does not run"),
+        ("inspect ./no-model", "./no-model: there is no such file or folder"),
+        ("front no-run", "there is no 'no-run/study.json'"),
+        ("resume no-run", "there is no 'no-run/study.json'"),
+        ("pick no-run --knee", "there is no 'no-run/study.json'"),
+        ("export no-run --out x", "there is no 'no-run/study.json'"),
+        ("dashboard no-run", "there is no 'no-run/study.json'"),
+        ("pick no-run --knee --trial 3", "not allowed with argument"),
+    ],
+)
+def test_bad_input_is_told_and_leaves_nothing(shell: Shell, words: str, said: str) -> None:
+    code, out, err = shell(*(word.replace("_", " ") if "=" in word else word for word in words.split()))
+    assert code == 2
+    assert said in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert list(Path().iterdir()) == []
+
+
+def test_all_faults_of_a_study_are_told_at_once(shell: Shell) -> None:
+    Path("foldsearch.toml").write_text(
+        'model = "m"\ndata = "d"\nspace = "foldgpt"\nseeed = 3\ntrials = "many"\n[target]\ndtype = "bfloat61"\n'
+    )
+    code, _, err = shell("run")
+    assert code == 2
+    assert "foldsearch.toml: 3 faults" in err
+    assert "seeed: unknown key. Did you mean 'seed'?" in err
+    assert 'trials: must be a whole number; got "many"' in err
+    assert "Did you mean 'bfloat16'?" in err
+
+
+def test_a_run_starts_in_a_folder_of_its_own(shell: Shell, run_path: Path) -> None:
+    before = _snapshot(run_path)
+    code, _, err = shell("run", "--out", str(run_path))
+    assert code == 2
+    assert "is there already" in err
+    assert f"foldsearch resume {run_path}" in err
+    assert _snapshot(run_path) == before
+
+
+def test_a_run_of_another_version_is_refused(shell: Shell, run_path: Path) -> None:
+    value = json.loads((run_path / "study.json").read_text())
+    (run_path / "study.json").write_text(json.dumps({**value, "foldsearch": "0.0.1"}))
+    for verb in ("front", "resume", "pick"):
+        code, _, err = shell(verb, str(run_path))
+        assert code == 2
+        assert "is a run of foldsearch 0.0.1" in err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device", "runs/x/storage.db"),
+        RuntimeError("Error while serializing: No space left on device (os error 28)"),
+        ValueError("database or disk is full"),
+    ],
+)
+def test_a_full_disk_is_not_our_bug(
+    shell: Shell, run_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("while writing") from error
+
+    monkeypatch.setattr(api, "write_report", full)
+    code, _, err = shell("front", str(run_path))
+    assert code == 2
+    assert "the disk is full" in err
+    assert "Make room" in err
+
+
+def test_our_own_bugs_show_their_traceback(
+    shell: Shell, run_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "write_report", lambda view: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        shell("front", str(run_path))
+
+
+def test_ctrl_c_is_130(shell: Shell, run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(path: Path) -> RunView:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "open_run", interrupted)
+    code, _, err = shell("front", str(run_path))
+    assert code == 130
+    assert "Stopped" in err
+
+
+# ---- looking at a run
+
+
+def test_front_prints_the_tables_and_writes_the_pictures(shell: Shell, run_path: Path) -> None:
+    code, out, _ = shell("front", str(run_path))
+    assert code == 0
+    assert "◆" in out
+    assert "report KL by criterion" in out
+    assert f"Pictures: {run_path / 'report' / 'index.html'}" in out
+    assert {path.name for path in (run_path / "report").iterdir()} == {"index.html", "front.png"}
+
+
+def test_pick_prints_the_number_alone_and_remembers_it(shell: Shell, run_path: Path) -> None:
+    knee = RunView.open(run_path).knee
+    assert knee is not None
+    code, out, err = shell("pick", str(run_path))
+    assert (code, out) == (0, f"{knee.number}\n")
+    assert str(knee.plan) in err
+    assert shell("pick", str(run_path), "--trial", "2")[:2] == (0, "2\n")
+    assert api.picked(api.open_run(run_path)).number == 2
+    code, _, err = shell("pick", str(run_path), "--trial", "5")
+    assert code == 2
+    assert "got 5" in err
+    assert api.picked(api.open_run(run_path)).number == 2  # a refused pick changes nothing
+
+
+def test_a_damaged_pick_is_told(shell: Shell, run_path: Path) -> None:
+    (run_path / api.PICK).write_text("{}")
+    code, _, err = shell("export", str(run_path), "--out", "x")
+    assert code == 2
+    assert "Choose again" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "number"),
+    [((), 2), (("--trial", "1"), 1), (("--knee",), None)],
+    ids=["picked", "trial", "knee"],
+)
+def test_export_takes_what_was_picked_unless_told(
+    shell: Shell, run_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], number: int | None
+) -> None:
+    asked: list[Any] = []
+
+    def refuse(run: RunView, chosen: int, out: Path, **more: Any) -> None:
+        asked.append((chosen, out, more["form"]))
+        raise VerificationError("logits differ by 0.3, at most 0 is allowed.")
+
+    monkeypatch.setattr(api, "export_trial", refuse)
+    shell("pick", str(run_path), "--trial", "2")
+    code, _, err = shell("export", str(run_path), "--out", "x", "--form", "expanded", *words)
+    assert code == 1  # what was written is not what was measured
+    assert "logits differ by 0.3" in err
+    knee = RunView.open(run_path).knee
+    assert knee is not None
+    assert asked == [(knee.number if number is None else number, Path("x"), "expanded")]
+
+
+def test_a_new_run_gets_a_name_that_is_free(shell: Shell) -> None:
+    assert cli._new_folder("studies/mine.toml") == Path("runs/mine")
+    Path("runs/mine").mkdir(parents=True)
+    Path("runs/mine-2").mkdir()
+    assert cli._new_folder("studies/mine.toml") == Path("runs/mine-3")
+    assert cli._new_folder(None) == Path("runs/default")
+    Path("foldsearch.toml").touch()
+    assert cli._new_folder(None) == Path("runs/foldsearch")
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200)])
+def test_times(text: str, seconds: float) -> None:
+    assert cli._seconds(text) == seconds
+
+
+def _snapshot(folder: Path) -> dict[str, tuple[int, float]]:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }

@@ -1,0 +1,190 @@
+"""How near a model is to the dense one.
+
+Oracles: the definitions of KL, loss and agreement over full logits in float64, transformers' own loss, and for standard
+errors a sum over pairs and one regression in numpy.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from foldsearch.model import judge as judging
+from foldsearch.model.fold import fold
+from foldsearch.model.judge import ask_dense, batches, clustered_error, dense_targets, judge
+from foldsearch.model.tokens import TokenSet
+from foldsearch.plan.plan import FoldPlan
+from tests.tiny import NUM_BLOCKS, dense_model, token_set
+
+# Gemma 2 has a soft-capped head, GPT-2 a tied one, OPT learned positions
+NAMES = ("llama", "gemma2", "gpt2", "opt")
+TEXT = "0 1=3 3-4"
+TOKENS = token_set(sequences=7, length=30)  # 203 predicting positions: three chunks and a rest
+
+
+def folded(name: str, text: str = TEXT):
+    return fold(dense_model(name), FoldPlan.parse(text, NUM_BLOCKS))
+
+
+@torch.no_grad()
+def log_probabilities(model, ids_NT: torch.Tensor) -> torch.Tensor:
+    """Of each next token, from full logits in float64."""
+    return model(input_ids=ids_NT, use_cache=False).logits[:, :-1].double().log_softmax(-1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quality_is_what_full_logits_say(name):
+    dense, model = dense_model(name), folded(name)
+    p, q = log_probabilities(dense, TOKENS.ids_NT), log_probabilities(model, TOKENS.ids_NT)
+    kl = (p.exp() * (p - q)).sum(-1)
+    following = TOKENS.ids_NT[:, 1:, None]
+    loss, dense_loss = -q.gather(-1, following), -p.gather(-1, following)
+    found = judge(model, TOKENS, ask_dense(dense, TOKENS))
+    assert found.kl == pytest.approx(kl.mean().item(), rel=1e-4, abs=1e-6)
+    assert found.kl > 0.01  # there is something to see
+    assert found.perplexity == pytest.approx(math.exp(loss.mean()), rel=1e-5)
+    assert found.dense_perplexity == pytest.approx(math.exp(dense_loss.mean()), rel=1e-5)
+    assert found.agreement == (p.argmax(-1) == q.argmax(-1)).double().mean()
+    assert 0 < found.agreement < 1
+    assert found.tokens == 7 * 29
+    assert found.kl_se == pytest.approx(clustered_error(kl, TOKENS.document_N), rel=1e-3)
+    assert found.perplexity_se == pytest.approx(
+        found.perplexity * clustered_error(loss[..., 0], TOKENS.document_N), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_perplexity_is_of_transformers_loss(name):
+    model = folded(name)
+    with torch.no_grad():
+        loss = model(input_ids=TOKENS.ids_NT, labels=TOKENS.ids_NT, use_cache=False).loss
+    found = judge(model, TOKENS, ask_dense(dense_model(name), TOKENS))
+    assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_dense_model_is_as_near_as_can_be(name):
+    found = judge(folded(name, "0-4"), TOKENS, ask_dense(dense_model(name), TOKENS))
+    assert abs(found.kl) < 1e-6
+    assert found.agreement == 1
+    assert found.perplexity == pytest.approx(found.dense_perplexity, rel=1e-6)
+
+
+def test_in_bfloat16_the_dense_model_is_still_at_0():
+    """What bfloat16 rounds is the same on both sides."""
+    dense = dense_model("llama")
+    half = type(dense)(dense.config).to(torch.bfloat16)
+    half.load_state_dict(dense.state_dict())
+    targets = ask_dense(half.eval(), TOKENS)
+    assert abs(judge(half, TOKENS, targets).kl) < 1e-6
+    model = fold(half, FoldPlan.parse(TEXT, NUM_BLOCKS))
+    p, q = log_probabilities(half, TOKENS.ids_NT), log_probabilities(model, TOKENS.ids_NT)
+    kl = float((p.exp() * (p - q)).sum(-1).mean())
+    assert judge(model, TOKENS, targets).kl == pytest.approx(kl, rel=0.01)
+
+
+def test_batches_and_chunks_change_nothing(monkeypatch):
+    dense, model = dense_model("llama"), folded("llama")
+    whole = judge(model, TOKENS, ask_dense(dense, TOKENS))
+    monkeypatch.setattr(judging, "POSITIONS_AT_ONCE", 11)
+    monkeypatch.setattr(judging, "batches", lambda n, length: batches(n, length, 2 * length))
+    parts = judge(model, TOKENS, ask_dense(dense, TOKENS))
+    assert parts.kl == pytest.approx(whole.kl, rel=1e-5)
+    assert parts.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
+    assert parts.agreement == whole.agreement
+
+
+@given(st.integers(1, 50), st.integers(1, 300), st.integers(1, 300))
+def test_batches_cover_every_sequence_once(sequences, length, tokens_at_once):
+    found = list(batches(sequences, length, tokens_at_once))
+    assert [index for batch in found for index in range(sequences)[batch]] == list(range(sequences))
+    assert all((batch.stop - batch.start) * length <= max(tokens_at_once, length) for batch in found)
+
+
+# ---- standard errors
+
+
+values = st.integers(1, 12).flatmap(
+    lambda n: st.tuples(
+        st.lists(st.lists(st.floats(-5, 5), min_size=3, max_size=3), min_size=n, max_size=n),
+        st.lists(st.integers(0, 3), min_size=n, max_size=n),
+    )
+)
+
+
+@given(values)
+def test_clustered_error_is_the_sandwich(drawn):
+    """The variance of a mean as a sum over all pairs of values of the same document, times G / (G − 1)."""
+    rows, documents = np.array(drawn[0]), np.repeat(drawn[1], 3)
+    found = clustered_error(torch.tensor(rows), torch.tensor(drawn[1]))
+    groups = len(set(drawn[1]))
+    if groups < 2:
+        assert found == math.inf
+        return
+    residual = rows.ravel() - rows.mean()
+    same = documents[:, None] == documents[None, :]
+    variance = (np.outer(residual, residual) * same).sum() / rows.size**2 * groups / (groups - 1)
+    assert found == pytest.approx(math.sqrt(max(variance, 0)), rel=1e-6, abs=1e-7)
+
+
+def test_clustered_error_of_one_value_a_document_is_the_textbooks():
+    generator = torch.Generator().manual_seed(0)
+    one_NP = torch.randn(40, 1, generator=generator)
+    expected = one_NP.std().item() / math.sqrt(40)
+    assert clustered_error(one_NP, torch.arange(40)) == pytest.approx(expected)
+    # the same value five times tells no more, and the order of documents is nothing
+    repeated = one_NP.expand(40, 5)
+    assert clustered_error(repeated, torch.arange(40)) == pytest.approx(expected)
+    halves = torch.cat([one_NP, one_NP])
+    assert clustered_error(halves, torch.arange(40).repeat(2)) == pytest.approx(expected)
+
+
+# ---- what is kept of the dense model
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_targets_are_kept_by_content(name, tmp_path, monkeypatch):
+    dense = dense_model(name)
+    asked = ask_dense(dense, TOKENS)
+    first = dense_targets(dense, TOKENS, model_hash="m", cache_dir=tmp_path)
+    other = token_set(sequences=7, length=30, seed=1)
+    for tokens, model_hash in ((other, "m"), (TOKENS, "other")):
+        dense_targets(dense, tokens, model_hash=model_hash, cache_dir=tmp_path)
+    assert len(list((tmp_path / "targets").glob("*.safetensors"))) == 3
+
+    def never(*args, **kwargs):
+        raise AssertionError("the dense model was asked again")
+
+    monkeypatch.setattr(judging, "ask_dense", never)
+    renamed = TokenSet("renamed", TOKENS.ids_NT, TOKENS.document_N, TOKENS.documents)
+    again = dense_targets(dense, renamed, model_hash="m", cache_dir=tmp_path)
+    for field in ("hidden_NPD", "mean_row_NPD", "negentropy_NP", "loss_NP", "likeliest_NP"):
+        assert torch.equal(getattr(again, field), getattr(asked, field))
+        assert torch.equal(getattr(first, field), getattr(asked, field))
+    assert judge(folded(name), TOKENS, again) == judge(folded(name), TOKENS, asked)
+    with pytest.raises(AssertionError, match="asked again"):
+        dense_targets(dense, token_set(seed=2), model_hash="m", cache_dir=tmp_path)
+
+
+def test_full_logits_of_a_batch_are_never_made():
+    """The widest tensor over the vocabulary has as many rows as a chunk."""
+    most = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal most
+            outputs = func(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(outputs):
+                if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (96,) and tensor.dim() > 1:
+                    most = max(most, tensor.numel() // 96)
+            return outputs
+
+    model, targets = folded("llama"), ask_dense(dense_model("llama"), TOKENS)
+    with Watch():
+        judge(model, TOKENS, targets)
+    assert most == judging.POSITIONS_AT_ONCE

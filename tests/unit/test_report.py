@@ -1,0 +1,294 @@
+"""What reports show. Oracles: the fake trials' own records, brute force over them, and plans read by eye."""
+
+from __future__ import annotations
+
+import io
+import xml.etree.ElementTree
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from foldsearch.errors import RunError
+from foldsearch.plan.front import dominates
+from foldsearch.plan.plan import FoldPlan
+from foldsearch.plan.proposal import Proposal
+from foldsearch.plan.strip import LEGEND, cells, strip
+from foldsearch.report import page, terminal
+from foldsearch.report.colours import DROPPED, KEPT, PAIRS, REPLACED, paint
+from foldsearch.report.live import RunDisplay
+from foldsearch.report.view import RunView
+from foldsearch.search import events
+from foldsearch.search.records import Record
+
+
+@pytest.fixture
+def view(run_path: Path) -> RunView:
+    return RunView.open(run_path)
+
+
+def text_of(renderable: object, width: int = 200) -> str:
+    out = io.StringIO()
+    Console(file=out, width=width).print(renderable)
+    return out.getvalue()
+
+
+# ---- strips
+
+
+@pytest.mark.parametrize(
+    ("plan", "drawn"),
+    [
+        ("0-9", "██████████"),
+        ("0 2-3 9", "█·██·····█"),
+        ("0 1a 2m 9", "█▀▄······█"),
+        ("0-1 2=1 3=1+r8+n 9", "██▒▒·····█"),
+        ("0 1=0a 2a=0 9", "█▓░······█"),
+        ("0 2-7~linear 9", "█·━━━━━━·█"),
+        ("0-1 0=0 1=1 9", "██▒▒·······█"),  # repeats take cells of their own
+    ],
+)
+def test_a_strip_has_one_cell_a_block(plan: str, drawn: str) -> None:
+    assert strip(FoldPlan.parse(plan, 10)) == drawn
+
+
+def test_every_glyph_of_a_strip_is_in_the_legend() -> None:
+    plan = FoldPlan.parse("0 1=0 2=0a 3a 4m 5a=0 6~linear 8-9", 10)
+    assert {cell.glyph for cell in cells(plan)} == set("█▒▓▀▄░━·")
+    assert all(cell.glyph in LEGEND for cell in cells(plan))
+
+
+def test_children_have_the_light_tone_of_their_owner_and_nobody_elses() -> None:
+    painted = paint(FoldPlan.parse("0-2 3=2 4 5=4a 7~linear 9", 10))
+    (first, first_light), (second, second_light) = PAIRS[:2]
+    assert [cell.attention for cell in painted] == [
+        KEPT[0], KEPT[0], first, first_light, second, second_light, None, REPLACED, None, KEPT[1],
+    ]  # fmt: skip
+    assert painted[5].mlp == KEPT[1]  # block 5 borrows the attention only
+    assert DROPPED not in {cell.attention for cell in painted}
+
+
+def test_the_ruler_stands_above_its_blocks() -> None:
+    ruler = terminal.ruler(30)
+    assert all(ruler[block:].startswith(str(block)) for block in range(0, 30, 5))
+    assert len(terminal.ruler(12)) <= 12
+
+
+# ---- the view
+
+
+def test_the_front_is_what_brute_force_finds(view: RunView) -> None:
+    finished = [r for r in view.records if r.state == "finished" and r.last and r.last.state == "measured"]
+    points = {r.number: r.last.objectives() for r in finished if r.last}
+    undominated = {n for n in points if not any(dominates(other, points[n]) for other in points.values())}
+    assert {entry.number for entry in view.front} == undominated
+    assert [e.cost.memory_bytes for e in view.front] == sorted(
+        (e.cost.memory_bytes for e in view.front), reverse=True
+    )
+
+
+def test_stopped_and_failed_trials_are_on_no_table(view: RunView) -> None:
+    assert {view.records[5].state, view.records[7].state} == {"failed", "stopped"}
+    assert not {5, 7} & {entry.number for entry in view.finished}
+
+
+def test_a_plan_that_two_criteria_chose_is_one_row_with_both_names(view: RunView) -> None:
+    assert view.records[3].last is not None
+    assert view.records[3].last.known_from == 0
+    shown = {entry.number: entry for entry in view.finished}
+    assert 3 not in shown
+    assert shown[0].authors == ("gate 0.01", "greedy")
+    assert shown[0].baseline == "greedy"
+
+
+def test_the_gain_is_against_the_best_baseline_of_no_more_cost(view: RunView) -> None:
+    by_number = {entry.number: entry for entry in view.finished}
+    baselines = [by_number[n] for n in (0, 1, 2)]  # four blocks dropped by each criterion: equal costs
+    best = min(baselines, key=lambda entry: entry.final.kl)
+    assert view.gain(best) is None
+    for other in (e for e in baselines if e != best):
+        assert view.gain(other) == pytest.approx(other.final.kl - best.final.kl)
+    cheaper = min(view.finished, key=lambda entry: entry.cost.memory_bytes)
+    assert cheaper.cost.memory_bytes * 1.02 < best.cost.memory_bytes
+    assert view.gain(cheaper) is None
+
+
+def test_criteria_are_compared_at_equal_counts_on_plans_that_only_drop(view: RunView) -> None:
+    (count, row), *others = view.by_count().items()
+    assert (count, others) == (4, [])
+    assert set(row) == {"gate", "block_influence", "window", "greedy", "neighbour"}
+    assert row["gate"] == row["greedy"]
+    assert all(str(entry.plan).replace("-", "").replace(" ", "").isdigit() for entry in row.values())
+
+
+def test_picking(view: RunView) -> None:
+    assert view.pick() == view.knee
+    assert view.pick(number=2).number == 2
+    largest = max(entry.cost.memory_bytes for entry in view.finished) / 1e9
+    assert view.pick(max_gb=largest) == min(view.finished, key=lambda entry: entry.quality.kl)
+    smallest = min(view.finished, key=lambda entry: entry.cost.memory_bytes)
+    assert view.pick(max_gb=smallest.cost.memory_bytes / 1e9).cost == smallest.cost
+    for number in (5, 7, 99):
+        with pytest.raises(RunError, match=f"reached the last rung can be picked, got {number}"):
+            view.pick(number=number)
+    with pytest.raises(RunError, match=r"fits 0\.001 GB: the smallest needs 0\.00"):
+        view.pick(max_gb=0.001)
+
+
+def test_a_run_without_finished_trials_says_so(view: RunView) -> None:
+    empty = replace(view, records=())
+    with pytest.raises(RunError, match="foldsearch resume"):
+        empty.pick()
+    assert "No trial has reached the last rung yet" in text_of(terminal.front_report(empty, width=120))
+    assert "No trial has reached the last rung yet" in page._page(empty)
+    assert empty.knee is None
+    assert empty.front == ()
+
+
+# ---- the tables
+
+
+@pytest.mark.parametrize("width", [80, 120, 220])
+def test_the_front_shows_every_cost_term_whatever_the_width(view: RunView, width: int) -> None:
+    shown = text_of(terminal.front_report(view, width=width), width=max(width, 120))
+    for head in ("search KL", "report KL", "perplexity", "weights", "adapters", "KV", "activ.", "total GB"):
+        assert head in shown
+    assert "fake <weights>" in shown  # what must be said beside a figure of the model
+    assert "budget 0.007 GB" in shown
+    knee = view.knee
+    assert knee is not None
+    row = next(line for line in shown.splitlines() if line.startswith("◆"))
+    assert f"{knee.final.kl:.3f} ± {knee.final.kl_se:.3f}" in row
+    assert strip(knee.plan) in row
+    assert f"{knee.cost.memory_bytes / 1e9:.6f}" in shown  # as many digits as tell such small plans apart
+
+
+def test_all_shows_every_finished_trial_and_the_default_only_front_and_baselines(view: RunView) -> None:
+    def numbers(every: bool) -> set[str]:
+        lines = text_of(terminal.front_report(view, width=300, every=every), 300).splitlines()
+        words = (line.replace("●", "").replace("◆", "").replace("○", "").split() for line in lines)
+        return {row[0] for row in words if row and row[0].isdigit()}
+
+    assert numbers(True) >= {str(entry.number) for entry in view.finished}
+    assert numbers(False) == {str(entry.number) for entry in view.front_and_baselines} | {"4"}  # "4 dropped"
+
+
+def test_a_bar_is_as_long_as_its_share() -> None:
+    assert terminal.bar(0.5, 8) == "████"
+    assert terminal.bar(0.0, 8) == ""
+    assert terminal.bar(1.0, 8) == "█" * 8
+    assert terminal.bar(3.0, 8) == "███████▶"
+
+
+# ---- the page
+
+
+class _Reader(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.rows = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.rows += tag == "tr"
+        self.links += [value for name, value in attrs if name in ("src", "href") and value]
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_shows_every_trial(view: RunView, tmp_path: Path) -> None:
+    page.write_page(view, tmp_path / "new" / "index.html")
+    written = (tmp_path / "new" / "index.html").read_text()
+    reader = _Reader()
+    reader.feed(written)
+    assert len(reader.links) == 1
+    assert reader.links[0].startswith("data:image/png;base64,")
+    assert "fake &lt;weights&gt;" in written
+    assert "fake <weights>" not in written
+    assert "crashed: out of paper" in written
+    shown = len(view.front_and_baselines)
+    assert reader.rows == (1 + 1 + shown) + (1 + len(view.by_count())) + (1 + len(view.records))
+
+
+def test_the_svg_of_a_plan_is_well_formed() -> None:
+    svg = page._svg(FoldPlan.parse("0-1 2=1 3a 5~linear 9", 10))
+    drawn = xml.etree.ElementTree.fromstring(svg.replace("'", '"'))
+    assert sum(child.tag == "circle" for child in drawn) == 4  # blocks 4, 6, 7, 8
+    assert sum(child.tag == "rect" for child in drawn) == 2 * 5 + 1  # five whole blocks, one attention
+
+
+def test_pictures_are_png_files_of_a_size_to_look_at(view: RunView, tmp_path: Path) -> None:
+    from PIL import Image
+
+    page.draw_front(view, tmp_path / "front.png")
+    with Image.open(tmp_path / "front.png") as picture:
+        assert picture.width >= 1600
+        assert picture.height >= 600
+        assert len(picture.convert("RGB").resize((200, 80)).getcolors(20_000)) > 50
+    assert list(tmp_path.glob(".front*")) == []
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(
+    view: RunView, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "index.html"
+    target.write_text("old")
+
+    def full(self: Path, *args: object, **kwargs: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        page.write_page(view, target)
+    assert target.read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "run") == ["index.html"]
+
+
+# ---- as it happens
+
+
+def test_a_log_file_gets_a_line_a_trial_with_its_gain_and_its_gates(view: RunView) -> None:
+    out = io.StringIO()
+    record = view.records[0]
+    with RunDisplay(Console(file=out, width=150)) as display:
+        display(events.Preparing("reading the text", 0.0))
+        display(events.Preparing("reading the text", 0.5))
+        display(events.SearchStarted(view.folder, 0, 14))
+        _play(display, record)
+        display(events.TrialFinished(0, record.results[-1], True))
+        display(events.Progress(1, 14, 60.0, 780.0))
+        _play(display, view.records[7])
+        display(events.TrialStopped(7, view.records[7].results[-1], "rank 2 of 4"))
+        display(events.TrialFailed(5, "crashed: out of paper"))
+        display(events.SearchInterrupted(view.folder, 1, "foldsearch resume runs/x"))
+    shown = out.getvalue()
+    assert shown.count("reading the text") == 1
+    line = next(line for line in shown.splitlines() if line.startswith("    0  gate 0.01"))
+    assert " → ".join(f"{result.quality.kl:.3f}" for result in record.results if result.quality) in line
+    assert strip(record.results[-1].plan) in line
+    assert line.endswith("● on the front")
+    assert "gates: 20 steps, 1,000 tokens, 90% outside 0.05 to 0.95" in shown
+    assert "1 of 14 trials · 1:00 · about 13:00 left" in shown
+    assert "stopped at rung 1: rank 2 of 4" in shown
+    assert "crashed: out of paper" in shown
+    assert "foldsearch resume runs/x" in shown
+
+
+def test_a_terminal_shows_where_the_running_trials_are(view: RunView) -> None:
+    out = io.StringIO()
+    screen = Console(file=out, width=120, force_terminal=True)
+    with RunDisplay(screen) as display:
+        display(events.SearchStarted(view.folder, 0, 14))
+        display(events.TrialStarted(3, Proposal("window", 4), resumed=False))
+        display(events.TrialProgress(3, "recovery", 0.25))
+        bottom = text_of(display._bottom())
+    assert "window" in bottom
+    assert "recovery" in bottom
+    assert "0 of 14 trials" in bottom
+
+
+def _play(display: RunDisplay, record: Record) -> None:
+    assert record.proposal is not None
+    display(events.TrialStarted(record.number, record.proposal, resumed=False))
+    for result in record.results:
+        display(events.RungDone(record.number, result))
