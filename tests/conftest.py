@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before torch, transformers or ray is imported: each reads these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +19,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run two at a time on 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("COLUMNS", "120")
+
+settings.register_profile(
+    "unhurried", deadline=None
+)  # an example's time depends on what else the machine does
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")
@@ -74,11 +80,3 @@ def _recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_path(_recorded: Path, tmp_path: Path) -> Path:
     """A run folder of a test's own: 14 trials of a model of 12 blocks, one failed, one stopped."""
     return Path(shutil.copytree(_recorded, tmp_path / "run"))
-
-
-from hypothesis import settings
-
-settings.register_profile(
-    "unhurried", deadline=None
-)  # how long an example takes depends on the machine's other work
-settings.load_profile("unhurried")

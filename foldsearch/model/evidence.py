@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from foldsearch.errors import InputError
 from foldsearch.model.blocks import decoder_blocks
+from foldsearch.model.head import POSITIONS_AT_ONCE, head_logits, last_hidden
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
 RunBlock = Callable[[int, Tensor, Callable[[Tensor], Tensor]], Tensor]
 """Called with a block's number, its input and the block itself; returns its output."""
-
-POSITIONS_AT_ONCE = 128  # of the vocabulary projection: a whole sequence's logits would not stay in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class GreedyResult:
 
 @torch.no_grad()
 def measure_evidence(
-    dense: nn.Module, ids_NT: Tensor, *, batch_size: int = 4, progress: Progress | None = None
+    dense: PreTrainedModel, ids_NT: Tensor, *, batch_size: int = 4, progress: Progress | None = None
 ) -> Evidence:
     """Measure the cosines of FoldGPT's Fig. 2 and those of every window of blocks.
 
@@ -163,7 +163,12 @@ def best_window(evidence: Evidence, count: int) -> tuple[int, ...]:
 
 @torch.no_grad()
 def greedy_order(
-    dense: nn.Module, ids_NT: Tensor, max_count: int, *, exact: bool = False, progress: Progress | None = None
+    dense: PreTrainedModel,
+    ids_NT: Tensor,
+    max_count: int,
+    *,
+    exact: bool = False,
+    progress: Progress | None = None,
 ) -> GreedyResult:
     """Drop the block whose absence costs least next-token loss, and repeat (SLEB, arXiv 2402.09025, section 3).
 
@@ -228,23 +233,11 @@ def hidden_of(output: Any) -> Tensor:
     return hidden_BTD
 
 
-def last_hidden(dense: nn.Module, ids_BT: Tensor) -> Tensor:
-    """What the vocabulary projection reads: the hidden states after the final norm, (B, T, D)."""
-    return dense.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state  # type: ignore[operator, no-any-return]
-
-
-def project(dense: nn.Module, hidden_CD: Tensor) -> Tensor:
-    """Logits, in float32 (C, V), of what `last_hidden` gives."""
-    logits_CV: Tensor = dense.get_output_embeddings()(hidden_CD).float()  # type: ignore[operator]
-    softcap = getattr(dense.config, "final_logit_softcapping", None)  # Gemma 2
-    return logits_CV if softcap is None else softcap * torch.tanh(logits_CV / softcap)
-
-
-def next_token_losses(dense: nn.Module, hidden_BTD: Tensor, ids_BT: Tensor) -> Tensor:
+def next_token_losses(dense: PreTrainedModel, hidden_BTD: Tensor, ids_BT: Tensor) -> Tensor:
     """Mean next-token loss of each sequence, (B,), in nats, without the whole batch's logits in memory."""
     losses = [
         sum(
-            nn.functional.cross_entropy(project(dense, hidden_CD), next_C, reduction="sum")
+            nn.functional.cross_entropy(head_logits(dense, hidden_CD), next_C, reduction="sum")
             for hidden_CD, next_C in zip(
                 hidden_TD[:-1].split(POSITIONS_AT_ONCE), ids_T[1:].split(POSITIONS_AT_ONCE), strict=True
             )

@@ -17,8 +17,8 @@ attenuation, for every gate in play, by one backward pass. The weight w of a gat
 is its opening: the constraint holds exactly in every step, and `eps` is how far a weight must be from the threshold tau
 for its gate to be out of play. Gate i plays with probability min(1, 2 (1 - p_i)), so that it is p_i open on average
 (half open at least). As the run proceeds the gates with the lowest weights are closed for good, one by one, and the
-others learn how much they matter without them. So the gates always end polarized. Last, a few swaps of gates that are
-near the threshold are tried on the training text.
+others learn how much they matter without them. So the gates always end polarized. Before a gate closes, it and the
+next few are tried closed on a little training text; last, a few swaps of gates near the threshold are.
 
 Shapes: N sequences, B sequences of a step, T positions, D width, V vocabulary, C positions of a chunk, L blocks.
 """
@@ -33,13 +33,14 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from foldsearch.errors import InputError
 from foldsearch.model.blocks import decoder_blocks
-from foldsearch.model.evidence import BlockRun, Progress, last_hidden, measure_evidence, project
+from foldsearch.model.evidence import BlockRun, Progress, measure_evidence
+from foldsearch.model.head import POSITIONS_AT_ONCE, head_logits, last_hidden
 
-POSITIONS_AT_ONCE = 64  # of the vocabulary projection; three of its outputs are alive together
 CLOSED, OPEN = 0.05, 0.95  # a gate outside these is polarized
 SWAP_ROUNDS = 2
 MOST_INFLUENCE = 20.0  # of a block at the start, in medians: the first block's is far out and says no more
@@ -62,6 +63,7 @@ class GateSettings:
         warmup: share of the steps before the first gate closes for good.
         decay: of the running mean, a step.
         prior: how many measurements the Block Influence that gates start from counts for.
+        shortlist: so many gates of the lowest weights are tried closed before one of them closes for good.
         swaps: at the end, so many of the kept blocks are tried in place of the two removed ones that matter most.
         stride: the loss is taken at every so many positions.
         seed: of the sequences and of the gates.
@@ -78,6 +80,7 @@ class GateSettings:
     warmup: float = 0.4
     decay: float = 0.97
     prior: float = 3.0
+    shortlist: int = 3
     swaps: int = 4
     stride: int = 2
     seed: int = 0
@@ -99,10 +102,10 @@ class GateSettings:
             raise InputError(
                 f"The gates' warmup and decay are between 0 and 1, but here they are {self.warmup} and {self.decay}."
             )
-        if self.pressure <= 0.0 or self.prior <= 0.0 or self.stride < 1 or self.swaps < 0:
+        if min(self.pressure, self.prior) <= 0.0 or min(self.stride, self.shortlist) < 1 or self.swaps < 0:
             raise InputError(
-                "The gates' pressure and prior are above 0, their stride is at least 1 and their swaps are at least 0, "
-                f"but here they are {self.pressure}, {self.prior}, {self.stride} and {self.swaps}."
+                "The gates' pressure and prior are above 0, their stride and shortlist at least 1, their "
+                f"swaps at least 0, but here they are {self.pressure}, {self.prior}, {self.stride}, {self.shortlist} and {self.swaps}."
             )
 
     @property
@@ -134,7 +137,7 @@ class GateResult:
         hard_loss: the same with the first `count` blocks of the ranking removed: lower where a swap helped.
         steps: training steps done.
         tokens: tokens trained on (every one forward and backward).
-        swap_tokens: tokens of the swaps' runs (forward only).
+        check_tokens: tokens of the runs that check removals on the training text (forward only).
         seconds: wall time.
     """
 
@@ -146,7 +149,7 @@ class GateResult:
     hard_loss: float
     steps: int
     tokens: int
-    swap_tokens: int
+    check_tokens: int
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -175,7 +178,7 @@ class GatedModel:
         gates_BL: openings, or None for the dense model. Blocks that no sequence opens don't run.
     """
 
-    def __init__(self, dense: nn.Module) -> None:
+    def __init__(self, dense: PreTrainedModel) -> None:
         self.dense = dense
         self.gates_BL: Tensor | None = None
         self._run = BlockRun(decoder_blocks(dense), self._run_block)
@@ -206,7 +209,7 @@ class GatedModel:
 
 
 def train_gates(
-    dense: nn.Module,
+    dense: PreTrainedModel,
     ids_NT: Tensor,
     settings: GateSettings,
     *,
@@ -244,6 +247,12 @@ def train_gates(
     history: list[tuple[float, ...]] = []
     with GatedModel(dense) as model:
         targets_NTD = _targets(model, ids_NT, settings.sequences_per_step)
+        rows = slice(0, 2 * settings.sequences_per_step)  # where removals are checked
+        ids_BT, targets_BTD, runs, closed_loss = ids_NT[rows], targets_NTD[rows], 0, 0.0
+
+        def loss_without(removed: Sequence[int]) -> float:
+            return _loss_without(model, ids_BT, targets_BTD, removed, settings.stride)
+
         expected_L = _expected(weights.values / cost_L, cost_L, ranked, settings)
         for step in range(settings.steps):
             gates_BL, in_play_BL = _sample(expected_L, settings.sequences_per_step, rng)
@@ -251,19 +260,24 @@ def train_gates(
             slope_BL = _slopes(model, ids_NT[row_B], targets_NTD[row_B], gates_BL, settings.stride)
             weights.add(-slope_BL, in_play_BL)
             while len(ranked) < _due(step, settings):
-                ranked.append(_lowest(weights.values / cost_L, ranked))
+                # The mean cost of a gate is over states in which others were half open; the next one to close is
+                # the cheapest of a few when it is closed on top of those that are.
+                shortlist = _lowest(weights.values / cost_L, ranked, settings.shortlist)
+                losses = {block: loss_without([*ranked, block]) for block in shortlist}
+                ranked.append(
+                    min(shortlist, key=lambda block: (losses[block] - closed_loss) / float(cost_L[block]))
+                )
+                closed_loss = losses[ranked[-1]]
+                runs += len(shortlist)
             expected_L = _expected(weights.values / cost_L, cost_L, ranked, settings)
             history.append(tuple(expected_L.tolist()))
             if progress is not None:
                 progress(step + 1, settings.steps)
-        rows = slice(0, 2 * settings.sequences_per_step)
-        ids_BT, targets_BTD = ids_NT[rows], targets_NTD[rows]
-        soft_loss = hard_loss = _loss_without(model, ids_BT, targets_BTD, ranked, settings.stride)
-        runs = 1
+        soft_loss = hard_loss = closed_loss
         for _ in range(SWAP_ROUNDS if settings.swaps else 0):
             best, best_loss = ranked, hard_loss
             for swapped in _swaps(ranked, weights.values / cost_L, settings.swaps):
-                loss = _loss_without(model, ids_BT, targets_BTD, swapped, settings.stride)
+                loss = loss_without(swapped)
                 runs += 1
                 if loss < best_loss:
                     best, best_loss = swapped, loss
@@ -272,7 +286,7 @@ def train_gates(
             ranked, hard_loss = best, best_loss
         final_L = _expected(weights.values / cost_L, cost_L, ranked, settings)
     while len(ranked) < len(blocks):
-        ranked.append(_lowest(weights.values / cost_L, ranked))
+        ranked += _lowest(weights.values / cost_L, ranked, 1)
     outside = [gate < CLOSED or gate > OPEN for gate in final_L.tolist()]
     return GateResult(
         ranking=tuple(ranked),
@@ -283,7 +297,7 @@ def train_gates(
         hard_loss=hard_loss,
         steps=settings.steps,
         tokens=settings.steps * settings.sequences_per_step * ids_NT.shape[1],
-        swap_tokens=runs * ids_BT.numel(),
+        check_tokens=runs * ids_BT.numel(),
         seconds=time.perf_counter() - began,
     )
 
@@ -353,9 +367,9 @@ def _due(step: int, settings: GateSettings) -> int:
     return settings.count if step + 1 == settings.steps else 1 + math.floor((settings.count - 1) * part)
 
 
-def _lowest(weight_L: Tensor, ranked: Sequence[int]) -> int:
+def _lowest(weight_L: Tensor, ranked: Sequence[int], number: int) -> list[int]:
     left = [i for i in range(len(weight_L)) if i not in ranked]
-    return min(left, key=lambda i: (float(weight_L[i]), i))
+    return sorted(left, key=lambda i: (float(weight_L[i]), i))[:number]
 
 
 def _cut(ids_NT: Tensor, settings: GateSettings, rng: torch.Generator) -> Tensor:
@@ -403,7 +417,7 @@ def _loss_without(
 
 
 def kl_to_dense(
-    dense: nn.Module, hidden_BTD: Tensor, targets_BTD: Tensor, *, stride: int = 1, slopes: bool = False
+    dense: PreTrainedModel, hidden_BTD: Tensor, targets_BTD: Tensor, *, stride: int = 1, slopes: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """KL of the next-token distribution to the dense model's, and its slope, without the batch's logits in memory.
 
@@ -425,9 +439,9 @@ def kl_to_dense(
         for place_C in torch.split(place_T, POSITIONS_AT_ONCE):
             hidden_CD = hidden_BTD[b, place_C].detach().requires_grad_(slopes)
             with torch.no_grad():
-                target_CV = project(dense, targets_BTD[b, place_C]).log_softmax(-1)
+                target_CV = head_logits(dense, targets_BTD[b, place_C]).log_softmax(-1)
             with torch.set_grad_enabled(slopes):
-                logits_CV = project(dense, hidden_CD)
+                logits_CV = head_logits(dense, hidden_CD)
             with torch.no_grad():
                 log_q_CV = logits_CV.log_softmax(-1)
                 p_CV = target_CV.exp()

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-POSITIONS_AT_ONCE = 64  # 64 × V logits in float32 are 12 MB at V = 49,152: a whole sequence's would not stay in cache
+POSITIONS_AT_ONCE = (
+    64  # 64 × V logits in float32 are 12 MB at V = 49,152: a whole sequence's would not stay in cache
+)
 
 
 def last_hidden(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:

@@ -36,13 +36,14 @@ TRACED_TOKENS = (32, 64)  # two lengths tell a linear term from a quadratic one
 _FREE = {
     f"aten::{name}"
     for name in (
-        "abs add add_ all any arange argmax bitwise_and bitwise_not bitwise_or cat ceil clamp clone contiguous "
-        "copy_ cos cumsum detach diff div div_ dropout embedding empty eq erf exp expand expand_as feature_dropout "
-        "fill_ floor floor_divide full full_like ge gelu gt index index_select layer_norm le lift_fresh logical_and "
-        "logical_not logical_or lt masked_fill masked_fill_ max mean min mul mul_ ne neg new_ones ones ones_like permute "
-        "pow reciprocal relu remainder repeat reshape rsqrt rsub scalar_tensor select sigmoid silu sin slice softmax "
-        "split sqrt square squeeze stack sub sub_ sum t tanh to transpose type_as unbind unflatten unsqueeze view "
-        "where zeros zeros_like"
+        "abs add add_ all any arange argmax bitwise_and bitwise_not bitwise_or cat ceil clamp clone "
+        "contiguous copy_ cos cumsum detach diff div div_ dropout embedding empty eq erf exp expand "
+        "expand_as feature_dropout fill_ floor floor_divide full full_like ge gelu gt index index_select "
+        "layer_norm le lift_fresh logical_and logical_not logical_or lt masked_fill masked_fill_ max "
+        "mean min mul mul_ ne neg new_ones ones ones_like permute pow reciprocal relu remainder repeat "
+        "reshape rsqrt rsub scalar_tensor select sigmoid silu sin slice softmax split sqrt square "
+        "squeeze stack sub sub_ sum t tanh to transpose type_as unbind unflatten unsqueeze view where "
+        "zeros zeros_like"
     ).split()
 }
 

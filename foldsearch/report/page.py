@@ -362,9 +362,10 @@ def _every_trial(view: RunView) -> str:
         row = f"<tr><td>{record.number}<td class=l>{by}<td class=l>{state}"
         if (result := record.last) is not None:
             kl = "—" if result.quality is None else f"{result.quality.kl:.3f}"
+            memory = gb(result.cost.memory_bytes, view.folder.dense)
             row += (
-                f"<td>{result.rung}<td>{result.recovery_tokens:,}<td>{kl}<td>{gb(result.cost.memory_bytes, view.folder.dense)}"
-                f"<td>{result.seconds:.0f}<td class=l><code>{html.escape(str(result.plan))}</code>"
+                f"<td>{result.rung}<td>{result.recovery_tokens:,}<td>{kl}<td>{memory}<td>{result.seconds:.0f}"
             )
+            row += f"<td class=l><code>{html.escape(str(result.plan))}</code>"
         rows.append(row)
     return f"<div class=wide><table>{''.join(rows)}</table></div>"

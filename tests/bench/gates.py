@@ -29,12 +29,11 @@ from foldsearch.model.evidence import (
     best_window,
     greedy_order,
     influence_order,
-    last_hidden,
     measure_evidence,
     next_token_losses,
-    project,
 )
 from foldsearch.model.gates import GatedModel, GateSettings, kl_to_dense, train_gates
+from foldsearch.model.head import head_logits, last_hidden
 from foldsearch.model.source import open_dense, open_tokenizer, prepare
 from foldsearch.model.tokens import make_splits
 
@@ -169,7 +168,7 @@ def closing(dense: nn.Module, ids_NT: Tensor, settings: GateSettings) -> dict[st
         "soft": result.soft_loss,
         "hard": result.hard_loss,
         "tokens": result.tokens,
-        "forward_tokens": result.swap_tokens,
+        "forward_tokens": result.check_tokens,
         "seconds": result.seconds,
     }
 
@@ -229,8 +228,8 @@ class Bench:
         """Next-token loss and KL to dense of one sequence, in nats a token."""
         loss, kl = torch.zeros(()), torch.zeros(())
         for place_C in torch.split(torch.arange(len(ids_T)), 64):
-            log_p_CV = project(self.dense, target_TD[place_C]).log_softmax(-1)
-            log_q_CV = project(self.dense, hidden_TD[place_C]).log_softmax(-1)
+            log_p_CV = head_logits(self.dense, target_TD[place_C]).log_softmax(-1)
+            log_q_CV = head_logits(self.dense, hidden_TD[place_C]).log_softmax(-1)
             kl += (log_p_CV.exp() * (log_p_CV - log_q_CV)).sum()
             next_C = ids_T[place_C[0] + 1 : place_C[-1] + 2]
             loss -= log_q_CV[: len(next_C)].gather(1, next_C[:, None]).sum()
@@ -281,6 +280,7 @@ class Bench:
         closings = {
             "closing": settings,
             "closing, no swaps": replace(settings, swaps=0),
+            "closing, no shortlist": replace(settings, shortlist=1),
             "closing, half the tokens": replace(settings, steps=settings.steps // 2),
             "closing, twice the tokens": replace(settings, steps=settings.steps * 2),
             "closing, hardened at the end only": replace(settings, warmup=1.0),

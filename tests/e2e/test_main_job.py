@@ -5,14 +5,18 @@ Oracles: the budget itself, the folder that transformers reloads, the perplexity
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import random
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from foldsearch.cli import main
 from foldsearch.report.view import RunView
 from tests.tiny import VOCABULARY, save_model
 
@@ -43,16 +47,21 @@ context = 64
 """
 
 
-def foldsearch(*words: str, cwd: Path, timeout: int = 300) -> subprocess.CompletedProcess[str]:
-    """One command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "foldsearch", *words],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+@dataclass
+class Done:
+    """What a command left: exit code and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+def foldsearch(*words: str, cwd: Path) -> Done:
+    """One command in this process: starting another one takes ten seconds of imports."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(words)
+    return Done(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +81,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(place: Path) -> Path:
     """A finished run; dense needs 0.0003 GB."""
-    done = foldsearch("run", "--budget-gb", "0.00024", "--out", "runs/tiny", cwd=place)
+    command = [sys.executable, "-m", "foldsearch", "run", "--budget-gb", "0.00024", "--out", "runs/tiny"]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     (place / "run.log").write_text(done.stdout)
     return place / "runs" / "tiny"
@@ -93,10 +103,10 @@ def test_a_run_ends_with_a_front_within_the_budget(run: Path, place: Path) -> No
 def test_the_chosen_model_is_exported_as_it_was_measured(run: Path, place: Path) -> None:
     from foldsearch.export import load_exported
 
-    number = foldsearch("pick", "runs/tiny", "--knee", cwd=place).stdout.strip()
+    number = foldsearch("pick", "runs/tiny", "--knee", cwd=place).out.strip()
     done = foldsearch("export", "runs/tiny", "--out", "shipped", cwd=place)
-    assert done.returncode == 0, done.stderr
-    assert "Verified in a fresh process" in done.stdout
+    assert done.code == 0, done.err
+    assert "Verified in a fresh process" in done.out
     view = RunView.open(run)
     entry = view.pick(number=int(number))
     shipped = json.loads((place / "shipped" / "foldsearch.json").read_text())
@@ -107,43 +117,43 @@ def test_the_chosen_model_is_exported_as_it_was_measured(run: Path, place: Path)
     assert model.config.fold["plan"] == str(entry.plan)
 
     again = foldsearch("export", "runs/tiny", "--out", "shipped", cwd=place)
-    assert again.returncode == 2
-    assert "exists already" in again.stderr
+    assert again.code == 2
+    assert "exists already" in again.err
 
 
 def test_a_plan_is_tried_without_a_search(place: Path) -> None:
     done = foldsearch("try", "0 2 3=2+r2+n 4", "--tokens", "64", "--out", "tried", cwd=place)
-    assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines() if line[:5].strip().isdigit() and "±" in line]
+    assert done.code == 0, done.err
+    rows = [line.split() for line in done.out.splitlines() if line[:5].strip().isdigit() and "±" in line]
     assert [(row[0], row[1]) for row in rows] == [("0", "0"), ("1", "64")]
     assert (place / "tried" / "trials" / "00000" / "recovered.safetensors").is_file()
 
 
 def test_a_plan_is_priced_without_text(place: Path) -> None:
     done = foldsearch("price", "0 2-4", cwd=place)
-    assert done.returncode == 0, done.stderr
-    assert "total, GB" in done.stdout
+    assert done.code == 0, done.err
+    assert "total, GB" in done.out
     refused = foldsearch("price", "0 2-5", cwd=place)
-    assert refused.returncode == 2
-    assert "blocks go from 0 to 4" in refused.stderr
+    assert refused.code == 2
+    assert "blocks go from 0 to 4" in refused.err
 
 
 def test_a_model_is_inspected(place: Path) -> None:
     done = foldsearch("inspect", "--out", "cosines.png", cwd=place)
-    assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()[1:6]] == list("01234")
+    assert done.code == 0, done.err
+    assert [line.split()[0] for line in done.out.splitlines()[1:6]] == list("01234")
     assert (place / "cosines.png").stat().st_size > 10_000
 
 
 def test_a_dry_run_makes_nothing(place: Path) -> None:
     done = foldsearch("run", "--budget-gb", "0.00024", "--dry-run", "--out", "runs/dry", cwd=place)
-    assert done.returncode == 0, done.stderr
-    assert "of random ones" in done.stdout
+    assert done.code == 0, done.err
+    assert "of random ones" in done.out
     assert not (place / "runs" / "dry").exists()
 
 
 def test_a_budget_that_no_plan_meets_names_the_smallest(place: Path) -> None:
     done = foldsearch("run", "--budget-gb", "0.00001", "--out", "runs/never", cwd=place)
-    assert done.returncode == 2
-    assert "its smallest reaches 0.0" in done.stderr
+    assert done.code == 2
+    assert "its smallest reaches 0.0" in done.err
     assert not (place / "runs" / "never").exists()

@@ -69,11 +69,12 @@ def check_whole(run: Path) -> list[Record]:
 
 
 def test_a_search_end_to_end_with_a_killed_worker_and_a_broken_trial(
-    shared_ray: None, tmp_path: Path
+    shared_ray: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "faults.json").write_text(json.dumps({"2:1": "kill", "6:1": "raise"}))
     run = tmp_path / "run"
     told: list[events.Event] = []
+    capfd.readouterr()
     run_search(study(), run, on_event=told.append, **FAKES)
     records = check_whole(run)
 
@@ -194,7 +195,7 @@ def is_executing(run: Path, rung: int, least: int) -> bool:
 
 
 def test_interrupted_and_killed_drivers_lose_and_repeat_nothing(shared_ray: None, tmp_path: Path) -> None:
-    (tmp_path / "faults.json").write_text(json.dumps({"seconds": 0.4}))
+    (tmp_path / "faults.json").write_text(json.dumps({"seconds": 0.25}))
     run = tmp_path / "run"
 
     # Ctrl-C in the middle of a trial: it says how to go on, and its trial can

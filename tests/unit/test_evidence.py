@@ -11,11 +11,10 @@ from foldsearch.model.evidence import (
     best_window,
     greedy_order,
     influence_order,
-    last_hidden,
     measure_evidence,
     next_token_losses,
-    project,
 )
+from foldsearch.model.head import head_logits, last_hidden
 
 NUM_BLOCKS = 5
 
@@ -189,7 +188,7 @@ def test_projection_equals_the_logits_of_a_soft_capped_model() -> None:
     ids_NT = torch.randint(0, 61, (1, 9))
     with torch.no_grad():
         expected = dense(ids_NT, use_cache=False).logits
-        assert torch.allclose(project(dense, last_hidden(dense, ids_NT)), expected, atol=1e-6)
+        assert torch.allclose(head_logits(dense, last_hidden(dense, ids_NT)), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 1), (4,)])

@@ -6,8 +6,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from foldsearch.errors import InputError
-from foldsearch.model.evidence import last_hidden
 from foldsearch.model.gates import GatedModel, GateResult, GateSettings, kl_to_dense, train_gates
+from foldsearch.model.head import last_hidden
 
 NUM_BLOCKS = 6
 SETTINGS = GateSettings(count=2, steps=12, sequences_per_step=4, positions=16, sequences=8)
@@ -151,7 +151,7 @@ def test_swaps_never_make_it_worse(dense: LlamaForCausalLM, ids_NT: Tensor) -> N
         assert swapped.hard_loss <= plain.hard_loss
         assert len(set(swapped.ranking[:2]) - set(plain.ranking[:2])) <= 2
         assert sorted(swapped.ranking) == list(range(NUM_BLOCKS))
-        assert (plain.swap_tokens, plain.tokens) == (8 * 16, swapped.tokens)
+        assert (plain.check_tokens, plain.tokens) == (2 * SETTINGS.shortlist * 8 * 16, swapped.tokens)
 
 
 def test_a_block_that_costs_more_goes_first_at_equal_importance(

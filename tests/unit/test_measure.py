@@ -36,7 +36,7 @@ PLANS = {
     "repeats": "0-2 0=0+r3+n 1a=2 4",
     "everything": "0m 1=3 2=3a+r3+n 3 1a=3+r2+n",
 }
-ALL_TRACED = ("llama", "gemma2", "gpt2")  # a trace takes a second
+ALL_TRACED = ("gemma2", "gpt2")  # a trace takes a second
 
 
 @cache
@@ -77,7 +77,7 @@ def test_prices_are_what_the_real_folded_models_have(name):
     assert weights == 4 * sum(p.numel() for p in dense.parameters())
 
 
-@settings(max_examples=4, deadline=None, phases=[Phase.generate])  # shrinking would take minutes
+@settings(max_examples=3, deadline=None, phases=[Phase.generate])  # shrinking would take minutes
 @given(plan=plans(NUM_BLOCKS, replacements=False, attention=True))
 @pytest.mark.parametrize("name", ["qwen3", "gpt2"])
 def test_any_plans_price_is_what_its_model_has(name, plan):
@@ -127,8 +127,7 @@ def test_the_working_set_is_what_lives(name):
     assert bytes_of == 4 * (activation_numbers(model, CONTEXT) + VOCABULARY)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(("tied", "kv_heads"), [(True, 1), (False, 2), (True, 4)])
 def test_llama_in_closed_form(tied, kv_heads):
     width, heads, head_width, inner, blocks, vocabulary = 32, 4, 8, 40, 5, VOCABULARY
     found = measure(tf.LlamaConfig(**{**LLAMA, "num_key_value_heads": kv_heads, "tie_word_embeddings": tied}))

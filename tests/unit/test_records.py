@@ -16,10 +16,12 @@ from optuna.trial import TrialState
 from optuna_dashboard._note import get_note
 
 from foldsearch.errors import BudgetError, RunError
+from foldsearch.plan.cost import price
 from foldsearch.plan.front import dominates
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.proposal import Proposal, fold_plan
 from foldsearch.plan.result import TrialResult
+from foldsearch.search.dry_run import plan_search
 from foldsearch.search.folder import RunFolder
 from foldsearch.search.proposer import Line, baseline_count, missing_baselines
 from foldsearch.search.records import STUDY_NAME, Records, front, note, point, read_records
@@ -368,3 +370,27 @@ def test_a_budget_out_of_reach_is_refused(tmp_path: Path, study: Study) -> None:
 def test_results_survive_json(study: Study) -> None:
     result = result_of(FoldPlan.dropping([3], NUM_BLOCKS), study, 1)
     assert TrialResult.from_json(json.loads(json.dumps(result.to_json()))) == result
+
+
+# ---- the dry run
+
+
+def test_a_dry_run_says_what_a_run_would_find(tmp_path: Path, study: Study) -> None:
+    found = plan_search(study, TABLE, num_proposals=2000)
+    records = Records(new_run(tmp_path / "run", study))
+    assert found.counts == records.space.counts(NUM_BLOCKS)
+    assert found.dense == records.folder.dense
+    assert found.smallest_cost == price(found.smallest, TABLE, study.target.value())
+    assert 0 < found.feasible_share < 1
+    assert found.notice == ""
+    assert min(found.seconds, found.disk_bytes, found.memory_bytes) > 0
+    twice = plan_search(study.model_copy(update={"trials": 24}), TABLE, num_proposals=10)
+    assert twice.seconds > found.seconds
+    assert plan_search(study.model_copy(update={"seconds": 0.001}), TABLE, num_proposals=10).seconds == 0.001
+
+
+def test_a_budget_that_dense_keeps_is_said(study: Study) -> None:
+    roomy = study.model_copy(update={"budget": study.budget.model_copy(update={"gb": 1.0})})
+    assert (
+        "keeps the budget already (it needs 0.0090 GB)" in plan_search(roomy, TABLE, num_proposals=10).notice
+    )

