@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STUDY := studies/smollm2-demo.toml
 BUDGET_GB := 0.28
+PROMPT := "My fellow citizens, the most important task before us is"
 
 export FOLDSEARCH_CACHE ?= $(CURDIR)/.cache/foldsearch
 export HF_HOME ?= $(CURDIR)/.cache/huggingface
@@ -32,9 +33,8 @@ help:
 demo: .venv/installed
 	rm -rf runs/demo exports/demo
 	$(BIN)/foldsearch run $(STUDY) --budget-gb $(BUDGET_GB) --out runs/demo
-	$(BIN)/foldsearch front runs/demo
 	$(BIN)/foldsearch pick runs/demo --knee
-	$(BIN)/foldsearch export runs/demo --out exports/demo
+	$(BIN)/foldsearch export runs/demo --out exports/demo --prompt $(PROMPT)
 
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from math import sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from foldsearch.errors import RunError
 from foldsearch.files import write_json
@@ -258,3 +258,38 @@ def export_trial(
             "result": result.to_json(),
         },
     )
+
+
+def compare_words(run: RunView, folder: Path, prompt: str, *, num_tokens: int = 40) -> tuple[str, str]:
+    """How an exported model and the dense one go on after a prompt.
+
+    Both take the likeliest token each time (greedy), with a repetition penalty of 1.2.
+
+    Args:
+        run: the run that the export came from.
+        folder: of the export.
+        prompt: text to continue.
+        num_tokens: to add, at most.
+
+    Raises:
+        ModelError: `folder` is no exported model.
+    """
+    from foldsearch.export import load_exported
+    from foldsearch.model.source import open_dense, open_tokenizer
+
+    files = find_model(run.folder.study)
+    tokenizer = open_tokenizer(files)
+    ids_BT = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+
+    def words(model: Any) -> str:
+        made_BT = model.generate(
+            ids_BT,
+            attention_mask=ids_BT.new_ones(ids_BT.shape),
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            repetition_penalty=1.2,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        return str(tokenizer.decode(made_BT[0, ids_BT.shape[1] :], skip_special_tokens=True)).strip()
+
+    return words(load_exported(folder)[0]), words(open_dense(files))

@@ -200,6 +200,10 @@ def _parser() -> argparse.ArgumentParser:
         help="folded: shared weights stored once, needs its own code; expanded: the stock architecture",
     )  # fmt: skip
 
+    export.add_argument(
+        "--prompt", metavar="TEXT", help="let the exported model and the dense one go on with this text"
+    )
+
     board = verb("dashboard", _dashboard, "serve the Optuna dashboard of a run, live, on this machine only")
     _add_run(board)
     board.add_argument("--port", type=int, default=8080, metavar="P", help="default 8080; 0 takes a free one")
@@ -409,7 +413,7 @@ def _pick(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from foldsearch.api import export_trial, open_run, picked
-    from foldsearch.report.terminal import console, export_table
+    from foldsearch.report.terminal import console, export_table, words_table
 
     view = open_run(args.run)
     chosen = args.knee or args.trial is not None or args.max_gb is not None
@@ -417,7 +421,14 @@ def _export(args: argparse.Namespace) -> int:
     _say(f"trial {entry.number}: {entry.plan}")
     with _status() as progress:
         report = export_trial(view, entry.number, args.out, form=args.form, progress=progress)
-    console().print(export_table(report, args.out))
+    out = console()
+    out.print(export_table(report, args.out))
+    if args.prompt:
+        from foldsearch.api import compare_words
+
+        folded, dense = compare_words(view, args.out, args.prompt)
+        out.print()
+        out.print(words_table(args.prompt, {args.form: folded, "dense": dense}))
     return 0
 
 

@@ -105,7 +105,8 @@ class GateSettings:
         if min(self.pressure, self.prior) <= 0.0 or min(self.stride, self.shortlist) < 1 or self.swaps < 0:
             raise InputError(
                 "The gates' pressure and prior are above 0, their stride and shortlist at least 1, their "
-                f"swaps at least 0, but here they are {self.pressure}, {self.prior}, {self.stride}, {self.shortlist} and {self.swaps}."
+                f"swaps at least 0, but here they are {self.pressure}, {self.prior}, {self.stride}, {self.shortlist} "
+                f"and {self.swaps}."
             )
 
     @property

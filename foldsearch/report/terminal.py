@@ -357,6 +357,14 @@ def export_table(report: ExportReport, folder: Path) -> Group:
     return Group(Text(f"{folder}", style="bold"), Text(), table, Text(), *lines)
 
 
+def words_table(prompt: str, words: Mapping[str, str]) -> Group:
+    """What models add to a prompt, side by side."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for name, added in words.items():
+        table.add_row(Text(name, style="dim"), Text(" ".join(added.split())))
+    return Group(Text(f"{prompt} ...", style="bold"), table)
+
+
 # ---- what the dense model tells
 
 

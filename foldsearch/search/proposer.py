@@ -64,7 +64,9 @@ class Line:
         """Trials this run will have, as far as is known now; None where only seconds (or nothing) end it."""
         if self.study.trials is None:
             return None
-        return self.study.trials + sum(record.closing for record in self.records.all())
+        known = [record for record in self.records.all() if record.is_trial]
+        closing = sum(record.closing for record in known)
+        return closing + max(self.study.trials, len(known) - closing)  # queued baselines are run in any case
 
     def remaining(self) -> float | None:
         """Seconds to the end of the search, from the mean of the trials that ended; None before the first one."""

@@ -261,6 +261,7 @@ class Search:
         """A worker has the trial."""
         record = self.records.get(number)
         assert record.proposal is not None
+        (self.folder.trial(number) / "progress.json").unlink(missing_ok=True)  # of an earlier process
         self._tell(TrialStarted(number, record.proposal, resumed=bool(record.results)))
 
     def retried(self, number: int, reason: str) -> None:

@@ -78,7 +78,7 @@ class SplitSettings(TomlTable):
 class GateSettings(TomlTable):
     """Gated training (see `foldsearch.model.gates.GateSettings`). steps: training steps."""
 
-    steps: Positive = 40
+    steps: Positive = 20
 
 
 class RecoverySettings(TomlTable):
@@ -141,7 +141,7 @@ class Study(TomlTable):
     target: TargetSettings = TargetSettings()
     budget: BudgetSettings = BudgetSettings()
     objectives: tuple[Objective, ...] = OBJECTIVES
-    rungs: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1536, 4608)
+    rungs: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 2048, 8192)
     sampler: Literal["tpe", "nsga2", "random"] = "tpe"
     trials: Positive | None = 24
     seconds: Annotated[float, Field(gt=0)] | None = None

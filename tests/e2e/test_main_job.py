@@ -104,9 +104,12 @@ def test_the_chosen_model_is_exported_as_it_was_measured(run: Path, place: Path)
     from foldsearch.export import load_exported
 
     number = foldsearch("pick", "runs/tiny", "--knee", cwd=place).out.strip()
-    done = foldsearch("export", "runs/tiny", "--out", "shipped", cwd=place)
+    done = foldsearch("export", "runs/tiny", "--out", "shipped", "--prompt", "w5 w9", cwd=place)
     assert done.code == 0, done.err
     assert "Verified in a fresh process" in done.out
+    _, _, words = done.out.partition("w5 w9 ...")
+    assert words.split()[0] == "folded"
+    assert len(words.partition("dense")[2].split()) > 5
     view = RunView.open(run)
     entry = view.pick(number=int(number))
     shipped = json.loads((place / "shipped" / "foldsearch.json").read_text())

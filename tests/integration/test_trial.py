@@ -120,8 +120,17 @@ def test_the_same_seed_gives_the_same_trial(context):
     assert again[0].known_from is None
 
 
+@pytest.fixture
+def steps(monkeypatch) -> list[int]:
+    """Grows by one with every step of training."""
+    taken: list[int] = []
+    step = Recovery._step
+    monkeypatch.setattr(Recovery, "_step", lambda self, rows: taken.append(1) or step(self, rows))
+    return taken
+
+
 @pytest.mark.parametrize("stop", [1, 2])
-def test_a_closed_trial_goes_on_where_it_stopped(context, prepared, tmp_path, stop):
+def test_a_closed_trial_goes_on_where_it_stopped(context, tmp_path, steps, stop):
     whole = run(context)
     other = replace(context, run_folder=tmp_path / "other")
     shutil.copytree(context.run_folder, other.run_folder, ignore=shutil.ignore_patterns("plans", "trials"))
@@ -132,12 +141,13 @@ def test_a_closed_trial_goes_on_where_it_stopped(context, prepared, tmp_path, st
     assert [result.rung for result in rest] == list(range(stop, 3))
     assert measured(first + rest) == measured(whole)
     assert rest[-1].seconds > first[-1].seconds
+    assert len(steps) == 2 * 4  # 128 tokens at 32 a step, twice: nothing was trained again
     one, two = trained(context, 0), trained(other, 0)
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert run(other) == []  # nothing is left to do
 
 
-def test_a_trial_killed_while_measuring_goes_on(context, tmp_path, monkeypatch):
+def test_a_trial_killed_while_measuring_goes_on(context, tmp_path, monkeypatch, steps):
     """Trained and saved, but the rung was never noted."""
     whole = run(context)
     other = replace(context, run_folder=tmp_path / "other")
@@ -151,6 +161,7 @@ def test_a_trial_killed_while_measuring_goes_on(context, tmp_path, monkeypatch):
     with pytest.raises(RunError, match=r"stopped while rung 2 was measured.*Resume the run first"):
         recovered_model(other, 0)
     assert measured(first + run(other)) == measured(whole)
+    assert len(steps) == 2 * 4
     one, two = trained(context, 0), trained(other, 0)
     assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -168,7 +179,7 @@ def test_a_known_plan_is_not_trained_again(context, monkeypatch):
 
 
 @pytest.mark.parametrize("stop", [1, 2])
-def test_another_trial_goes_on_with_a_stopped_plan(context, tmp_path, stop):
+def test_another_trial_goes_on_with_a_stopped_plan(context, tmp_path, steps, stop):
     whole = run(context)
     other = replace(context, run_folder=tmp_path / "other")
     shutil.copytree(context.run_folder, other.run_folder, ignore=shutil.ignore_patterns("plans", "trials"))
@@ -181,6 +192,7 @@ def test_another_trial_goes_on_with_a_stopped_plan(context, tmp_path, stop):
     assert measured(results) == measured(whole)
     one, two = trained(context, 0), trained(other, 5)
     assert all(torch.equal(one[name], two[name]) for name in one)
+    assert len(steps) == 2 * 4
     # who finished it is who knows it now
     third = run(other, 6)
     assert {(result.state, result.known_from) for result in third} == {("known", 5)}

@@ -65,12 +65,14 @@ def test_the_text_is_canonical(any_plan):
         ("3 5 3=5a", [Slot(3, 3, 3), Slot(5, 5, 5), Slot(3, 5, 3)]),
         ("0 13-18~linear", [Slot(0, 0, 0), Replacement(13, 18, "linear")]),
         ("13~ffn512", [Replacement(13, 13, "ffn", 512)]),
-        (" 0\n 1\t", [Slot(0, 0, 0), Slot(1, 1, 1)]),
+        (" 0\n 1\t ", [Slot(0, 0, 0), Slot(1, 1, 1)]),
         ("0 1=0+r0", [Slot(0, 0, 0), Slot(1, 0, 0)]),
     ],
 )
 def test_words(text, slots):
     assert plan(text).slots == tuple(slots)
+    canonical = {" 0\n 1\t ": "0-1", "0 1=0+r0": "0 1=0"}
+    assert str(plan(text)) == canonical.get(text, text)
 
 
 @pytest.mark.parametrize(
