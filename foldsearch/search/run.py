@@ -210,7 +210,8 @@ class Search:
                 f"Go on with: foldsearch resume {self.folder.path}"
             )
         if reason := message.get("failed"):
-            if (last := self.records.get(number).last) is not None and last.state == "known":
+            last = self.records.get(number).last
+            if message.get("early") and last is not None and last.state == "known":
                 reason = f"trial {last.known_from} measures the same plan at this moment"
                 self.records.stop(number, reason)
                 self._ended(TrialStopped(number, last, reason))
@@ -383,6 +384,8 @@ def _disk_full_is_an_error(run: RunFolder) -> Iterator[None]:
         yield
     except (OSError, StorageInternalError) as error:
         if isinstance(error, OSError) and error.errno not in DISK_FULL:
+            raise
+        if isinstance(error, StorageInternalError) and "disk" not in str(error.__cause__):
             raise
         raise RunError(
             f"the run folder '{run.path}' cannot be written: {error.__cause__ or error}. Free some space; nothing that "

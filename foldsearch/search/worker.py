@@ -87,7 +87,7 @@ class TrialRunner(tune.Trainable):
                     return {"result": json.dumps({"result": known, "again": True})}
             message = {"result": next(self._results).to_json()}
         except StopIteration:
-            message = {"failed": "it ended before the last rung"}
+            message = {"failed": "it ended before the last rung", "early": True}
         except Exception as error:
             words = f"{type(error).__name__}: {error}"[:500]
             disk_full = isinstance(error, OSError) and error.errno in DISK_FULL
