@@ -43,6 +43,7 @@ from foldsearch.model.head import POSITIONS_AT_ONCE, head_logits, last_hidden
 
 CLOSED, OPEN = 0.05, 0.95  # a gate outside these is polarized
 SWAP_ROUNDS = 2
+MOST_COST = 10.0  # that one measurement can say, in medians of its step
 MOST_INFLUENCE = 20.0  # of a block at the start, in medians: the first block's is far out and says no more
 
 
@@ -314,6 +315,11 @@ class _Weights:
         self._decay = settings.decay
 
     def add(self, cost_BL: Tensor, in_play_BL: Tensor) -> None:
+        # A gate that is nearly closed can have a slope a thousand times the usual, of either sign; one such measurement
+        # would outweigh all the others of a run. No removal helps by much, so the bound below is tighter.
+        if in_play_BL.any():
+            usual = float(cost_BL[in_play_BL].abs().median())
+            cost_BL = cost_BL.clamp(-usual, MOST_COST * usual)
         self._sum_L = self._decay * self._sum_L + (cost_BL * in_play_BL).sum(0)
         self._count_L = self._decay * self._count_L + in_play_BL.sum(0)
         self._prior *= self._decay

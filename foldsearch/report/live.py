@@ -214,11 +214,9 @@ class RunDisplay:
 
 
 def gate_words(gates: dict[str, Any]) -> str:
-    """The gated training behind a plan, in words."""
-    words = (
-        f"{gates['steps']} steps, {gates['tokens']:,} tokens, {gates['polarized']:.0%} outside 0.05 to 0.95"
-    )
-    words += f", loss {gates['soft_loss']:.3f} gated → {gates['hard_loss']:.3f} with the blocks dropped"
+    """The gated training behind a plan, in words; polarized: share of the gates outside [0.05, 0.95]."""
+    words = f"{gates['steps']} steps, {gates['tokens']:,} tokens, {gates['polarized']:.0%} polarized"
+    words += f", loss {gates['soft_loss']:.3f} gated → {gates['hard_loss']:.3f} dropped"
     return words + (" (from the cache)" if gates["from_cache"] else "")
 
 

@@ -263,7 +263,7 @@ def test_memory_of_two_trials(context: TrialContext) -> None:
         report(
             f"private memory of a trial at its peak, beside another: `{plan}`",
             f"{mb['start']:.0f} MB before it, + {growth / 1e6:.0f} MB, of which {own / 1e6:.0f} MB trained parameters, "
-            "gradients and optimizer state; the rest: activations and logits of a chunk",
+            "gradients and optimizer state (the rest, activations among it, is not told apart here)",
         )
         report(
             "dense weights in that process",

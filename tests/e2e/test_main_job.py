@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import random
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -160,3 +161,61 @@ def test_a_budget_that_no_plan_meets_names_the_smallest(place: Path) -> None:
     assert done.code == 2
     assert "its smallest reaches 0.0" in done.err
     assert not (place / "runs" / "never").exists()
+
+
+def test_a_budget_that_dense_meets_is_said_and_searched_below(place: Path) -> None:
+    done = foldsearch("run", "--budget-gb", "1", "--dry-run", cwd=place)
+    assert done.code == 0, done.err
+    assert "the dense model keeps the budget already" in done.out
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("recovery = 8\nreport = 4\n[gates]|recovery = 800\nreport = 4\n[gates]", "recovery"),
+        ('data = "{text}"|data = {{search = "{text}", recovery = "{text}", report = "{text}"}}', "share"),
+        ('model = "{model}"|model = "{encoder}"', "foldsearch folds decoder models only"),
+        ('data = "{text}"|data = "{text}/none.txt"', "none.txt"),
+    ],
+    ids=["too few tokens", "overlapping splits", "not a decoder", "no such text"],
+)
+def test_unusable_input_is_told_and_no_run_is_left(
+    place: Path, tmp_path: Path, change: str, said: str
+) -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    small = {"vocab_size": 96, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    BertForMaskedLM(BertConfig(**small, intermediate_size=8)).save_pretrained(tmp_path / "encoder")
+    names = {"model": place / "model", "text": place / "text", "encoder": tmp_path / "encoder"}
+    old, new = (part.format(**names) for part in change.split("|"))
+    study = STUDY.format(model=names["model"], data=names["text"])
+    assert old in study
+    (tmp_path / "foldsearch.toml").write_text(study.replace(old, new))
+    done = foldsearch("run", "--budget-gb", "0.00024", cwd=tmp_path)
+    assert done.code == 2
+    assert said in done.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder", "foldsearch.toml"]
+
+
+def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(place: Path) -> None:
+    command = [sys.executable, "-m", "foldsearch", "run", "--budget-gb", "0.00024", "--out", "runs/stopped"]
+    with subprocess.Popen(
+        command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "1 of " in line:  # a trial has ended
+                break
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Go on with: foldsearch resume runs/stopped" in out
+    assert "Traceback" not in err
+    before = {entry.number: entry.result for entry in RunView.open(place / "runs" / "stopped").finished}
+    assert before
+
+    done = foldsearch("resume", "runs/stopped", cwd=place)
+    assert done.code == 0, done.err
+    after = {entry.number: entry.result for entry in RunView.open(place / "runs" / "stopped").finished}
+    assert after.items() >= before.items()
+    assert max(record.number for record in RunView.open(place / "runs" / "stopped").records) >= 5

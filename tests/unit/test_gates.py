@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from foldsearch.errors import InputError
-from foldsearch.model.gates import GatedModel, GateResult, GateSettings, kl_to_dense, train_gates
+from foldsearch.model.gates import GatedModel, GateResult, GateSettings, _Weights, kl_to_dense, train_gates
 from foldsearch.model.head import last_hidden
 
 NUM_BLOCKS = 6
@@ -187,3 +187,15 @@ def test_bad_input_is_refused(dense: LlamaForCausalLM, ids_NT: Tensor) -> None:
         train_gates(dense, ids_NT, SETTINGS, block_macs=[1.0])
     with pytest.raises(InputError, match="Give more recovery text"):
         train_gates(dense, ids_NT[:0], SETTINGS, block_macs=ONES)
+
+
+def test_one_wild_slope_does_not_decide() -> None:
+    weights = _Weights(torch.ones(4, dtype=torch.float64), SETTINGS)
+    cost_BL = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
+    play_BL = torch.ones(2, 4, dtype=torch.bool)
+    for _ in range(3):
+        weights.add(cost_BL, play_BL)
+    cost_BL[0, 3] = -116.5  # measured on SmolLM2-135M: block 11, with its gate at 0.002
+    weights.add(cost_BL, play_BL)
+    assert weights.values.argmin() == 0
+    assert (weights.values > 0.05).all()

@@ -267,7 +267,7 @@ def test_a_log_file_gets_a_line_a_trial_with_its_gain_and_its_gates(view: RunVie
     assert " → ".join(f"{result.quality.kl:.3f}" for result in record.results if result.quality) in line
     assert strip(record.results[-1].plan) in line
     assert line.endswith("● on the front")
-    assert "gates: 20 steps, 1,000 tokens, 90% outside 0.05 to 0.95" in shown
+    assert "gates: 20 steps, 1,000 tokens, 90% polarized" in shown
     assert "1 of 14 trials · 1:00 · about 13:00 left" in shown
     assert "stopped at rung 1: rank 2 of 4" in shown
     assert "crashed: out of paper" in shown
