@@ -33,13 +33,15 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foldsearch.errors import InputError
 from foldsearch.model.blocks import decoder_blocks
 from foldsearch.model.evidence import BlockRun, Progress, measure_evidence
-from foldsearch.model.head import POSITIONS_AT_ONCE, head_logits, last_hidden
+from foldsearch.model.head import POSITIONS_AT_ONCE, head_logits, last_hidden, log_normaliser
+from foldsearch.model.judge import DenseTargets, ask_dense, cross_terms
+from foldsearch.model.tokens import TokenSet
 
 CLOSED, OPEN = 0.05, 0.95  # a gate outside these is polarized
 SWAP_ROUNDS = 2
@@ -248,18 +250,19 @@ def train_gates(
     ranked: list[int] = []
     history: list[tuple[float, ...]] = []
     with GatedModel(dense) as model:
-        targets_NTD = _targets(model, ids_NT, settings.sequences_per_step)
-        rows = slice(0, 2 * settings.sequences_per_step)  # where removals are checked
-        ids_BT, targets_BTD, runs, closed_loss = ids_NT[rows], targets_NTD[rows], 0, 0.0
+        texts = TokenSet("recovery", ids_NT.cpu(), torch.zeros(len(ids_NT), dtype=torch.long), ("",))
+        targets = ask_dense(dense, texts).to(ids_NT.device)
+        rows = slice(0, settings.sequences_per_step)  # where removals are checked
+        ids_BT, checked, runs, closed_loss = ids_NT[rows], targets.of(rows), 0, 0.0
 
         def loss_without(removed: Sequence[int]) -> float:
-            return _loss_without(model, ids_BT, targets_BTD, removed, settings.stride)
+            return _loss_without(model, ids_BT, checked, removed, settings.stride)
 
         expected_L = _expected(weights.values / cost_L, cost_L, ranked, settings)
         for step in range(settings.steps):
             gates_BL, in_play_BL = _sample(expected_L, settings.sequences_per_step, rng)
             row_B = torch.arange(step * len(gates_BL), (step + 1) * len(gates_BL)) % len(ids_NT)
-            slope_BL = _slopes(model, ids_NT[row_B], targets_NTD[row_B], gates_BL, settings.stride)
+            slope_BL = _slopes(model, ids_NT[row_B], targets.of(row_B), gates_BL, settings.stride)
             weights.add(-slope_BL, in_play_BL)
             while len(ranked) < _due(step, settings):
                 # The mean cost of a gate is over states in which others were half open; the next one to close is
@@ -386,18 +389,14 @@ def _cut(ids_NT: Tensor, settings: GateSettings, rng: torch.Generator) -> Tensor
     return pieces[torch.randperm(len(pieces), generator=rng)[: settings.sequences].to(pieces.device)]
 
 
-@torch.no_grad()
-def _targets(model: GatedModel, ids_NT: Tensor, batch_size: int) -> Tensor:
-    """What the dense model's vocabulary projection reads: a hundredth of its logits, which it gives back exactly."""
-    return torch.cat([model.hidden(ids_BT) for ids_BT in torch.split(ids_NT, batch_size)])
-
-
-def _slopes(model: GatedModel, ids_BT: Tensor, targets_BTD: Tensor, gates_BL: Tensor, stride: int) -> Tensor:
+def _slopes(
+    model: GatedModel, ids_BT: Tensor, targets: DenseTargets, gates_BL: Tensor, stride: int
+) -> Tensor:
     """Slope of each sequence's KL in each of its gates, (B, L), on the CPU."""
     gates_BL = gates_BL.to(ids_BT.device).requires_grad_()
     with torch.enable_grad():
         hidden_BTD = model.hidden(ids_BT, gates_BL)
-    loss_B, slope_BTD = kl_to_dense(model.dense, hidden_BTD.detach(), targets_BTD, stride=stride, slopes=True)
+    loss_B, slope_BTD = kl_to_dense(model.dense, hidden_BTD.detach(), targets, stride=stride, slopes=True)
     if not loss_B.isfinite().all():
         raise InputError("The gated model's loss is not finite. Load the model in bfloat16 or float32.")
     (slope_BL,) = torch.autograd.grad(hidden_BTD, gates_BL, slope_BTD)
@@ -414,51 +413,60 @@ def _swaps(removed: Sequence[int], weight_L: Tensor, num_kept: int) -> Iterator[
 
 
 def _loss_without(
-    model: GatedModel, ids_BT: Tensor, targets_BTD: Tensor, removed: Sequence[int], stride: int
+    model: GatedModel, ids_BT: Tensor, targets: DenseTargets, removed: Sequence[int], stride: int
 ) -> float:
     gate_L = torch.ones(len(decoder_blocks(model.dense)), device=ids_BT.device)
     gate_L[list(removed)] = 0.0
     with torch.no_grad():
         hidden_BTD = model.hidden(ids_BT, gate_L.expand(len(ids_BT), -1))
-    return float(kl_to_dense(model.dense, hidden_BTD, targets_BTD, stride=stride)[0].mean())
+    return float(kl_to_dense(model.dense, hidden_BTD, targets, stride=stride)[0].mean())
 
 
 def kl_to_dense(
-    dense: PreTrainedModel, hidden_BTD: Tensor, targets_BTD: Tensor, *, stride: int = 1, slopes: bool = False
+    dense: PreTrainedModel,
+    hidden_BTD: Tensor,
+    targets: DenseTargets,
+    *,
+    stride: int = 1,
+    slopes: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """KL of the next-token distribution to the dense model's, and its slope, without the batch's logits in memory.
+    """KL of the dense model's next-token distribution to a model's, and its slope, chunk by chunk.
 
     Args:
         dense: gives the vocabulary projection.
         hidden_BTD: states after the final norm of the model that is measured.
-        targets_BTD: those of the dense model for the same tokens.
-        stride: take every so many positions; the first one differs from sequence to sequence.
+        targets: what the dense model says on the same B sequences.
+        stride: take every so many of the predicting positions; the first one differs from sequence to sequence.
         slopes: whether to give the slope.
 
     Returns:
         mean KL of each sequence in nats a token, (B,), and if asked its slope in each hidden state, (B, T, D).
     """
-    slope_BTD = torch.zeros_like(hidden_BTD) if slopes else None
-    losses = []
-    for b in range(len(hidden_BTD)):
-        place_T = torch.arange(b % stride, hidden_BTD.shape[1], stride, device=hidden_BTD.device)
-        loss = hidden_BTD.new_zeros((), dtype=torch.float32)
-        for place_C in torch.split(place_T, POSITIONS_AT_ONCE):
-            hidden_CD = hidden_BTD[b, place_C].detach().requires_grad_(slopes)
-            with torch.no_grad():
-                target_CV = head_logits(dense, targets_BTD[b, place_C]).log_softmax(-1)
-            with torch.set_grad_enabled(slopes):
-                logits_CV = head_logits(dense, hidden_CD)
-            with torch.no_grad():
-                log_q_CV = logits_CV.log_softmax(-1)
-                p_CV = target_CV.exp()
-                loss += (p_CV * target_CV.sub_(log_q_CV)).sum()
-                if slope_BTD is not None:
-                    # The slope of KL(p || softmax(logits)) in the logits is softmax(logits) - p.
-                    (slope_CD,) = torch.autograd.grad(logits_CV, hidden_CD, log_q_CV.exp_().sub_(p_CV))
-                    slope_BTD[b, place_C] = slope_CD / len(place_T)
-        losses.append(loss / len(place_T))
-    return torch.stack(losses), slope_BTD
+    num_sequences, num_positions = hidden_BTD.shape[0], hidden_BTD.shape[1] - 1
+    taken = [
+        b * num_positions + position
+        for b in range(num_sequences)
+        for position in range(b % stride, num_positions, stride)
+    ]
+    place_M = torch.tensor(taken, device=hidden_BTD.device)
+    sequence_M = place_M // num_positions
+    count_B = torch.bincount(sequence_M, minlength=num_sequences)
+    hidden = hidden_BTD[:, :-1].flatten(0, 1)
+    negentropy, dense_hidden, rows = targets.flat()
+    loss_B = torch.zeros(num_sequences, device=hidden_BTD.device)
+    slope = torch.zeros_like(hidden) if slopes else None
+    for place_C in torch.split(place_M, POSITIONS_AT_ONCE):
+        hidden_CD = hidden[place_C].detach().requires_grad_(slopes)
+        with torch.set_grad_enabled(slopes):
+            normaliser_C = log_normaliser(head_logits(dense, hidden_CD))
+            cross_C = cross_terms(dense, hidden_CD, targets, (dense_hidden[place_C], rows[place_C]))
+            kl_C = (negentropy[place_C] - cross_C + normaliser_C) / count_B[place_C // num_positions]
+        loss_B.index_add_(0, place_C // num_positions, kl_C.detach())
+        if slope is not None:
+            (slope[place_C],) = torch.autograd.grad(kl_C.sum(), hidden_CD)
+    if slope is None:
+        return loss_B, None
+    return loss_B, nn.functional.pad(slope.unflatten(0, (num_sequences, num_positions)), (0, 0, 0, 1))
 
 
 def _check(settings: GateSettings, num_blocks: int, cost_L: Tensor, ids_NT: Tensor) -> None:

@@ -52,6 +52,26 @@ class DenseTargets:
     loss_NP: Tensor
     likeliest_NP: Tensor
 
+    def of(self, sequences: slice | list[int] | Tensor) -> DenseTargets:
+        """The targets of some of the sequences."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return DenseTargets(
+            **{name: value[sequences] if value.numel() else value for name, value in values.items()}
+        )
+
+    def to(self, device: torch.device | str) -> DenseTargets:
+        """The targets on a device."""
+        return DenseTargets(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+    def flat(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Negentropies, dense hidden states and mean head rows, one position after the other.
+
+        Where the head is not linear there are no rows, and the hidden states stand in for them.
+        """
+        hidden = self.hidden_NPD.flatten(0, 1)
+        rows = self.mean_row_NPD.flatten(0, 1) if self.mean_row_NPD.numel() else hidden
+        return self.negentropy_NP.flatten(), hidden, rows
+
     @property
     def perplexity(self) -> float:
         """The dense model's, on these tokens."""
@@ -153,12 +173,7 @@ def judge(model: PreTrainedModel, tokens: TokenSet, targets: DenseTargets) -> Qu
     by document (sequences of a document are not independent), the perplexity's by the delta method.
     """
     kl_parts, loss_parts, same_parts = [], [], []
-    flat = {
-        "hidden": targets.hidden_NPD.flatten(0, 1),
-        "row": targets.mean_row_NPD.flatten(0, 1)
-        if targets.mean_row_NPD.numel()
-        else targets.hidden_NPD.flatten(0, 1),
-    }
+    negentropy, dense_hidden, rows = targets.flat()
     done = 0
     for batch in batches(*tokens.ids_NT.shape):
         ids_BT = tokens.ids_NT[batch].to(model.device)
@@ -172,8 +187,8 @@ def judge(model: PreTrainedModel, tokens: TokenSet, targets: DenseTargets) -> Qu
             same_parts.append(logits_MV.argmax(-1) == targets.likeliest_NP.flatten()[here])
             next_logit_M = logits_MV.gather(1, next_M[:, None])[:, 0]
             normaliser_M = log_normaliser(logits_MV)
-            cross_M = cross_terms(model, hidden_MD, targets, (flat["hidden"][here], flat["row"][here]))
-            kl_parts.append(targets.negentropy_NP.flatten()[here] - cross_M + normaliser_M)
+            cross_M = cross_terms(model, hidden_MD, targets, (dense_hidden[here], rows[here]))
+            kl_parts.append(negentropy[here] - cross_M + normaliser_M)
             loss_parts.append(normaliser_M - next_logit_M)
             done = here.stop
     shape = targets.loss_NP.shape

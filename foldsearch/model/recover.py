@@ -298,12 +298,8 @@ class Recovery:
 
     def _chunk_losses(self, hidden: Tensor, following: Tensor, rows: list[int]) -> Iterator[Tensor]:
         """The loss of each chunk of positions, already divided by the positions of the step."""
-        settings, targets = self.settings, self.targets
-        dense_hidden = targets.hidden_NPD[rows].flatten(0, 1)
-        rows_of_head = (
-            targets.mean_row_NPD[rows].flatten(0, 1) if targets.mean_row_NPD.numel() else dense_hidden
-        )
-        negentropy = targets.negentropy_NP[rows].flatten()
+        settings, targets = self.settings, self.targets.of(rows)
+        negentropy, dense_hidden, rows_of_head = targets.flat()
         power = dense_hidden.float().square().mean().clamp_min(1e-12)
         for start in range(0, len(hidden), POSITIONS_AT_ONCE):
             here = slice(start, start + POSITIONS_AT_ONCE)

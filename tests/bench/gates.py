@@ -34,8 +34,9 @@ from foldsearch.model.evidence import (
 )
 from foldsearch.model.gates import GatedModel, GateSettings, kl_to_dense, train_gates
 from foldsearch.model.head import head_logits, last_hidden
+from foldsearch.model.judge import ask_dense
 from foldsearch.model.source import open_dense, open_tokenizer, prepare
-from foldsearch.model.tokens import make_splits
+from foldsearch.model.tokens import TokenSet, make_splits
 
 COUNTS = (3, 6, 9)
 EPS = (0.1, 0.5, 1.0)  # of the picture
@@ -79,7 +80,8 @@ def descend(
     history: list[list[float]] = []
     with GatedModel(dense) as model:
         with torch.no_grad():
-            targets_NTD = torch.cat([model.hidden(part) for part in torch.split(ids_NT, batch)])
+            texts = TokenSet("recovery", ids_NT, torch.zeros(len(ids_NT), dtype=torch.long), ("",))
+            targets = ask_dense(dense, texts)
         for step in range(steps):
             done = step / (steps - 1)
             width = eps[0] * (eps[1] / eps[0]) ** done
@@ -100,7 +102,7 @@ def descend(
             hidden_BTD = model.hidden(ids_NT[row_B], gates_BL)
             if loss == "kl":
                 loss_B, slope_BTD = kl_to_dense(
-                    dense, hidden_BTD.detach(), targets_NTD[row_B], stride=2, slopes=True
+                    dense, hidden_BTD.detach(), targets.of(row_B), stride=2, slopes=True
                 )
             else:
                 leaf_BTD = hidden_BTD.detach().requires_grad_()
@@ -127,7 +129,9 @@ def descend(
         with torch.no_grad():
             soft, hard = (
                 float(
-                    kl_to_dense(dense, model.hidden(ids_NT[:8], g.expand(8, -1)), targets_NTD[:8])[0].mean()
+                    kl_to_dense(dense, model.hidden(ids_NT[:8], g.expand(8, -1)), targets.of(slice(0, 8)))[
+                        0
+                    ].mean()
                 )
                 for g in (final_L, hard_L)
             )
