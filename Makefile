@@ -33,7 +33,7 @@ help:
 demo: .venv/installed
 	rm -rf runs/demo exports/demo
 	$(BIN)/foldsearch run $(STUDY) --budget-gb $(BUDGET_GB) --out runs/demo
-	$(BIN)/foldsearch pick runs/demo --knee
+	$(BIN)/foldsearch pick runs/demo --max-gb $(BUDGET_GB)
 	$(BIN)/foldsearch export runs/demo --out exports/demo --prompt $(PROMPT)
 
 test: lint
