@@ -412,9 +412,12 @@ def _pick(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from transformers.utils import logging as transformers_logging
+
     from foldsearch.api import export_trial, open_run, picked
     from foldsearch.report.terminal import console, export_table, words_table
 
+    transformers_logging.disable_progress_bar()  # the bars of a second or two would cut through our own lines
     view = open_run(args.run)
     chosen = args.knee or args.trial is not None or args.max_gb is not None
     entry = view.pick(number=args.trial, max_gb=args.max_gb) if chosen else picked(view)
