@@ -27,6 +27,7 @@ from foldsearch.model.head import (
     POSITIONS_AT_ONCE,
     has_linear_head,
     head_logits,
+    judged_logits,
     last_hidden,
     log_normaliser,
 )
@@ -169,28 +170,34 @@ def cross_terms(
 def judge(model: PreTrainedModel, tokens: TokenSet, targets: DenseTargets) -> Quality:
     """The quality of a model on a token set, beside the dense one.
 
-    KL(dense ‖ model) and the next-token loss are means over all predicting positions; standard errors are clustered
-    by document (sequences of a document are not independent), the perplexity's by the delta method.
+    KL(dense ‖ model) and the next-token loss are means over all predicting positions. A position agrees where no
+    logit is above that of the dense model's likeliest token (equal ones are common in bfloat16). Standard errors are
+    clustered by document (sequences of a document are not independent), the perplexity's by the delta method.
     """
     kl_parts, loss_parts, same_parts = [], [], []
     negentropy, dense_hidden, rows = targets.flat()
+    likeliest = targets.likeliest_NP.flatten()
     done = 0
     for batch in batches(*tokens.ids_NT.shape):
         ids_BT = tokens.ids_NT[batch].to(model.device)
         hidden = last_hidden(model, ids_BT)[:, :-1].flatten(0, 1)
-        following = ids_BT[:, 1:].flatten()
-        for hidden_MD, next_M in zip(
-            hidden.split(POSITIONS_AT_ONCE), following.split(POSITIONS_AT_ONCE), strict=True
-        ):
-            here = slice(done, done + len(hidden_MD))
-            logits_MV = head_logits(model, hidden_MD)
-            same_parts.append(logits_MV.argmax(-1) == targets.likeliest_NP.flatten()[here])
-            next_logit_M = logits_MV.gather(1, next_M[:, None])[:, 0]
-            normaliser_M = log_normaliser(logits_MV)
-            cross_M = cross_terms(model, hidden_MD, targets, (dense_hidden[here], rows[here]))
-            kl_parts.append(negentropy[here] - cross_M + normaliser_M)
-            loss_parts.append(normaliser_M - next_logit_M)
-            done = here.stop
+        here = slice(done, done + len(hidden))
+        done = here.stop
+        normaliser, next_logit, same = judged_logits(
+            model, hidden, ids_BT[:, 1:].flatten(), likeliest[here].long()
+        )
+        cross = torch.cat(
+            [
+                cross_terms(model, hidden_MD, targets, (dense_hidden_MD, row_MD))
+                for hidden_MD, dense_hidden_MD, row_MD in zip(
+                    *(part.split(POSITIONS_AT_ONCE) for part in (hidden, dense_hidden[here], rows[here])),
+                    strict=True,
+                )
+            ]
+        )
+        kl_parts.append(negentropy[here] - cross + normaliser)
+        loss_parts.append(normaliser - next_logit)
+        same_parts.append(same)
     shape = targets.loss_NP.shape
     kl_NP, loss_NP = (torch.cat(parts).double().cpu().view(shape) for parts in (kl_parts, loss_parts))
     loss = float(loss_NP.mean())

@@ -101,11 +101,11 @@ class RunView:
         measured: dict[str, tuple[int, TrialResult, Quality]] = {}
         for record in self.records:
             result = record.last
-            if record.state != "finished" or result is None or result.quality is None:
+            if result is None or result.quality is None:
                 continue
-            if record.proposal is not None:
+            if record.proposal is not None:  # also of a trial that left the plan to another one
                 proposals.setdefault(result.plan.id, []).append(record.proposal)
-            if result.state == "measured":
+            if record.state == "finished" and result.state == "measured":
                 measured.setdefault(result.plan.id, (record.number, result, result.quality))
         return tuple(
             Entry(number, tuple(proposals.get(plan_id, ())), result, quality, result.report or quality)

@@ -92,6 +92,8 @@ def test_batches_and_chunks_change_nothing(monkeypatch):
     dense, model = dense_model("llama"), folded("llama")
     whole = judge(model, TOKENS, ask_dense(dense, TOKENS))
     monkeypatch.setattr(judging, "POSITIONS_AT_ONCE", 11)
+    monkeypatch.setattr("foldsearch.model.head.JUDGED_AT_ONCE", 13)
+    monkeypatch.setattr("foldsearch.model.head.ROWS_IN_CACHE", 3)
     monkeypatch.setattr(judging, "batches", lambda n, length: batches(n, length, 2 * length))
     parts = judge(model, TOKENS, ask_dense(dense, TOKENS))
     assert parts.kl == pytest.approx(whole.kl, rel=1e-5)
@@ -171,8 +173,9 @@ def test_targets_are_kept_by_content(name, tmp_path, monkeypatch):
         dense_targets(dense, token_set(seed=2), model_hash="m", cache_dir=tmp_path)
 
 
-def test_full_logits_of_a_batch_are_never_made():
+def test_full_logits_of_a_batch_are_never_made(monkeypatch):
     """The widest tensor over the vocabulary has as many rows as a chunk."""
+    monkeypatch.setattr("foldsearch.model.head.JUDGED_AT_ONCE", 50)
     most = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -187,4 +190,4 @@ def test_full_logits_of_a_batch_are_never_made():
     model, targets = folded("llama"), ask_dense(dense_model("llama"), TOKENS)
     with Watch():
         judge(model, TOKENS, targets)
-    assert most == judging.POSITIONS_AT_ONCE
+    assert most == 50
