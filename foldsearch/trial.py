@@ -4,6 +4,7 @@ It knows neither Optuna nor Ray and can run alone in one process. What it learnt
 the run folder, so a trial that was stopped or killed goes on from its last rung when it is run again:
 
     trials/00012/trial.json             plan, recovery settings, results so far
+    trials/00012/start.safetensors      fitted replacements and adapters, where the plan has any
     trials/00012/recovered.safetensors  what recovery trained; optimizer.safetensors until the last rung
     plans/<plan id>.json                which trial measures the plan: no plan is trained twice
     tokens.safetensors                  the three token sets
@@ -21,22 +22,24 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
 
 from foldsearch.errors import InputError, RunError
 from foldsearch.files import once, replace_atomically, write_json
 from foldsearch.model import gates as gating
 from foldsearch.model import source
+from foldsearch.model.children import base_blocks, base_distances
 from foldsearch.model.evidence import (
     Evidence,
     GreedyResult,
+    attention_order,
     best_window,
     greedy_order,
     influence_order,
@@ -54,18 +57,20 @@ from foldsearch.model.recover import (
     merge,
     saved_tokens,
 )
+from foldsearch.model.starts import StartSettings, folded_start, new_values
 from foldsearch.model.tokens import Splits, TokenSet, make_splits
 from foldsearch.plan.cost import Budget, Cost, CostTable, Target, price
-from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.proposal import Proposal, fold_plan, lower_bound
+from foldsearch.plan.plan import FoldPlan, Replacement
+from foldsearch.plan.proposal import AdapterStart, Proposal, fold_plan, lower_bound
 from foldsearch.plan.result import Quality, TrialResult
 from foldsearch.spec.study import Sources, Study
 
 Progress = Callable[[str, float], None]
 """Called with the name of the stage and the share of it that is done."""
 
+BASE_RANK = 1 / 16  # of the base-block metric, in widths of the model: FlexiGPT's 256 for 4,096
 GREEDY_TOKENS = 1024  # SLEB calibrates on few; each of its hundreds of runs goes over them
-EVIDENCE_SCHEMA = 1
+EVIDENCE_SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,10 +273,29 @@ def choose_blocks(
         return tuple(sorted(found.ranking[:count])), summary
     if proposal.criterion == "greedy":
         return tuple(sorted(_greedy(context, say).order[:count])), None
+    if proposal.criterion == "uniform":
+        return uniform_drop(count, len(context.table.blocks)), None
+    if proposal.criterion == "random":
+        return random_drop(count, len(context.table.blocks), context.study.seed), None
+    if proposal.criterion == "evolution":
+        return _evolved(count, context, say).plan.dropped, None
     evidence = _evidence(context, say)
     if proposal.criterion == "window":
         return best_window(evidence, count), None
     return tuple(sorted(influence_order(evidence)[:count])), None
+
+
+def choose_plan(
+    proposal: Proposal, context: TrialContext, say: Progress
+) -> tuple[FoldPlan, dict[str, Any] | None]:
+    """The plan of a proposal, and a summary of the gated training where there was one."""
+    if proposal.plan is not None:
+        return proposal.plan, None
+    dropped, gates = choose_blocks(proposal, context, say)
+    bases = base_blocks(_bases(context, say), dropped) if proposal.fate == "share" and dropped else None
+    order = attention_order(_evidence(context, say)) if proposal.attention_removed else ()
+    plan = fold_plan(dropped, proposal, len(context.table.blocks), bases=bases, attention_order=order)
+    return plan, gates
 
 
 def _cache_path(context: TrialContext, folder: str, tokens: TokenSet, **settings: Any) -> Path:
@@ -304,6 +328,36 @@ def _greedy(context: TrialContext, say: Progress) -> GreedyResult:
         ).to_json(),
     )
     return GreedyResult.from_json(value)
+
+
+def _evolved(count: int, context: TrialContext, say: Progress) -> EvolutionResult:
+    """Whole blocks, from the cosine window's plan and the influence's."""
+    bench = _workbench(context, say)
+    tokens, num_blocks = bench.splits.search, len(context.table.blocks)
+    evidence = _evidence(context, say)
+    starts = [
+        FoldPlan.dropping(blocks, num_blocks)
+        for blocks in (best_window(evidence, count), influence_order(evidence)[:count])
+    ]
+    settings = EvolutionSettings(seed=context.study.seed)
+    value, _ = once(
+        _cache_path(context, "evolution", tokens, count=count, **asdict(settings)),
+        lambda: evolve(
+            bench.dense, tokens, bench.search, starts, settings, progress=_share(say, "evolution")
+        ).to_json(),
+    )
+    return EvolutionResult.from_json(value)
+
+
+def _bases(context: TrialContext, say: Progress) -> list[list[float]]:
+    """FlexiGPT's distances between the blocks; of the weights alone, so they serve every text."""
+    bench = _workbench(context, say)
+    rank = max(1, round(BASE_RANK * context.table.width))
+    key = f"{EVIDENCE_SCHEMA}-{context.files.content_hash}-{context.files.dtype}-{rank}"
+    say("distances between the blocks", 0.0)
+    path = context.cache_dir / "bases" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    value, _ = once(path, lambda: base_distances(bench.dense, rank).tolist())
+    return value  # type: ignore[no-any-return]
 
 
 def _gate_ranking(
@@ -354,6 +408,7 @@ class _Record:
     plan: FoldPlan
     learning_rate: float
     delta_rank: int
+    adapter_start: AdapterStart
     gates: dict[str, Any] | None
     results: tuple[TrialResult, ...]
 
@@ -363,6 +418,7 @@ class _Record:
             "num_blocks": self.plan.num_blocks,
             "learning_rate": self.learning_rate,
             "delta_rank": self.delta_rank,
+            "adapter_start": self.adapter_start,
             "gates": self.gates,
             "results": [result.to_json() for result in self.results],
         }
@@ -376,7 +432,8 @@ class _Record:
         value = json.loads(path.read_text())
         plan = FoldPlan.parse(value["plan"], value["num_blocks"])
         results = tuple(TrialResult.from_json(result) for result in value["results"])
-        return cls(plan, value["learning_rate"], value["delta_rank"], value["gates"], results)
+        settings = (value["learning_rate"], value["delta_rank"], value["adapter_start"])
+        return cls(plan, *settings, value["gates"], results)
 
 
 def run_trial(
@@ -465,15 +522,20 @@ def _draft(proposal: Proposal, context: TrialContext, say: Progress) -> _Record 
     bound = lower_bound(proposal, context.table, context.target)
     gates = None
     if context.budget.admits(bound) or proposal.origin == "hand":
-        dropped: tuple[int, ...] = ()
-        if proposal.plan is None:
-            dropped, gates = choose_blocks(proposal, context, say)
-        plan = fold_plan(dropped, proposal, len(context.table.blocks))
+        plan, gates = choose_plan(proposal, context, say)
         cost = price(plan, context.table, context.target)
         if context.budget.admits(cost) or proposal.origin == "hand":
-            return _Record(plan, proposal.learning_rate, proposal.delta_rank, gates, ())
+            return _Record(
+                plan, proposal.learning_rate, proposal.delta_rank, proposal.adapter_start, gates, ()
+            )
     else:  # never built; the plan only shows the counts
-        plan = fold_plan(range(proposal.num_removed), proposal, len(context.table.blocks))
+        removed = range(proposal.num_removed)
+        plan = fold_plan(
+            removed,
+            proposal,
+            len(context.table.blocks),
+            bases=dict.fromkeys(removed, proposal.num_removed),
+        )
         cost = bound
     over = {name: share for name, share in context.budget.violations(cost).items() if share > 0}
     reason = "; ".join(f"{name} is {share:.1%} above the budget" for name, share in over.items())
@@ -486,7 +548,7 @@ def _rungs(record: _Record, context: TrialContext, folder: Path, say: Progress) 
     bench = _workbench(context, say)
     random.seed(study.seed)
     torch.manual_seed(study.seed)
-    model = fold(bench.dense, record.plan)
+    model = _started(record, context, folder, say)
     settings = RecoverySettings(
         learning_rate=record.learning_rate,
         delta_rank=record.delta_rank,
@@ -526,8 +588,32 @@ def _rungs(record: _Record, context: TrialContext, folder: Path, say: Progress) 
         )
 
 
+def _started(record: _Record, context: TrialContext, folder: Path, say: Progress) -> PreTrainedModel:
+    """The folded model before recovery; what was fitted for it is kept in the trial's folder."""
+    bench = _workbench(context, say)
+    if not any(isinstance(slot, Replacement) or slot.rank for slot in record.plan.slots):
+        return fold(bench.dense, record.plan)
+    path = folder / "start.safetensors"
+    if path.exists():
+        return fold(bench.dense, record.plan, load_file(path))
+    model, found = folded_start(
+        bench.dense,
+        record.plan,
+        bench.splits.recovery.ids_NT,
+        StartSettings(adapters=record.adapter_start, tokens=context.study.starts.tokens),
+        model_hash=context.files.content_hash,
+        cache_dir=context.cache_dir,
+        progress=say,
+    )
+    values = {name: value.contiguous() for name, value in new_values(model).items()}
+    replace_atomically(path, lambda temporary: save_file(values, temporary, {"found": json.dumps(found)}))
+    return model
+
+
 def _copy_state(owner: Path, folder: Path) -> None:
-    for name in ("recovered.safetensors", "optimizer.safetensors"):
+    for name in ("start.safetensors", "recovered.safetensors", "optimizer.safetensors"):
+        if not (owner / name).exists():
+            continue  # not every plan has a start of its own
         replace_atomically(folder / name, lambda path, name=name: shutil.copyfile(owner / name, path))  # type: ignore[misc]
 
 
@@ -569,7 +655,7 @@ def recovered_model(context: TrialContext, number: int) -> tuple[PreTrainedModel
             f"only a trial that was measured can be rebuilt, but trial {number} of {folder.parents[1]} was not."
         )
     result = record.results[-1]
-    model = fold(open_workbench(context).dense, record.plan)
+    model = _started(record, context, folder, lambda stage, share: None)
     if result.recovery_tokens:
         if not (folder / "recovered.safetensors").exists():
             raise RunError(

@@ -18,7 +18,7 @@ from foldsearch.model import blocks as blocks_file
 from foldsearch.model import folded as folded_file
 from foldsearch.model import parts as parts_file
 from foldsearch.model.blocks import family_of
-from foldsearch.model.parts import AbsentAttention, AbsentMLP, Borrowed, OutputNorm
+from foldsearch.model.parts import AbsentAttention, AbsentMLP, Borrowed, OutputNorm, Replaced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,8 +89,12 @@ def merged_weight(child: Borrowed, weight: Tensor) -> Tensor:
 
 def _check_expandable(model: PreTrainedModel) -> None:
     config: Any = model.config
-    for module in model.modules():
-        if isinstance(module, OutputNorm):
+    modules = list(model.modules())
+    replaced = any(isinstance(module, Replaced) for module in modules)
+    for module in modules:
+        if replaced:
+            what, remedy = "a network in place of blocks (~)", "replace them by ~layer"
+        elif isinstance(module, OutputNorm):
             what, remedy = "an output norm on a child (+n)", "leave +n out"
         elif isinstance(module, (AbsentAttention, AbsentMLP)):
             what, remedy = "a block without attention or without MLP", "drop or keep the whole block"

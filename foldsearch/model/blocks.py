@@ -18,6 +18,7 @@ class Unit:
     modules: tuple[str, ...]  # hold the linears, in the order they run
     norms: tuple[str, ...]  # run only for this unit
     output: str  # the module whose output is added to the residual stream
+    between: tuple[str, ...] = ()  # modules outside them that run between the linears
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ FAMILIES: dict[str, Family] = {
         "model.decoder.layers",
         "model.decoder.final_layer_norm",
         Unit(("self_attn",), ("self_attn_layer_norm",), "self_attn.out_proj"),
-        Unit(("fc1", "fc2"), ("final_layer_norm",), "fc2"),
+        Unit(("fc1", "fc2"), ("final_layer_norm",), "fc2", ("activation_fn",)),
     ),
 }
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foldsearch.errors import InputError
-from foldsearch.model.blocks import decoder_blocks
+from foldsearch.model.blocks import decoder_blocks, family_of
 from foldsearch.model.head import POSITIONS_AT_ONCE, head_logits, last_hidden
 
 Progress = Callable[[int, int], None]
@@ -39,12 +39,14 @@ class Evidence:
         start_cosine: per block, between its output and the input of block 0.
         window_cosine: `[first][length - 1]`, between the input of block `first` and the output of block
             `first + length - 1`.
+        attention_cosine: per block, between its input and the same with what its attention adds.
         tokens: how many tokens the means are over.
     """
 
     block_cosine: tuple[float, ...]
     start_cosine: tuple[float, ...]
     window_cosine: tuple[tuple[float, ...], ...]
+    attention_cosine: tuple[float, ...]
     tokens: int
 
     def to_json(self) -> dict[str, Any]:
@@ -58,6 +60,7 @@ class Evidence:
             block_cosine=tuple(data["block_cosine"]),
             start_cosine=tuple(data["start_cosine"]),
             window_cosine=tuple(tuple(row) for row in data["window_cosine"]),
+            attention_cosine=tuple(data["attention_cosine"]),
             tokens=int(data["tokens"]),
         )
 
@@ -116,19 +119,37 @@ def measure_evidence(
     num_states = len(blocks) + 1
     dot_LL = torch.zeros(num_states, num_states, dtype=torch.float64)
     states_BTD: list[Tensor] = []
+    added_BTD: list[Tensor] = []
+    attention = torch.zeros(len(blocks), dtype=torch.float64)
+    output = family_of(dense.config).attention.output
     handles = [block.register_forward_pre_hook(_keep_input(states_BTD), with_kwargs=True) for block in blocks]
     handles.append(
         blocks[-1].register_forward_hook(lambda _module, _args, out: states_BTD.append(hidden_of(out)))
     )
+    handles += [
+        block.get_submodule(output).register_forward_hook(lambda _module, _args, out: added_BTD.append(out))
+        for block in blocks
+    ]
     try:
         for start in range(0, len(ids_NT), batch_size):
             states_BTD.clear()
+            added_BTD.clear()
             last_hidden(dense, ids_NT[start : start + batch_size])
             unit_LX = torch.stack(
                 [nn.functional.normalize(state.float(), dim=-1).flatten() for state in states_BTD]
             )
             # The unit vectors of all tokens in one row: the product sums the cosines over tokens.
             dot_LL += (unit_LX @ unit_LX.T).double().cpu()
+            attention += (
+                torch.stack(
+                    [
+                        nn.functional.cosine_similarity(state.float(), (state + added).float(), dim=-1).sum()
+                        for state, added in zip(states_BTD, added_BTD, strict=False)  # one state more
+                    ]
+                )
+                .double()
+                .cpu()
+            )
             if progress is not None:
                 progress(min(start + batch_size, len(ids_NT)), len(ids_NT))
     finally:
@@ -140,6 +161,7 @@ def measure_evidence(
         block_cosine=tuple(cosine[i][i + 1] for i in range(num_blocks)),
         start_cosine=tuple(cosine[0][i + 1] for i in range(num_blocks)),
         window_cosine=tuple(tuple(cosine[i][i + 1 :]) for i in range(num_blocks)),
+        attention_cosine=tuple((attention / ids_NT.numel()).tolist()),
         tokens=ids_NT.numel(),
     )
 
@@ -147,6 +169,13 @@ def measure_evidence(
 def influence_order(evidence: Evidence) -> tuple[int, ...]:
     """Blocks by Block Influence, least first: to drop n, take the first n."""
     return tuple(sorted(range(len(evidence.block_cosine)), key=lambda i: (-evidence.block_cosine[i], i)))
+
+
+def attention_order(evidence: Evidence) -> tuple[int, ...]:
+    """Blocks by how little their attention turns the residual stream, least first [ours, after Block Influence]."""
+    return tuple(
+        sorted(range(len(evidence.attention_cosine)), key=lambda i: (-evidence.attention_cosine[i], i))
+    )
 
 
 def best_window(evidence: Evidence, count: int) -> tuple[int, ...]:

@@ -11,37 +11,53 @@ from torch import nn
 from foldsearch.errors import ModelError, PlanError
 from foldsearch.model.blocks import FOLDED_PREFIX, Family, decoder_blocks, family_of
 from foldsearch.model.folded import FOLD_SCHEMA, folded_config_class, folded_model_class, place_slots
-from foldsearch.model.parts import Borrowed, OutputNorm
+from foldsearch.model.parts import Borrowed, OutputNorm, Replaced
+from foldsearch.plan.cost import DEFAULT_EXPANSION
 from foldsearch.plan.plan import FoldPlan, Replacement, Slot
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
 
 @torch.no_grad()
-def fold(dense: PreTrainedModel, plan: FoldPlan) -> PreTrainedModel:
+def fold(
+    dense: PreTrainedModel, plan: FoldPlan, start: Mapping[str, Tensor] | None = None
+) -> PreTrainedModel:
     """The folded model of a plan: a transformers model of class `Folded…` on the dense model's memory.
 
     Every tensor is the dense model's own (memory-mapped or not), so nothing may be trained in place: clone
-    what you train. Only the norms of repeats are copies, and what children carry is new: adapters (down random
-    from a fixed seed, up zero) and output norms (γ small), in float32 whatever the model's dtype. All
-    parameters are frozen; mode (eval), dtype, device, attention implementation and generation settings are
-    the dense model's. The identity plan gives bit-identical logits.
+    what you train. Only the norms of repeats and `layer` replacements are copies, and what children carry and other
+    replacements are is new: adapters (down random from a fixed seed, up zero), output norms (γ small), networks that
+    add nothing yet, in float32 whatever the model's dtype. All parameters are frozen; mode (eval), dtype, device,
+    attention implementation and generation settings are the dense model's. The identity plan gives bit-identical
+    logits.
+
+    Args:
+        start: values of what is new, by the folded model's parameter names (see foldsearch.model.starts).
 
     Raises:
         ModelError: the model is of an unknown family, is not a causal language model, or is folded already.
-        PlanError: the plan is for another number of blocks, has replacements, or has no attention at all.
+        PlanError: the plan is for another number of blocks, has no attention at all, or an adapter is wider than
+            the linear it sits on.
     """
     family = _family(dense)
-    _check_plan(plan, decoder_blocks(dense))
+    _check_plan(plan, decoder_blocks(dense), dense.config)
     model_class = folded_model_class(dense.config.model_type)
     with torch.device("meta"):
         model = model_class(folded_config(dense.config, plan))
     generator = torch.Generator().manual_seed(0)
     for part in model.modules():
-        if isinstance(part, (Borrowed, OutputNorm)):
+        if isinstance(part, (Borrowed, OutputNorm, Replaced)):
             part.to_empty(device=dense.device, recurse=False).reset_parameters(generator)
     _assign(model, dense, family, plan)
+    for name, value in (start or {}).items():
+        holder, _, key = name.rpartition(".")
+        old = model.get_parameter(name)
+        assert old.shape == value.shape, f"the start of {name} is of the same plan"
+        model.get_submodule(holder)._parameters[key] = nn.Parameter(value.to(old.device, old.dtype), False)
     model.generation_config = copy.deepcopy(dense.generation_config)
     model.requires_grad_(False).train(dense.training)
     return model
@@ -63,7 +79,7 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 def folded_config(dense: PretrainedConfig, plan: FoldPlan) -> PretrainedConfig:
     """The folded model's config: the dense model's, with the positions of the plan."""
-    slots = layer_map(plan)
+    slots = layer_map(plan, dense.hidden_size)
     values = dense.to_dict()
     for key in ("model_type", "architectures", "transformers_version", "auto_map"):
         values.pop(key, None)
@@ -75,21 +91,22 @@ def folded_config(dense: PretrainedConfig, plan: FoldPlan) -> PretrainedConfig:
     return folded
 
 
-def layer_map(plan: FoldPlan) -> list[dict[str, Any]]:
-    """One plain entry a position (see foldsearch.model.folded).
-
-    Raises:
-        PlanError: the plan has replacements.
-    """
-    entries = []
-    for position, slot in enumerate(plan.slots):
-        if isinstance(slot, Replacement):
-            raise PlanError(
-                f"position {position} replaces blocks {slot.first} to {slot.last} by '{slot.kind}', but this version "
-                "builds no replacements yet. Drop those blocks, or share them."
-            )
-        names = ("home", "attention", "mlp", "rank", "norm")
-        entries.append({name: getattr(slot, name) for name in names})
+def layer_map(plan: FoldPlan, width: int) -> list[dict[str, Any]]:
+    """One plain entry a position (see foldsearch.model.folded)."""
+    entries: list[dict[str, Any]] = []
+    for slot in plan.slots:
+        if isinstance(slot, Slot):
+            names = ("home", "attention", "mlp", "rank", "norm")
+            entries.append({name: getattr(slot, name) for name in names})
+            continue
+        own = slot.first if slot.kind == "layer" else None
+        hidden = slot.size or DEFAULT_EXPANSION * width
+        replaced = {"last": slot.last, "kind": slot.kind, "hidden": hidden}
+        entries.append(
+            {
+                "home": slot.first, "attention": own, "mlp": own, "rank": 0, "norm": False, "replaced": replaced,
+            }
+        )  # fmt: skip
     return entries
 
 
@@ -115,12 +132,21 @@ def _family(dense: PreTrainedModel) -> Family:
     return family
 
 
-def _check_plan(plan: FoldPlan, blocks: nn.ModuleList) -> None:
+def _check_plan(plan: FoldPlan, blocks: nn.ModuleList, config: Any) -> None:
     if plan.num_blocks != len(blocks):
         raise PlanError(
             f"the plan is for a model of {plan.num_blocks} blocks, but this one has {len(blocks)}."
         )
-    if all(isinstance(slot, Slot) and slot.attention is None for slot in plan.slots):
+    width = config.hidden_size
+    for slot in plan.slots:
+        if isinstance(slot, Slot) and slot.rank > width:
+            raise PlanError(
+                f"an adapter's rank is at most the model's width, {width}, but block {slot.home} asks for {slot.rank}. "
+                "Lower it: at that rank it would cost more than the block's own weights."
+            )
+    if not any(
+        slot.attention is not None if isinstance(slot, Slot) else slot.kind == "layer" for slot in plan.slots
+    ):
         raise PlanError(
             "a model needs attention somewhere, but no slot of the plan has it. Keep one attention."
         )
@@ -128,19 +154,24 @@ def _check_plan(plan: FoldPlan, blocks: nn.ModuleList) -> None:
 
 def _assign(model: PreTrainedModel, dense: PreTrainedModel, family: Family, plan: FoldPlan) -> None:
     """Put the dense model's tensors in the folded model's places, tied where the dense model's are tied."""
-    homes = [slot.home for slot in plan.slots if isinstance(slot, Slot)]
-    repeats = [home in homes[:position] for position, home in enumerate(homes)]
+    homes = [slot.home if isinstance(slot, Slot) else slot.first for slot in plan.slots]
+    own = [  # positions whose tensors are copies, to train and to store
+        home in homes[:position] or isinstance(plan.slots[position], Replacement)
+        for position, home in enumerate(homes)
+    ]
     sources = dict(dense.named_modules())
     tied: dict[int, nn.Parameter] = {}
     for name, module in model.named_modules():
-        if isinstance(module, (Borrowed, OutputNorm)) or not (module._parameters or module._buffers):
+        if isinstance(module, (Borrowed, OutputNorm, Replaced)) or not (
+            module._parameters or module._buffers
+        ):
             continue
-        repeat = False
+        copied = False
         if name.startswith(f"{family.blocks}."):
             position, _, path = name.removeprefix(f"{family.blocks}.").partition(".")
             path = path.removesuffix(".inner")  # what an output norm wraps
             name = f"{family.blocks}.{homes[int(position)]}.{path}"
-            repeat = repeats[int(position)]
+            copied = own[int(position)]
         source = sources[name]
         for key, parameter in module._parameters.items():
             if parameter is None:
@@ -148,7 +179,7 @@ def _assign(model: PreTrainedModel, dense: PreTrainedModel, family: Family, plan
             found = source._parameters[key]
             assert found is not None
             assert found.shape == parameter.shape
-            if repeat:  # its norms are its own, to train and to store
+            if copied:
                 module._parameters[key] = nn.Parameter(found.detach().clone(), False)
             else:
                 module._parameters[key] = tied.setdefault(id(found), nn.Parameter(found.detach(), False))

@@ -10,10 +10,13 @@ This file is shipped inside folded exports, so it needs torch and transformers o
     schema      1
     plan        the plan's text, for people
     num_blocks  blocks of the dense model
-    slots       one entry a position, in execution order: {home, attention, mlp, rank, norm}
+    slots       one entry a position, in execution order: {home, attention, mlp, rank, norm} and, in place of a run
+                of blocks, replaced: {last, kind, hidden}
                 home: the block whose norms, attention type and rotation the position keeps
                 attention, mlp: the block whose weights the unit runs, or null where the unit is absent
                 rank: of the low-rank adapters on the borrowed units; norm: whether their outputs are normalised
+                replaced: home to last are replaced by a network of this kind and hidden width; of kind `layer`, by the
+                block `home` with weights of its own
 """
 
 from functools import cache
@@ -22,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .blocks import FAMILIES, FOLDED_PREFIX, Unit, decoder_blocks, family_of
-from .parts import AbsentAttention, AbsentMLP, Borrowed, OutputNorm
+from .parts import AbsentAttention, AbsentMLP, Borrowed, OutputNorm, Replaced
 
 if TYPE_CHECKING:  # transformers is imported where it is used: this file may run while it is being imported
     from transformers import PretrainedConfig, PreTrainedModel
@@ -139,7 +142,9 @@ def assemble(model: "PreTrainedModel") -> None:
         for block, slot in zip(blocks, slots, strict=True):
             home, source = slot["home"], slot[unit_name]
             if source is None:
-                _remove(block, unit, AbsentAttention() if unit_name == "attention" else AbsentMLP())
+                _remove(
+                    block, unit, AbsentAttention() if unit_name == "attention" else _in_place(slot, config)
+                )
             elif source == home and home not in seen:
                 owners[home] = block
             else:
@@ -180,8 +185,16 @@ def _borrow(block: nn.Module, owner: nn.Module, unit: Unit, rank: int) -> None:
         setattr(holder, name, Borrowed(*_holder(owner, path), inputs, outputs, rank))
 
 
+def _in_place(slot: dict[str, Any], config: Any) -> nn.Module:
+    """What stands where the slot has no MLP: the replacement of a run of blocks, or nothing."""
+    replaced = slot.get("replaced")
+    if replaced is None:
+        return AbsentMLP()
+    return Replaced(replaced["kind"], config.hidden_size, replaced["hidden"])
+
+
 def _remove(block: nn.Module, unit: Unit, absent: nn.Module) -> None:
-    for path in (*unit.modules[:-1], *unit.norms):
+    for path in (*unit.modules[:-1], *unit.norms, *unit.between):
         block.set_submodule(path, nn.Identity())
     block.set_submodule(unit.modules[-1], absent)
 

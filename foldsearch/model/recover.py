@@ -1,8 +1,8 @@
 """Recovery: a short training that heals a folded model, and what it trains.
 
 Trained, all in float32 beside frozen dense weights: a low-rank delta on every linear that runs its own weights, the
-norms, and what children carry (adapters, γ). Deltas and norms are merged into the weights they belong to before a
-model is measured or exported, so they cost nothing; merging into an owner changes all its children alike.
+norms, what children carry (adapters, γ), and replacements. Deltas and norms are merged into the weights they belong to
+before a model is measured or exported, so they cost nothing; merging into an owner changes all its children alike.
 
 Loss, per position [ours, after the parts that FoldGPT's abstract names]:
 
@@ -37,7 +37,7 @@ from foldsearch.files import replace_atomically
 from foldsearch.model.blocks import decoder_blocks, family_of
 from foldsearch.model.head import POSITIONS_AT_ONCE, head_logits, last_hidden, log_normaliser
 from foldsearch.model.judge import DenseTargets, cross_terms
-from foldsearch.model.parts import Borrowed, OutputNorm
+from foldsearch.model.parts import Borrowed, OutputNorm, Replaced
 from foldsearch.model.tokens import TokenSet
 
 
@@ -132,13 +132,13 @@ def attach(model: PreTrainedModel, delta_rank: int, seed: int = 0) -> dict[str, 
                     setattr(holder, name, Delta(child, delta_rank, generator))
     final_norm = model.get_submodule(family_of(model.config).final_norm)
     for module in [*(module for block in blocks for module in block.modules()), final_norm]:
-        if isinstance(module, nn.Linear | Conv1D | Delta | Borrowed | OutputNorm | Shift):
+        if isinstance(module, nn.Linear | Conv1D | Delta | Borrowed | OutputNorm | Replaced | Shift):
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
             parametrize.register_parametrization(module, name, Shift(parameter))
     trained: dict[str, nn.Parameter] = {}
     for path, module in model.named_modules():
-        if isinstance(module, Delta | Borrowed | OutputNorm | Shift):
+        if isinstance(module, Delta | Borrowed | OutputNorm | Replaced | Shift):
             for name, parameter in module.named_parameters(recurse=False):
                 parameter.requires_grad_(True)
                 trained[f"{path}.{name}"] = parameter

@@ -13,6 +13,7 @@ from foldsearch.errors import BudgetError
 from foldsearch.plan.plan import FoldPlan, Replacement
 
 GB = 10**9
+DEFAULT_EXPANSION = 4  # hidden width of a replacement that names none, in widths of the model
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 Runtime = Literal["folded", "expanded"]
 
@@ -265,7 +266,7 @@ def replacement_cost(slot: Replacement, table: CostTable) -> tuple[int, int]:
         block = table.blocks[slot.first]
         parameters = sum(unit.weights + unit.norms for unit in (block.attention, block.mlp)) + block.other
         return parameters, block.attention.macs + block.mlp.macs
-    hidden = slot.size or 4 * width
+    hidden = slot.size or DEFAULT_EXPANSION * width
     if slot.kind == "ffn":
         return 2 * width * hidden + hidden + width, 2 * width * hidden
     return 3 * width * hidden, 3 * width * hidden

@@ -8,16 +8,18 @@ counts alone, and becomes a plan when it meets the list of dropped blocks.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple, get_args
 
 from foldsearch.errors import PlanError
-from foldsearch.plan.cost import DTYPE_BYTES, Cost, CostTable, Target, price
+from foldsearch.plan.cost import DTYPE_BYTES, Cost, CostTable, Target, price, replacement_cost
 from foldsearch.plan.plan import FoldPlan, Replacement, ReplacementKind, Slot
 
-Criterion = Literal["gate", "block_influence", "window", "greedy", "given"]
+Criterion = Literal["gate", "block_influence", "window", "greedy", "uniform", "random", "evolution", "given"]
+Fate = Literal["drop", "share", "replace"]
+AdapterStart = Literal["zero", "svd", "data"]
 Origin = Literal["sampler", "baseline", "neighbour", "hand"]
 
 
@@ -26,10 +28,14 @@ class Proposal:
     """One trial as it is suggested.
 
     criterion: what ranks the blocks; "given": `plan` says it all (neighbour moves, plans typed by hand).
-    num_removed: blocks to drop. gate_eps: of the gated training, where the criterion is "gate".
+    num_removed: blocks to remove. gate_eps: of the gated training, where the criterion is "gate".
+    fate: of the removed blocks: "drop": they are gone (FoldGPT); "share": each comes back as a child of a kept block
+    (FlexiGPT); "replace": a network takes the place of every run of them (LLM-Streamline).
+    replacement: kind of that network, where the fate is "replace".
     group_size, group_start, num_groups: grouped sharing (see `fold_plan`); group_size 1 or num_groups 0 is none.
-    adapter_rank: of each child. learning_rate, delta_rank: of the recovery training.
-    origin: who proposed it.
+    adapter_rank: of each child. adapter_start: how adapters start (see `foldsearch.model.children`).
+    attention_removed: kept blocks that lose their attention only.
+    learning_rate, delta_rank: of the recovery training. origin: who proposed it.
 
     Raises:
         PlanError: a number is out of its range, or plan, gate_eps and criterion do not agree.
@@ -38,10 +44,14 @@ class Proposal:
     criterion: Criterion
     num_removed: int = 0
     gate_eps: float | None = None
+    fate: Fate = "drop"
+    replacement: ReplacementKind | None = None
     group_size: int = 1
     group_start: int = 0
     num_groups: int = 0
     adapter_rank: int = 0
+    adapter_start: AdapterStart = "svd"
+    attention_removed: int = 0
     learning_rate: float = 1e-3
     delta_rank: int = 8
     plan: FoldPlan | None = None
@@ -61,7 +71,20 @@ class Proposal:
                 f"a proposal holds gate_eps exactly when its criterion is 'gate'; got criterion '{self.criterion}' "
                 f"and gate_eps {self.gate_eps}."
             )
+        if self.fate not in get_args(Fate):
+            raise PlanError(f"a proposal's fate is one of {', '.join(get_args(Fate))}; got '{self.fate}'.")
+        if (self.fate == "replace") != (self.replacement is not None):
+            raise PlanError(
+                f"a proposal holds a replacement exactly when its fate is 'replace'; got fate '{self.fate}' and "
+                f"replacement {self.replacement}."
+            )
+        if self.fate == "share" and self.num_groups:
+            raise PlanError(
+                f"removed blocks come back as children of blocks that run their own weights, so a proposal of fate "
+                f"'share' has no groups; got num_groups {self.num_groups}."
+            )
         for name, value, low in (
+            ("attention_removed", self.attention_removed, 0),
             ("num_removed", self.num_removed, 0),
             ("group_size", self.group_size, 1),
             ("group_start", self.group_start, 0),
@@ -90,8 +113,19 @@ class Proposal:
 # ---- a proposal becomes a plan
 
 
-def fold_plan(dropped: Iterable[int], proposal: Proposal, num_blocks: int) -> FoldPlan:
-    """Drop the blocks, then share in groups over what is retained.
+def fold_plan(
+    dropped: Iterable[int],
+    proposal: Proposal,
+    num_blocks: int,
+    *,
+    bases: Mapping[int, int] | None = None,
+    attention_order: Iterable[int] = (),
+) -> FoldPlan:
+    """Remove the blocks and do with them what the proposal says, share in groups over the others, thin attention.
+
+    Fate "share" (FlexiGPT, arXiv 2501.14713, section 3): each removed block runs with the weights of its base block,
+    an adapter of rank `adapter_rank` and an output norm. Fate "replace" (LLM-Streamline, arXiv 2403.19135, section 3):
+    each run of removed blocks is one replacement; more than one run is ours.
 
     Grouped sharing (FoldGPT, arXiv 2407.00928, abstract): from the `group_start`-th retained block on, `num_groups`
     runs of `group_size` blocks; the first of a run is the owner, the others are its children, each with norms of
@@ -102,19 +136,56 @@ def fold_plan(dropped: Iterable[int], proposal: Proposal, num_blocks: int) -> Fo
         dropped: blocks that the criterion removes; ignored where the proposal holds its plan.
         proposal: how to share what is retained.
         num_blocks: of the dense model.
+        bases: the base block of each removed one, where the fate is "share".
+        attention_order: blocks whose attention goes first, first; removed blocks and children are passed over.
 
     Raises:
-        PlanError: every block is dropped, or a block to drop does not exist.
+        PlanError: every block is removed, or a block to remove does not exist.
     """
     if proposal.plan is not None:
         return proposal.plan
-    plan = FoldPlan.dropping(dropped, num_blocks)
+    removed = set(dropped)
+    plan = FoldPlan.dropping(removed, num_blocks)
     slots = [slot for slot in plan.slots if isinstance(slot, Slot)]
     for first, last in _groups(len(slots), proposal):
         owner = slots[first].home
         for position in range(first + 1, last):
             slots[position] = Slot(slots[position].home, owner, owner, proposal.adapter_rank, norm=True)
-    return FoldPlan(tuple(slots), num_blocks)
+    borrowed = {slot.attention for slot in slots if slot.attention != slot.home}
+    left = proposal.attention_removed
+    own = {slot.home: position for position, slot in enumerate(slots) if slot.attention == slot.home}
+    if bases is not None:
+        borrowed |= {bases[block] for block in removed}
+    for block in attention_order:
+        if left and block in own and block not in borrowed:
+            slots[own[block]] = Slot(block, None, block)
+            left -= 1
+    added: list[Slot | Replacement] = []
+    if proposal.fate == "share":
+        assert bases is not None or not removed, "children need their base blocks"
+        for block in removed:
+            base = (bases or {})[block]
+            added.append(Slot(block, base, base, proposal.adapter_rank, norm=True))
+    elif proposal.replacement is not None:
+        added += [Replacement(first, last, proposal.replacement) for first, last in stretches(removed)]
+    every = [*slots, *added]
+    every.sort(key=lambda slot: slot.home if isinstance(slot, Slot) else slot.first)
+    return FoldPlan(tuple(every), num_blocks)
+
+
+def stretches(blocks: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """First and last block of every run of neighbours, in order."""
+    first = last = None
+    for block in sorted(blocks):
+        if first is None or last is None:
+            first = last = block
+        elif block == last + 1:
+            last = block
+        else:
+            yield first, last
+            first = last = block
+    if first is not None and last is not None:
+        yield first, last
 
 
 def _groups(num_retained: int, proposal: Proposal) -> Iterator[tuple[int, int]]:
@@ -133,13 +204,20 @@ def _groups(num_retained: int, proposal: Proposal) -> Iterator[tuple[int, int]]:
 
 
 class _Sums(NamedTuple):
-    """Sums over the k cheapest blocks, at index k, and minima; parameters, MACs, cached numbers."""
+    """Sums over the k cheapest blocks, at index k (`most…`: over the k dearest attentions), and minima.
+
+    Parameters, MACs, cached numbers.
+    """
 
     weights: list[int]
     norms: list[int]
     decode_macs: list[int]
     prefill_macs: list[int]
     kv: list[int]
+    most_attention: list[int]
+    most_attention_decode: list[int]
+    most_attention_prefill: list[int]
+    most_kv: list[int]
     smallest_weights: int
     smallest_adapter: int
     smallest_norm: int
@@ -160,6 +238,7 @@ def _sums(table: CostTable, context: int) -> _Sums:
 
 def _sum(table: CostTable, context: int) -> _Sums:
     weights, norms, decode, prefill, kv, adapters, output_norms = [], [], [], [], [], [], []
+    attentions, attention_decode, attention_prefill = [], [], []
     for block in table.blocks:
         units = (block.attention, block.mlp)
         seen = [min(context, unit.window) if unit.window else context for unit in units]
@@ -170,6 +249,10 @@ def _sum(table: CostTable, context: int) -> _Sums:
         kv.append(sum(unit.kv_width * n for unit, n in zip(units, seen, strict=True)))
         adapters.append(sum(unit.adapter_width for unit in units))
         output_norms.append(sum(unit.output_norm for unit in units))
+        attention = block.attention
+        attentions.append(attention.weights + attention.norms)
+        attention_decode.append(attention.macs + attention.context_macs * seen[0])
+        attention_prefill.append(attention.macs + attention.context_macs * context)
 
     return _Sums(
         weights=_cheapest(weights),
@@ -177,18 +260,24 @@ def _sum(table: CostTable, context: int) -> _Sums:
         decode_macs=_cheapest(decode),
         prefill_macs=_cheapest(prefill),
         kv=_cheapest(kv),
+        most_attention=_cheapest(attentions, dearest=True),
+        most_attention_decode=_cheapest(attention_decode, dearest=True),
+        most_attention_prefill=_cheapest(attention_prefill, dearest=True),
+        most_kv=_cheapest(kv, dearest=True),
         smallest_weights=min(weights),
         smallest_adapter=min(adapters),
         smallest_norm=min(output_norms),
     )
 
 
-def _cheapest(values: list[int]) -> list[int]:
-    return list(accumulate(sorted(values), initial=0))
+def _cheapest(values: list[int], *, dearest: bool = False) -> list[int]:
+    return list(accumulate(sorted(values, reverse=dearest), initial=0))
 
 
 def lower_bound(proposal: Proposal, table: CostTable, target: Target) -> Cost:
-    """A price that no plan of the proposal can be below, term by term; exact where all blocks cost the same.
+    """A price that no plan of the proposal can be below, term by term.
+
+    Exact where all blocks cost the same, attention stays, and one run at most is replaced, not by `layer`.
 
     A proposal that holds its plan is priced exactly.
 
@@ -198,14 +287,21 @@ def lower_bound(proposal: Proposal, table: CostTable, target: Target) -> Cost:
     """
     if proposal.plan is not None:
         return price(proposal.plan, table, target)
-    retained = len(table.blocks) - proposal.num_removed
-    if retained < 1:
+    num_blocks = len(table.blocks)
+    kept = num_blocks - proposal.num_removed
+    if kept < 1:
         raise PlanError(
-            f"a plan runs at least one block, but {proposal.num_removed} of {len(table.blocks)} are dropped. Keep one."
+            f"a plan runs at least one block, but {proposal.num_removed} of {num_blocks} are dropped. Keep one."
         )
     sums = _sums(table, target.context)
-    children = sum(last - first - 1 for first, last in _groups(retained, proposal))
-    weights = table.fixed_weights + sums.weights[retained - children] + sums.norms[retained]
+    grouped = sum(last - first - 1 for first, last in _groups(kept, proposal))
+    back = (
+        proposal.num_removed if proposal.fate == "share" else 0
+    )  # removed blocks that come back as children
+    children, retained = grouped + back, kept + back
+    thinned = min(proposal.attention_removed, kept - grouped)
+    weights = table.fixed_weights + sums.weights[kept - grouped] + sums.norms[retained]
+    weights -= sums.most_attention[thinned]
     carried = children * sums.smallest_norm
     macs = table.fixed_macs
     if target.runtime == "expanded":
@@ -213,15 +309,23 @@ def lower_bound(proposal: Proposal, table: CostTable, target: Target) -> Cost:
     else:
         carried += children * proposal.adapter_rank * sums.smallest_adapter
         macs += children * proposal.adapter_rank * sums.smallest_adapter
+    if proposal.replacement is not None and proposal.num_removed:  # one run at least
+        first = range(num_blocks) if proposal.replacement == "layer" else (0,)
+        prices = [replacement_cost(Replacement(block, block, proposal.replacement), table) for block in first]
+        carried += min(parameters for parameters, _ in prices)
+        macs += min(found for _, found in prices)
     size = DTYPE_BYTES[target.dtype]
     activations = table.activation_fixed + table.activation_width * min(target.prefill_chunk, target.context)
     return Cost(
         weight_bytes=weights * size,
         adapter_bytes=carried * size,
-        kv_bytes=sums.kv[retained] * target.batch * size,
+        kv_bytes=max(0, sums.kv[retained] - sums.most_kv[thinned]) * target.batch * size,
         activation_bytes=(activations + table.vocabulary) * target.batch * size,
-        prefill_macs=macs + sums.prefill_macs[retained] + table.head_macs / target.context,
-        decode_macs=macs + sums.decode_macs[retained] + table.head_macs,
+        prefill_macs=macs
+        + sums.prefill_macs[retained]
+        - sums.most_attention_prefill[thinned]
+        + table.head_macs / target.context,
+        decode_macs=macs + sums.decode_macs[retained] - sums.most_attention_decode[thinned] + table.head_macs,
     )
 
 

@@ -17,9 +17,9 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from foldsearch.plan.front import contributions, knee, normalise
-from foldsearch.plan.proposal import Proposal, lower_bound
-from foldsearch.search.folder import RunFolder
+from foldsearch.plan.proposal import Criterion, Proposal, lower_bound
 from foldsearch.search.records import Record, Records, front, point
+from foldsearch.spec.space import Space, baseline
 
 CLOSING_COUNTS = 2
 CLOSING_ROUNDS = 2  # closing trials may move the front to other counts: look again, where time allows
@@ -102,16 +102,16 @@ def baseline_count(records: Records) -> int | None:
     fewest, most = records.space.counts(folder.num_blocks)
     if folder.budget.admits(folder.dense):
         fewest = min(most, max(fewest, round(DENSE_FITS_SHARE * folder.num_blocks)))
-    return next((count for count in range(max(1, fewest), most + 1) if _fits(folder, count)), None)
+    return next((count for count in range(max(1, fewest), most + 1) if _fits(records, count)), None)
 
 
-def missing_baselines(records: Records) -> list[tuple[str, int]]:
+def missing_baselines(records: Records) -> list[tuple[Criterion, int]]:
     """Criteria and counts that the front ends on, and whose plans have not reached the last rung."""
     known = records.all()
     done = {
         (record.proposal.criterion, record.proposal.num_removed)
         for record in known
-        if record.proposal is not None and not record.proposal.num_groups
+        if record.proposal is not None and _is_plain(record.proposal, records.space)
         if record.state in ("finished", "failed") or record.exempt
     }
     return [
@@ -122,23 +122,30 @@ def missing_baselines(records: Records) -> list[tuple[str, int]]:
     ]
 
 
+def _is_plain(proposal: Proposal, space: Space) -> bool:
+    """Whether a proposal does nothing but remove blocks, in the way that the space's baselines do."""
+    if proposal.plan is not None or proposal.num_groups or proposal.attention_removed:
+        return False
+    same = baseline(space, proposal.criterion, proposal.num_removed)
+    kind = (proposal.fate, proposal.replacement, proposal.adapter_rank, proposal.adapter_start)
+    return kind == (same.fate, same.replacement, same.adapter_rank, same.adapter_start)
+
+
 def _promising(records: Records, known: list[Record]) -> list[int]:
-    folder = records.folder
     ends = [record.last for record in front(known, records.objectives) if record.last is not None]
     if not ends:
         return []
     points = [point(last, records.objectives) for last in ends]
     added = contributions(normalise(points), [1.1] * len(points[0]))
     order = (knee(points), *sorted(range(len(points)), key=lambda i: -added[i]))
-    fewest, most = records.space.counts(folder.num_blocks)
+    fewest, most = records.space.counts(records.folder.num_blocks)
     counts = dict.fromkeys(len(ends[i].plan.dropped) for i in order)
-    return [c for c in counts if max(1, fewest) <= c <= most and _fits(folder, c)][:CLOSING_COUNTS]
+    return [c for c in counts if max(1, fewest) <= c <= most and _fits(records, c)][:CLOSING_COUNTS]
 
 
-def _fits(folder: RunFolder, count: int) -> bool:
-    return folder.budget.admits(
-        lower_bound(Proposal("window", num_removed=count), folder.table, folder.target)
-    )
+def _fits(records: Records, count: int) -> bool:
+    folder, space = records.folder, records.space
+    return folder.budget.admits(lower_bound(baseline(space, "window", count), folder.table, folder.target))
 
 
 class Proposer(Searcher):

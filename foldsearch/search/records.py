@@ -27,11 +27,11 @@ from foldsearch.errors import BudgetError
 from foldsearch.plan.cost import GB, Cost, price
 from foldsearch.plan.front import non_dominated
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.proposal import Origin, Proposal, lower_bound, neighbour
+from foldsearch.plan.proposal import Criterion, Origin, Proposal, lower_bound, neighbour
 from foldsearch.plan.result import TrialResult
 from foldsearch.plan.strip import strip
 from foldsearch.search.folder import RunFolder
-from foldsearch.spec.space import Option, Space, narrow, propose, propose_recovery, repair
+from foldsearch.spec.space import Option, Space, baseline, narrow, propose, propose_recovery, repair
 from foldsearch.spec.study import Objective, Study
 
 if TYPE_CHECKING:
@@ -162,17 +162,23 @@ class Records:
 
     # ---- who is next
 
-    def queue(self, criterion: str, num_removed: int, *, closing: bool = False) -> None:
+    def queue(self, criterion: Criterion, num_removed: int, *, closing: bool = False) -> None:
         """Put a baseline first in line: a criterion at a count, nothing shared, recovery settings in mid-range.
 
         Its gate_eps is that of the best gates so far, else the middle one of the space.
         """
         low, high = self.space.recover.learning_rate
         ranks = self.space.recover.delta_ranks
-        params = {
+        plain = baseline(self.space, criterion, num_removed)
+        params: dict[str, Any] = {
             "num_removed": num_removed,
             "criterion": criterion,
+            "fate": plain.fate,
             "num_groups": 0,
+            "attention_removed": self.space.attention_counts(self.folder.num_blocks)[0],
+            "child_rank": plain.adapter_rank,
+            "adapter_start": plain.adapter_start,
+            "replacement": plain.replacement,
             "learning_rate": min(max(math.sqrt(low * high), low), high),
             "delta_rank": ranks[len(ranks) // 2],
         }

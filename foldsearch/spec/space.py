@@ -8,17 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Annotated, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from foldsearch.errors import BudgetError
 from foldsearch.plan.cost import GB, Budget, Cost, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.proposal import Origin, Proposal, fold_plan, lower_bound
+from foldsearch.plan.proposal import Criterion, Fate, Origin, Proposal, fold_plan, lower_bound
 
 Share01 = Annotated[float, Field(ge=0, le=1)]
 Rank = Annotated[int, Field(ge=0)]
+RankOrShare = Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)]
 Option = TypeVar("Option", bound=float | int | str)
 
 
@@ -60,6 +61,25 @@ class Share(TomlTable):
         return _range(value)
 
 
+class Reinstate(TomlTable):
+    """Removed blocks that come back as children, where their fate is "share" (FlexiGPT).
+
+    ranks: of their adapters; a whole number, or a share of the model's width (the paper's 256 is 0.0625 of its 4,096).
+    starts: how adapters start (see `foldsearch.model.children`).
+    """
+
+    ranks: Annotated[tuple[RankOrShare, ...], Field(min_length=1)] = (0.0625,)
+    starts: Annotated[tuple[Literal["zero", "svd", "data"], ...], Field(min_length=1)] = ("svd",)
+
+
+class Replace(TomlTable):
+    """Networks in place of runs of blocks, where their fate is "replace" (LLM-Streamline). kinds: of these networks."""
+
+    kinds: Annotated[tuple[Literal["linear", "ffn", "swiglu", "layer"], ...], Field(min_length=1)] = (
+        "linear",
+    )
+
+
 class Recover(TomlTable):
     """Recovery training. learning_rate: from and to, on a log scale. delta_ranks: of the recovery deltas."""
 
@@ -78,28 +98,39 @@ class Recover(TomlTable):
 class Space(TomlTable):
     """Everything that may be proposed.
 
-    removal: share of the blocks that is dropped, from and to. criteria: what ranks the blocks.
+    removal: share of the blocks that is removed, from and to. criteria: what ranks the blocks.
+    fates: what becomes of removed blocks; the first is that of the baselines. attention: share of the blocks that lose
+    their attention only, from and to.
     gate_eps: of the gated training. neighbour_share: probability that a trial is a neighbour of a plan on the front.
     """
 
     name: str = "unnamed"
     removal: tuple[Share01, Share01] = (0.0, 0.5)
     criteria: Annotated[
-        tuple[Literal["gate", "block_influence", "window", "greedy"], ...], Field(min_length=1)
+        tuple[Literal["gate", "block_influence", "window", "greedy", "uniform", "random", "evolution"], ...],
+        Field(min_length=1),
     ] = ("gate", "block_influence", "window", "greedy")
+    fates: Annotated[tuple[Fate, ...], Field(min_length=1)] = ("drop",)
+    attention: tuple[Share01, Share01] = (0.0, 0.0)
     gate_eps: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (0.01,)
     neighbour_share: Share01 = 0.25
     share: Share = Share()
+    reinstate: Reinstate = Reinstate()
+    replace: Replace = Replace()
     recover: Recover = Recover()
 
-    @field_validator("removal")
+    @field_validator("removal", "attention")
     @classmethod
     def _ascending(cls, value: tuple[float, float]) -> tuple[float, float]:
         return _range(value)
 
     @model_validator(mode="after")
     def _each_once(self) -> Space:
-        for name, options in (("criteria", self.criteria), ("gate_eps", self.gate_eps)):
+        for name, options in (
+            ("criteria", self.criteria),
+            ("gate_eps", self.gate_eps),
+            ("fates", self.fates),
+        ):
             if len(set(options)) < len(options):
                 raise ValueError(f"{name} names each option once; got {list(options)}")
         return self
@@ -111,9 +142,25 @@ class Space(TomlTable):
         a space without sharing drops at least one block.
         """
         low, high = self.removal
-        fewest = max(math.ceil(low * num_blocks - 1e-9), 0 if self.share.max_groups else 1)
+        least = 0 if self.share.max_groups or self.attention[1] else 1
+        fewest = max(math.ceil(low * num_blocks - 1e-9), least)
         fewest = min(fewest, num_blocks - 1)
         return fewest, max(fewest, min(math.floor(high * num_blocks + 1e-9), num_blocks - 1))
+
+    def attention_counts(self, num_blocks: int) -> tuple[int, int]:
+        """Fewest and most of the blocks that lose their attention only."""
+        low, high = self.attention
+        most = min(math.floor(high * num_blocks + 1e-9), num_blocks - 1)
+        return min(math.ceil(low * num_blocks - 1e-9), most), most
+
+    def for_width(self, width: int) -> Space:
+        """The space with ranks that are shares of the width as whole numbers, each once."""
+        ranks = (
+            rank if isinstance(rank, int) else max(1, round(rank * width)) for rank in self.reinstate.ranks
+        )
+        return self.model_copy(
+            update={"reinstate": self.reinstate.model_copy(update={"ranks": tuple(dict.fromkeys(ranks))})}
+        )
 
 
 def _range(value: tuple[float, float]) -> tuple[float, float]:
@@ -138,27 +185,60 @@ def propose(suggest: Suggest, space: Space, num_blocks: int, *, origin: Origin =
     num_removed = suggest.integer("num_removed", fewest, most)
     criterion = suggest.choice("criterion", space.criteria)
     gate_eps = suggest.choice("gate_eps", space.gate_eps) if criterion == "gate" else None
-    num_groups = suggest.integer(
-        "num_groups", 0 if num_removed else min(1, space.share.max_groups), space.share.max_groups
-    )
-    group_size, group_start, adapter_rank = 1, 0, 0
-    if num_groups:
-        group_size = suggest.choice("group_size", space.share.group_sizes)
-        start = suggest.number("group_start", *space.share.start)
-        group_start = max(0, min(int(start * (num_blocks - num_removed)), num_blocks - num_removed - 2))
-        adapter_rank = suggest.choice("adapter_rank", space.share.adapter_ranks)
+    fate = suggest.choice("fate", space.fates) if num_removed and len(space.fates) > 1 else space.fates[0]
+    fewest_thin, most_thin = space.attention_counts(num_blocks)
+    attention_removed = suggest.integer("attention_removed", fewest_thin, most_thin) if most_thin else 0
+    found: dict[str, Any] = {}
+    if num_removed and fate == "share":
+        found["adapter_rank"] = int(suggest.choice("child_rank", space.reinstate.ranks))
+        found["adapter_start"] = suggest.choice("adapter_start", space.reinstate.starts)
+    elif num_removed and fate == "replace":
+        found["replacement"] = suggest.choice("replacement", space.replace.kinds)
+    if not num_removed or fate != "share":
+        changed = num_removed or attention_removed
+        found |= _propose_groups(suggest, space, num_blocks - num_removed, 0 if changed else 1)
     learning_rate, delta_rank = propose_recovery(suggest, space)
     return Proposal(
         criterion=criterion,
         num_removed=num_removed,
         gate_eps=gate_eps,
-        group_size=group_size,
-        group_start=group_start,
-        num_groups=num_groups,
-        adapter_rank=adapter_rank,
+        fate=fate if num_removed else "drop",
+        attention_removed=attention_removed,
         learning_rate=learning_rate,
         delta_rank=delta_rank,
         origin=origin,
+        **found,
+    )
+
+
+def _propose_groups(suggest: Suggest, space: Space, num_retained: int, fewest: int) -> dict[str, Any]:
+    """Grouped sharing over the retained blocks."""
+    most = space.share.max_groups
+    num_groups = suggest.integer("num_groups", min(fewest, most), most)
+    if not num_groups:
+        return {}
+    group_size = suggest.choice("group_size", space.share.group_sizes)
+    start = suggest.number("group_start", *space.share.start)
+    return {
+        "num_groups": num_groups,
+        "group_size": group_size,
+        "group_start": max(0, min(int(start * num_retained), num_retained - 2)),
+        "adapter_rank": suggest.choice("adapter_rank", space.share.adapter_ranks),
+    }
+
+
+def baseline(space: Space, criterion: Criterion, count: int) -> Proposal:
+    """A criterion at a count with the space's first fate in its simplest form, nothing else changed."""
+    fate = space.fates[0] if count else "drop"
+    return Proposal(
+        criterion,
+        num_removed=count,
+        gate_eps=space.gate_eps[len(space.gate_eps) // 2] if criterion == "gate" else None,
+        fate=fate,
+        replacement=space.replace.kinds[0] if fate == "replace" else None,
+        adapter_rank=int(space.reinstate.ranks[0]) if fate == "share" else 0,
+        adapter_start=space.reinstate.starts[0],
+        origin="baseline",
     )
 
 
@@ -172,11 +252,12 @@ def propose_recovery(suggest: Suggest, space: Space) -> tuple[float, int]:
 
 
 def narrow(space: Space, table: CostTable, target: Target, budget: Budget) -> Space:
-    """The space with its count range cut to the counts at which some proposal can fit.
+    """The space with its count range cut to the counts at which some proposal can fit, and its ranks whole numbers.
 
     Raises:
         BudgetError: no proposal of the space can; the message says the smallest price and its plan.
     """
+    space = space.for_width(table.width)
     num_blocks = len(table.blocks)
     fewest, most = space.counts(num_blocks)
     fitting = [
@@ -197,6 +278,7 @@ def smallest(space: Space, table: CostTable, target: Target) -> tuple[FoldPlan, 
 
     Where all blocks cost the same, which of them it drops is only an example.
     """
+    space = space.for_width(table.width)
     num_blocks = len(table.blocks)
     _, most = space.counts(num_blocks)
     found = min(
@@ -208,7 +290,10 @@ def smallest(space: Space, table: CostTable, target: Target) -> tuple[FoldPlan, 
         for block in range(num_blocks)
     ]
     dropped = sorted(range(num_blocks - 1, -1, -1), key=lambda block: alone[block])[:most]
-    plan = fold_plan(dropped, found, num_blocks)
+    kept = next(block for block in range(num_blocks) if block not in dropped)
+    plan = fold_plan(
+        dropped, found, num_blocks, bases=dict.fromkeys(dropped, kept), attention_order=range(num_blocks - 1)
+    )
     return plan, price(plan, table, target)
 
 
@@ -218,12 +303,14 @@ def repair(
     """The proposal itself if its lower bound fits, else the nearest one that does; None if none does.
 
     The count and the criterion stay. Nearest: more groups first, then larger groups, then an earlier start, then
-    smaller adapters.
+    smaller adapters; where removed blocks are shared or replaced, smaller adapters or another kind of network.
     """
     if budget.admits(lower_bound(proposal, table, target)):
         return proposal
     if proposal.plan is not None:
         return None
+    if proposal.fate != "drop":
+        return _repair_fate(proposal, space, table, target, budget)
     sizes = sorted(size for size in space.share.group_sizes if size >= proposal.group_size)
     ranks = sorted({proposal.adapter_rank, *space.share.adapter_ranks}, reverse=True)
     earliest = _start(space, len(table.blocks) - proposal.num_removed)
@@ -237,6 +324,19 @@ def repair(
                     if budget.admits(lower_bound(other, table, target)):
                         return other
     return None
+
+
+def _repair_fate(
+    proposal: Proposal, space: Space, table: CostTable, target: Target, budget: Budget
+) -> Proposal | None:
+    if proposal.fate == "share":
+        ranks = sorted(
+            (int(rank) for rank in space.reinstate.ranks if rank < proposal.adapter_rank), reverse=True
+        )
+        others = [replace(proposal, adapter_rank=rank) for rank in ranks]
+    else:
+        others = [replace(proposal, replacement=kind) for kind in space.replace.kinds]
+    return next((other for other in others if budget.admits(lower_bound(other, table, target))), None)
 
 
 def feasible_share(
@@ -253,6 +353,7 @@ def feasible_share(
     About 50 µs a proposal.
     """
     suggest = RandomSuggest(seed)
+    space = space.for_width(table.width)
     fitting = sum(
         budget.admits(lower_bound(propose(suggest, space, len(table.blocks)), table, target))
         for _ in range(num_proposals)
@@ -263,15 +364,24 @@ def feasible_share(
 def size(space: Space, num_blocks: int) -> int:
     """Number of different proposals of the space, recovery settings and neighbour moves not counted."""
     fewest, most = space.counts(num_blocks)
+    fewest_thin, most_thin = space.attention_counts(num_blocks)
     criteria = len(space.criteria) + ("gate" in space.criteria) * (len(space.gate_eps) - 1)
-    total = 0
+    share, total = space.share, 0
     for count in range(fewest, most + 1):
-        first, last = _start(space, num_blocks - count), _start(space, num_blocks - count, end=1)
-        starts = last - first + 1
-        share = space.share
-        total += criteria * (
-            bool(count) + share.max_groups * len(share.group_sizes) * starts * len(share.adapter_ranks)
-        )
+        starts = _start(space, num_blocks - count, end=1) - _start(space, num_blocks - count) + 1
+        grouped = share.max_groups * len(share.group_sizes) * starts * len(share.adapter_ranks)
+        for thinned in range(fewest_thin, most_thin + 1):
+            if count:
+                total += ("drop" in space.fates) * criteria * (1 + grouped)
+                total += ("replace" in space.fates) * criteria * len(space.replace.kinds) * (1 + grouped)
+                total += (
+                    ("share" in space.fates)
+                    * criteria
+                    * len(space.reinstate.ranks)
+                    * len(space.reinstate.starts)
+                )
+            else:
+                total += criteria * (bool(thinned) + grouped)
     return total
 
 
@@ -280,15 +390,27 @@ def _start(space: Space, num_retained: int, end: int = 0) -> int:
 
 
 def _extremes(space: Space, num_blocks: int, count: int) -> Iterator[Proposal]:
-    """Proposals among which the cheapest of a count is: nothing shared, or as much as the space allows."""
-    if count or not space.share.max_groups:
-        yield Proposal("window", num_removed=count)
-    if space.share.max_groups:
-        for group_size in space.share.group_sizes:
+    """Proposals among which the cheapest of a count is: as little or as much of everything as the space allows."""
+    _, thinned = space.attention_counts(num_blocks)
+    fates = space.fates if count else ("drop",)
+    if "share" in fates:
+        rank = int(min(space.reinstate.ranks))
+        yield Proposal(
+            "window", num_removed=count, fate="share", adapter_rank=rank, attention_removed=thinned
+        )
+    rest = [Proposal("window", num_removed=count, attention_removed=thinned)] if "drop" in fates else []
+    if "replace" in fates:
+        rest += [
+            Proposal("window", num_removed=count, fate="replace", replacement=kind, attention_removed=thinned)
+            for kind in space.replace.kinds
+        ]
+    for proposal in rest:
+        if count or thinned or not space.share.max_groups:
+            yield proposal
+        for group_size in space.share.group_sizes if space.share.max_groups else ():
             for groups in range(1, space.share.max_groups + 1):
-                yield Proposal(
-                    "window",
-                    num_removed=count,
+                yield replace(
+                    proposal,
                     group_size=group_size,
                     group_start=_start(space, num_blocks - count),
                     num_groups=groups,

@@ -81,6 +81,12 @@ class GateSettings(TomlTable):
     steps: Positive = 20
 
 
+class StartSettings(TomlTable):
+    """What replacements and adapters start from. tokens: of the recovery text, that they are fitted to."""
+
+    tokens: Positive = 8192
+
+
 class RecoverySettings(TomlTable):
     """Recovery training (see `foldsearch.model.recover.RecoverySettings`).
 
@@ -149,6 +155,7 @@ class Study(TomlTable):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     splits: SplitSettings = SplitSettings()
     gates: GateSettings = GateSettings()
+    starts: StartSettings = StartSettings()
     recovery: RecoverySettings = RecoverySettings()
     halving: HalvingSettings = HalvingSettings()
 

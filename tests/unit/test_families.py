@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from foldsearch.model.blocks import FAMILIES, decoder_blocks, family_of
 from foldsearch.model.fold import fold
 from foldsearch.model.folded import folded_model_class
-from foldsearch.model.parts import Borrowed, OutputNorm
-from foldsearch.plan.plan import FoldPlan
+from foldsearch.model.parts import Borrowed, OutputNorm, Replaced
+from foldsearch.plan.plan import FoldPlan, Slot
 
 NUM_BLOCKS, WIDTH, TOKENS, WINDOW = 6, 32, 20, 7
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -54,6 +54,7 @@ CONFIGS = {
     "opt": lambda: tf.OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=WIDTH),
 }
 MIXED = "0 1=3+r4+n 2 3 3=3+r2 4=2a0m 5=2m"
+REPLACED = "0 1-2~linear 3 4-5~swiglu8"
 HALVES = "0m 1a 2=3a 3 4a=3+r2 5m"
 
 
@@ -83,7 +84,7 @@ def folded(name, text):
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for part in model.modules():
-            if isinstance(part, (Borrowed, OutputNorm)):
+            if isinstance(part, (Borrowed, OutputNorm, Replaced)):
                 for parameter in part.parameters(recurse=False):
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model
@@ -239,7 +240,50 @@ def test_absent_units_add_nothing(name):
 
 
 @families
-@pytest.mark.parametrize("text", ["0 2-3 5", MIXED, HALVES])
+@pytest.mark.parametrize("kind", ["linear", "ffn12", "swiglu12"])
+def test_a_replacement_is_its_formula_in_place_of_the_run(name, kind):
+    """Oracle: the dense model with the first block's output set to x + f(x) by a hook, and the others bypassed."""
+    model = folded(name, f"0 1-3~{kind} 4 5")
+    dense = dense_model(name)
+    net = next(dict(part.named_parameters()) for part in model.modules() if isinstance(part, Replaced))
+
+    def formula(x):
+        if kind == "linear":
+            return x @ net["down"].T + net["bias"]
+        if kind == "ffn12":
+            return (x @ net["up"].T + net["up_bias"]).clamp(min=0) @ net["down"].T + net["bias"]
+        gate = x @ net["gate"].T
+        return (gate * torch.sigmoid(gate) * (x @ net["up"].T)) @ net["down"].T
+
+    def stand_in(module, args, kwargs, output):
+        hidden_BTD = args[0] if args else kwargs["hidden_states"]
+        if module is decoder_blocks(dense)[1]:
+            hidden_BTD = hidden_BTD + formula(hidden_BTD)
+        return (hidden_BTD, *output[1:]) if isinstance(output, tuple) else hidden_BTD
+
+    hooks = [
+        decoder_blocks(dense)[block].register_forward_hook(stand_in, with_kwargs=True) for block in (1, 2, 3)
+    ]
+    try:
+        expected = logits(dense)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+
+
+@families
+def test_a_new_layer_is_a_copy_of_the_first_block_it_replaces(name):
+    model = fold(dense_model(name), FoldPlan.parse("0 1-3~layer 4 5", NUM_BLOCKS))
+    expected = fold(dense_model(name), FoldPlan.parse("0 1 4 5", NUM_BLOCKS))
+    assert torch.equal(logits(model), logits(expected))
+    theirs = {tensor.data_ptr() for tensor in dense_model(name).parameters()}
+    own = [p for p in decoder_blocks(model)[1].parameters() if p.data_ptr() not in theirs]
+    assert len(own) == len(list(decoder_blocks(dense_model(name))[1].parameters()))
+
+
+@families
+@pytest.mark.parametrize("text", ["0 2-3 5", MIXED, HALVES, REPLACED, "0 1-3~layer 4=0 5~ffn"])
 def test_cached_decoding_equals_one_full_forward(name, text):
     model = folded(name, text)
     full_BTV = logits(model)
@@ -251,11 +295,14 @@ def test_cached_decoding_equals_one_full_forward(name, text):
             steps.append(output.logits)
     torch.testing.assert_close(torch.cat(steps, 1), full_BTV, atol=1e-4, rtol=1e-4)
     filled = [getattr(layer, "keys", None) is not None for layer in cache.layers]
-    assert filled == [slot.attention is not None for slot in FoldPlan.parse(text, NUM_BLOCKS).slots]
+    assert filled == [
+        slot.attention is not None if isinstance(slot, Slot) else slot.kind == "layer"
+        for slot in FoldPlan.parse(text, NUM_BLOCKS).slots
+    ]
 
 
 @families
-@pytest.mark.parametrize("text", [MIXED, HALVES])
+@pytest.mark.parametrize("text", [MIXED, HALVES, REPLACED])
 def test_generate_equals_greedy_choice_without_a_cache(name, text):
     model = folded(name, text)
     ids = token_ids()[:1]
@@ -268,7 +315,7 @@ def test_generate_equals_greedy_choice_without_a_cache(name, text):
 
 
 @families
-@pytest.mark.parametrize("text", [MIXED, HALVES])
+@pytest.mark.parametrize("text", [MIXED, HALVES, REPLACED])
 def test_saved_and_loaded_again_it_is_the_same(name, text, tmp_path):
     model = folded(name, text)
     model.save_pretrained(tmp_path)

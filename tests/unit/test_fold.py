@@ -156,8 +156,10 @@ def test_refusals_of_models():
 def test_refusals_of_plans():
     with pytest.raises(PlanError, match="5 blocks, but this one has 4"):
         fold(dense_model(), FoldPlan.identity(5))
-    with pytest.raises(PlanError, match="no replacements yet"):
-        fold(dense_model(), plan("0 1-2~linear 3"))
+    with pytest.raises(PlanError, match="rank is at most the model's width"):
+        fold(dense_model(), plan("0 1=0+r500 2-3"))
+    with pytest.raises(PlanError, match="needs attention somewhere"):
+        fold(dense_model(), plan("0m 1-3~swiglu"))
     with pytest.raises(PlanError, match="needs attention somewhere"):
         fold(dense_model(), plan("0m 1m"))
 

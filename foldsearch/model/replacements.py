@@ -1,0 +1,319 @@
+"""Fit what replaces a run of blocks to the dense model's residual states before and after it.
+
+A replacement adds to the stream, so its target is what the run added: R = Y − X for states X before and Y after.
+Whatever the kind, its last matrix, `down`, is linear in features of X, and so is found in closed form by ridge
+regression: the features of `linear` are X itself (ReplaceMe, LinearPatch); those of `ffn` and `swiglu` are random at
+first, but for relu(n) and relu(−n) among those of `ffn`: together they hold every linear map. Ridge is chosen on
+held-out sequences.
+Then `ffn`, `swiglu` and `layer` (a copy of the first block) train on the same states with mean squared error
+(LLM-Streamline section 3). Of all that was found, nothing at all included, the least held-out error wins. Random
+features and this choice are ours.
+
+A token weighs 1 / ‖R‖², so every token's relative error counts alike; the first tokens of a text have states a hundred
+times larger than the others', and would be all that is fitted [ours].
+
+Shapes: M tokens, N sequences, T positions, B sequences of a step, D width, H features.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
+
+from foldsearch.model.blocks import decoder_blocks
+from foldsearch.model.evidence import hidden_of
+from foldsearch.model.head import last_hidden
+from foldsearch.model.parts import Replaced
+from foldsearch.plan.cost import DEFAULT_EXPANSION
+from foldsearch.plan.plan import Replacement
+
+RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # in mean squares of a feature
+CHUNK = 2048  # tokens at a time
+MOST_FEATURES = 8192  # more are not solved for in closed form: their Gram matrix alone would take 0.5 GB
+
+
+@dataclass(frozen=True, slots=True)
+class FitSettings:
+    """How replacements are fitted.
+
+    held_out: share of the sequences that ridge and the winner are chosen on; at least one. epochs, learning_rate,
+    weight_decay, clip: of the training by AdamW ([C] of LLM-Streamline: 1, 2e-4, 1e-3, 5); epochs 0 is closed form
+    alone. batch: sequences of a step.
+    """
+
+    held_out: float = 0.25
+    epochs: int = 1
+    learning_rate: float = 2e-4
+    weight_decay: float = 1e-3
+    clip: float = 5.0
+    batch: int = 2
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fit:
+    """A fitted replacement.
+
+    values: parameters by their names in the module, float32 (`layer`: in the model's dtype). errors: mean relative
+    squared error on held-out tokens, by what was tried: "nothing" (1 by definition), "closed form", "trained", and
+    for `layer` "copy". chosen: which of them this is.
+    """
+
+    values: dict[str, Tensor]
+    errors: dict[str, float]
+    chosen: str
+
+
+def fit_replacement(
+    dense: PreTrainedModel,
+    slot: Replacement,
+    states: Tensor,
+    ids_NT: Tensor,
+    settings: FitSettings | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Fit:
+    """Fit one replacement.
+
+    Args:
+        dense: the model. slot: what is replaced, by what.
+        states: (L + 1, N, T, D), from `foldsearch.model.states.residual_states`.
+        ids_NT: the same tokens; only their shape matters (`layer` needs the dense model's masks and rotations).
+        progress: called with (done, total) training steps.
+    """
+    settings = settings or FitSettings()
+    before_NTD, after_NTD = states[slot.first], states[slot.last + 1]
+    held = max(1, round(settings.held_out * len(before_NTD)))
+    if held >= len(before_NTD):
+        train = test = slice(None)  # one sequence: there is nothing to choose on but itself
+    else:
+        train, test = slice(0, len(before_NTD) - held), slice(len(before_NTD) - held, None)
+    device = dense.device
+
+    def error(net: Callable[[Tensor], Tensor]) -> float:
+        with torch.no_grad():
+            parts = [
+                _relative(net(before).float(), after - before).flatten()
+                for before, after in _pairs(before_NTD[test], after_NTD[test], settings.batch, device)
+            ]
+        return float(torch.cat(parts).double().mean())
+
+    if slot.kind == "layer":
+        return _fit_layer(dense, slot, (before_NTD, after_NTD), ids_NT, train, error, settings, progress)
+    hidden = slot.size or DEFAULT_EXPANSION * dense.config.hidden_size
+    net = Replaced(slot.kind, dense.config.hidden_size, hidden).to(device)
+    net.reset_parameters(torch.Generator().manual_seed(settings.seed))
+    tried = {"nothing": _values(net)}
+    errors = {"nothing": 1.0}
+    if net.down.shape[1] <= MOST_FEATURES:
+        _spread_features(net)
+        solve_down(net, (before_NTD[train], after_NTD[train]), (before_NTD[test], after_NTD[test]))
+        tried["closed form"], errors["closed form"] = _values(net), error(net)
+        if errors["closed form"] >= 1:
+            _load(net, tried["nothing"])
+    if slot.kind != "linear" and settings.epochs:
+        _train(net, net, (before_NTD[train], after_NTD[train]), settings, progress)
+        tried["trained"], errors["trained"] = _values(net), error(net)
+    chosen = min(errors, key=lambda name: errors[name] if math.isfinite(errors[name]) else math.inf)
+    return Fit(tried[chosen], errors, chosen)
+
+
+# ---- closed form
+
+
+@torch.no_grad()
+def solve_down(net: Replaced, train: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor]) -> float:
+    """Set `down` (and the bias) to the ridge solution with the least error on held-out states.
+
+    Args:
+        net: its features stay as they are.
+        train, held_out: states before and after the run, each (n, T, D).
+
+    Returns:
+        The ridge that was chosen, in mean squares of a feature.
+    """
+    bias = net.kind != "swiglu"
+    gram, cross, _ = _moments(net, *train, bias=bias)
+    held_gram, held_cross, held_square = _moments(net, *held_out, bias=bias)
+    num_features = net.down.shape[1]
+    scale = float(gram.diagonal()[:num_features].mean())
+    penalty = torch.zeros(len(gram), dtype=torch.float64, device=gram.device)
+    best: tuple[float, float, Tensor] | None = None
+    for ridge in RIDGES:
+        penalty[:num_features] = ridge * scale  # the bias is free
+        penalty[num_features:] = 1e-9 * scale
+        factor, failed = torch.linalg.cholesky_ex(gram + penalty.diag())
+        if failed:
+            continue
+        solution_HD = torch.cholesky_solve(cross, factor)
+        # ‖R − F·S‖² of the held-out tokens, from their moments alone
+        missed = float(
+            held_square
+            - 2 * (solution_HD * held_cross).sum()
+            + (solution_HD * (held_gram @ solution_HD)).sum()
+        )
+        if best is None or missed < best[0]:
+            best = (missed, ridge, solution_HD)
+    assert best is not None, "a ridge of the features' own size is always solvable"
+    net.down.copy_(best[2][:num_features].T)
+    if bias:
+        net.bias.copy_(best[2][num_features])
+    return best[1]
+
+
+def _moments(
+    net: Replaced, before_NTD: Tensor, after_NTD: Tensor, *, bias: bool
+) -> tuple[Tensor, Tensor, float]:
+    """Weighted sums over tokens, float64: FᵀF (H, H), FᵀR (H, D) and ‖R‖², F with a column of ones for the bias."""
+    size, device = net.down.shape[1] + bias, net.down.device
+    gram = torch.zeros(size, size, dtype=torch.float64, device=device)
+    cross = torch.zeros(size, net.down.shape[0], dtype=torch.float64, device=device)
+    square = 0.0
+    batch = max(1, CHUNK // before_NTD.shape[1])
+    for before_BTD, after_BTD in _pairs(before_NTD, after_NTD, batch, device):
+        added = (after_BTD - before_BTD).flatten(0, 1)
+        weight_M1 = added.square().sum(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+        features = net.features(before_BTD.flatten(0, 1))
+        if bias:
+            features = torch.cat((features, torch.ones_like(features[:, :1])), 1)
+        features, added = (features * weight_M1), (added * weight_M1)
+        # products in float32, sums over chunks in float64
+        gram += (features.T @ features).double()
+        cross += (features.T @ added).double()
+        square += float(added.double().square().sum())
+    return gram, cross, square
+
+
+@torch.no_grad()
+def _spread_features(net: Replaced) -> None:
+    """relu of n and of −n first: n = relu(n) − relu(−n), so every linear map is among what `down` can say."""
+    width, hidden = net.down.shape
+    if net.kind == "ffn" and hidden >= 2 * width:
+        identity = torch.eye(width, device=net.up.device)
+        net.up[:width] = identity
+        net.up[width : 2 * width] = -identity
+
+
+# ---- training on states
+
+
+def _train(
+    module: nn.Module,
+    run: Callable[[Tensor], Tensor],
+    states: tuple[Tensor, Tensor],
+    settings: FitSettings,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Mean relative squared error of what is added, AdamW with a linear decay."""
+    module.requires_grad_(True)
+    parameters = list(module.parameters())
+    device = parameters[0].device
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    generator = torch.Generator().manual_seed(settings.seed)
+    before_NTD, after_NTD = states
+    steps = settings.epochs * math.ceil(len(before_NTD) / settings.batch)
+    step = 0
+    for _ in range(settings.epochs):
+        for rows in torch.randperm(len(before_NTD), generator=generator).split(settings.batch):
+            before, after = before_NTD[rows].to(device).float(), after_NTD[rows].to(device).float()
+            loss = _relative(run(before).float(), after - before).mean()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, settings.clip)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * (1 - step / steps)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            if progress is not None:
+                progress(step, steps)
+    module.requires_grad_(False)
+
+
+def _fit_layer(
+    dense: PreTrainedModel,
+    slot: Replacement,
+    states: tuple[Tensor, Tensor],
+    ids_NT: Tensor,
+    train: slice,
+    error: Callable[[Callable[[Tensor], Tensor]], float],
+    settings: FitSettings,
+    progress: Callable[[int, int], None] | None,
+) -> Fit:
+    block = decoder_blocks(dense)[slot.first]
+    twin = copy.deepcopy(block).float().train(False)
+    inputs = _other_inputs(dense, block, ids_NT)
+
+    def run(before_BTD: Tensor) -> Tensor:
+        """What the block adds."""
+        kwargs = tree_map(
+            lambda value: (
+                value[: len(before_BTD)]
+                if isinstance(value, Tensor) and value.shape[:1] == (settings.batch,)
+                else value
+            ),
+            inputs,
+        )
+        return hidden_of(twin(before_BTD, **kwargs)) - before_BTD
+
+    errors = {"copy": error(run)}
+    tried = {"copy": _values(block)}
+    if settings.epochs:
+        before_NTD, after_NTD = states
+        _train(twin, run, (before_NTD[train], after_NTD[train]), settings, progress)
+        tried["trained"] = {name: value.to(dense.dtype) for name, value in _values(twin).items()}
+        errors["trained"] = error(run)
+    chosen = min(errors, key=lambda name: errors[name] if math.isfinite(errors[name]) else math.inf)
+    return Fit(tried[chosen], errors, chosen)
+
+
+def _other_inputs(dense: PreTrainedModel, block: nn.Module, ids_NT: Tensor) -> dict[str, Any]:
+    """What the model hands the block besides the hidden states (masks, rotations), for a batch; float32."""
+    found: dict[str, Any] = {}
+
+    def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.update({name: value for name, value in kwargs.items() if name != "hidden_states"})
+
+    handle = block.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            last_hidden(dense, ids_NT.to(dense.device))
+    finally:
+        handle.remove()
+    return tree_map(  # type: ignore[no-any-return]
+        lambda value: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value,
+        found,
+    )
+
+
+# ---- small things
+
+
+def _relative(made: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error over squared size, per token."""
+    size = wanted.square().sum(-1).clamp_min(1e-12)
+    return (made - wanted).square().sum(-1) / size
+
+
+def _pairs(
+    before_NTD: Tensor, after_NTD: Tensor, batch: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of both, float32, on the device."""
+    for before, after in zip(before_NTD.split(batch), after_NTD.split(batch), strict=True):
+        yield before.to(device).float(), after.to(device).float()
+
+
+def _values(module: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def _load(module: nn.Module, values: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(values[name])

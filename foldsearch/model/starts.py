@@ -1,0 +1,118 @@
+"""Where a folded model starts from, before recovery: what it has beyond the dense model's tensors gets good values.
+
+Replacements are fitted to the residual stream (replacements.py), adapters and output norms to the weights or the
+states of the blocks that their children stand for (children.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from foldsearch.model.blocks import decoder_blocks
+from foldsearch.model.children import start_adapters
+from foldsearch.model.fold import fold
+from foldsearch.model.parts import Borrowed, OutputNorm, Replaced
+from foldsearch.model.replacements import FitSettings, fit_replacement
+from foldsearch.model.states import residual_states
+from foldsearch.plan.plan import FoldPlan, Replacement, Slot
+from foldsearch.plan.proposal import AdapterStart
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class StartSettings:
+    """How what is new starts.
+
+    adapters: see `foldsearch.model.children`. tokens: of the text, for fits and calibration; whole sequences, at least
+    two. fit: of replacements; None is its defaults.
+    """
+
+    adapters: AdapterStart = "svd"
+    tokens: int = 8192
+    fit: FitSettings | None = None
+
+
+def folded_start(
+    dense: PreTrainedModel,
+    plan: FoldPlan,
+    ids_NT: Tensor,
+    settings: StartSettings,
+    *,
+    model_hash: str,
+    cache_dir: Path,
+    progress: Progress | None = None,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """`fold`, with fitted replacements and adapters; and what the fits found, as plain values.
+
+    Args:
+        dense: the model. plan: what to fold.
+        ids_NT: token ids of a text that is not measured on.
+        settings: how.
+        model_hash, cache_dir: see `foldsearch.model.states.residual_states`.
+        progress: called with what is done and the share of it.
+
+    Raises:
+        ModelError, PlanError: see `fold`.
+    """
+    say = progress or (lambda stage, share: None)
+    model = fold(dense, plan)
+    ids_NT = ids_NT[: max(2, settings.tokens // ids_NT.shape[1])]
+    summary: dict[str, Any] = {}
+    if any(isinstance(slot, Replacement) for slot in plan.slots):
+        states = residual_states(
+            dense,
+            ids_NT,
+            model_hash=model_hash,
+            cache_dir=cache_dir,
+            progress=_share(say, "residual states"),
+        )
+        for block, slot in zip(decoder_blocks(model), plan.slots, strict=True):
+            if isinstance(slot, Replacement):
+                name = f"{slot.first}-{slot.last}~{slot.kind}"
+                fit = fit_replacement(
+                    dense, slot, states, ids_NT, settings.fit, _share(say, f"fitting {name}")
+                )
+                _put(_new_module(block), fit.values)
+                summary[name] = {"errors": fit.errors, "chosen": fit.chosen}
+    if any(isinstance(slot, Slot) and slot.rank for slot in plan.slots):
+        start_adapters(model, dense, ids_NT, settings.adapters, _share(say, "calibrating adapters"))
+        summary["adapters"] = settings.adapters
+    return model, summary
+
+
+def new_values(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What a folded model has beyond the dense model's tensors, by parameter name: what `fold(start=…)` takes."""
+    names = {id(module): path for path, module in model.named_modules()}
+    found: dict[str, Tensor] = {}
+    for module in model.modules():
+        if isinstance(module, (Borrowed, OutputNorm, Replaced)):
+            for name, parameter in module.named_parameters(recurse=False):
+                found[f"{names[id(module)]}.{name}"] = parameter.detach()
+    for block, slot in zip(decoder_blocks(model), model.config.fold["slots"], strict=True):
+        if slot.get("replaced", {}).get("kind") == "layer":
+            for name, parameter in block.named_parameters():
+                found[f"{names[id(block)]}.{name}"] = parameter.detach()
+    return found
+
+
+def _share(say: Progress, stage: str) -> Callable[[int, int], None]:
+    return lambda done, total: say(stage, done / max(total, 1))
+
+
+def _new_module(block: torch.nn.Module) -> torch.nn.Module:
+    """The replacement inside a block; the block itself where it is a `layer`."""
+    return next((module for module in block.modules() if isinstance(module, Replaced)), block)
+
+
+@torch.no_grad()
+def _put(module: torch.nn.Module, values: dict[str, Tensor]) -> None:
+    for name, parameter in module.named_parameters():
+        parameter.copy_(values[name])

@@ -1,0 +1,111 @@
+"""The residual stream of the dense model at every depth, kept on disk and memory-mapped.
+
+What replaces a run of blocks is fitted to it: any run of any plan, from one forward pass over the text. Memory stays
+that of one batch, disk at most `MOST_BYTES` a model and text: where more text is given, its first sequences are taken.
+
+Shapes: L blocks, N sequences, T positions, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from foldsearch.errors import InputError
+from foldsearch.files import alone, replace_atomically
+from foldsearch.model.blocks import decoder_blocks
+from foldsearch.model.evidence import hidden_of
+from foldsearch.model.head import last_hidden
+
+MOST_BYTES = 2 * 10**9
+BATCH_TOKENS = 2048
+
+
+def residual_states(
+    dense: PreTrainedModel,
+    ids_NT: Tensor,
+    *,
+    model_hash: str,
+    cache_dir: Path,
+    most_bytes: int = MOST_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """States between the blocks, (L + 1, n, T, D), in the model's dtype, on the CPU, mapped from a file.
+
+    State i is the input of block i, state L the output of the last block, before the final norm. n is N, or as many
+    sequences as `most_bytes` hold. Writing to the tensor changes no file.
+
+    Args:
+        dense: in eval mode. ids_NT: token ids.
+        model_hash: names the weights; with the dtype and the tokens it names the file.
+        progress: called with (done, total) sequences.
+
+    Raises:
+        InputError: not even one sequence fits `most_bytes`.
+    """
+    num_states, width = len(decoder_blocks(dense)) + 1, dense.config.hidden_size
+    length = ids_NT.shape[1]
+    of_one = num_states * length * width * dense.dtype.itemsize
+    count = min(len(ids_NT), most_bytes // of_one)
+    if not count:
+        raise InputError(
+            f"the states of one sequence of {length} tokens take {of_one} bytes, but {most_bytes} are allowed. "
+            "Use shorter sequences, or allow more."
+        )
+    ids_NT = ids_NT[:count].cpu()
+    name = (
+        f"{model_hash}:{dense.dtype}:{hashlib.sha256(ids_NT.numpy().tobytes()).hexdigest()}:{count}x{length}"
+    )
+    path = cache_dir / "states" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.bin"
+    size = num_states * count * length * width
+    if not path.exists():
+        with alone(path.with_suffix(".lock")):
+            if not path.exists():
+                replace_atomically(path, lambda temporary: _write(dense, ids_NT, temporary, size, progress))
+    # Private: what a trial writes by mistake stays its own.
+    mapped = torch.from_file(str(path), shared=False, size=size, dtype=dense.dtype)
+    return mapped.view(num_states, count, length, width)
+
+
+@torch.inference_mode()
+def _write(
+    dense: PreTrainedModel,
+    ids_NT: Tensor,
+    path: Path,
+    size: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    count, length = ids_NT.shape
+    blocks = decoder_blocks(dense)
+    with path.open("wb") as file:
+        file.truncate(size * dense.dtype.itemsize)
+    mapped = torch.from_file(str(path), shared=True, size=size, dtype=dense.dtype)
+    states = mapped.view(len(blocks) + 1, count, length, -1)
+    here = slice(0)
+
+    def keep(index: int, hidden_BTD: Tensor) -> None:
+        states[index, here] = hidden_BTD.cpu()
+
+    handles = [
+        block.register_forward_pre_hook(
+            lambda _, args, kwargs, i=i: keep(i, args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+        for i, block in enumerate(blocks)
+    ]
+    handles.append(blocks[-1].register_forward_hook(lambda _, args, out: keep(len(blocks), hidden_of(out))))
+    try:
+        step = max(1, BATCH_TOKENS // length)
+        for start in range(0, count, step):
+            here = slice(start, min(start + step, count))
+            last_hidden(dense, ids_NT[here].to(dense.device))
+            if progress is not None:
+                progress(here.stop, count)
+    finally:
+        for handle in handles:
+            handle.remove()
