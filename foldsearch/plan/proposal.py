@@ -200,6 +200,40 @@ def _groups(num_retained: int, proposal: Proposal) -> Iterator[tuple[int, int]]:
         yield first, last
 
 
+# ---- blocks to drop that nothing was asked about: what any criterion has to beat
+
+
+def uniform_drop(count: int, num_blocks: int) -> tuple[int, ...]:
+    """Blocks to drop at even distances, in order; the first and the last block stay while others are left.
+
+    Of the two, the last one goes first.
+
+    Raises:
+        PlanError: `count` is not between 1 and the number of blocks less one.
+    """
+    _check_count(count, num_blocks)
+    inner = num_blocks - 2
+    if count > inner:
+        return tuple(range(1, num_blocks))
+    # The middles of `count` equal stretches of the inner blocks.
+    return tuple(1 + (2 * i + 1) * inner // (2 * count) for i in range(count))
+
+
+def random_drop(count: int, num_blocks: int, seed: int) -> tuple[int, ...]:
+    """Blocks to drop, in order: every choice is as likely as any other.
+
+    Raises:
+        PlanError: `count` is not between 1 and the number of blocks less one.
+    """
+    _check_count(count, num_blocks)
+    return tuple(sorted(random.Random(seed).sample(range(num_blocks), count)))
+
+
+def _check_count(count: int, num_blocks: int) -> None:
+    if not 1 <= count < num_blocks:
+        raise PlanError(f"from 1 to {num_blocks - 1} of {num_blocks} blocks can be dropped, got {count}.")
+
+
 # ---- price from counts alone
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from dataclasses import fields, replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +18,14 @@ from hypothesis import strategies as st
 from foldsearch.errors import PlanError
 from foldsearch.plan.cost import BlockCost, Cost, CostTable, Target, UnitCost, price
 from foldsearch.plan.plan import FoldPlan, Replacement, Slot
-from foldsearch.plan.proposal import Proposal, fold_plan, lower_bound, neighbour
+from foldsearch.plan.proposal import (
+    Proposal,
+    fold_plan,
+    lower_bound,
+    neighbour,
+    random_drop,
+    uniform_drop,
+)
 
 small = st.integers(0, 1000)
 NO_UNIT = UnitCost(0, 0, 0, 0, 0, 0)
@@ -134,6 +143,52 @@ def test_a_bound_needs_a_block() -> None:
     table = CostTable(8, 1, 2, 3, 4, 5, 6, (BlockCost(NO_UNIT, NO_UNIT),) * 4)
     with pytest.raises(PlanError, match="Keep one"):
         lower_bound(Proposal("window", num_removed=4), table, Target())
+
+
+# ---- blocks that nothing was asked about
+
+
+@pytest.mark.parametrize(
+    ("count", "num_blocks", "expected"),
+    [
+        (1, 5, (2,)),
+        (2, 6, (2, 4)),
+        (3, 5, (1, 2, 3)),
+        (3, 11, (2, 5, 8)),
+        (4, 10, (2, 4, 6, 8)),
+        (6, 30, (3, 8, 12, 17, 22, 26)),  # 1 + 2.3, 7, 11.7, 16.3, 21, 25.7
+        (4, 5, (1, 2, 3, 4)),  # the last one goes where it must
+        (1, 2, (1,)),
+    ],
+)
+def test_uniform_drops_by_hand(count: int, num_blocks: int, expected: tuple[int, ...]) -> None:
+    assert uniform_drop(count, num_blocks) == expected
+
+
+@given(st.integers(3, 60), st.data())
+def test_uniform_drops_keep_both_ends_and_even_distances(num_blocks: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, num_blocks - 2))
+    dropped = uniform_drop(count, num_blocks)
+    assert len(set(dropped)) == count
+    assert dropped[0] > 0
+    assert dropped[-1] < num_blocks - 1
+    distances = {b - a for a, b in pairwise(dropped)}
+    assert len(distances) <= 2
+    assert max(distances, default=0) - min(distances, default=0) <= 1
+
+
+def test_random_drops_are_even_and_of_the_seed() -> None:
+    assert random_drop(4, 9, 3) == random_drop(4, 9, 3)
+    drawn = Counter(random_drop(2, 4, seed) for seed in range(1200))
+    assert set(drawn) == {(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)}
+    assert all(150 < times < 250 for times in drawn.values())
+
+
+@pytest.mark.parametrize(("count", "num_blocks"), [(0, 5), (5, 5), (1, 1), (-1, 5)])
+def test_drops_leave_a_block(count: int, num_blocks: int) -> None:
+    for drop in (uniform_drop, lambda *counts: random_drop(*counts, seed=0)):
+        with pytest.raises(PlanError, match=f"from 1 to {num_blocks - 1} of"):
+            drop(count, num_blocks)
 
 
 # ---- neighbours

@@ -1,0 +1,70 @@
+"""The bench of spaces ends a run when its tokens are spent, and goes on with it when there are more.
+
+Oracle: the laws of the limit, over the records of a real search of fake trials.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+import ray
+
+from foldsearch.errors import RunError
+from foldsearch.search.folder import RunFolder
+from foldsearch.search.records import Record, read_records
+from foldsearch.search.run import run_search
+from tests.bench.spaces import report, run_row, spent, volume
+from tests.fake_driver import FAKES, study
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_run_ends_with_the_trial_that_spends_its_tokens_and_goes_on(tmp_path: Path) -> None:
+    asked = study().model_copy(update={"trials": None, "seconds": None})
+    searches: list[bool] = []
+
+    def search(*arguments: object, resume: bool, **named: object) -> None:
+        searches.append(resume)
+        run_search(*arguments, resume=resume, **named, **FAKES)  # type: ignore[arg-type]
+
+    run = partial(run_row, tmp_path, "fake", 0, asked, search=search)
+    os.environ["PYTHONPATH"] = str(ROOT)  # workers import the fakes
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=100 * 10**6,
+    )
+    try:
+        few = run({"tokens": 1500, "trials": 50})
+        check(tmp_path / "fake-0", 1500)
+        more = run({"tokens": 4000, "trials": 50})
+        check(tmp_path / "fake-0", 4000)
+        again = run({"tokens": 4000, "trials": 50})
+        capped = run_row(tmp_path, "fake", 1, asked, {"tokens": 10**9, "trials": 2}, search=search)
+    finally:
+        ray.shutdown()
+    assert searches == [False, True, False]
+    assert again == more
+    assert few["front"] != more["front"] or few["trials"] != more["trials"]
+    assert [row["ended_by"] for row in (few, more, capped)] == ["tokens", "tokens", "trials"]
+    assert sum(capped["trials"].values()) == 2
+    assert more["hypervolume"] == volume(more["front"]) >= few["hypervolume"] > 0
+    assert more["seconds"] > few["seconds"] > 0
+    assert "| fake | 1 of 1 |" in report(tmp_path, ["fake"], [0], {"tokens": 4000, "trials": 50})
+    with pytest.raises(RunError, match="larger limits"):
+        run({"tokens": 1500, "trials": 50})
+    with pytest.raises(RunError, match="other settings"):
+        run_row(tmp_path, "fake", 0, asked.model_copy(update={"seed": 7}), {"tokens": 4000, "trials": 50})
+
+
+def check(path: Path, tokens: int) -> None:
+    """The last trial spends the last of the tokens; nothing runs any more, and nothing closes the search."""
+    records: list[Record] = read_records(RunFolder.open(path))
+    begun = [record for record in records if record.state != "waiting"]
+    assert all(record.ended and not record.closing for record in begun)
+    assert sum(spent(begun[:-1]).values()) < tokens <= sum(spent(begun).values())
