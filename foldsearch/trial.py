@@ -22,7 +22,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from foldsearch.model.evidence import (
     influence_order,
     measure_evidence,
 )
+from foldsearch.model.evolution import EvolutionResult, EvolutionSettings, evolve
 from foldsearch.model.fold import fold
 from foldsearch.model.judge import DenseTargets, dense_targets, judge
 from foldsearch.model.measure import measure
@@ -61,7 +62,14 @@ from foldsearch.model.starts import StartSettings, folded_start, new_values
 from foldsearch.model.tokens import Splits, TokenSet, make_splits
 from foldsearch.plan.cost import Budget, Cost, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan, Replacement
-from foldsearch.plan.proposal import AdapterStart, Proposal, fold_plan, lower_bound
+from foldsearch.plan.proposal import (
+    AdapterStart,
+    Proposal,
+    fold_plan,
+    lower_bound,
+    random_drop,
+    uniform_drop,
+)
 from foldsearch.plan.result import Quality, TrialResult
 from foldsearch.spec.study import Sources, Study
 
@@ -341,7 +349,7 @@ def _evolved(count: int, context: TrialContext, say: Progress) -> EvolutionResul
     ]
     settings = EvolutionSettings(seed=context.study.seed)
     value, _ = once(
-        _cache_path(context, "evolution", tokens, count=count, **asdict(settings)),
+        _cache_path(context, "evolution", tokens, count=count, **settings.to_json()),
         lambda: evolve(
             bench.dense, tokens, bench.search, starts, settings, progress=_share(say, "evolution")
         ).to_json(),

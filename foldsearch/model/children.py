@@ -2,7 +2,7 @@
 
 Base blocks by FlexiGPT's low-rank metric (arXiv 2501.14713, section 3): with Ŵ the rank-r SVD reconstruction of a
 weight matrix and Δ the rank-r approximation of Ŵ_i − Ŵ_j, block i takes the unpruned j of least ‖Ŵ_i − (Ŵ_j + Δ)‖,
-which is the energy of the singular values r + 1 … 2r of Ŵ_i − Ŵ_j. Summed over the linears of a block as squares [ours].
+which is the energy of the singular values r + 1 … 2r of Ŵ_i − Ŵ_j; summed over a block's linears as squares [ours].
 
 Adapters: `svd` is the truncated SVD of the difference W_i − W_j (FlexiGPT section 3, Relaxed Recursive Transformers
 section 3). `data` asks for the least error of the linear's outputs on calibration states instead, with C the second

@@ -107,7 +107,9 @@ def test_a_result_for_every_rung(context):
         results[0].cost.flops,
     )
     folder = context.trial_folder(3)
-    assert sorted(path.name for path in folder.iterdir()) == ["recovered.safetensors", "trial.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "recovered.safetensors", "start.safetensors", "trial.json",
+    ]  # fmt: skip
     stored = json.loads((folder / "trial.json").read_text())["results"]
     assert [TrialResult.from_json(value) for value in stored] == results
 
