@@ -17,7 +17,7 @@ from foldsearch import api, cli
 from foldsearch.errors import VerificationError
 from foldsearch.report.view import RunView
 
-VERBS = ("run", "resume", "try", "price", "inspect", "front", "pick", "export", "dashboard")
+VERBS = ("run", "resume", "try", "price", "inspect", "front", "pick", "evaluate", "export", "dashboard")
 
 
 class Shell:
