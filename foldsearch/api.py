@@ -319,7 +319,10 @@ def evaluate_trial(
     asked = {path: choices.read_questions(path, limit=limit) for path in questions}
     for path in questions:
         _check_source(path, run)
-    manager = harness.open_tasks(tasks, include_path=include_path) if tasks else None
+    manager = None
+    if tasks:
+        progress("reading the names of tasks", 0.0)
+        manager = harness.open_tasks(tasks, include_path=include_path)
 
     folder = run.folder
     splits = read_splits(folder.path)

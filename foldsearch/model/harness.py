@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,7 @@ def open_tasks(names: Sequence[str], *, include_path: Path | None = None) -> Any
         InputError: the harness is not installed, the folder is not there, or a name is not known.
     """
     try:
-        from lm_eval.tasks import TaskManager
+        import lm_eval  # noqa: F401
     except ImportError as error:
         raise InputError(
             f"--tasks runs lm-evaluation-harness, which cannot be imported here ({error}). "
@@ -63,8 +64,7 @@ def open_tasks(names: Sequence[str], *, include_path: Path | None = None) -> Any
         raise InputError(
             f"--include-path is a folder of task YAML files, but there is no folder '{include_path}'."
         )
-    with _told(lambda stage, share: None):
-        manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    manager = _manager(None if include_path is None else include_path.resolve())
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.6)
@@ -76,11 +76,21 @@ def open_tasks(names: Sequence[str], *, include_path: Path | None = None) -> Any
     return manager
 
 
+@cache
+def _manager(include_path: Path | None) -> Any:
+    """It reads thousands of YAML files, which takes seconds: once per process."""
+    from lm_eval.tasks import TaskManager
+
+    with _told(lambda stage, share: None):
+        return TaskManager(include_path=None if include_path is None else str(include_path))
+
+
 def task_texts(manager: Any, name: str, *, limit: int | None = None) -> Iterator[tuple[int, str]]:
     """What the items of a task ask, numbered from 1 through all of its subtasks; loads their data.
 
     Raises:
-        DataError: the data is not here and cannot be fetched. InputError: the task runs code that a model writes.
+        DataError: the data is not here and cannot be fetched. InputError: the task runs code that a model writes, or
+            shows pictures.
     """
     with _told(lambda stage, share: None), _loadable(name):
         tasks = manager.load([name])["tasks"]
@@ -89,6 +99,10 @@ def task_texts(manager: Any, name: str, *, limit: int | None = None) -> Iterator
         if getattr(task, "UNSAFE_CODE", False):
             raise InputError(
                 f"task {task.task_name}: it runs code that the model writes, which is not done here. Choose another."
+            )
+        if getattr(task, "MULTIMODAL", False):
+            raise InputError(
+                f"task {task.task_name}: it shows pictures or plays sounds, but the model reads text. Choose another."
             )
         for doc in islice(task.eval_docs, limit):
             number += 1
