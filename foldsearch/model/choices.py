@@ -1,7 +1,7 @@
 """Multiple-choice questions: read, kept apart from what the search saw, and answered by perplexity.
 
 A model's choice is the option of least perplexity given the question, PPL(i, y) = exp(mean negative log-likelihood of
-the tokens of option y), in nats per token (LLM-Streamline, arXiv 2403.19135, 4.1 and its appendix on stability).
+the tokens of option y), the loss in nats per token (as in LLM-Streamline, arXiv 2403.19135).
 
 Question and option are one text and tokenised together, with a space between them where neither has white space there.
 The tokens of the option are those after what this text and the question alone have in common: a token that straddles
@@ -348,7 +348,7 @@ def share_error(right: Sequence[bool]) -> float:
 def stability_weights(dense: Sequence[Sequence[float]]) -> list[float]:
     """w = softmax over the questions of s, where s_i is the standard deviation of PPL(i, y) of the dense model over y.
 
-    Source: LLM-Streamline, arXiv 2403.19135. The paper does not say which standard deviation; the population's
+    Source: the definition of LLM-Streamline, arXiv 2403.19135 (not its script, which adds up other weights). It does not say which standard deviation; the population's
     (divided by the number of options, numpy's default) is ours. A softmax of perplexities gives nearly all weight to
     few questions: read `effective_items` beside it.
     """

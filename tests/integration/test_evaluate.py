@@ -218,7 +218,7 @@ def tasks(place: Path) -> Path:
     rows = questions(30)
     overlapping = [dict(row) for row in rows]
     overlapping[4]["question"] = tokenizer().decode(saw.recovery.ids_NT[0])
-    for name, made in (("tiny_words", rows), ("tiny_seen", overlapping)):
+    for name, made in (("tiny_words", rows), ("tiny_more", questions(40)[30:]), ("tiny_seen", overlapping)):
         (folder / f"{name}.json").write_text(json.dumps(made))
         task = {
             "task": name,
@@ -235,6 +235,9 @@ def tasks(place: Path) -> Path:
             "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
         }
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    both = {"metric": "acc", "weight_by_size": True}
+    group = {"group": "tiny_both", "task": ["tiny_words", "tiny_more"], "aggregate_metric_list": [both]}
+    (folder / "tiny_both.yaml").write_text(yaml.safe_dump(group))
     hub = {**task, "task": "tiny_hub", "dataset_path": "nobody/nothing"}
     del hub["dataset_kwargs"]
     (folder / "tiny_hub.yaml").write_text(yaml.safe_dump(hub))
@@ -282,6 +285,19 @@ def test_a_part_of_a_task(place: Path, tasks: Path) -> None:
     assert code == 0, err
     written = json.loads((place / "run" / "evaluations" / "00000-tiny_words-first6.json").read_text())
     assert {score["items"] for score in written["scores"]} == {6}
+
+
+def test_a_group_is_scored_with_its_tasks(place: Path, tasks: Path) -> None:
+    code, _, err = evaluate(place, "--tasks", "tiny_both", "--include-path", str(tasks))
+    assert code == 0, err
+    written = json.loads((place / "run" / "evaluations" / "00000-tiny_both.json").read_text())
+    scores = {score["task"]: score for score in written["scores"] if score["metric"] == "acc"}
+    assert {name: score["items"] for name, score in scores.items()} == {
+        "tiny_both": 40, "tiny_words": 30, "tiny_more": 10,
+    }  # fmt: skip
+    for who in ("dense", "folded"):
+        right = 30 * scores["tiny_words"][who] + 10 * scores["tiny_more"][who]
+        assert scores["tiny_both"][who] == pytest.approx(right / 40)
 
 
 @pytest.mark.usefixtures("no_model")

@@ -97,6 +97,8 @@ def test_version(shell: Shell) -> None:
         ("resume no-run", "there is no 'no-run/study.json'"),
         ("pick no-run --knee", "there is no 'no-run/study.json'"),
         ("export no-run --out x", "there is no 'no-run/study.json'"),
+        ("evaluate no-run --questions q.jsonl", "there is no 'no-run/study.json'"),
+        ("evaluate no-run --limit few", "--limit: invalid int value: 'few'"),
         ("dashboard no-run", "there is no 'no-run/study.json'"),
         ("pick no-run --knee --trial 3", "not allowed with argument"),
     ],
