@@ -348,9 +348,9 @@ def share_error(right: Sequence[bool]) -> float:
 def stability_weights(dense: Sequence[Sequence[float]]) -> list[float]:
     """w = softmax over the questions of s, where s_i is the standard deviation of PPL(i, y) of the dense model over y.
 
-    Source: the definition of LLM-Streamline, arXiv 2403.19135 (not its script, which adds up other weights). It does not say which standard deviation; the population's
-    (divided by the number of options, numpy's default) is ours. A softmax of perplexities gives nearly all weight to
-    few questions: read `effective_items` beside it.
+    Source: the definition in LLM-Streamline, arXiv 2403.19135. It does not say which standard deviation; the
+    population's (divided by the number of options, numpy's default) is ours. A softmax of perplexities gives nearly all
+    weight to few questions: read `effective_items` beside it.
     """
     spreads = []
     for row in dense:
