@@ -11,6 +11,7 @@ Each name says its shapes, units, errors and source in its own docstring:
     run_search      run a study in a folder, or go on with it
     open_run        the front, the knee and every trial of a run
     export_trial    write a trial's model and verify it in a fresh process
+    evaluate_trial  what a trial's model still knows, beside dense: questions and harness tasks
     try_plan        fold, recover and measure one plan in this process
     inspect_model   how redundant the blocks of a model are
     FoldPlan        what runs at each depth: a value with a text form
@@ -31,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 from foldsearch.model.register import register
 
 if TYPE_CHECKING:
-    from foldsearch.api import export_trial, inspect_model, open_run, try_plan
+    from foldsearch.api import evaluate_trial, export_trial, inspect_model, open_run, try_plan
     from foldsearch.errors import FoldsearchError, InputError, VerificationError
     from foldsearch.model.fold import fold
     from foldsearch.model.measure import measure
@@ -48,6 +49,7 @@ __all__ = [
     "run_search",
     "open_run",
     "export_trial",
+    "evaluate_trial",
     "try_plan",
     "inspect_model",
     "FoldPlan",
@@ -67,7 +69,7 @@ __all__ = [
 
 # Where each name lives: looked up when it is first asked for, so `import foldsearch` does not wait for torch.
 _HOMES = {
-    "foldsearch.api": ("export_trial", "inspect_model", "open_run", "try_plan"),
+    "foldsearch.api": ("evaluate_trial", "export_trial", "inspect_model", "open_run", "try_plan"),
     "foldsearch.errors": ("FoldsearchError", "InputError", "VerificationError"),
     "foldsearch.model.fold": ("fold",),
     "foldsearch.model.measure": ("measure",),

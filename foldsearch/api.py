@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foldsearch.errors import RunError
+from foldsearch.errors import InputError, RunError
 from foldsearch.files import write_json
 from foldsearch.plan.cost import CostTable
 from foldsearch.plan.plan import FoldPlan
@@ -17,8 +21,12 @@ from foldsearch.plan.proposal import Proposal
 from foldsearch.plan.result import TrialResult
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from foldsearch.export.ship import ExportReport, Form
+    from foldsearch.model.choices import ChoiceQuality, EncodedOption, Question
     from foldsearch.model.evidence import Evidence
+    from foldsearch.model.harness import TaskScore
     from foldsearch.model.source import DenseFiles
     from foldsearch.report.view import Entry, RunView
     from foldsearch.search.dry_run import DryRun
@@ -28,6 +36,7 @@ Progress = Callable[[str, float], None]
 """Called with what is being done, in words, and the share of it that is, 0 to 1."""
 
 PICK = "pick.json"
+EVALUATIONS = "evaluations"
 _MANY_BLOCKS = 10_000  # more than any model has: enough to read a plan before its model is known
 
 
@@ -258,6 +267,179 @@ def export_trial(
             "result": result.to_json(),
         },
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What `evaluate_trial` found on one question file or one task, and where it is written.
+
+    choices: of a question file; else None. scores: of a task; else empty.
+    """
+
+    name: str
+    file: Path
+    choices: ChoiceQuality | None
+    scores: tuple[TaskScore, ...]
+
+
+def evaluate_trial(
+    run: RunView,
+    number: int,
+    *,
+    questions: Sequence[Path] = (),
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    include_path: Path | None = None,
+    progress: Progress = _silent,
+) -> tuple[Evaluation, ...]:
+    """What a trial's model still knows, beside the dense one: multiple-choice questions and harness tasks.
+
+    Both models answer in this process, in the precision that the trial was measured in. What the search or the recovery
+    saw is refused before a model is loaded. Each result is written into the run, evaluations/NNNNN-NAME.json.
+
+    Args:
+        run: the run.
+        number: of a trial that reached the last rung.
+        questions: JSONL files, see `foldsearch.model.choices.read_questions`.
+        tasks: names of lm-evaluation-harness (the `eval` extra).
+        limit: only the first so many items of each file and task, at least 2.
+        include_path: a folder of task YAML files.
+        progress: told what is being done.
+
+    Raises:
+        RunError: the trial was not measured. InputError: a question file or task cannot be used, or was seen.
+        ModelError: the model is gone.
+    """
+    from foldsearch.model import choices, harness
+    from foldsearch.model.source import open_tokenizer
+    from foldsearch.trial import open_workbench, prepare_context, read_splits, recovered_model
+
+    entry = run.pick(number=number)
+    names = _evaluation_names(questions, tasks, limit)
+    asked = {path: choices.read_questions(path, limit=limit) for path in questions}
+    for path in questions:
+        _check_source(path, run)
+    manager = None
+    if tasks:
+        progress("reading the names of tasks", 0.0)
+        manager = harness.open_tasks(tasks, include_path=include_path)
+
+    folder = run.folder
+    splits = read_splits(folder.path)
+    files = find_model(folder.study, progress)
+    tokenizer = open_tokenizer(files)
+    saw = (splits.search, splits.recovery)
+    for path, items in asked.items():
+        progress(f"comparing {path} with the run's texts", 0.0)
+        _check_unseen(path, choices.seen(((item.line, item.text) for item in items), tokenizer, saw), "line")
+    encoded = {path: _encode(path, items, tokenizer, files) for path, items in asked.items()}
+    for task in tasks:
+        progress(f"loading {task}, and comparing it with the run's texts", 0.0)
+        _check_unseen(
+            task, choices.seen(harness.task_texts(manager, task, limit=limit), tokenizer, saw), "item"
+        )
+
+    context = prepare_context(folder.study, folder.path, progress=progress)
+    progress("rebuilding the model that was measured", 0.0)
+    folded, result = recovered_model(context, entry.number)
+    models = {"dense": open_workbench(context).dense, "folded": folded}
+    about = {
+        "trial": entry.number,
+        "plan": str(result.plan),
+        "model": folder.study.model,
+        "dtype": context.files.dtype,
+        "limit": limit,
+    }
+
+    def write(name: str, what: dict[str, Any]) -> Path:
+        file = folder.path / EVALUATIONS / f"{entry.number:05d}-{name}.json"
+        write_json(file, {**about, **what})
+        return file
+
+    found = []
+    for path, items in asked.items():
+        of_dense, of_folded = (
+            choices.option_perplexities(
+                model, encoded[path], progress=partial(progress, f"{path.name}, {who}")
+            )
+            for who, model in models.items()
+        )
+        quality = choices.compare_choices(of_dense, of_folded, [item.answer for item in items])
+        what = {
+            "questions": str(path),
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            **asdict(quality),
+            "perplexities": [
+                {"line": item.line, "answer": item.answer, "dense": dense, "folded": ours}
+                for item, dense, ours in zip(items, of_dense, of_folded, strict=True)
+            ],
+        }
+        name = names[str(path)]
+        found.append(Evaluation(name, write(name, what), quality, ()))
+    for task in tasks:
+        scores = harness.run_task(
+            tuple(models.values()), tokenizer, manager, task, limit=limit, progress=progress
+        )
+        name = names[task]
+        what = {"task": task, "scores": [asdict(score) for score in scores]}
+        found.append(Evaluation(name, write(name, what), None, scores))
+    return tuple(found)
+
+
+def _evaluation_names(questions: Sequence[Path], tasks: Sequence[str], limit: int | None) -> dict[str, str]:
+    """A file name for each question file and task: what it is called, and how much of it is asked."""
+    if not questions and not tasks:
+        raise InputError(
+            "evaluate needs something to ask: --questions FILE.jsonl, or --tasks NAME,NAME of lm-evaluation-harness."
+        )
+    if limit is not None and limit < 2:
+        raise InputError(f"--limit is a number of items, at least 2 for a standard error, not {limit}.")
+    names: dict[str, str] = {}
+    for given, called in [*((str(path), path.stem) for path in questions), *((task, task) for task in tasks)]:
+        name = re.sub(r"[^\w.-]+", "-", called) + (f"-first{limit}" if limit else "")
+        if name in names.values():
+            raise InputError(
+                f"each question file and task has a name of its own, but two are called {called!r}. Rename one, or "
+                "ask one at a time."
+            )
+        names[given] = name
+    return names
+
+
+def _check_source(path: Path, run: RunView) -> None:
+    """Refuse a question file that is, or lies in, a source of the run's texts."""
+    from foldsearch.model.tokens import local_path
+
+    data = run.folder.study.data
+    for reference in [data] if isinstance(data, str) else data.model_dump().values():
+        source = local_path(reference)
+        if source is not None and path.resolve().is_relative_to(source.resolve()):
+            raise InputError(
+                f"questions must be unseen, but {path} belongs to {reference}, which '{run.name}' was made with. "
+                "Take a file from elsewhere."
+            )
+
+
+def _check_unseen(what: object, found: Sequence[tuple[int, str]], unit: str) -> None:
+    if found:
+        first, name = found[0]
+        raise InputError(
+            f"questions must be unseen, but {len(found):,} of {what} occur{'s' if len(found) == 1 else ''} in texts "
+            f"that this run used, the first ({unit} {first}) in the {name} texts: 13 of its tokens in a row, or all of "
+            "them. Leave these out, or make a run on other texts."
+        )
+
+
+def _encode(
+    path: Path, items: Sequence[Question], tokenizer: PreTrainedTokenizerBase, files: DenseFiles
+) -> list[tuple[EncodedOption, ...]]:
+    from transformers import AutoConfig
+
+    from foldsearch.model.choices import encode_question
+
+    config = AutoConfig.from_pretrained(files.folder, trust_remote_code=files.trust_remote_code)
+    longest = getattr(config, "max_position_embeddings", None)
+    return [encode_question(item, tokenizer, f"{path}, line {item.line}", longest=longest) for item in items]
 
 
 def compare_words(run: RunView, folder: Path, prompt: str, *, num_tokens: int = 40) -> tuple[str, str]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from foldsearch.api import Progress
     from foldsearch.plan.result import TrialResult
+    from foldsearch.report.view import Entry, RunView
     from foldsearch.search.dry_run import DryRun
     from foldsearch.spec.study import Study
 
@@ -37,7 +38,24 @@ built, trained and measured. Pick one, export it.
   foldsearch run --model ORG/NAME --data wikitext:wikitext-2-raw-v1 --budget-gb 2
   foldsearch front runs/NAME                        what was found
   foldsearch pick runs/NAME --knee                  choose a point
+  foldsearch evaluate runs/NAME --questions Q.jsonl what it still knows
   foldsearch export runs/NAME --out DIR             ship it, verified
+"""
+
+_EVALUATE = """\
+A question file has one JSON object a line:
+  {"question": "The capital of France is", "options": ["Rome", "Paris"], "answer": 1}
+answer is an index from 0, or an option as it is written. The choice of a model is the option of
+least perplexity per token, given the question.
+
+  accuracy    share of right choices, dense and folded, with its standard error
+  agreement   share of questions that both get right or both get wrong
+  stability   that share weighted by how far apart the dense model's perplexities of the options
+              are (LLM-Streamline); eff. items: how many questions those weights are worth
+
+Tasks are those of lm-evaluation-harness: pip install 'foldsearch[eval]'. Those of --include-path
+may run Python code of that folder.
+What the search or the recovery saw is refused. Results are kept in RUN/evaluations.
 """
 
 _PLAN_TEXT = """\
@@ -203,6 +221,19 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--prompt", metavar="TEXT", help="let the exported model and the dense one go on with this text"
     )
+
+    evaluate = verb(
+        "evaluate", _evaluate, "what a folded model still knows: questions and harness tasks, beside dense", _EVALUATE
+    )  # fmt: skip
+    _add_run(evaluate)
+    _add_choice(evaluate)
+    evaluate.add_argument(
+        "--questions", type=Path, action="append", default=[], metavar="FILE",
+        help="multiple-choice questions, JSONL; may be given more than once",
+    )  # fmt: skip
+    evaluate.add_argument("--tasks", default="", metavar="A,B", help="tasks of lm-evaluation-harness")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N items of each")
+    evaluate.add_argument("--include-path", type=Path, metavar="DIR", help="a folder of task YAML files")
 
     board = verb("dashboard", _dashboard, "serve the Optuna dashboard of a run, live, on this machine only")
     _add_run(board)
@@ -411,17 +442,48 @@ def _pick(args: argparse.Namespace) -> int:
     return 0
 
 
+def _chosen(args: argparse.Namespace, view: RunView) -> Entry:
+    """The trial that the options name; what was picked if they name none."""
+    from foldsearch.api import picked
+
+    named = args.knee or args.trial is not None or args.max_gb is not None
+    entry = view.pick(number=args.trial, max_gb=args.max_gb) if named else picked(view)
+    _say(f"trial {entry.number}: {entry.plan}")
+    return entry
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from foldsearch.api import evaluate_trial, open_run
+    from foldsearch.report.terminal import console, evaluation_table
+
+    view = open_run(args.run)
+    entry = _chosen(args, view)
+    with _status() as progress:
+        found = evaluate_trial(
+            view,
+            entry.number,
+            questions=args.questions,
+            tasks=[task.strip() for task in args.tasks.split(",") if task.strip()],
+            limit=args.limit,
+            include_path=args.include_path,
+            progress=progress,
+        )
+    out = console()
+    out.print(evaluation_table(found))
+    for one in found:
+        out.print(f"Written: {one.file}", soft_wrap=True)
+    return 0
+
+
 def _export(args: argparse.Namespace) -> int:
     from transformers.utils import logging as transformers_logging
 
-    from foldsearch.api import export_trial, open_run, picked
+    from foldsearch.api import export_trial, open_run
     from foldsearch.report.terminal import console, export_table, words_table
 
     transformers_logging.disable_progress_bar()  # the bars of a second or two would cut through our own lines
     view = open_run(args.run)
-    chosen = args.knee or args.trial is not None or args.max_gb is not None
-    entry = view.pick(number=args.trial, max_gb=args.max_gb) if chosen else picked(view)
-    _say(f"trial {entry.number}: {entry.plan}")
+    entry = _chosen(args, view)
     with _status() as progress:
         report = export_trial(view, entry.number, args.out, form=args.form, progress=progress)
     out = console()

@@ -306,6 +306,16 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
+def local_path(reference: str) -> Path | None:
+    """The file or folder on this machine that a reference names; None for a data set of the hub or what is not here."""
+    named = SHORT_NAMES.get(reference, reference)
+    try:
+        path = _in_package(reference, named) if named.startswith("package:") else Path(named).expanduser()
+    except DataError:
+        return None
+    return path if path.exists() else None
+
+
 # ---------------------------------------------------------------------------------------------------------- reading
 
 

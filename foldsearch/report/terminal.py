@@ -23,6 +23,7 @@ from foldsearch.search.folder import RunFolder
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from foldsearch.api import Evaluation
     from foldsearch.export.ship import ExportReport
     from foldsearch.model.evidence import Evidence
     from foldsearch.search.dry_run import DryRun
@@ -355,6 +356,49 @@ def export_table(report: ExportReport, folder: Path) -> Group:
         )
     lines = [Text(line, style="" if line[0] != " " else "green") for line in checks]
     return Group(Text(f"{folder}", style="bold"), Text(), table, Text(), *lines)
+
+
+def evaluation_table(found: Sequence[Evaluation]) -> Group:
+    """What a folded model still knows, beside dense: `foldsearch evaluate`."""
+    parts: list[RenderableType] = []
+    asked = [(one.name, one.choices) for one in found if one.choices is not None]
+    scores = [score for one in found for score in one.scores]
+    if asked:
+        table = _plain_table("questions", "items>", "dense accuracy>", "folded accuracy>", "agreement>")
+        _columns(table, "stability>", "eff. items>")
+        for name, quality in asked:
+            table.add_row(
+                name,
+                f"{quality.items:,}",
+                f"{quality.dense_accuracy:.1%} ± {quality.dense_accuracy_se:.1%}",
+                f"{quality.accuracy:.1%} ± {quality.accuracy_se:.1%}",
+                f"{quality.agreement:.1%}",
+                f"{quality.stability:.1%}",
+                f"{quality.effective_items:,.1f}",
+            )
+        words = (
+            "± one standard error. agreement: share of questions that both get right or both get wrong. stability: the "
+            "same, weighted by how far apart dense's perplexities of the options are; eff. items: what those weights "
+            "are worth in questions of equal weight."
+        )
+        parts += [table, Text(), Text(words, style="dim")]
+    if scores:
+        table = _plain_table("task", "metric", "items>", "dense>", "folded>", "agreement>")
+        for score in scores:
+            table.add_row(
+                score.task,
+                score.metric,
+                f"{score.items:,}",
+                _with_error(score.dense, score.dense_se),
+                _with_error(score.folded, score.folded_se),
+                "—" if score.agreement is None else f"{score.agreement:.1%}",
+            )
+        parts += [*([Text()] if parts else []), table]
+    return Group(*parts)
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4g}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
 def words_table(prompt: str, words: Mapping[str, str]) -> Group:

@@ -4,6 +4,7 @@ study.json    the resolved study, versions, data hashes, schema number     table
 storage.db    the Optuna study: the book of record                         plans/       results of measured plans
 trials/00012/ what one trial learnt                                        tune/        Ray's state (may vanish)
 report/       pictures and the final table                                 lock         held while somebody writes
+evaluations/  what `foldsearch evaluate` found
 """
 
 from __future__ import annotations

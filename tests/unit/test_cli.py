@@ -17,7 +17,7 @@ from foldsearch import api, cli
 from foldsearch.errors import VerificationError
 from foldsearch.report.view import RunView
 
-VERBS = ("run", "resume", "try", "price", "inspect", "front", "pick", "export", "dashboard")
+VERBS = ("run", "resume", "try", "price", "inspect", "front", "pick", "evaluate", "export", "dashboard")
 
 
 class Shell:
@@ -97,6 +97,8 @@ def test_version(shell: Shell) -> None:
         ("resume no-run", "there is no 'no-run/study.json'"),
         ("pick no-run --knee", "there is no 'no-run/study.json'"),
         ("export no-run --out x", "there is no 'no-run/study.json'"),
+        ("evaluate no-run --questions q.jsonl", "there is no 'no-run/study.json'"),
+        ("evaluate no-run --limit few", "--limit: invalid int value: 'few'"),
         ("dashboard no-run", "there is no 'no-run/study.json'"),
         ("pick no-run --knee --trial 3", "not allowed with argument"),
     ],

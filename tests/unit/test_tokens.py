@@ -18,7 +18,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from foldsearch.errors import DataError
-from foldsearch.model.tokens import SPLITS, Splits, TokenSet, load_documents, make_splits, split_of
+from foldsearch.model.tokens import (
+    SPLITS,
+    Splits,
+    TokenSet,
+    load_documents,
+    local_path,
+    make_splits,
+    split_of,
+)
 
 
 class Counting(PreTrainedTokenizerFast):
@@ -389,3 +397,12 @@ def test_content_hash_depends_on_tokens_shape_and_documents() -> None:
 def test_token_set_checks_its_tensors(ids_NT: torch.Tensor, document_N: torch.Tensor) -> None:
     with pytest.raises(DataError, match="search"):
         TokenSet("search", ids_NT, document_N, ("a",))
+
+
+def test_where_a_reference_lies(tmp_path):
+    (tmp_path / "a.txt").write_text("w3")
+    assert local_path(str(tmp_path)) == tmp_path
+    assert local_path(str(tmp_path / "a.txt")) == tmp_path / "a.txt"
+    assert local_path("package:tests_of_nothing") is None
+    assert local_path("org/name:config") is None
+    assert local_path("package:json/decoder.py") == Path(json.__file__).parent / "decoder.py"
