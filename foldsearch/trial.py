@@ -349,7 +349,7 @@ def _evolved(count: int, context: TrialContext, say: Progress) -> EvolutionResul
     ]
     settings = EvolutionSettings(seed=context.study.seed)
     value, _ = once(
-        _cache_path(context, "evolution", tokens, count=count, **settings.to_json()),
+        _cache_path(context, "evolution", tokens, count=count, evolution=settings.to_json()),
         lambda: evolve(
             bench.dense, tokens, bench.search, starts, settings, progress=_share(say, "evolution")
         ).to_json(),

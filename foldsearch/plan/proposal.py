@@ -20,7 +20,7 @@ from foldsearch.plan.plan import FoldPlan, Replacement, ReplacementKind, Slot
 Criterion = Literal["gate", "block_influence", "window", "greedy", "uniform", "random", "evolution", "given"]
 Fate = Literal["drop", "share", "replace"]
 AdapterStart = Literal["zero", "svd", "data"]
-Origin = Literal["sampler", "baseline", "neighbour", "hand"]
+Origin = Literal["sampler", "baseline", "start", "neighbour", "hand"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 Baselines are each criterion of the space with nothing shared, at the fewest dropped blocks that keep the budget (a
 fifth of the blocks where dense keeps it already). They are never halved, so the search is never worse than the
-simple ways of dropping blocks, and a report can say by how much it is better.
+simple ways of dropping blocks, and a report can say by how much it is better. Where removed blocks may have other fates
+than the first, the first criterion gets a trial with each of those too.
 
 When the trials or seconds of the study are spent, the search closes: at the most promising counts of the front (the
 knee's first, then by the hypervolume that its points add; `CLOSING_COUNTS` of them), each criterion whose plan has
@@ -41,6 +42,8 @@ class Line:
         if not records.all() and (count := baseline_count(records)) is not None:
             for criterion in records.space.criteria:
                 records.queue(criterion, count)
+            for fate in records.space.fates[1:]:
+                records.queue(records.space.criteria[0], count, fate=fate)
 
     def elapsed(self) -> float:
         """Seconds of this run so far, over all its processes."""

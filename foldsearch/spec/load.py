@@ -72,10 +72,15 @@ def study_from_json(value: dict[str, Any]) -> Study:
 
 
 def shipped(folder: str) -> dict[str, Path]:
-    """Names and paths of the TOML files in `spaces` or `studies`: in the package, or at the root of a checkout."""
+    """Names and paths of the TOML files in `spaces` or `studies`: in the package, or at the root of a checkout.
+
+    One in a folder is named with it: `baselines/uniform`.
+    """
     package = Path(__file__).resolve().parents[1]
     for place in (package / folder, package.parent / folder):
-        if found := {path.stem: path for path in sorted(place.glob("*.toml"))}:
+        if found := {
+            path.relative_to(place).with_suffix("").as_posix(): path for path in sorted(place.rglob("*.toml"))
+        }:
             return found
     return {}
 

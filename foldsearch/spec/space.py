@@ -142,7 +142,7 @@ class Space(TomlTable):
         a space without sharing drops at least one block.
         """
         low, high = self.removal
-        least = 0 if self.share.max_groups or self.attention[1] else 1
+        least = 0 if self.share.max_groups or self.attention_counts(num_blocks)[1] else 1
         fewest = max(math.ceil(low * num_blocks - 1e-9), least)
         fewest = min(fewest, num_blocks - 1)
         return fewest, max(fewest, min(math.floor(high * num_blocks + 1e-9), num_blocks - 1))
@@ -187,6 +187,8 @@ def propose(suggest: Suggest, space: Space, num_blocks: int, *, origin: Origin =
     gate_eps = suggest.choice("gate_eps", space.gate_eps) if criterion == "gate" else None
     fate = suggest.choice("fate", space.fates) if num_removed and len(space.fates) > 1 else space.fates[0]
     fewest_thin, most_thin = space.attention_counts(num_blocks)
+    if not num_removed and not space.share.max_groups:  # something changes
+        fewest_thin = max(fewest_thin, min(1, most_thin))
     attention_removed = suggest.integer("attention_removed", fewest_thin, most_thin) if most_thin else 0
     found: dict[str, Any] = {}
     if num_removed and fate == "share":
@@ -227,9 +229,9 @@ def _propose_groups(suggest: Suggest, space: Space, num_retained: int, fewest: i
     }
 
 
-def baseline(space: Space, criterion: Criterion, count: int) -> Proposal:
-    """A criterion at a count with the space's first fate in its simplest form, nothing else changed."""
-    fate = space.fates[0] if count else "drop"
+def baseline(space: Space, criterion: Criterion, count: int, fate: Fate | None = None) -> Proposal:
+    """A criterion at a count with a fate (None is the space's first) in its simplest form, nothing else changed."""
+    fate = (fate or space.fates[0]) if count else "drop"
     return Proposal(
         criterion,
         num_removed=count,
@@ -281,20 +283,25 @@ def smallest(space: Space, table: CostTable, target: Target) -> tuple[FoldPlan, 
     space = space.for_width(table.width)
     num_blocks = len(table.blocks)
     _, most = space.counts(num_blocks)
-    found = min(
-        _extremes(space, num_blocks, most),
-        key=lambda proposal: lower_bound(proposal, table, target).memory_bytes,
-    )
     alone = [
         price(FoldPlan.dropping([block], num_blocks), table, target).memory_bytes
         for block in range(num_blocks)
     ]
-    dropped = sorted(range(num_blocks - 1, -1, -1), key=lambda block: alone[block])[:most]
-    kept = next(block for block in range(num_blocks) if block not in dropped)
-    plan = fold_plan(
-        dropped, found, num_blocks, bases=dict.fromkeys(dropped, kept), attention_order=range(num_blocks - 1)
-    )
-    return plan, price(plan, table, target)
+    removed = sorted(range(num_blocks - 1, -1, -1), key=lambda block: alone[block])[:most]
+    kept = next(block for block in range(num_blocks) if block not in removed)
+    plans = [
+        fold_plan(
+            removed,
+            proposal,
+            num_blocks,
+            bases=dict.fromkeys(removed, kept),
+            attention_order=range(num_blocks),
+        )
+        for proposal in _extremes(space, num_blocks, most)
+    ]
+    prices = [price(plan, table, target) for plan in plans]
+    least = min(range(len(plans)), key=lambda i: prices[i].memory_bytes)
+    return plans[least], prices[least]
 
 
 def repair(
@@ -305,38 +312,33 @@ def repair(
     The count and the criterion stay. Nearest: more groups first, then larger groups, then an earlier start, then
     smaller adapters; where removed blocks are shared or replaced, smaller adapters or another kind of network.
     """
-    if budget.admits(lower_bound(proposal, table, target)):
-        return proposal
+    nearest = _nearest(proposal, space, len(table.blocks) - proposal.num_removed)
+    return next((other for other in nearest if budget.admits(lower_bound(other, table, target))), None)
+
+
+def _nearest(proposal: Proposal, space: Space, num_retained: int) -> Iterator[Proposal]:
+    """The proposal and what may stand in for it, the nearest first."""
+    yield proposal
     if proposal.plan is not None:
-        return None
-    if proposal.fate != "drop":
-        return _repair_fate(proposal, space, table, target, budget)
+        return
+    if proposal.fate == "share":
+        smaller = (int(rank) for rank in space.reinstate.ranks if rank < proposal.adapter_rank)
+        yield from (replace(proposal, adapter_rank=rank) for rank in sorted(smaller, reverse=True))
+        return
+    kinds = space.replace.kinds if proposal.fate == "replace" else (None,)
     sizes = sorted(size for size in space.share.group_sizes if size >= proposal.group_size)
     ranks = sorted({proposal.adapter_rank, *space.share.adapter_ranks}, reverse=True)
-    earliest = _start(space, len(table.blocks) - proposal.num_removed)
-    for rank in (rank for rank in ranks if rank <= proposal.adapter_rank or not proposal.num_groups):
-        for start in dict.fromkeys((proposal.group_start, min(earliest, proposal.group_start))):
-            for size in sizes:
-                for groups in range(max(1, proposal.num_groups), space.share.max_groups + 1):
-                    other = replace(
-                        proposal, num_groups=groups, group_size=size, group_start=start, adapter_rank=rank
-                    )
-                    if budget.admits(lower_bound(other, table, target)):
-                        return other
-    return None
-
-
-def _repair_fate(
-    proposal: Proposal, space: Space, table: CostTable, target: Target, budget: Budget
-) -> Proposal | None:
-    if proposal.fate == "share":
-        ranks = sorted(
-            (int(rank) for rank in space.reinstate.ranks if rank < proposal.adapter_rank), reverse=True
-        )
-        others = [replace(proposal, adapter_rank=rank) for rank in ranks]
-    else:
-        others = [replace(proposal, replacement=kind) for kind in space.replace.kinds]
-    return next((other for other in others if budget.admits(lower_bound(other, table, target))), None)
+    earliest = _start(space, num_retained)
+    for kind in dict.fromkeys((proposal.replacement, *kinds)):
+        other = replace(proposal, replacement=kind)
+        yield other
+        for rank in (rank for rank in ranks if rank <= proposal.adapter_rank or not proposal.num_groups):
+            for start in dict.fromkeys((proposal.group_start, min(earliest, proposal.group_start))):
+                for size in sizes:
+                    for groups in range(max(1, proposal.num_groups), space.share.max_groups + 1):
+                        yield replace(
+                            other, num_groups=groups, group_size=size, group_start=start, adapter_rank=rank
+                        )
 
 
 def feasible_share(

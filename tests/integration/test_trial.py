@@ -287,7 +287,10 @@ def test_a_fault_of_our_own_is_raised(context, monkeypatch):
 # ---- which blocks go
 
 
-@pytest.mark.parametrize("criterion", ["block_influence", "window", "greedy", "gate"])
+CRITERIA = ["block_influence", "window", "greedy", "gate", "uniform", "random", "evolution"]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
 def test_criteria(context, criterion, monkeypatch, tmp_path):
     fresh = replace(context, cache_dir=tmp_path / "cache")
     shutil.copytree(context.cache_dir / "targets", tmp_path / "cache" / "targets")
@@ -297,7 +300,7 @@ def test_criteria(context, criterion, monkeypatch, tmp_path):
     if criterion == "window":
         assert first.plan.dropped[1] == first.plan.dropped[0] + 1
     assert (first.gates is None) == (criterion != "gate")
-    for name in ("measure_evidence", "greedy_order"):
+    for name in ("measure_evidence", "greedy_order", "evolve"):
         monkeypatch.setattr(trials, name, never)
     monkeypatch.setattr(trials.gating, "train_gates", never)
     again = next(run_trial(proposal, fresh, number=1))
@@ -313,8 +316,19 @@ def test_criteria(context, criterion, monkeypatch, tmp_path):
 # ---- the model that was measured
 
 
-def test_the_recovered_model_is_the_one_that_was_measured(context):
-    last = run(context)[-1]
+FATES = [
+    SHARING,
+    Proposal("window", 2, fate="share", adapter_rank=4, adapter_start="data", delta_rank=2),
+    Proposal("window", 2, fate="replace", replacement="linear", delta_rank=2),
+    Proposal("window", 2, fate="replace", replacement="layer", delta_rank=2),
+    Proposal("random", 2, fate="replace", replacement="swiglu", attention_removed=1, delta_rank=2),
+]
+
+
+@pytest.mark.parametrize("proposal", FATES, ids=lambda proposal: f"{proposal.fate} {proposal.replacement}")
+def test_the_recovered_model_is_the_one_that_was_measured(context, proposal):
+    last = run(context, proposal=proposal)[-1]
+    assert last.state == "measured"
     model, result = recovered_model(context, 0)
     assert result == TrialResult.from_json(json.loads(json.dumps(last.to_json())))
     search, report = quality_of(context, model)
@@ -323,8 +337,9 @@ def test_the_recovered_model_is_the_one_that_was_measured(context):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_an_untrained_rung_is_rebuilt_too(context):
-    generator = run_trial(SHARING, context, number=0)
+@pytest.mark.parametrize("proposal", FATES, ids=lambda proposal: f"{proposal.fate} {proposal.replacement}")
+def test_an_untrained_rung_is_rebuilt_too(context, proposal):
+    generator = run_trial(proposal, context, number=0)
     first = next(generator)
     generator.close()
     model, result = recovered_model(context, 0)

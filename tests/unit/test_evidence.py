@@ -8,6 +8,7 @@ from foldsearch.model.evidence import (
     BlockRun,
     Evidence,
     GreedyResult,
+    attention_order,
     best_window,
     greedy_order,
     influence_order,
@@ -80,6 +81,14 @@ def test_cosines_equal_those_of_the_states_before_the_final_norm(
         assert len(evidence.window_cosine[first]) == NUM_BLOCKS - first
         assert evidence.block_cosine[first] == evidence.window_cosine[first][0]
         assert evidence.start_cosine[first] == evidence.window_cosine[0][first]
+    for i, block in enumerate(dense.model.layers):
+        added: list[Tensor] = []
+        handle = block.self_attn.register_forward_hook(lambda _m, _a, out, kept=added: kept.append(out[0]))
+        dense.model(ids_NT)
+        handle.remove()
+        assert evidence.attention_cosine[i] == pytest.approx(
+            cosine(states[i], states[i] + added[0]), abs=1e-5
+        )
     assert evidence.tokens == ids_NT.numel()
     assert seen == [(2, 3), (3, 3)]
 
@@ -94,9 +103,11 @@ def test_rankings_of_known_evidence() -> None:
         block_cosine=(0.1, 0.9, 0.7, 0.9),
         start_cosine=(0.1, 0.2, 0.3, 0.4),
         window_cosine=((0.1, 0.5, 0.2, 0.0), (0.9, 0.6, 0.3), (0.7, 0.8), (0.9,)),
+        attention_cosine=(0.5, 0.9, 0.99, 0.9),
         tokens=7,
     )
     assert influence_order(evidence) == (1, 3, 2, 0)
+    assert attention_order(evidence) == (2, 1, 3, 0)
     assert best_window(evidence, 1) == (1,)
     assert best_window(evidence, 2) == (2, 3)
     assert best_window(evidence, 3) == (1, 2, 3)

@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 
 from foldsearch.errors import PlanError
 from foldsearch.plan.cost import BlockCost, Cost, CostTable, Target, UnitCost, price
-from foldsearch.plan.plan import FoldPlan, Replacement, Slot
+from foldsearch.plan.plan import REPLACEMENT_KINDS, FoldPlan, Replacement, Slot
 from foldsearch.plan.proposal import (
     Proposal,
     fold_plan,
     lower_bound,
     neighbour,
     random_drop,
+    stretches,
     uniform_drop,
 )
 
@@ -45,13 +46,18 @@ def tables(draw: st.DrawFn, num_blocks: int) -> CostTable:
 @st.composite
 def proposals(draw: st.DrawFn, num_blocks: int) -> Proposal:
     criterion = draw(st.sampled_from(["gate", "block_influence", "window", "greedy"]))
+    fate = draw(st.sampled_from(["drop", "share", "replace"]))
+    kinds = st.sampled_from(REPLACEMENT_KINDS)
     return Proposal(
         criterion=criterion,  # type: ignore[arg-type]
         num_removed=draw(st.integers(0, num_blocks - 1)),
         gate_eps=0.1 if criterion == "gate" else None,
+        fate=fate,  # type: ignore[arg-type]
+        replacement=draw(kinds) if fate == "replace" else None,  # type: ignore[arg-type]
+        attention_removed=draw(st.integers(0, num_blocks)),
         group_size=draw(st.integers(1, num_blocks + 1)),
         group_start=draw(st.integers(0, num_blocks + 1)),
-        num_groups=draw(st.integers(0, num_blocks)),
+        num_groups=0 if fate == "share" else draw(st.integers(0, num_blocks)),
         adapter_rank=draw(st.integers(0, 4)),
     )
 
@@ -82,8 +88,22 @@ def test_a_proposal_gives_a_lawful_plan_and_never_overprices_it(data: st.DataObj
         runtime=data.draw(st.sampled_from(["folded", "expanded"])),
     )
     order = data.draw(st.permutations(range(num_blocks)))
-    plan = fold_plan(order[: proposal.num_removed], proposal, num_blocks)
-    assert plan.depth == num_blocks - proposal.num_removed
+    removed, kept = order[: proposal.num_removed], order[proposal.num_removed :]
+    bases = {block: data.draw(st.sampled_from(kept)) for block in removed}
+    thin = data.draw(st.permutations(range(num_blocks)))
+    plan = fold_plan(removed, proposal, num_blocks, bases=bases, attention_order=thin)
+    slots = [slot for slot in plan.slots if isinstance(slot, Slot)]
+    if proposal.fate == "drop":
+        assert set(plan.dropped) == set(removed)
+    elif proposal.fate == "share":
+        assert {slot.home: slot.mlp for slot in slots if slot.home in bases} == bases
+        assert not plan.dropped
+    else:
+        assert {slot.home for slot in slots} == set(kept)
+        assert not plan.dropped
+    halves = [slot.home for slot in slots if slot.attention is None]
+    assert len(halves) <= proposal.attention_removed
+    assert halves == sorted(sorted(halves, key=thin.index)[: proposal.attention_removed])
     bound, exact = lower_bound(proposal, table, target), price(plan, table, target)
     for field in fields(Cost):
         assert getattr(bound, field.name) <= getattr(exact, field.name), field.name
@@ -93,8 +113,11 @@ def test_a_proposal_gives_a_lawful_plan_and_never_overprices_it(data: st.DataObj
 def test_the_bound_is_exact_where_all_blocks_cost_the_same(data: st.DataObject, num_blocks: int) -> None:
     block = BlockCost(UnitCost(90, 9, 7, 80, 3, 5, kv_width=4), UnitCost(120, 8, 6, 110, 0, 4), 2)
     table = CostTable(8, 1, 2, 3, 4, 5, 6, (block,) * num_blocks)
-    proposal = data.draw(proposals(num_blocks))
-    plan = fold_plan(range(proposal.num_removed), proposal, num_blocks)
+    proposal = replace(data.draw(proposals(num_blocks)), attention_removed=0)
+    if proposal.replacement == "layer":  # its KV cache is left out of the bound
+        proposal = replace(proposal, replacement="linear")
+    removed = range(proposal.num_removed)
+    plan = fold_plan(removed, proposal, num_blocks, bases=dict.fromkeys(removed, num_blocks - 1))
     assert lower_bound(proposal, table, Target()) == price(plan, table, Target())
 
 
@@ -104,6 +127,18 @@ def test_groups_are_read_off_the_retained_blocks() -> None:
     cut = replace(proposal, num_removed=4)
     assert str(fold_plan([2, 5, 6, 9], cut, 10)) == "0-1 3=1+r4+n 4=1+r4+n 7 8=7+r4+n"
     assert str(fold_plan([2, 5, 6], replace(proposal, num_groups=0), 10)) == "0-1 3-4 7-9"
+
+
+def test_removed_blocks_come_back_as_children_or_give_way_to_networks() -> None:
+    shared = Proposal("window", num_removed=3, fate="share", adapter_rank=4)
+    bases = {2: 1, 5: 7, 6: 7}
+    assert str(fold_plan([2, 5, 6], shared, 9, bases=bases)) == "0-1 2=1+r4+n 3-4 5=7+r4+n 6=7+r4+n 7-8"
+    replaced = Proposal("window", num_removed=3, fate="replace", replacement="ffn")
+    assert str(fold_plan([2, 5, 6], replaced, 9)) == "0-1 2~ffn 3-4 5-6~ffn 7-8"
+    thin = replace(shared, attention_removed=2)  # 7 owns and 6 is a child: they are passed over
+    plan = fold_plan([2, 5, 6], thin, 9, bases=bases, attention_order=[7, 6, 4, 8, 0])
+    assert str(plan) == "0-1 2=1+r4+n 3 4m 5=7+r4+n 6=7+r4+n 7 8m"
+    assert list(stretches([7, 2, 3, 9, 8])) == [(2, 3), (7, 9)]
 
 
 def test_a_given_plan_is_the_plan() -> None:
@@ -130,6 +165,9 @@ def test_json_round_trip(data: st.DataObject, num_blocks: int) -> None:
         ({"criterion": "gate"}, "gate_eps"),
         ({"criterion": "window", "gate_eps": 0.1}, "gate_eps"),
         ({"criterion": "magic"}, "one of gate"),
+        ({"criterion": "window", "fate": "share", "num_groups": 1}, "has no groups"),
+        ({"criterion": "window", "fate": "replace"}, "exactly when its fate is 'replace'"),
+        ({"criterion": "window", "fate": "burn"}, "one of drop, share, replace"),
         ({"criterion": "window", "num_removed": -1}, "num_removed is 0 or more, got -1"),
         ({"criterion": "window", "learning_rate": 0.0}, "positive number"),
     ],

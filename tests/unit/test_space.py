@@ -6,6 +6,7 @@ Oracles: the laws of FoldPlan and `price` on real plans; brute force over all sm
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -18,6 +19,8 @@ from foldsearch.plan.proposal import Proposal, fold_plan, lower_bound
 from foldsearch.spec.load import load_space, shipped
 from foldsearch.spec.space import (
     RandomSuggest,
+    Reinstate,
+    Replace,
     Share,
     Space,
     feasible_share,
@@ -29,6 +32,7 @@ from foldsearch.spec.space import (
 )
 
 N = 10
+FATES, KINDS = ("drop", "share", "replace"), ("linear", "ffn", "swiglu", "layer")
 BLOCK = BlockCost(UnitCost(900, 9, 7, 800, 3, 60, kv_width=4), UnitCost(1200, 8, 6, 1100, 0, 40), 2)
 TABLE = CostTable(8, 100, 20, 300, 40, 5, 60, (BLOCK,) * N)
 TARGET = Target(context=64)
@@ -38,8 +42,15 @@ TARGET = Target(context=64)
 def spaces(draw: st.DrawFn) -> Space:
     low, high = sorted((draw(st.floats(0, 1)), draw(st.floats(0, 1))))
     start = sorted((draw(st.floats(0, 1)), draw(st.floats(0, 1))))
+    thin = sorted((draw(st.floats(0, 0.5)), draw(st.floats(0, 0.5))))
     return Space(
         removal=(low, high),
+        fates=tuple(draw(st.lists(st.sampled_from(FATES), min_size=1, unique=True))),
+        attention=(thin[0], thin[1]),
+        reinstate=Reinstate(
+            ranks=tuple(draw(st.sets(st.integers(0, 8), min_size=1))), starts=("zero", "svd")
+        ),
+        replace=Replace(kinds=tuple(draw(st.sets(st.sampled_from(KINDS), min_size=1)))),
         gate_eps=(0.1, 0.01),
         share=Share(
             max_groups=draw(st.integers(0, 3)),
@@ -57,8 +68,11 @@ def test_proposals_are_lawful_in_range_and_never_the_dense_model(
     proposal = propose(RandomSuggest(seed), space, num_blocks)
     fewest, most = space.counts(num_blocks)
     assert fewest <= proposal.num_removed <= most
-    plan = fold_plan(range(proposal.num_removed), proposal, num_blocks)
-    assert plan.depth == num_blocks - proposal.num_removed
+    assert not proposal.num_removed or proposal.fate in space.fates
+    assert proposal.replacement is None or proposal.replacement in space.replace.kinds
+    removed = range(proposal.num_removed)
+    bases = dict.fromkeys(removed, num_blocks - 1)
+    plan = fold_plan(removed, proposal, num_blocks, bases=bases, attention_order=range(num_blocks))
     assert proposal.criterion in space.criteria
     low, high = space.recover.learning_rate
     assert low <= proposal.learning_rate <= high
@@ -88,27 +102,38 @@ def test_a_space_without_sharing_drops_at_least_one_block() -> None:
 
 def every_proposal(space: Space) -> list[Proposal]:
     fewest, most = space.counts(N)
-    found = [Proposal("window", num_removed=count) for count in range(max(1, fewest), most + 1)]
-    for count, groups, group_size, rank in itertools.product(
-        range(fewest, most + 1),
-        range(1, space.share.max_groups + 1),
-        space.share.group_sizes,
-        space.share.adapter_ranks,
-    ):
-        retained = N - count
-        first, last = (max(0, min(int(share * retained), retained - 2)) for share in space.share.start)
-        found += [
-            Proposal(
-                "window",
-                num_removed=count,
-                num_groups=groups,
-                group_size=group_size,
-                group_start=start,
-                adapter_rank=rank,
-            )
-            for start in range(first, last + 1)
-        ]
+    thinnest, thickest = space.attention_counts(N)
+    found = []
+    for count, thinned in itertools.product(range(fewest, most + 1), range(thinnest, thickest + 1)):
+        plain = Proposal("window", num_removed=count, attention_removed=thinned)
+        if not count:
+            found += [plain] if thinned else []
+            found += with_groups(plain, space)
+            continue
+        if "share" in space.fates:
+            found += [
+                replace(plain, fate="share", adapter_rank=rank, adapter_start=start)
+                for rank in space.reinstate.ranks
+                for start in space.reinstate.starts
+            ]
+        bare = [plain] if "drop" in space.fates else []
+        if "replace" in space.fates:
+            bare += [replace(plain, fate="replace", replacement=kind) for kind in space.replace.kinds]
+        for proposal in bare:
+            found += [proposal, *with_groups(proposal, space)]
     return found
+
+
+def with_groups(proposal: Proposal, space: Space) -> list[Proposal]:
+    retained = N - proposal.num_removed
+    first, last = (max(0, min(int(share * retained), retained - 2)) for share in space.share.start)
+    return [
+        replace(proposal, num_groups=groups, group_size=group_size, group_start=start, adapter_rank=rank)
+        for groups in range(1, space.share.max_groups + 1)
+        for group_size in space.share.group_sizes
+        for rank in space.share.adapter_ranks
+        for start in range(first, last + 1)
+    ]
 
 
 @settings(max_examples=60, deadline=None)
@@ -130,7 +155,11 @@ def test_narrowing_loses_nothing_and_repair_ends_inside_the_budget(space: Space,
         repaired = repair(proposal, narrowed, TABLE, TARGET, budget)
         if repaired is None:
             assert not any(
-                p.num_removed == proposal.num_removed and p.num_groups >= proposal.num_groups for p in fitting
+                p.num_removed == proposal.num_removed
+                and p.num_groups >= proposal.num_groups
+                and p.fate == proposal.fate
+                and p.attention_removed == proposal.attention_removed
+                for p in fitting
             )
         else:
             assert budget.admits(lower_bound(repaired, TABLE, TARGET))
@@ -149,7 +178,18 @@ def test_size_counts_every_proposal_once_a_criterion(space: Space) -> None:
 def test_smallest_is_the_smallest(space: Space) -> None:
     plan, cost = smallest(space, TABLE, TARGET)
     assert price(plan, TABLE, TARGET) == cost
-    assert cost.memory_bytes == min(lower_bound(p, TABLE, TARGET).memory_bytes for p in every_proposal(space))
+    removed = range(N - 1, -1, -1)
+    assert cost.memory_bytes == min(
+        price(
+            fold_plan(
+                removed[: p.num_removed], p, N, bases=dict.fromkeys(removed, 0), attention_order=range(N)
+            ),
+            TABLE,
+            TARGET,
+        ).memory_bytes
+        for p in every_proposal(space)
+        if p.num_removed < N
+    )
 
 
 def test_a_budget_out_of_reach_says_the_smallest_and_its_plan() -> None:
