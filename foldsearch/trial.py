@@ -58,7 +58,14 @@ from foldsearch.model.recover import (
     merge,
     saved_tokens,
 )
-from foldsearch.model.starts import StartSettings, folded_start, new_values
+from foldsearch.model.starts import (
+    StartSettings,
+    fitting_tokens,
+    folded_start,
+    linear_window,
+    new_values,
+)
+from foldsearch.model.states import residual_states
 from foldsearch.model.tokens import Splits, TokenSet, make_splits
 from foldsearch.plan.cost import Budget, Cost, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan, Replacement
@@ -285,6 +292,8 @@ def choose_blocks(
         return uniform_drop(count, len(context.table.blocks)), None
     if proposal.criterion == "random":
         return random_drop(count, len(context.table.blocks), context.study.seed), None
+    if proposal.criterion == "linear_window":
+        return _linear_window(count, context, say), None
     if proposal.criterion == "evolution":
         return _evolved(count, context, say).plan.dropped, None
     evidence = _evidence(context, say)
@@ -336,6 +345,38 @@ def _greedy(context: TrialContext, say: Progress) -> GreedyResult:
         ).to_json(),
     )
     return GreedyResult.from_json(value)
+
+
+def _linear_window(count: int, context: TrialContext, say: Progress) -> tuple[int, ...]:
+    bench = _workbench(context, say)
+    tokens = bench.splits.search
+    rows = list(range(min(len(tokens.ids_NT), max(1, GREEDY_TOKENS // tokens.ids_NT.shape[1]))))
+    fitted = context.study.starts.tokens
+    value, _ = once(
+        _cache_path(
+            context,
+            "windows",
+            tokens,
+            count=count,
+            rows=len(rows),
+            fitted=[fitted, bench.splits.recovery.content_hash],
+        ),
+        lambda: linear_window(
+            bench.dense,
+            count,
+            residual_states(
+                bench.dense,
+                fitting_tokens(bench.splits.recovery.ids_NT, fitted),
+                model_hash=context.files.content_hash,
+                cache_dir=context.cache_dir,
+                progress=_share(say, "residual states"),
+            ),
+            TokenSet(tokens.name, tokens.ids_NT[rows], tokens.document_N[rows], tokens.documents),
+            bench.search.of(rows),
+            _share(say, "linear windows"),
+        ),
+    )
+    return tuple(value)
 
 
 def _evolved(count: int, context: TrialContext, say: Progress) -> EvolutionResult:

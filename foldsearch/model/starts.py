@@ -6,6 +6,7 @@ states of the blocks that their children stand for (children.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,11 @@ from transformers import PreTrainedModel
 from foldsearch.model.blocks import decoder_blocks
 from foldsearch.model.children import start_adapters
 from foldsearch.model.fold import fold
+from foldsearch.model.judge import DenseTargets, judge
 from foldsearch.model.parts import Borrowed, OutputNorm, Replaced
 from foldsearch.model.replacements import FitSettings, fit_replacement
 from foldsearch.model.states import residual_states
+from foldsearch.model.tokens import TokenSet
 from foldsearch.plan.plan import FoldPlan, Replacement, Slot
 from foldsearch.plan.proposal import AdapterStart
 
@@ -64,7 +67,7 @@ def folded_start(
     """
     say = progress or (lambda stage, share: None)
     model = fold(dense, plan)
-    ids_NT = ids_NT[: max(2, settings.tokens // ids_NT.shape[1])]
+    ids_NT = fitting_tokens(ids_NT, settings.tokens)
     summary: dict[str, Any] = {}
     if any(isinstance(slot, Replacement) for slot in plan.slots):
         states = residual_states(
@@ -86,6 +89,46 @@ def folded_start(
         start_adapters(model, dense, ids_NT, settings.adapters, _share(say, "calibrating adapters"))
         summary["adapters"] = settings.adapters
     return model, summary
+
+
+def fitting_tokens(ids_NT: Tensor, tokens: int) -> Tensor:
+    """The first sequences of a text that hold so many tokens, at least two of them."""
+    return ids_NT[: max(2, tokens // ids_NT.shape[1])]
+
+
+def linear_window(
+    dense: PreTrainedModel,
+    count: int,
+    states: Tensor,
+    tokens: TokenSet,
+    targets: DenseTargets,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[int, ...]:
+    """The `count` consecutive blocks whose linear replacement leaves the least KL to the dense model [ours].
+
+    Every window is fitted in closed form, built and measured: states alone do not tell a window that can go from one
+    that later blocks cannot do without (docs/log.md).
+
+    Args:
+        states: see `foldsearch.model.states.residual_states`.
+        tokens, targets: to measure on; a thousand tokens will do.
+        progress: called with (done, total) windows.
+    """
+    num_blocks = len(decoder_blocks(dense))
+    found: list[float] = []
+    for first in range(num_blocks - count + 1):
+        slot = Replacement(first, first + count - 1, "linear")
+        kept = FoldPlan.dropping(range(first, first + count), num_blocks).slots
+        plan = FoldPlan((*kept[:first], slot, *kept[first:]), num_blocks)
+        model = fold(dense, plan)
+        fit = fit_replacement(dense, slot, states, tokens.ids_NT)
+        _put(_new_module(decoder_blocks(model)[first]), fit.values)
+        kl = judge(model, tokens, targets).kl
+        found.append(kl if math.isfinite(kl) else math.inf)
+        if progress is not None:
+            progress(first + 1, num_blocks - count + 1)
+    best = min(range(len(found)), key=found.__getitem__)
+    return tuple(range(best, best + count))
 
 
 def new_values(model: PreTrainedModel) -> dict[str, Tensor]:

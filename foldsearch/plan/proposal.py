@@ -17,7 +17,9 @@ from foldsearch.errors import PlanError
 from foldsearch.plan.cost import DTYPE_BYTES, Cost, CostTable, Target, price, replacement_cost
 from foldsearch.plan.plan import FoldPlan, Replacement, ReplacementKind, Slot
 
-Criterion = Literal["gate", "block_influence", "window", "greedy", "uniform", "random", "evolution", "given"]
+Criterion = Literal[
+    "gate", "block_influence", "window", "linear_window", "greedy", "uniform", "random", "evolution", "given"
+]
 Fate = Literal["drop", "share", "replace"]
 AdapterStart = Literal["zero", "svd", "data"]
 Origin = Literal["sampler", "baseline", "start", "neighbour", "hand"]

@@ -17,6 +17,9 @@ from foldsearch.plan.cost import GB, Budget, Cost, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.proposal import Criterion, Fate, Origin, Proposal, fold_plan, lower_bound
 
+RankingCriterion = Literal[
+    "gate", "block_influence", "window", "linear_window", "greedy", "uniform", "random", "evolution"
+]
 Share01 = Annotated[float, Field(ge=0, le=1)]
 Rank = Annotated[int, Field(ge=0)]
 RankOrShare = Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)]
@@ -107,7 +110,7 @@ class Space(TomlTable):
     name: str = "unnamed"
     removal: tuple[Share01, Share01] = (0.0, 0.5)
     criteria: Annotated[
-        tuple[Literal["gate", "block_influence", "window", "greedy", "uniform", "random", "evolution"], ...],
+        tuple[RankingCriterion, ...],
         Field(min_length=1),
     ] = ("gate", "block_influence", "window", "greedy")
     fates: Annotated[tuple[Fate, ...], Field(min_length=1)] = ("drop",)

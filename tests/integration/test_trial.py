@@ -287,7 +287,7 @@ def test_a_fault_of_our_own_is_raised(context, monkeypatch):
 # ---- which blocks go
 
 
-CRITERIA = ["block_influence", "window", "greedy", "gate", "uniform", "random", "evolution"]
+CRITERIA = ["block_influence", "window", "greedy", "gate", "uniform", "random", "evolution", "linear_window"]
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -297,10 +297,10 @@ def test_criteria(context, criterion, monkeypatch, tmp_path):
     proposal = Proposal(criterion, 2, gate_eps=0.5 if criterion == "gate" else None, delta_rank=0)
     first = next(run_trial(proposal, fresh, number=0))
     assert len(first.plan.dropped) == 2
-    if criterion == "window":
+    if "window" in criterion:
         assert first.plan.dropped[1] == first.plan.dropped[0] + 1
     assert (first.gates is None) == (criterion != "gate")
-    for name in ("measure_evidence", "greedy_order", "evolve"):
+    for name in ("measure_evidence", "greedy_order", "evolve", "linear_window"):
         monkeypatch.setattr(trials, name, never)
     monkeypatch.setattr(trials.gating, "train_gates", never)
     again = next(run_trial(proposal, fresh, number=1))

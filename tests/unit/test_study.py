@@ -105,8 +105,8 @@ a = 1
         'jobs: must be a whole number; got "2".',
         "sampler: must be one of 'tpe', 'nsga2' or 'random'; got \"tpee\". Did you mean 'tpe'?",
         "space.removal: a range is written [from, to], the smaller number first; got [0.5, 0.1].",
-        "space.criteria[0]: must be one of 'gate', 'block_influence', 'window', 'greedy', 'uniform', 'random' "
-        "or 'evolution'; got \"gates\". "
+        "space.criteria[0]: must be one of 'gate', 'block_influence', 'window', 'linear_window', 'greedy', "
+        "'uniform', 'random' or 'evolution'; got \"gates\". "
         "Did you mean 'gate'?",
         "space.share.max_group: unknown key. Did you mean 'max_groups'?",
         "space.share.group_sizes[0]: must be at least 2; got 1.",
