@@ -62,6 +62,23 @@ def extended(
     return FoldPlan(tuple(slots), num_blocks)
 
 
+def rank_of(rank: float, width: int) -> int:
+    """The rank of adapters: a whole number as it is, a fraction as a share of the model's width (at least 1).
+
+    Raises:
+        PlanError: it is not between 0 and the width, or the share not above 0 and at most 1.
+    """
+    if isinstance(rank, int):
+        if 0 <= rank <= width:
+            return rank
+    elif 0 < rank <= 1:
+        return max(1, round(rank * width))
+    raise PlanError(
+        f"the rank of an adapter is a whole number from 0 to the model's width, {width}, or a share of it such as "
+        f"{DEFAULT_RANK}, got {rank}."
+    )
+
+
 def _check(
     base: FoldPlan, num_blocks: int, first: int, last: int, depth: int, pattern: str, rank: int
 ) -> None:
@@ -85,7 +102,9 @@ def _check(
             f"only a plan without repeats can be extended, but '{base}' repeats blocks {repeated} already. Give the "
             "plan without them, and a larger depth."
         )
-    whole = {slot.home for slot in base.slots if slot == Slot(*[getattr(slot, "home", -1)] * 3)}
+    whole = {
+        slot.home for slot in base.slots if isinstance(slot, Slot) and slot.attention == slot.mlp == slot.home
+    }
     if borrowed := sorted(set(range(first, last + 1)) - whole):
         raise PlanError(
             f"a repeated block runs its own attention and MLP, but blocks {borrowed} of {first}-{last} do not in "

@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-
 from transformers import PreTrainedModel
 
 from foldsearch.errors import PlanError
@@ -24,7 +23,7 @@ from foldsearch.model.parts import GAMMA_START, OutputNorm
 from foldsearch.model.recover import Recovery, RecoverySettings
 from foldsearch.model.starts import new_values
 from foldsearch.plan.cost import Target, price
-from foldsearch.plan.extend import PATTERNS, extended
+from foldsearch.plan.extend import DEFAULT_RANK, PATTERNS, extended, rank_of
 from foldsearch.plan.plan import UNITS, FoldPlan, Replacement, Slot
 from foldsearch.plan.proposal import AdapterStart
 from tests.strategies import plans, tables
@@ -102,7 +101,7 @@ def test_laws(drawn):
         if isinstance(slot, Slot):
             seen.add(slot.home)
     assert tuple(once) == base.slots  # first occurrences, in order
-    assert {slot for slot in repeats} <= {Slot(b, b, b, rank, True) for b in range(first, last + 1)}
+    assert set(repeats) <= {Slot(b, b, b, rank, True) for b in range(first, last + 1)}
     counts = Counter(slot.home for slot in repeats)
     by_block = [counts[block] for block in range(first, last + 1)]
     assert sorted(by_block, reverse=True) == by_block
@@ -172,6 +171,16 @@ def test_refusals_of_plans(text, message):
         extended(5, 1, 3, 9, plan=FoldPlan.parse(text, 5))
     with pytest.raises(PlanError, match="the plan is for 4 blocks, the model has 5"):
         extended(5, 1, 3, 9, plan=FoldPlan.identity(4))
+
+
+def test_a_rank_is_a_number_or_a_share_of_the_width():
+    assert [rank_of(given_, 576) for given_ in (0, 1, 36, 576)] == [0, 1, 36, 576]
+    assert [rank_of(given_, 576) for given_ in (DEFAULT_RANK, 1.0, 0.5, 1e-6)] == [36, 576, 288, 1]
+    for wrong in (-1, 577, 0.0, -0.5, 1.5, float("nan"), float("inf")):
+        with pytest.raises(
+            PlanError, match=r"from 0 to the model's width, 576, or a share of it such as 0.0625"
+        ):
+            rank_of(wrong, 576)
 
 
 # ---- where an extended model starts
