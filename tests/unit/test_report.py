@@ -14,7 +14,6 @@ from rich.console import Console
 from foldsearch.errors import RunError
 from foldsearch.plan.front import dominates
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.strip import cells
 from foldsearch.plan.proposal import Proposal
 from foldsearch.plan.strip import LEGEND, cells, strip
 from foldsearch.report import page, terminal
