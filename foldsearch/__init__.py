@@ -14,6 +14,7 @@ Each name says its shapes, units, errors and source in its own docstring:
     evaluate_trial  what a trial's model still knows, beside dense: questions and harness tasks
     try_plan        fold, recover and measure one plan in this process
     inspect_model   how redundant the blocks of a model are
+    extended        a plan that runs blocks of a small model again
     FoldPlan        what runs at each depth: a value with a text form
     fold            a plan and a dense model give a folded model
     measure         a model's cost table, by fvcore
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from foldsearch.model.fold import fold
     from foldsearch.model.measure import measure
     from foldsearch.plan.cost import Budget, Cost, CostTable, Target, price
+    from foldsearch.plan.extend import extended
     from foldsearch.plan.plan import FoldPlan
     from foldsearch.plan.result import Quality, TrialResult
     from foldsearch.search.run import run_search
@@ -52,6 +54,7 @@ __all__ = [
     "evaluate_trial",
     "try_plan",
     "inspect_model",
+    "extended",
     "FoldPlan",
     "fold",
     "measure",
@@ -74,6 +77,7 @@ _HOMES = {
     "foldsearch.model.fold": ("fold",),
     "foldsearch.model.measure": ("measure",),
     "foldsearch.plan.cost": ("Budget", "Cost", "CostTable", "Target", "price"),
+    "foldsearch.plan.extend": ("extended",),
     "foldsearch.plan.plan": ("FoldPlan",),
     "foldsearch.plan.result": ("Quality", "TrialResult"),
     "foldsearch.search.run": ("run_search",),

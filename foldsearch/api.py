@@ -37,6 +37,7 @@ Progress = Callable[[str, float], None]
 
 PICK = "pick.json"
 EVALUATIONS = "evaluations"
+_TRIED = 0  # number of the only trial in the folder of `try_plan`
 _MANY_BLOCKS = 10_000  # more than any model has: enough to read a plan before its model is known
 
 
@@ -151,8 +152,9 @@ def try_plan(
     with ExitStack() as held:
         if folder is None:
             folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="foldsearch-try-")))
-        folder.mkdir(parents=True, exist_ok=True)
-        context = prepare_context(study, folder, progress=progress)
+        context = prepare_context(
+            study, folder, progress=progress
+        )  # it makes the folder, once all can be used
         recover = study.space.recover
         proposal = Proposal(
             "given",
@@ -161,7 +163,22 @@ def try_plan(
             delta_rank=recover.delta_ranks[len(recover.delta_ranks) // 2],
             origin="hand",
         )
-        yield from run_trial(proposal, context, number=0, progress=progress)
+        yield from run_trial(proposal, context, number=_TRIED, progress=progress)
+
+
+def export_tried(
+    study: Study, folder: Path, out: Path, *, form: Form = "folded", progress: Progress = _silent
+) -> ExportReport:
+    """Write the model that `try_plan` measured last in `folder`, and verify it in a fresh process.
+
+    Args:
+        study, folder: as `try_plan` was given them.
+        out, form, progress: see `export_trial`.
+
+    Raises:
+        RunError: nothing was measured there. Else as `export_trial`.
+    """
+    return _export(study, folder, _TRIED, out, form, {}, progress)
 
 
 # ---- after a search
@@ -239,15 +256,29 @@ def export_trial(
         RunError: the trial was not measured. InputError: `out` exists, or the disk is full.
         PlanError: the form cannot say what the plan needs. VerificationError: what was written differs.
     """
+    entry = run.pick(number=number)
+    folder = run.folder
+    details = {"trial": entry.number, "run": folder.path.name}
+    return _export(folder.study, folder.path, entry.number, out, form, details, progress)
+
+
+def _export(
+    study: Study,
+    folder: Path,
+    number: int,
+    out: Path,
+    form: Form,
+    details: dict[str, Any],
+    progress: Progress,
+) -> ExportReport:
+    """Rebuild a trial's model and ship it. details: what else goes into the card, beside model and result."""
     from foldsearch.export import export
     from foldsearch.model.source import open_tokenizer
     from foldsearch.trial import open_workbench, prepare_context, recovered_model
 
-    entry = run.pick(number=number)
-    folder = run.folder
-    context = prepare_context(folder.study, folder.path, progress=progress)
+    context = prepare_context(study, folder, progress=progress)
     progress("rebuilding the model that was measured", 0.0)
-    model, result = recovered_model(context, entry.number)
+    model, result = recovered_model(context, number)
     bench = open_workbench(context)
     progress("writing and verifying in a fresh process", 0.0)
     return export(
@@ -256,14 +287,13 @@ def export_trial(
         out,
         plan=result.plan,
         form=form,
-        dtype=folder.target.dtype,
+        dtype=context.target.dtype,
         ids_NT=bench.splits.report.ids_NT,
         dense=bench.dense,
         details={
-            "base_model": folder.study.model,
+            "base_model": study.model,
             "note": context.files.note,
-            "trial": entry.number,
-            "run": folder.path.name,
+            **details,
             "result": result.to_json(),
         },
     )

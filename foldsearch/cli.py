@@ -9,14 +9,17 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import foldsearch
 from foldsearch.errors import InputError, VerificationError
+from foldsearch.plan.extend import DEFAULT_RANK, PATTERNS, extended, rank_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,6 +67,31 @@ a plan, one word a position:
   8a   10m     only its attention; only its MLP 7=9+r8+n   ... an adapter of rank 8, an output norm
   13-18~linear one matrix in place of 13 to 18  3=3+r8     block 3 once more
   A block that is not named is dropped.
+"""
+
+
+_EXTEND = """\
+Depth for few stored bytes (FlexiGPT, arXiv 2501.14713): a run of blocks is executed again with
+the same weights, each repeat with low-rank adapters and an output norm of its own.
+
+patterns, for --blocks 1-3 of a model of five blocks, 0 to 4:
+  block       --to 8   0 1 1 2 2 3 3 4   every block again, right after itself
+  sequential  --to 8   0 1 2 3 1 2 3 4   the run again as a whole, after itself
+
+--to counts executed positions. Whole passes over the run come first; where positions are left
+over, the first blocks of the run get one more each:
+  block       --to 7   0 1 1 2 2 3 4
+  sequential  --to 7   0 1 2 3 1 2 4
+So of 30 blocks, --blocks 3-18 --to 46 repeats each of the sixteen once, --to 36 the first six.
+
+Output norms start small, so the extended model starts near the base model: rung 0 shows how
+near. Memory, KV cache and FLOPs all grow; the price is printed before anything is trained.
+Training is the study's. Its [recovery] weights kl and tail hold the model at the base model;
+a study with next_token = 1, kl = 0, tail = 0 lets it leave. All of the model is trained, not the
+repeats alone: what is owed to them shows beside the same training without them, the second line.
+
+  foldsearch extend --blocks 3-18 --to 36 --tokens 8192 --export exports/deeper
+  foldsearch try "0-29" --tokens 8192
 """
 
 
@@ -183,6 +211,41 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="DIR", help="keep the trained parameters and results here"
     )
 
+    extend = verb(
+        "extend", _extend, "repeat blocks of a small model, train and measure it, export it", _EXTEND
+    )
+    extend.add_argument(
+        "model", nargs="?", metavar="MODEL", help="as for `run --model` (default: the study's)"
+    )
+    extend.add_argument(
+        "--blocks", type=_run_of_blocks, required=True, metavar="A-B", help="the run that is executed again"
+    )
+    extend.add_argument(
+        "--to",
+        type=int,
+        required=True,
+        metavar="N",
+        help="executed positions, more than the model has blocks",
+    )
+    extend.add_argument(
+        "--pattern", choices=PATTERNS, default=PATTERNS[0], help="see below (default: %(default)s)"
+    )
+    extend.add_argument(
+        "--rank", type=_rank, default=DEFAULT_RANK, metavar="R",
+        help="of the adapters: 36, or 0.0625 of the model's width (the default); 0 is none",
+    )  # fmt: skip
+    extend.add_argument("--study", metavar="STUDY", help="whose settings to use (default: as `run`)")
+    _add_study_options(extend, model=False)
+    extend.add_argument(
+        "--tokens", type=int, metavar="N", help="tokens to train on (default: the study's last rung)"
+    )
+    extend.add_argument(
+        "--out", type=Path, metavar="DIR", help="keep the trained parameters and results here, new"
+    )
+    extend.add_argument(
+        "--export", type=Path, metavar="DIR", help="write the folded model here, new, verified like `export`"
+    )
+
     price = verb("price", _price, "what a plan costs on a device, in memory and FLOPs", _PLAN_TEXT)
     price.add_argument("plan", metavar="PLAN", help='such as "0-12 15-29"')
     price.add_argument("--study", metavar="STUDY", help="whose model and target to use (default: as `run`)")
@@ -274,8 +337,9 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_study_options(parser: argparse.ArgumentParser) -> None:
-    _add_model_option(parser)
+def _add_study_options(parser: argparse.ArgumentParser, *, model: bool = True) -> None:
+    if model:
+        _add_model_option(parser)
     parser.add_argument(
         "--data", metavar="D", help="text: hub data set, folder, .txt, .jsonl, .parquet, package:NAME"
     )
@@ -304,6 +368,27 @@ def _seconds(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"a time is seconds, or 90s, 15m, 2h; got {text!r}")
     return value
+
+
+def _run_of_blocks(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if first > last:
+        raise argparse.ArgumentTypeError(f"a run of blocks is written 3-18, first before last; got {text!r}")
+    return first, last
+
+
+def _rank(text: str) -> float:
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"a rank is a whole number, or a share of the model's width such as 0.0625; got {text!r}"
+        ) from error
 
 
 _OVERRIDES = {
@@ -375,15 +460,62 @@ def _search(study: Study | None, folder: Path, *, resume: bool) -> int:
 
 def _try(args: argparse.Namespace) -> int:
     from foldsearch.api import try_plan
+
+    study = _tried_study(args)
+    with _status() as progress:
+        results = list(try_plan(args.plan, study, folder=args.out, progress=progress))
+    return _show_results(results)
+
+
+def _extend(args: argparse.Namespace) -> int:
+    from foldsearch.api import export_tried, measure_model, try_plan
+    from foldsearch.report.terminal import console, export_table, extension_note, price_table
+
+    _check_new(args)
+    study = _tried_study(args)
+    study = study.model_copy(update={"rungs": tuple(sorted({0, *study.rungs}))})  # the start is measured too
+    with _status() as progress:
+        table = measure_model(study, progress)
+    (first, last), target = args.blocks, study.target.value()
+    plan = extended(len(table.blocks), first, last, args.to, args.pattern, rank_of(args.rank, table.width))
+    out = console()
+    out.print(price_table(plan, table, target))
+    out.print(extension_note(plan, table, target))
+    out.print()
+    with TemporaryDirectory(prefix="foldsearch-extend-") as elsewhere:
+        folder = args.out or Path(elsewhere)
+        with _status() as progress:
+            results = list(try_plan(plan, study, folder=folder, progress=progress))
+        code = _show_results(results)
+        if args.export is None or code:
+            return code
+        _quiet_bars()
+        with _status() as progress:
+            report = export_tried(study, folder, args.export, progress=progress)
+    out.print()
+    out.print(export_table(report, args.export))
+    return 0
+
+
+def _check_new(args: argparse.Namespace) -> None:
+    """What is written to is told before hours of training, not after."""
+    for option, folder in (("--out", args.out), ("--export", args.export)):
+        if folder is not None and folder.exists():
+            raise InputError(f"{option} is a new folder, but '{folder}' is there already. Choose another.")
+    if args.out is not None and args.export is not None and args.out.resolve() == args.export.resolve():
+        raise InputError(f"--out and --export are two folders, got '{args.out}' for both. Choose another.")
+
+
+def _tried_study(args: argparse.Namespace) -> Study:
+    """The study whose last rung is `--tokens`."""
+    return _study(args, **({} if args.tokens is None else {"rungs": sorted({0, args.tokens})}))
+
+
+def _show_results(results: list[TrialResult]) -> int:
+    """Print the rungs of one trial; returns the exit code."""
     from foldsearch.report.terminal import console, results_table
 
-    rungs = {} if args.tokens is None else {"rungs": sorted({0, args.tokens})}
-    study = _study(args, **rungs)
-    results: list[TrialResult] = []
-    with _status() as progress:
-        results.extend(try_plan(args.plan, study, folder=args.out, progress=progress))
-    out = console()
-    out.print(results_table(results))
+    console().print(results_table(results))
     failed = results[-1].state in ("failed", "diverged")
     if failed:
         print(f"error: the trial {results[-1].state}: {results[-1].reason}", file=sys.stderr)
@@ -476,12 +608,10 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from transformers.utils import logging as transformers_logging
-
     from foldsearch.api import export_trial, open_run
     from foldsearch.report.terminal import console, export_table, words_table
 
-    transformers_logging.disable_progress_bar()  # the bars of a second or two would cut through our own lines
+    _quiet_bars()
     view = open_run(args.run)
     entry = _chosen(args, view)
     with _status() as progress:
@@ -512,6 +642,13 @@ def _dashboard(args: argparse.Namespace) -> int:
 
 
 # ---- words around the verbs
+
+
+def _quiet_bars() -> None:
+    """The bars of transformers, of a second or two, would cut through our own lines."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def _say(words: str) -> None:

@@ -10,6 +10,10 @@ moment of its inputs in the dense model: min ‖(W_i − W_j − up · down) C^�
 (W_i − W_j) C (W_i − W_j)ᵀ [ours; the whitened SVD of SVD-LLM, arXiv 2403.07378, for a difference]. With `data` the
 output norm's γ starts at the least squares fit of what the dense unit added, per channel [ours].
 
+Repeats stand for nothing in the dense model, so there is nothing to fit. Between a block and itself the difference is
+zero, and factors of zero would never learn: each waits for the other. So such adapters keep the start of `fold` (down
+random, up zero), and the γ of a repeat stays small: an extended model starts near the dense one.
+
 Shapes: N sequences, T positions, M tokens, D width, I inputs and O outputs of a linear, R rank.
 """
 
@@ -154,7 +158,7 @@ def start_adapters(
         dense: the model it was folded from. ids_NT: calibration tokens, for `data`.
         progress: called with (done, total) sequences.
 
-    `zero` leaves the start of `fold`: adapters that add nothing, a small γ.
+    `zero` leaves the start of `fold`: adapters that add nothing, a small γ. So do repeats (see above).
     """
     children = _children(model, dense)
     if start == "zero" or not children:
@@ -174,6 +178,8 @@ def start_adapters(
             if part.down is not None and part.up is not None:
                 home = child.home.get_submodule(path)
                 difference_OI = _matrix(home) - _matrix(part.owner)
+                if not difference_OI.any():
+                    continue  # a block and itself
                 moment = moments[home] if start == "data" else None
                 up, down = low_rank(difference_OI, part.rank, moment)
                 part.up.copy_(_padded(up, part.up.shape))
@@ -191,19 +197,25 @@ def _padded(value: Tensor, shape: torch.Size) -> Tensor:
 
 @dataclass(slots=True, eq=False)
 class _Child:
-    """A position that borrows: the folded block, the dense block that its home is, and what the folded one carries."""
+    """A position that borrows: the folded block, the dense block that its home is, and what the folded one carries.
+
+    repeat: whether its home has run before.
+    """
 
     block: nn.Module
     home: nn.Module
     index: int
+    repeat: bool
     parts: dict[str, Borrowed] = field(default_factory=dict)
     norms: dict[str, OutputNorm] = field(default_factory=dict)
 
 
 def _children(model: PreTrainedModel, dense: PreTrainedModel) -> list[_Child]:
     found = []
+    seen: set[int] = set()
     for block, slot in zip(decoder_blocks(model), model.config.fold["slots"], strict=True):
-        child = _Child(block, decoder_blocks(dense)[slot["home"]], slot["home"])
+        child = _Child(block, decoder_blocks(dense)[slot["home"]], slot["home"], slot["home"] in seen)
+        seen.add(slot["home"])
         for path, part in block.named_modules():
             if isinstance(part, Borrowed):
                 child.parts[path.replace(".inner", "")] = part
@@ -273,7 +285,7 @@ def _start_norms(
         return hook
 
     with ExitStack() as stack:
-        for child in (child for child in children if child.norms):
+        for child in (child for child in children if child.norms and not child.repeat):
             for path, norm in child.norms.items():
                 home = child.home
 

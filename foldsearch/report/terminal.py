@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from foldsearch.plan.cost import GB, Cost, CostTable, Target, price
-from foldsearch.plan.plan import FoldPlan
+from foldsearch.plan.plan import FoldPlan, Slot
 from foldsearch.plan.result import TrialResult
-from foldsearch.plan.strip import LEGEND
+from foldsearch.plan.strip import LEGEND, cells
 from foldsearch.report.colours import DROPPED, PAIRS, paint
 from foldsearch.report.view import Entry, RunView, by_cost, flops_unit, gb
 from foldsearch.search.folder import RunFolder
@@ -58,6 +58,15 @@ def strip_text(plan: FoldPlan) -> Text:
 def ruler(num_blocks: int) -> str:
     """Block numbers to stand above a strip: 0    5    10   15 …"""
     return "".join(f"{block:<5}" for block in range(0, num_blocks, 5))[:num_blocks].rstrip()
+
+
+def strip_ruler(plan: FoldPlan) -> str:
+    """Block numbers to stand above a plan's strip, where repeats take cells of their own."""
+    text = ""
+    for position, cell in enumerate(cells(plan)):
+        if cell.block % 5 == 0 and not cell.repeat and (not text or len(text) < position):
+            text = text.ljust(position) + str(cell.block)
+    return text
 
 
 def legend() -> Text:
@@ -291,8 +300,28 @@ def price_table(plan: FoldPlan, table: CostTable, target: Target) -> Group:
         words = f"{name}, {unit}FLOPs per token"
         shown.add_row(words, f"{mine / size:.1f}", f"{full / size:.1f}", f"{mine / full:.1%}")
     words = f"{target.dtype}, a context of {target.context:,} tokens, batch {target.batch}, {target.runtime} weights"
-    return Group(
-        Text(ruler(plan.num_blocks)), strip_text(plan), Text(), shown, Text(), Text(words, style="dim")
+    return Group(Text(strip_ruler(plan)), strip_text(plan), Text(), shown, Text(), Text(words, style="dim"))
+
+
+def extension_note(plan: FoldPlan, table: CostTable, target: Target) -> Text:
+    """What an extended plan repeats, and that it costs more: `foldsearch extend`."""
+    base, cost = price(FoldPlan.identity(plan.num_blocks), table, target), price(plan, table, target)
+    repeats = [cell for cell in cells(plan) if cell.repeat]
+    rank = max(slot.rank for slot in plan.slots if isinstance(slot, Slot))
+    carried = (f"an adapter of rank {rank} on every linear and " if rank else "") + "an output norm"
+    more = ", ".join(
+        f"{name} {ours / theirs - 1:+.1%}"
+        for name, ours, theirs in (
+            ("memory", cost.memory_bytes, base.memory_bytes),
+            ("stored bytes", cost.stored_bytes, base.stored_bytes),
+            ("KV cache", cost.kv_bytes, base.kv_bytes),
+            ("FLOPs per token at decode", cost.flops, base.flops),
+        )
+        if theirs
+    )
+    return Text(
+        f"{len(repeats)} of {plan.depth} positions are repeats, each with {carried} of its own. An extension costs "
+        f"more than the base model: {more}."
     )
 
 

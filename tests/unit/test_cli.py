@@ -17,7 +17,19 @@ from foldsearch import api, cli
 from foldsearch.errors import VerificationError
 from foldsearch.report.view import RunView
 
-VERBS = ("run", "resume", "try", "price", "inspect", "front", "pick", "evaluate", "export", "dashboard")
+VERBS = (
+    "run",
+    "resume",
+    "try",
+    "extend",
+    "price",
+    "inspect",
+    "front",
+    "pick",
+    "evaluate",
+    "export",
+    "dashboard",
+)
 
 
 class Shell:
@@ -91,6 +103,16 @@ def test_version(shell: Shell) -> None:
         ("run --model package:no_such_package", "no_such_package"),
         ("try 0-3;5", "'0-3;5' is not a word of a plan"),
         ("try 7-3", "a range goes up"),
+        ("extend --to 8", "the following arguments are required: --blocks"),
+        ("extend --blocks 1-3", "the following arguments are required: --to"),
+        ("extend --blocks 3-1 --to 8", "a run of blocks is written 3-18, first before last; got '3-1'"),
+        ("extend --blocks 1,3 --to 8", "a run of blocks is written 3-18"),
+        ("extend --blocks 1-3 --to 8 --pattern zigzag", "invalid choice: 'zigzag'"),
+        ("extend --blocks 1-3 --to 8 --rank many", "a share of the model's width such as 0.0625; got 'many'"),
+        ("extend --blocks 1-3 --to 8 --tokens -1", "rungs"),
+        ("extend --blocks 1-3 --to 8 --out x --export ../here/x", "--out and --export are two folders"),
+        ("extend --blocks 1-3 --to 8 --export .", "--export is a new folder, but '.' is there already."),
+        ("extend ./no-model --blocks 1-3 --to 8", "./no-model: there is no such file or folder"),
         ("price 0-3_5=4", "block 4 does not run"),
         ("inspect ./no-model", "./no-model: there is no such file or folder"),
         ("front no-run", "there is no 'no-run/study.json'"),

@@ -76,6 +76,16 @@ def test_the_ruler_stands_above_its_blocks() -> None:
     assert len(terminal.ruler(12)) <= 12
 
 
+@pytest.mark.parametrize("text", ["0-29", "0-3 3=3+n 4 4=4+n 5-29", "0-18 3=3 4=4 5=5 19-24 26-29", "10-29"])
+def test_the_ruler_of_a_strip_stands_above_its_blocks(text: str) -> None:
+    plan = FoldPlan.parse(text, 30)
+    ruler = terminal.strip_ruler(plan)
+    firsts = [index for index, cell in enumerate(cells(plan)) if cell.block % 5 == 0 and not cell.repeat]
+    assert [ruler[index:].split()[0] for index in firsts] == ["0", "5", "10", "15", "20", "25"]
+    if plan.depth == 30 or not any(cell.repeat for cell in cells(plan)):
+        assert ruler == terminal.ruler(30)
+
+
 # ---- the view
 
 
