@@ -85,7 +85,7 @@ def fit_replacement(
     Args:
         dense: the model. slot: what is replaced, by what.
         states: (L + 1, N, T, D), from `foldsearch.model.states.residual_states`.
-        ids_NT: the same tokens; only their shape matters (`layer` needs the dense model's masks and rotations).
+        ids_NT: the same tokens; only their length matters (`layer` needs the dense model's masks and rotations).
         progress: called with (done, total) training steps.
     """
     settings = settings or FitSettings()
@@ -248,19 +248,11 @@ def _fit_layer(
 ) -> Fit:
     block = decoder_blocks(dense)[slot.first]
     twin = copy.deepcopy(block).float().train(False)
-    inputs = _other_inputs(dense, block, ids_NT)
+    others, named = _other_inputs(dense, block, ids_NT)
 
     def run(before_BTD: Tensor) -> Tensor:
         """What the block adds."""
-        kwargs = tree_map(
-            lambda value: (
-                value[: len(before_BTD)]
-                if isinstance(value, Tensor) and value.shape[:1] == (settings.batch,)
-                else value
-            ),
-            inputs,
-        )
-        return hidden_of(twin(before_BTD, **kwargs)) - before_BTD
+        return hidden_of(twin(before_BTD, *others, **named)) - before_BTD
 
     errors = {"copy": error(run)}
     tried = {"copy": _values(block)}
@@ -273,22 +265,27 @@ def _fit_layer(
     return Fit(tried[chosen], errors, chosen)
 
 
-def _other_inputs(dense: PreTrainedModel, block: nn.Module, ids_NT: Tensor) -> dict[str, Any]:
-    """What the model hands the block besides the hidden states (masks, rotations), for a batch; float32."""
-    found: dict[str, Any] = {}
+def _other_inputs(
+    dense: PreTrainedModel, block: nn.Module, ids_NT: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the model hands the block besides the hidden states (masks, rotations), by position and by name; float32.
+
+    It is asked for one sequence: without padding all have the same, and it broadcasts over a batch of any size.
+    """
+    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.update({name: value for name, value in kwargs.items() if name != "hidden_states"})
+        found.append((args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}))
 
     handle = block.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         with torch.no_grad():
-            last_hidden(dense, ids_NT.to(dense.device))
+            last_hidden(dense, ids_NT[:1].to(dense.device))
     finally:
         handle.remove()
     return tree_map(  # type: ignore[no-any-return]
         lambda value: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value,
-        found,
+        found[0],
     )
 
 
