@@ -202,6 +202,16 @@ def test_where_nothing_helps_nothing_is_chosen(kind):
     assert not net(states[1]).any()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_adds_nothing_is_replaced_by_nothing(kind):
+    states = planted(normal(8, LENGTH, WIDTH), torch.zeros(8, LENGTH, WIDTH))
+    fit = fitted(kind, states, TRAINED)
+    net = Replaced(kind, WIDTH, 4 * WIDTH)
+    net.load_state_dict(fit.values)
+    assert fit.errors[fit.chosen] == 0.0
+    assert not net(states[1]).any()
+
+
 # ---- the choice
 
 
