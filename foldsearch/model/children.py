@@ -56,19 +56,19 @@ def base_distances(dense: PreTrainedModel, rank: int, metric: Metric = "low_rank
     Raises:
         PlanError: the rank is not between 1 and half the smallest side of the linears.
     """
-    blocks = decoder_blocks(dense)
-    distance_LL = torch.zeros(len(blocks), len(blocks), dtype=torch.float64)
-    for weights in zip(*(_weights(dense, block) for block in blocks), strict=True):
+    of_blocks = [_weights(dense, block) for block in decoder_blocks(dense)]
+    smallest = min(side for weight in of_blocks[0] for side in weight.shape)
+    if metric == "low_rank" and not 1 <= rank <= smallest // 2:
+        raise PlanError(
+            f"the rank of the base-block metric is between 1 and {smallest // 2}, half the smallest side of the "
+            f"linears, got {rank}."
+        )
+    distance_LL = torch.zeros(len(of_blocks), len(of_blocks), dtype=torch.float64)
+    for weights in zip(*of_blocks, strict=True):
         if metric == "frobenius":
             flat = torch.stack([weight.flatten() for weight in weights]).double()
             distance_LL += torch.cdist(flat, flat).square().cpu()
             continue
-        smallest = min(weights[0].shape)
-        if not 1 <= 2 * rank <= smallest:
-            raise PlanError(
-                f"the rank of the base-block metric is between 1 and {smallest // 2}, half the smallest side of the "
-                f"linears, got {rank}."
-            )
         factors = [_truncated(weight, rank) for weight in weights]
         for i, (left_i, right_i) in enumerate(factors):
             for j, (left_j, right_j) in enumerate(factors[:i]):

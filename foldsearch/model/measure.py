@@ -41,7 +41,7 @@ _FREE = {
         "expand_as feature_dropout fill_ floor floor_divide full full_like ge gelu gt index index_select "
         "layer_norm le lift_fresh logical_and logical_not logical_or lt masked_fill masked_fill_ max "
         "mean min mul mul_ ne neg new_ones ones ones_like permute pow reciprocal relu remainder repeat "
-        "reshape rsqrt rsub scalar_tensor select sigmoid silu sin slice softmax split sqrt square "
+        "reshape rms_norm rsqrt rsub scalar_tensor select sigmoid silu sin slice softmax split sqrt square "
         "squeeze stack sub sub_ sum t tanh to transpose type_as unbind unflatten unsqueeze view where "
         "zeros zeros_like"
     ).split()

@@ -37,6 +37,7 @@ from foldsearch.plan.plan import Replacement
 
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # in mean squares of a feature
 CHUNK = 2048  # tokens at a time
+LEAST_SIZE = 1e-3  # of the mean squared size of what a run adds
 MOST_FEATURES = 8192  # more are not solved for in closed form: their Gram matrix alone would take 0.5 GB
 
 
@@ -85,7 +86,7 @@ def fit_replacement(
     Args:
         dense: the model. slot: what is replaced, by what.
         states: (L + 1, N, T, D), from `foldsearch.model.states.residual_states`.
-        ids_NT: the same tokens; only their shape matters (`layer` needs the dense model's masks and rotations).
+        ids_NT: the same tokens; only their length matters (`layer` needs the dense model's masks and rotations).
         progress: called with (done, total) training steps.
     """
     settings = settings or FitSettings()
@@ -179,7 +180,7 @@ def _moments(
     batch = max(1, CHUNK // before_NTD.shape[1])
     for before_BTD, after_BTD in _pairs(before_NTD, after_NTD, batch, device):
         added = (after_BTD - before_BTD).flatten(0, 1)
-        weight_M1 = added.square().sum(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+        weight_M1 = _sizes(added)[:, None].rsqrt()
         features = net.features(before_BTD.flatten(0, 1))
         if bias:
             features = torch.cat((features, torch.ones_like(features[:, :1])), 1)
@@ -248,19 +249,11 @@ def _fit_layer(
 ) -> Fit:
     block = decoder_blocks(dense)[slot.first]
     twin = copy.deepcopy(block).float().train(False)
-    inputs = _other_inputs(dense, block, ids_NT)
+    others, named = _other_inputs(dense, block, ids_NT)
 
     def run(before_BTD: Tensor) -> Tensor:
         """What the block adds."""
-        kwargs = tree_map(
-            lambda value: (
-                value[: len(before_BTD)]
-                if isinstance(value, Tensor) and value.shape[:1] == (settings.batch,)
-                else value
-            ),
-            inputs,
-        )
-        return hidden_of(twin(before_BTD, **kwargs)) - before_BTD
+        return hidden_of(twin(before_BTD, *others, **named)) - before_BTD
 
     errors = {"copy": error(run)}
     tried = {"copy": _values(block)}
@@ -273,22 +266,27 @@ def _fit_layer(
     return Fit(tried[chosen], errors, chosen)
 
 
-def _other_inputs(dense: PreTrainedModel, block: nn.Module, ids_NT: Tensor) -> dict[str, Any]:
-    """What the model hands the block besides the hidden states (masks, rotations), for a batch; float32."""
-    found: dict[str, Any] = {}
+def _other_inputs(
+    dense: PreTrainedModel, block: nn.Module, ids_NT: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the model hands the block besides the hidden states (masks, rotations), by position and by name; float32.
+
+    It is asked for one sequence: without padding all have the same, and it broadcasts over a batch of any size.
+    """
+    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.update({name: value for name, value in kwargs.items() if name != "hidden_states"})
+        found.append((args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}))
 
     handle = block.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         with torch.no_grad():
-            last_hidden(dense, ids_NT.to(dense.device))
+            last_hidden(dense, ids_NT[:1].to(dense.device))
     finally:
         handle.remove()
     return tree_map(  # type: ignore[no-any-return]
         lambda value: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value,
-        found,
+        found[0],
     )
 
 
@@ -297,8 +295,13 @@ def _other_inputs(dense: PreTrainedModel, block: nn.Module, ids_NT: Tensor) -> d
 
 def _relative(made: Tensor, wanted: Tensor) -> Tensor:
     """Squared error over squared size, per token."""
-    size = wanted.square().sum(-1).clamp_min(1e-12)
-    return (made - wanted).square().sum(-1) / size
+    return (made - wanted).square().sum(-1) / _sizes(wanted)
+
+
+def _sizes(added: Tensor) -> Tensor:
+    """Squared size per token, with a floor: a token to which a run adds nothing must not outweigh all others."""
+    size = added.square().sum(-1)
+    return size.clamp_min(max(LEAST_SIZE * float(size.mean()), 1e-12))
 
 
 def _pairs(

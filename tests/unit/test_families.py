@@ -250,6 +250,7 @@ def test_a_replacement_is_its_formula_in_place_of_the_run(name, kind):
     def formula(x):
         if kind == "linear":
             return x @ net["down"].T + net["bias"]
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
         if kind == "ffn12":
             return (x @ net["up"].T + net["up_bias"]).clamp(min=0) @ net["down"].T + net["bias"]
         gate = x @ net["gate"].T

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from foldsearch.model.blocks import decoder_blocks
 from foldsearch.model.fold import fold
 from foldsearch.model.judge import ask_dense, judge
-from foldsearch.model.parts import Borrowed, OutputNorm
+from foldsearch.model.parts import Borrowed, OutputNorm, Replaced
 from foldsearch.model.recover import (
     Delta,
     Diverged,
@@ -29,11 +30,13 @@ from foldsearch.model.recover import (
     load_trained,
     merge,
 )
-from foldsearch.plan.plan import FoldPlan
+from foldsearch.plan.plan import FoldPlan, Slot
 from tests.tiny import NUM_BLOCKS, dense_model, token_set
 
 NAMES = ("llama", "gemma2", "gpt2")  # plain, soft-capped with four norms, Conv1D with biases
 TEXT = "0 1=0+r3+n 2a 3 3=3+r2"
+REPLACED = "0~linear 1 1=1+r2 2~layer 3~ffn8 4~swiglu8"
+TEXTS = (TEXT, REPLACED)
 TOKENS = token_set("recovery", sequences=8, length=20)
 STEP = 2 * 20  # tokens
 SETTINGS = RecoverySettings(learning_rate=3e-3, delta_rank=2)
@@ -74,8 +77,9 @@ def checksum(model) -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("rank", [0, 2])
-def test_nothing_changes_at_step_0(name, rank):
-    model = folded(name)
+@pytest.mark.parametrize("text", TEXTS)
+def test_nothing_changes_at_step_0(name, rank, text):
+    model = folded(name, text)
     before = logits(model)
     trained = attach(model, rank)
     assert trained
@@ -107,6 +111,26 @@ def test_what_is_trained():
     assert not any(".linear." in name for name in trained)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_replacement_is_trained_itself(name):
+    """Networks as they are, with no delta inside; a layer like any other block, by deltas on weights of its own."""
+    model = folded(name, REPLACED)
+    trained = attach(model, 2)
+    parts = {path: part for path, part in model.named_modules() if isinstance(part, Replaced)}
+    assert [part.kind for part in parts.values()] == ["linear", "ffn", "swiglu"]
+    for path, part in parts.items():
+        assert not list(part.children())
+        assert not hasattr(part, "parametrizations")
+        for key, parameter in part.named_parameters():
+            assert trained[f"{path}.{key}"] is parameter
+    layer, own = decoder_blocks(model)[3], decoder_blocks(model)[1]
+    assert sum(isinstance(part, Delta) for part in layer.modules()) == sum(
+        isinstance(part, Delta) for part in own.modules()
+    )
+    bypassed = decoder_blocks(model)[0]
+    assert not any(isinstance(part, Delta) for part in bypassed.modules())
+
+
 def test_attaching_is_a_function_of_the_seed():
     one, same, other = (attach(folded(), 2, seed) for seed in (0, 0, 1))
     assert all(torch.equal(one[name], same[name]) for name in one)
@@ -117,53 +141,61 @@ def test_attaching_is_a_function_of_the_seed():
 # ---- merged
 
 
-def by_hand(name: str, model, dense):
-    """The dense model with every delta and every norm's change added to its weights, folded anew."""
+def by_hand(name: str, model, dense, text: str):
+    """The dense model with every delta and every norm's change added to its weights, folded anew.
+
+    A repeat's norms and a layer's weights are their own: they are changed in the folded model.
+    """
     changed = copy.deepcopy(dense)
     weights = dict(changed.named_modules())
     prefix = {"gpt2": "transformer.h"}.get(name, "model.layers")
-    homes = [slot.home for slot in FoldPlan.parse(TEXT, NUM_BLOCKS).slots]
-    repeated, originals = {}, dict(dense.named_modules())
+    slots = FoldPlan.parse(text, NUM_BLOCKS).slots
+    homes = [slot.home if isinstance(slot, Slot) else slot.first for slot in slots]
+    apart = {
+        str(i) for i, home in enumerate(homes) if home in homes[:i] or not isinstance(slots[i], Slot)
+    }  # positions whose tensors are copies
+    own, originals = {}, dict(dense.named_modules())
     for path, module in model.named_modules():
         position, home_path = None, path
         if path.startswith(f"{prefix}."):
             position, _, rest = path.removeprefix(f"{prefix}.").partition(".")
             home_path = f"{prefix}.{homes[int(position)]}.{rest}".replace(".inner", "")
+        changes = {}
         if isinstance(module, Delta):
-            change = module.up @ module.down
-            weight = weights[home_path].weight
-            weight.data = weight.data + (change.T if isinstance(module.linear, Conv1D) else change)
+            change = (module.up @ module.down).detach()
+            changes["weight"] = change.T if isinstance(module.linear, Conv1D) else change
         elif hasattr(module, "parametrizations"):
-            for key in module.parametrizations:
-                change = module.parametrizations[key][0].change.detach()
-                if position == "4":  # the repeat's norms are its own
-                    repeated[f"{path}.{key}"] = getattr(originals[home_path], key).data + change
-                else:
-                    target = getattr(weights[home_path], key)
-                    target.data = target.data + change
-    other = fold(changed, FoldPlan.parse(TEXT, NUM_BLOCKS))
+            changes = {key: found[0].change.detach() for key, found in module.parametrizations.items()}
+        for key, change in changes.items():
+            if position in apart:
+                own[f"{path}.{key}"] = getattr(originals[home_path], key).data + change
+            else:
+                target = getattr(weights[home_path], key)
+                target.data = target.data + change
+    other = fold(changed, FoldPlan.parse(text, NUM_BLOCKS))
     ours, theirs = dict(model.named_modules()), dict(other.named_modules())
     for path, module in theirs.items():
-        if isinstance(module, Borrowed | OutputNorm):
+        if isinstance(module, Borrowed | OutputNorm | Replaced):
             for key, parameter in module.named_parameters(recurse=False):
                 parameter.data = getattr(ours[path], key).data
-    for path, value in repeated.items():
+    for path, value in own.items():
         holder, _, key = path.rpartition(".")
         getattr(theirs[holder], key).data = value
     return other
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("text", TEXTS)
 @torch.no_grad()
-def test_merging_is_adding_to_the_weights(name):
+def test_merging_is_adding_to_the_weights(name, text):
     """Deltas, norms, the children that run the changed weights, adapters beside them: all as by hand."""
     dense = dense_model(name)
     untouched = checksum(dense)
-    model = folded(name)
+    model = folded(name, text)
     before = logits(model)
     trained = attach(model, 2)
     scatter(trained)
-    expected = logits(by_hand(name, model, dense))
+    expected = logits(by_hand(name, model, dense, text))
     attached = logits(model)
     torch.testing.assert_close(attached, expected, atol=2e-4, rtol=2e-4)
     assert not torch.allclose(attached, before, atol=0.1)
@@ -177,8 +209,9 @@ def test_merging_is_adding_to_the_weights(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_merged_model_is_a_plain_folded_model(name):
-    plain, model = folded(name), folded(name)
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_merged_model_is_a_plain_folded_model(name, text):
+    plain, model = folded(name, text), folded(name, text)
     scatter(attach(model, 2))
     merge(model)
     assert list(model.state_dict()) == list(plain.state_dict())
@@ -190,9 +223,10 @@ def test_a_merged_model_is_a_plain_folded_model(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("text", TEXTS)
 @torch.no_grad()
-def test_train_mode_computes_the_same_function(name):
-    model = folded(name)
+def test_train_mode_computes_the_same_function(name, text):
+    model = folded(name, text)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -280,15 +314,18 @@ def test_the_gradient_is_clipped(monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_training_brings_the_model_nearer(name):
+@pytest.mark.parametrize("text", TEXTS)
+def test_training_brings_the_model_nearer(name, text):
     dense = dense_model(name)
     untouched = checksum(dense)
-    ours = recovery(name, total=30 * STEP)
+    ours = recovery(name, total=30 * STEP, text=text)
+    started = {key: parameter.detach().clone() for key, parameter in ours.trained.items()}
     before = judge(ours.model, TOKENS, ours.targets)
     shares = []
     ours.train(30 * STEP, shares.append)
     after = judge(ours.model, TOKENS, ours.targets)
     assert after.kl < 0.9 * before.kl
+    assert not any(torch.equal(parameter, started[key]) for key, parameter in ours.trained.items())
     assert ours.tokens_done == 30 * STEP
     assert shares == [pytest.approx(step / 30) for step in range(1, 31)]
     assert not ours.model.training
@@ -298,9 +335,10 @@ def test_training_brings_the_model_nearer(name):
     assert checksum(dense) == untouched
 
 
-def test_rungs_change_nothing():
+@pytest.mark.parametrize("text", TEXTS)
+def test_rungs_change_nothing(text):
     """Trained to 2, 3 and 6 steps with a measurement in between, or to 6 at once: the same bits."""
-    whole, parts = recovery(), recovery()
+    whole, parts = recovery(text=text), recovery(text=text)
     whole.train(6 * STEP)
     for steps in (2, 3, 6):
         parts.train(steps * STEP)
@@ -309,14 +347,15 @@ def test_rungs_change_nothing():
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5])
-def test_a_training_goes_on_from_disk(tmp_path, stop):
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_training_goes_on_from_disk(tmp_path, stop, text):
     """Five steps go over the eight sequences more than once."""
-    whole = recovery(total=8 * STEP)
+    whole = recovery(total=8 * STEP, text=text)
     whole.train(8 * STEP)
-    first = recovery(total=8 * STEP)
+    first = recovery(total=8 * STEP, text=text)
     first.train(stop * STEP)
     first.save(tmp_path)
-    second = recovery(total=8 * STEP)
+    second = recovery(total=8 * STEP, text=text)
     second.load(tmp_path)
     assert second.tokens_done == stop * STEP
     second.train(8 * STEP)
@@ -338,11 +377,12 @@ def test_a_save_that_ran_ahead_of_its_rung_is_gone_on_from(tmp_path):
     assert all(torch.equal(whole.trained[key], second.trained[key]) for key in whole.trained)
 
 
-def test_what_is_saved_rebuilds_the_model(tmp_path):
-    ours = recovery()
+@pytest.mark.parametrize("text", TEXTS)
+def test_what_is_saved_rebuilds_the_model(tmp_path, text):
+    ours = recovery(text=text)
     ours.train(2 * STEP)
     ours.save(tmp_path)
-    again = folded()
+    again = folded(text=text)
     load_trained(attach(again, SETTINGS.delta_rank, SETTINGS.seed), tmp_path)
     assert torch.equal(logits(again), logits(ours.model))
     held = load_file(tmp_path / "recovered.safetensors")
