@@ -37,7 +37,7 @@ from foldsearch.plan.plan import Replacement
 
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # in mean squares of a feature
 CHUNK = 2048  # tokens at a time
-LEAST_SIZE = 1e-3  # of the mean squared size of what a run adds
+LEAST_SIZE = 0.1  # of the mean squared size of what a run adds
 MOST_FEATURES = 8192  # more are not solved for in closed form: their Gram matrix alone would take 0.5 GB
 
 
