@@ -118,7 +118,7 @@ def test_linear_is_the_weighted_ridge_solution(monkeypatch, name, ridge):
 
 def test_without_a_ridge_linear_is_weighted_least_squares(monkeypatch):
     monkeypatch.setattr(replacements, "RIDGES", (1e-9,))
-    scale_NT1 = normal(12, LENGTH, 1, seed=5).mul(0.5).exp()  # tokens of different sizes
+    scale_NT1 = normal(12, LENGTH, 1, seed=5).mul(0.1).exp()  # tokens of different sizes
     x = normal(12, LENGTH, WIDTH) * scale_NT1
     added = x @ normal(WIDTH, WIDTH, seed=1, scale=0.3) + normal(12, LENGTH, WIDTH, seed=2) * scale_NT1
     fit = fitted("linear", planted(x, added))
@@ -403,5 +403,7 @@ def test_a_token_to_which_the_run_adds_nothing_does_not_outweigh_the_others():
     x = normal(12, LENGTH, WIDTH)
     added = x @ normal(WIDTH, WIDTH, seed=1, scale=0.3)
     added[:, 0] = 0  # as rounding does where states are very large
-    found = fitted("linear", planted(x, added))
-    assert found.errors["closed form"] < 0.5
+    values = fitted("linear", planted(x, added)).values
+    made = x @ values["down"].T + values["bias"]
+    others = (made - added)[-HELD:, 1:].square().sum() / added[-HELD:, 1:].square().sum()
+    assert others < 0.7  # 1 is nothing fitted; without a floor it is
