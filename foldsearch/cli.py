@@ -461,6 +461,7 @@ def _search(study: Study | None, folder: Path, *, resume: bool) -> int:
 def _try(args: argparse.Namespace) -> int:
     from foldsearch.api import try_plan
 
+    _check_new(args)
     study = _tried_study(args)
     with _status() as progress:
         results = list(try_plan(args.plan, study, folder=args.out, progress=progress))
@@ -499,10 +500,11 @@ def _extend(args: argparse.Namespace) -> int:
 
 def _check_new(args: argparse.Namespace) -> None:
     """What is written to is told before hours of training, not after."""
-    for option, folder in (("--out", args.out), ("--export", args.export)):
+    export = getattr(args, "export", None)
+    for option, folder in (("--out", args.out), ("--export", export)):
         if folder is not None and folder.exists():
             raise InputError(f"{option} is a new folder, but '{folder}' is there already. Choose another.")
-    if args.out is not None and args.export is not None and args.out.resolve() == args.export.resolve():
+    if args.out is not None and export is not None and args.out.resolve() == export.resolve():
         raise InputError(f"--out and --export are two folders, got '{args.out}' for both. Choose another.")
 
 

@@ -640,7 +640,7 @@ def _rungs(record: _Record, context: TrialContext, folder: Path, say: Progress) 
 def _started(record: _Record, context: TrialContext, folder: Path, say: Progress) -> PreTrainedModel:
     """The folded model before recovery; what was fitted for it is kept in the trial's folder."""
     bench = _workbench(context, say)
-    if not any(isinstance(slot, Replacement) or slot.rank for slot in record.plan.slots):
+    if not any(isinstance(slot, Replacement) or slot.rank or slot.norm for slot in record.plan.slots):
         return fold(bench.dense, record.plan)
     path = folder / "start.safetensors"
     if path.exists():

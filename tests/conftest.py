@@ -38,7 +38,9 @@ def _recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.fake_trial import NUM_BLOCKS, ORDERS, TABLE, result_of
 
     path = tmp_path_factory.mktemp("recorded") / "run"
-    study = load_study("default", {"budget.gb": 0.0070, "rungs": [0, 100, 400], "trials": 14})
+    study = load_study(
+        "default", {"space": "foldgpt", "budget.gb": 0.0070, "rungs": [0, 100, 400], "trials": 14}
+    )
     with RunFolder.draft(path) as draft:
         provenance = {"model note": "fake <weights>"}
         records = Records(RunFolder.create(path, draft, study, TABLE, provenance))

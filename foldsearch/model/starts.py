@@ -85,7 +85,7 @@ def folded_start(
                 )
                 _put(_new_module(block), fit.values)
                 summary[name] = {"errors": fit.errors, "chosen": fit.chosen}
-    if any(isinstance(slot, Slot) and slot.rank for slot in plan.slots):
+    if any(isinstance(slot, Slot) and (slot.rank or slot.norm) for slot in plan.slots):
         start_adapters(model, dense, ids_NT, settings.adapters, _share(say, "calibrating adapters"))
         summary["adapters"] = settings.adapters
     return model, summary

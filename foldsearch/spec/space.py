@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from foldsearch.errors import BudgetError
+from foldsearch.errors import BudgetError, SpecError
 from foldsearch.plan.cost import GB, Budget, Cost, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.proposal import Criterion, Fate, Origin, Proposal, fold_plan, lower_bound
@@ -157,10 +157,20 @@ class Space(TomlTable):
         return min(math.ceil(low * num_blocks - 1e-9), most), most
 
     def for_width(self, width: int) -> Space:
-        """The space with ranks that are shares of the width as whole numbers, each once."""
-        ranks = (
+        """The space with ranks that are shares of the width as whole numbers, each once.
+
+        Raises:
+            SpecError: a rank is above the width.
+        """
+        ranks = [
             rank if isinstance(rank, int) else max(1, round(rank * width)) for rank in self.reinstate.ranks
-        )
+        ]
+        for key, values in (("reinstate.ranks", ranks), ("share.adapter_ranks", self.share.adapter_ranks)):
+            if max(values) > width:
+                raise SpecError(
+                    f"an adapter's rank is at most the model's width, {width}, but {key} of the space '{self.name}' "
+                    f"has {max(values)}. Lower it: at that rank it would cost more than the block's own weights."
+                )
         return self.model_copy(
             update={"reinstate": self.reinstate.model_copy(update={"ranks": tuple(dict.fromkeys(ranks))})}
         )
@@ -285,22 +295,22 @@ def smallest(space: Space, table: CostTable, target: Target) -> tuple[FoldPlan, 
     """
     space = space.for_width(table.width)
     num_blocks = len(table.blocks)
-    _, most = space.counts(num_blocks)
+    fewest, most = space.counts(num_blocks)
     alone = [
         price(FoldPlan.dropping([block], num_blocks), table, target).memory_bytes
         for block in range(num_blocks)
     ]
-    removed = sorted(range(num_blocks - 1, -1, -1), key=lambda block: alone[block])[:most]
-    kept = next(block for block in range(num_blocks) if block not in removed)
+    order = sorted(range(num_blocks - 1, -1, -1), key=lambda block: alone[block])
     plans = [
         fold_plan(
-            removed,
+            order[:count],
             proposal,
             num_blocks,
-            bases=dict.fromkeys(removed, kept),
+            bases=dict.fromkeys(order[:count], order[-1]),
             attention_order=range(num_blocks),
         )
-        for proposal in _extremes(space, num_blocks, most)
+        for count in range(fewest, most + 1)
+        for proposal in _extremes(space, num_blocks, count)
     ]
     prices = [price(plan, table, target) for plan in plans]
     least = min(range(len(plans)), key=lambda i: prices[i].memory_bytes)

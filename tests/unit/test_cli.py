@@ -87,7 +87,7 @@ def test_version(shell: Shell) -> None:
     [
         ("", "VERB"),
         ("fold", "invalid choice: 'fold'"),
-        ("run nope", "a study is a path to a TOML file or one of default, smollm2-demo; got 'nope'"),
+        ("run nope", "baselines/window, default, smollm2-demo; got 'nope'"),
         ("run smolm2-demo", "Did you mean 'smollm2-demo'?"),
         ("run missing.toml", "there is no file 'missing.toml'"),
         ("run --space foldgp", "Did you mean 'foldgpt'?"),

@@ -34,7 +34,7 @@ from foldsearch.spec.space import (
 N = 10
 FATES, KINDS = ("drop", "share", "replace"), ("linear", "ffn", "swiglu", "layer")
 BLOCK = BlockCost(UnitCost(900, 9, 7, 800, 3, 60, kv_width=4), UnitCost(1200, 8, 6, 1100, 0, 40), 2)
-TABLE = CostTable(8, 100, 20, 300, 40, 5, 60, (BLOCK,) * N)
+TABLE = CostTable(64, 100, 20, 300, 40, 5, 60, (BLOCK,) * N)
 TARGET = Target(context=64)
 
 
@@ -199,6 +199,15 @@ def test_a_budget_out_of_reach_says_the_smallest_and_its_plan() -> None:
         narrow(space, TABLE, TARGET, Budget(1000))
     assert f"{cost.memory_bytes / 1e9:.4f} GB" in str(error.value)
     assert str(plan) in str(error.value)
+
+
+def test_ranks_are_shares_of_the_width_or_whole_numbers_up_to_it() -> None:
+    space = Space(fates=("share",), reinstate=Reinstate(ranks=(0.25, 16, 0.001)))
+    assert space.for_width(64).reinstate.ranks == (16, 1)
+    assert narrow(space, TABLE, TARGET, Budget()).reinstate.ranks == (16, 1)
+    for wrong in (Space(reinstate=Reinstate(ranks=(65,))), Space(share=Share(adapter_ranks=(65,)))):
+        with pytest.raises(SpecError, match="at most the model's width, 64"):
+            narrow(wrong, TABLE, TARGET, Budget())
 
 
 def test_the_feasible_share_is_a_share() -> None:
