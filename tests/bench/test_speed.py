@@ -287,8 +287,8 @@ def test_memory_of_two_trials(context: TrialContext) -> None:
         mb = {key: value / 1e6 for key, value in one.items()}
         report(
             f"private memory of a trial at its peak, beside another: `{plan}`",
-            f"{mb['start']:.0f} MB before it, + {growth / 1e6:.0f} MB; parameters, gradients and optimizer state that are "
-            f"trained are {own / 1e6:.0f} MB, activations kept for the backward pass {mb['activations']:.0f} MB",
+            f"{mb['start']:.0f} MB before it, + {growth / 1e6:.0f} MB; what is trained, its gradients and optimizer "
+            f"state are {own / 1e6:.0f} MB, activations kept for the backward pass {mb['activations']:.0f} MB",
         )
         report(
             "dense weights in that process",
