@@ -25,7 +25,15 @@ if TYPE_CHECKING:
 
 INK = "#1f2430"
 FAINT = "#8b93a1"
-BASELINE_MARKERS = {"block_influence": "s", "window": "D", "greedy": "^"}
+BASELINES = {  # name and marker of each
+    "block_influence": ("Block Influence", "s"),
+    "window": ("cosine window", "D"),
+    "linear_window": ("linear window", "d"),
+    "greedy": ("greedy", "^"),
+    "evolution": ("evolution", "v"),
+    "uniform": ("uniform", "P"),
+    "random": ("random", "X"),
+}
 DPI = 160
 
 
@@ -97,7 +105,7 @@ def _draw_points(view: RunView, figure: Figure, axes: Axes) -> None:
         quality, cost = entry.quality, entry.cost
         x, y = cost.memory_bytes / GB, quality.kl
         on_front = entry.number in front
-        marker = BASELINE_MARKERS[entry.baseline] if entry.baseline else "o"
+        marker = BASELINES[entry.baseline][1] if entry.baseline else "o"
         axes.errorbar(x, y, yerr=quality.kl_se, fmt="none", ecolor="#b6bcc8", elinewidth=1, zorder=2)
         points = axes.scatter(
             x, y, c=[cost.flops / size], marker=marker, s=72 if on_front else 38,
@@ -117,11 +125,10 @@ def _draw_points(view: RunView, figure: Figure, axes: Axes) -> None:
         dense.memory_bytes / GB, 0, marker="*", s=170, c=[dense.flops / size],
         edgecolors=INK, linewidths=0.9, zorder=5, label="dense", **scale,
     )  # fmt: skip
-    names = {"block_influence": "Block Influence", "window": "cosine window", "greedy": "greedy"}
     for criterion in dict.fromkeys(entry.baseline for entry in finished if entry.baseline):
         axes.scatter(
-            [], [], marker=BASELINE_MARKERS[criterion], c="white", edgecolors=INK, s=42,
-            label=f"{names[criterion]} (baseline)",
+            [], [], marker=BASELINES[criterion][1], c="white", edgecolors=INK, s=42,
+            label=f"{BASELINES[criterion][0]} (baseline)",
         )  # fmt: skip
     axes.scatter([], [], marker="o", c="white", edgecolors=INK, s=42, label="found by the search")
     if budget.memory_bytes is not None:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from foldsearch.plan.cost import GB, Cost, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan, Slot
+from foldsearch.plan.proposal import Criterion
 from foldsearch.plan.result import TrialResult
 from foldsearch.plan.strip import LEGEND, cells
 from foldsearch.report.colours import DROPPED, PAIRS, paint
@@ -181,7 +182,7 @@ def _gain(view: RunView, entry: Entry) -> Text:
 
 
 def _criteria_table(criteria: Mapping[int, Mapping[str, Entry]]) -> Table:
-    order = ("gate", "block_influence", "window", "greedy", "sampler", "neighbour", "hand")
+    order = (*get_args(Criterion)[:-1], "sampler", "neighbour", "hand")  # all but "given"
     used = [name for name in order if any(name in row for row in criteria.values())]
     table = Table(
         title="report KL by criterion, plans that only drop blocks", title_justify="left", title_style="bold",

@@ -198,12 +198,14 @@ class RunView:
 
 
 def author(proposal: Proposal) -> str:
-    """Who chose the blocks of a proposal, in a word or two."""
-    if proposal.criterion == "gate":
-        return f"gate {proposal.gate_eps:g}"
+    """Who chose the blocks of a proposal, in a word or two, and what became of them where they are not dropped."""
     if proposal.criterion == "given":
         return proposal.origin
-    return proposal.criterion.replace("block_influence", "influence")
+    name = proposal.criterion.replace("block_influence", "influence").replace("_", " ")
+    if proposal.gate_eps is not None:
+        name += f" {proposal.gate_eps:g}"
+    fates = {"drop": "", "share": " → children", "replace": f" → {proposal.replacement}"}
+    return name + (fates[proposal.fate] if proposal.num_removed else "")
 
 
 def only_drops(plan: FoldPlan) -> bool:

@@ -219,3 +219,28 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(place: Path) -> Non
     after = {entry.number: entry.result for entry in RunView.open(place / "runs" / "stopped").finished}
     assert after.items() >= before.items()
     assert max(record.number for record in RunView.open(place / "runs" / "stopped").records) >= 5
+
+
+def test_everything_is_searched_and_what_it_replaces_is_exported(place: Path) -> None:
+    """The space of everything, by its name, at low fidelity: every fate is built, a replaced plan ships verified."""
+    study = STUDY[: STUDY.index("[space]")] + STUDY[STUDY.index("[splits]") :]
+    text = study.replace("trials = 6", 'trials = 8\nspace = "everything"')
+    (place / "everything.toml").write_text(
+        text.format(model=place / "model", data=place / "text") + "[starts]\ntokens = 64\n"
+    )
+    command = [sys.executable, "-m", "foldsearch", "run", "everything.toml", "--out", "runs/everything"]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    view = RunView.open(place / "runs" / "everything")
+    fates = {p.fate for entry in view.finished for p in entry.proposals}
+    assert {"drop", "replace", "share"} <= {
+        record.proposal.fate for record in view.records if record.proposal is not None
+    }
+    assert "replace" in fates
+    number = next(
+        entry.number for entry in view.finished if any(p.fate == "replace" for p in entry.proposals)
+    )
+    done = foldsearch("export", "runs/everything", "--trial", str(number), "--out", "replaced", cwd=place)
+    assert done.code == 0, done.err
+    assert "Verified in a fresh process" in done.out
+    assert "~" in json.loads((place / "replaced" / "foldsearch.json").read_text())["plan"]

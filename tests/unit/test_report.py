@@ -7,6 +7,7 @@ import xml.etree.ElementTree
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from rich.console import Console
@@ -14,12 +15,12 @@ from rich.console import Console
 from foldsearch.errors import RunError
 from foldsearch.plan.front import dominates
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.proposal import Proposal
+from foldsearch.plan.proposal import Criterion, Proposal
 from foldsearch.plan.strip import LEGEND, cells, strip
 from foldsearch.report import page, terminal
 from foldsearch.report.colours import DROPPED, KEPT, PAIRS, REPLACED, paint
 from foldsearch.report.live import RunDisplay
-from foldsearch.report.view import RunView
+from foldsearch.report.view import RunView, author
 from foldsearch.search import events
 from foldsearch.search.records import Record
 
@@ -33,6 +34,35 @@ def text_of(renderable: object, width: int = 200) -> str:
     out = io.StringIO()
     Console(file=out, width=width).print(renderable)
     return out.getvalue()
+
+
+def test_every_baseline_has_a_name_and_a_marker_of_its_own() -> None:
+    criteria = set(get_args(Criterion)) - {"gate", "given"}
+    assert set(page.BASELINES) == criteria
+    assert len({marker for _, marker in page.BASELINES.values()}) == len(criteria)
+
+
+def test_who_stopped_because_another_trial_measured_the_plan_is_among_its_authors(view: RunView) -> None:
+    record = next(r for r in view.records if r.state == "finished" and r.last and r.last.state == "measured")
+    proposal = Proposal("uniform", num_removed=4, origin="baseline")
+    twin = Record(99, "stopped", proposal, record.results[:1], "trial 0 measures the same plan")
+    more = replace(view, records=(*view.records, twin))
+    (entry,) = (entry for entry in more.finished if entry.number == record.number)
+    assert "uniform" in entry.authors
+    assert entry.is_baseline
+    assert len(more.finished) == len(view.finished)
+
+
+@pytest.mark.parametrize(
+    ("proposal", "words"),
+    [
+        (Proposal("block_influence", num_removed=2), "influence"),
+        (Proposal("gate", num_removed=2, gate_eps=0.5, fate="share"), "gate 0.5 → children"),
+        (Proposal("linear_window", 2, fate="replace", replacement="ffn"), "linear window → ffn"),
+    ],
+)
+def test_an_author_says_what_became_of_the_blocks(proposal: Proposal, words: str) -> None:
+    assert author(proposal) == words
 
 
 # ---- strips

@@ -42,6 +42,18 @@ def test_every_shipped_study_loads_and_survives_json() -> None:
         assert study_from_json(json.loads(json.dumps(study.model_dump(mode="json")))) == study
 
 
+def test_every_baseline_is_a_study_of_its_own() -> None:
+    """One planner each, the same recovery; random search goes over everything."""
+    names = {name.removeprefix("baselines/") for name in shipped("studies") if name.startswith("baselines/")}
+    assert names == {"uniform", "random", "influence", "window", "greedy", "evolution", "random-search"}
+    for name in names - {"random-search"}:
+        study = load_study(f"baselines/{name}")
+        assert study.space.criteria == ("block_influence" if name == "influence" else name,)
+        assert study.space.fates == ("drop",)
+        assert study.rungs == load_study("baselines/random-search").rungs
+    assert load_study("baselines/random-search").sampler == "random"
+
+
 def test_every_key_of_a_study_is_documented_in_the_default_one() -> None:
     text = shipped("studies")["default"].read_text()
     for line in text.splitlines():
