@@ -34,6 +34,7 @@ from foldsearch.model.blocks import decoder_blocks, family_of
 from foldsearch.model.folded import linears
 from foldsearch.model.head import last_hidden
 from foldsearch.model.parts import NORM_EPS, Borrowed, OutputNorm
+from foldsearch.model.states import in_float64
 from foldsearch.plan.proposal import AdapterStart
 
 Metric = Literal["low_rank", "frobenius"]
@@ -66,7 +67,7 @@ def base_distances(dense: PreTrainedModel, rank: int, metric: Metric = "low_rank
     distance_LL = torch.zeros(len(of_blocks), len(of_blocks), dtype=torch.float64)
     for weights in zip(*of_blocks, strict=True):
         if metric == "frobenius":
-            flat = torch.stack([weight.flatten() for weight in weights]).double()
+            flat = in_float64(torch.stack([weight.flatten() for weight in weights]))
             distance_LL += torch.cdist(flat, flat).square().cpu()
             continue
         factors = [_truncated(weight, rank) for weight in weights]
@@ -75,7 +76,7 @@ def base_distances(dense: PreTrainedModel, rank: int, metric: Metric = "low_rank
                 # Ŵ_i − Ŵ_j = [L_i, −L_j] [R_i, R_j]ᵀ has rank 2r: its singular values are those of a 2r × 2r core
                 _, core_left = torch.linalg.qr(torch.cat((left_i, -left_j), 1), mode="r")
                 _, core_right = torch.linalg.qr(torch.cat((right_i, right_j), 1), mode="r")
-                energy = torch.linalg.svdvals(core_left @ core_right.T)[rank:].double().square().sum()
+                energy = in_float64(torch.linalg.svdvals(core_left @ core_right.T)[rank:]).square().sum()
                 distance_LL[i, j] += energy.cpu()
                 distance_LL[j, i] += energy.cpu()
     return distance_LL
@@ -128,14 +129,14 @@ def low_rank(
 
     The two factors have columns and rows of one size, as training with one learning rate wants them.
     """
-    difference = difference_OI.double()
+    difference = in_float64(difference_OI)
     rank = min(rank, *difference.shape)
     if second_moment_II is None:
         u, s, vh = torch.linalg.svd(difference, full_matrices=False)
         up, down = u[:, :rank], s[:rank, None] * vh[:rank]
     else:
         # C = F Fᵀ; the left singular vectors of difference · F are the eigenvectors of difference · C · differenceᵀ
-        spread_OO = difference @ second_moment_II.double() @ difference.T
+        spread_OO = difference @ in_float64(second_moment_II) @ difference.T
         _, vectors = torch.linalg.eigh((spread_OO + spread_OO.T) / 2)
         up = vectors[:, -rank:].flip(1)
         down = up.T @ difference
@@ -238,7 +239,7 @@ def _second_moments(
         known, product = latest.get(0, (None, None))
         if known is not x or product is None:
             x_MI = x.detach().flatten(0, -2).float()
-            product = (x_MI.T @ x_MI).double()
+            product = in_float64(x_MI.T @ x_MI)
             latest[0] = (x, product)
         moments[linear] = moments[linear] + product if linear in moments else product
 
@@ -271,7 +272,10 @@ def _start_norms(
             y_MD = y.float().flatten(0, -2)
             # every token counts alike: the first of a text would outweigh all others
             weight_M1 = 1 / y_MD.square().sum(-1, keepdim=True).clamp_min(1e-12)
-            found = [(weight_M1 * n_MD * y_MD).sum(0).double(), (weight_M1 * n_MD.square()).sum(0).double()]
+            found = [
+                in_float64((weight_M1 * n_MD * y_MD).sum(0)),
+                in_float64((weight_M1 * n_MD.square()).sum(0)),
+            ]
             known = sums.get(norm)
             sums[norm] = found if known is None else [a + b for a, b in zip(known, found, strict=True)]
             return y

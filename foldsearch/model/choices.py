@@ -284,7 +284,7 @@ def _option_losses(model: PreTrainedModel, options: Sequence[EncodedOption]) -> 
     hidden_MD = last_hidden(model, ids_BT)[:, :-1][asked_BT[:, 1:]]
     next_M: Tensor = ids_BT[:, 1:][asked_BT[:, 1:]]
     normaliser_M, logit_M, _ = judged_logits(model, hidden_MD, next_M, next_M)
-    losses = (normaliser_M - logit_M).double().cpu().split(asked_BT.sum(1).tolist())
+    losses = (normaliser_M - logit_M).cpu().double().split(asked_BT.sum(1).tolist())
     return [float(loss.mean()) for loss in losses]
 
 

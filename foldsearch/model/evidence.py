@@ -139,7 +139,7 @@ def measure_evidence(
                 [nn.functional.normalize(state.float(), dim=-1).flatten() for state in states_BTD]
             )
             # The unit vectors of all tokens in one row: the product sums the cosines over tokens.
-            dot_LL += (unit_LX @ unit_LX.T).double().cpu()
+            dot_LL += (unit_LX @ unit_LX.T).cpu().double()
             attention += (
                 torch.stack(
                     [
@@ -147,8 +147,8 @@ def measure_evidence(
                         for state, added in zip(states_BTD, added_BTD, strict=False)  # one state more
                     ]
                 )
-                .double()
                 .cpu()
+                .double()
             )
             if progress is not None:
                 progress(min(start + batch_size, len(ids_NT)), len(ids_NT))

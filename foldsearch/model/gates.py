@@ -400,7 +400,7 @@ def _slopes(
     if not loss_B.isfinite().all():
         raise InputError("The gated model's loss is not finite. Load the model in bfloat16 or float32.")
     (slope_BL,) = torch.autograd.grad(hidden_BTD, gates_BL, slope_BTD)
-    return slope_BL.double().cpu()
+    return slope_BL.cpu().double()
 
 
 def _swaps(removed: Sequence[int], weight_L: Tensor, num_kept: int) -> Iterator[list[int]]:

@@ -76,7 +76,7 @@ class DenseTargets:
     @property
     def perplexity(self) -> float:
         """The dense model's, on these tokens."""
-        return math.exp(float(self.loss_NP.double().mean()))
+        return math.exp(float(self.loss_NP.cpu().double().mean()))
 
 
 def batches(
@@ -199,7 +199,7 @@ def judge(model: PreTrainedModel, tokens: TokenSet, targets: DenseTargets) -> Qu
         loss_parts.append(normaliser - next_logit)
         same_parts.append(same)
     shape = targets.loss_NP.shape
-    kl_NP, loss_NP = (torch.cat(parts).double().cpu().view(shape) for parts in (kl_parts, loss_parts))
+    kl_NP, loss_NP = (torch.cat(parts).cpu().double().view(shape) for parts in (kl_parts, loss_parts))
     loss = float(loss_NP.mean())
     perplexity = math.exp(min(loss, 700.0))
     return Quality(
@@ -208,7 +208,7 @@ def judge(model: PreTrainedModel, tokens: TokenSet, targets: DenseTargets) -> Qu
         perplexity=perplexity,
         perplexity_se=perplexity * clustered_error(loss_NP, tokens.document_N),
         dense_perplexity=targets.perplexity,
-        agreement=float(torch.cat(same_parts).double().mean()),
+        agreement=float(torch.cat(same_parts).cpu().double().mean()),
         tokens=loss_NP.numel(),
     )
 

@@ -32,6 +32,7 @@ from foldsearch.model.blocks import decoder_blocks
 from foldsearch.model.evidence import hidden_of
 from foldsearch.model.head import last_hidden
 from foldsearch.model.parts import Replaced
+from foldsearch.model.states import in_float64
 from foldsearch.plan.cost import DEFAULT_EXPANSION
 from foldsearch.plan.plan import Replacement
 
@@ -104,7 +105,7 @@ def fit_replacement(
                 _relative(net(before).float(), after - before).flatten()
                 for before, after in _pairs(before_NTD[test], after_NTD[test], settings.batch, device)
             ]
-        return float(torch.cat(parts).double().mean())
+        return float(torch.cat(parts).cpu().double().mean())
 
     if slot.kind == "layer":
         return _fit_layer(dense, slot, (before_NTD, after_NTD), ids_NT, train, error, settings, progress)
@@ -174,8 +175,8 @@ def _moments(
 ) -> tuple[Tensor, Tensor, float]:
     """Weighted sums over tokens, float64: FᵀF (H, H), FᵀR (H, D) and ‖R‖², F with a column of ones for the bias."""
     size, device = net.down.shape[1] + bias, net.down.device
-    gram = torch.zeros(size, size, dtype=torch.float64, device=device)
-    cross = torch.zeros(size, net.down.shape[0], dtype=torch.float64, device=device)
+    gram = in_float64(torch.zeros(size, size, device=device))
+    cross = in_float64(torch.zeros(size, net.down.shape[0], device=device))
     square = 0.0
     batch = max(1, CHUNK // before_NTD.shape[1])
     for before_BTD, after_BTD in _pairs(before_NTD, after_NTD, batch, device):
@@ -186,9 +187,9 @@ def _moments(
             features = torch.cat((features, torch.ones_like(features[:, :1])), 1)
         features, added = (features * weight_M1), (added * weight_M1)
         # products in float32, sums over chunks in float64
-        gram += (features.T @ features).double()
-        cross += (features.T @ added).double()
-        square += float(added.double().square().sum())
+        gram += in_float64(features.T @ features)
+        cross += in_float64(features.T @ added)
+        square += float(in_float64(added).square().sum())
     return gram, cross, square
 
 

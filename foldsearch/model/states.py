@@ -109,3 +109,8 @@ def _write(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def in_float64(value: Tensor) -> Tensor:
+    """As float64, on its device, or on the CPU where the device (MPS) has no such type."""
+    return (value.cpu() if value.device.type == "mps" else value).double()
