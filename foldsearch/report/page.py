@@ -146,7 +146,10 @@ def _draw_points(view: RunView, figure: Figure, axes: Axes) -> None:
     axes.set_ylabel("KL to dense, nats per token (± one standard error)", fontsize=9, color=INK)
     axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])
     axes.margins(x=0.06)
-    axes.legend(fontsize=8, frameon=True, facecolor="white", edgecolor="none", framealpha=0.85, loc="best")
+    # Quality falls with memory: where there is much of both, there is no point to hide.
+    axes.legend(
+        fontsize=8, frameon=True, facecolor="white", edgecolor="none", framealpha=0.85, loc="center right"
+    )
 
 
 def _draw_strips(view: RunView, axes: Axes, shown: Sequence[Entry]) -> None:
