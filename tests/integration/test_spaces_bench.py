@@ -5,12 +5,10 @@ Oracle: the laws of the limit, over the records of a real search of fake trials.
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 
 import pytest
-import ray
 
 from foldsearch.errors import RunError
 from foldsearch.search.folder import RunFolder
@@ -22,7 +20,9 @@ from tests.fake_driver import FAKES, study
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_run_ends_with_the_trial_that_spends_its_tokens_and_goes_on(tmp_path: Path) -> None:
+def test_a_run_ends_with_the_trial_that_spends_its_tokens_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = study().model_copy(update={"trials": None, "seconds": None})
     searches: list[bool] = []
 
@@ -31,23 +31,14 @@ def test_a_run_ends_with_the_trial_that_spends_its_tokens_and_goes_on(tmp_path: 
         run_search(*arguments, resume=resume, **named, **FAKES)  # type: ignore[arg-type]
 
     run = partial(run_row, tmp_path, "fake", 0, asked, search=search)
-    os.environ["PYTHONPATH"] = str(ROOT)  # workers import the fakes
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 * 10**6,
-    )
-    try:
-        few = run({"tokens": 1500, "trials": 50})
-        check(tmp_path / "fake-0", 1500)
-        more = run({"tokens": 4000, "trials": 50})
-        check(tmp_path / "fake-0", 4000)
-        again = run({"tokens": 4000, "trials": 50})
-        capped = run_row(tmp_path, "fake", 1, asked, {"tokens": 10**9, "trials": 2}, search=search)
-    finally:
-        ray.shutdown()
+    # Each search has a Ray of its own, as in the bench: one that ends as by Ctrl-C leaves its worker to Ray's end.
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # workers import the fakes
+    few = run({"tokens": 1500, "trials": 50})
+    check(tmp_path / "fake-0", 1500)
+    more = run({"tokens": 4000, "trials": 50})
+    check(tmp_path / "fake-0", 4000)
+    again = run({"tokens": 4000, "trials": 50})
+    capped = run_row(tmp_path, "fake", 1, asked, {"tokens": 10**9, "trials": 2}, search=search)
     assert searches == [False, True, False]
     assert again == more
     assert few["front"] != more["front"] or few["trials"] != more["trials"]
