@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from foldsearch.plan.cost import CostTable
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.proposal import Proposal
 from foldsearch.plan.result import TrialResult
+from foldsearch.progress import StageProgress, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,23 +33,16 @@ if TYPE_CHECKING:
     from foldsearch.search.dry_run import DryRun
     from foldsearch.spec.study import Study
 
-Progress = Callable[[str, float], None]
-"""Called with what is being done, in words, and the share of it that is, 0 to 1."""
-
 PICK = "pick.json"
 EVALUATIONS = "evaluations"
 _TRIED = 0  # number of the only trial in the folder of `try_plan`
 _MANY_BLOCKS = 10_000  # more than any model has: enough to read a plan before its model is known
 
 
-def _silent(stage: str, share: float) -> None:
-    """Nobody listens."""
-
-
 # ---- before a search
 
 
-def find_model(study: Study, progress: Progress = _silent) -> DenseFiles:
+def find_model(study: Study, progress: StageProgress = silent) -> DenseFiles:
     """The study's model as files that can be mapped; converted once if need be.
 
     Raises:
@@ -65,7 +59,7 @@ def find_model(study: Study, progress: Progress = _silent) -> DenseFiles:
     )
 
 
-def measure_model(study: Study, progress: Progress = _silent) -> CostTable:
+def measure_model(study: Study, progress: StageProgress = silent) -> CostTable:
     """What the blocks of the study's model cost: parameters, and MACs per token by fvcore.
 
     Raises:
@@ -79,7 +73,7 @@ def measure_model(study: Study, progress: Progress = _silent) -> CostTable:
     return measure(AutoConfig.from_pretrained(files.folder, trust_remote_code=study.trust_remote_code))
 
 
-def dry_run(study: Study, progress: Progress = _silent) -> DryRun:
+def dry_run(study: Study, progress: StageProgress = silent) -> DryRun:
     """What a search would do: size of the space, feasible share, estimated seconds, disk and memory in bytes.
 
     Raises:
@@ -90,7 +84,7 @@ def dry_run(study: Study, progress: Progress = _silent) -> DryRun:
     return plan_search(study, measure_model(study, progress))
 
 
-def inspect_model(study: Study, progress: Progress = _silent) -> Evidence:
+def inspect_model(study: Study, progress: StageProgress = silent) -> Evidence:
     """How redundant the blocks of the study's model are on its search texts (FoldGPT, Fig. 2).
 
     Raises:
@@ -129,7 +123,7 @@ def check_plan_text(text: str) -> None:
 
 
 def try_plan(
-    plan: FoldPlan | str, study: Study, *, folder: Path | None = None, progress: Progress = _silent
+    plan: FoldPlan | str, study: Study, *, folder: Path | None = None, progress: StageProgress = silent
 ) -> Iterator[TrialResult]:
     """Fold, recover and measure one plan in this process; yields a result per rung of the study.
 
@@ -167,7 +161,7 @@ def try_plan(
 
 
 def export_tried(
-    study: Study, folder: Path, out: Path, *, form: Form = "folded", progress: Progress = _silent
+    study: Study, folder: Path, out: Path, *, form: Form = "folded", progress: StageProgress = silent
 ) -> ExportReport:
     """Write the model that `try_plan` measured last in `folder`, and verify it in a fresh process.
 
@@ -241,7 +235,7 @@ def picked(run: RunView) -> Entry:
 
 
 def export_trial(
-    run: RunView, number: int, out: Path, *, form: Form = "folded", progress: Progress = _silent
+    run: RunView, number: int, out: Path, *, form: Form = "folded", progress: StageProgress = silent
 ) -> ExportReport:
     """Write the model of a trial, as it was measured, and verify it in a fresh process.
 
@@ -269,7 +263,7 @@ def _export(
     out: Path,
     form: Form,
     details: dict[str, Any],
-    progress: Progress,
+    progress: StageProgress,
 ) -> ExportReport:
     """Rebuild a trial's model and ship it. details: what else goes into the card, beside model and result."""
     from foldsearch.export import export
@@ -320,7 +314,7 @@ def evaluate_trial(
     tasks: Sequence[str] = (),
     limit: int | None = None,
     include_path: Path | None = None,
-    progress: Progress = _silent,
+    progress: StageProgress = silent,
 ) -> tuple[Evaluation, ...]:
     """What a trial's model still knows, beside the dense one: multiple-choice questions and harness tasks.
 

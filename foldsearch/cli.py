@@ -24,8 +24,8 @@ from foldsearch.plan.extend import DEFAULT_RANK, PATTERNS, extended, rank_of
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from foldsearch.api import Progress
     from foldsearch.plan.result import TrialResult
+    from foldsearch.progress import StageProgress
     from foldsearch.report.view import Entry, RunView
     from foldsearch.search.dry_run import DryRun
     from foldsearch.spec.study import Study
@@ -659,7 +659,7 @@ def _say(words: str) -> None:
 
 
 @contextmanager
-def _status() -> Iterator[Progress]:
+def _status() -> Iterator[StageProgress]:
     """One line on the terminal that says what is being done; in a log file, a line a stage."""
     from foldsearch.report.terminal import console
 

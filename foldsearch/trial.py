@@ -20,7 +20,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,10 +78,8 @@ from foldsearch.plan.proposal import (
     uniform_drop,
 )
 from foldsearch.plan.result import Quality, TrialResult
+from foldsearch.progress import StageProgress, counting, silent
 from foldsearch.spec.study import Sources, Study
-
-Progress = Callable[[str, float], None]
-"""Called with the name of the stage and the share of it that is done."""
 
 BASE_RANK = 1 / 16  # of the base-block metric, in widths of the model: FlexiGPT's 256 for 4,096
 GREEDY_TOKENS = 1024  # SLEB calibrates on few; each of its hundreds of runs goes over them
@@ -146,7 +144,7 @@ def choose_precision(wanted: str, device: str) -> str:
 
 
 def prepare_context(
-    study: Study, run_folder: Path, *, cache_dir: Path | None = None, progress: Progress | None = None
+    study: Study, run_folder: Path, *, cache_dir: Path | None = None, progress: StageProgress = silent
 ) -> TrialContext:
     """Find and convert the model, price it, split the text, and ask the dense model once.
 
@@ -155,7 +153,6 @@ def prepare_context(
     Raises:
         ModelError, DataError, BudgetError: the model, the text or the budget cannot be used.
     """
-    say = progress or (lambda stage, share: None)
     cache_dir = cache_dir or source.default_cache_dir()
     device = choose_device(study.device)
     files = source.prepare(
@@ -163,16 +160,16 @@ def prepare_context(
         dtype=choose_precision(study.precision, device),
         cache_dir=cache_dir,
         trust_remote_code=study.trust_remote_code,
-        progress=lambda message: say(message, 0.0),
+        progress=lambda message: progress(message, 0.0),
     )
-    say("pricing the dense model", 0.0)
+    progress("pricing the dense model", 0.0)
     table = _cost_table(files)
     dense = price(FoldPlan.identity(len(table.blocks)), table, study.target.value())
     context = TrialContext(study, files, table, study.budget.value(dense), run_folder, cache_dir, device)
     if not (run_folder / "tokens.safetensors").exists():
-        say("reading the text", 0.0)
-        _write_splits(run_folder / "tokens.safetensors", _make_splits(study, files, say))
-    _workbench(context, say)
+        progress("reading the text", 0.0)
+        _write_splits(run_folder / "tokens.safetensors", _make_splits(study, files, progress))
+    open_workbench(context, progress)
     return context
 
 
@@ -181,7 +178,7 @@ def _cost_table(files: source.DenseFiles) -> CostTable:
     return measure(config)
 
 
-def _make_splits(study: Study, files: source.DenseFiles, say: Progress) -> Splits:
+def _make_splits(study: Study, files: source.DenseFiles, say: StageProgress) -> Splits:
     references = study.data.model_dump() if isinstance(study.data, Sources) else study.data
     sizes = study.splits
     return make_splits(
@@ -241,15 +238,11 @@ class Workbench:
     report: DenseTargets
 
 
-def open_workbench(context: TrialContext, progress: Progress | None = None) -> Workbench:
-    """The workbench of a run; opened once per process."""
-    return _workbench(context, progress or (lambda stage, share: None))
-
-
 _open: dict[tuple[Any, ...], Workbench] = {}
 
 
-def _workbench(context: TrialContext, say: Progress) -> Workbench:
+def open_workbench(context: TrialContext, progress: StageProgress = silent) -> Workbench:
+    """The workbench of a run; opened once per process."""
     key = (context.run_folder, context.files, context.device)
     if key not in _open:
         dense = source.open_dense(context.files, device=context.device)
@@ -262,7 +255,7 @@ def _workbench(context: TrialContext, say: Progress) -> Workbench:
                 tokens,
                 model_hash=context.files.content_hash,
                 cache_dir=context.cache_dir,
-                progress=lambda share: say(f"asking the dense model ({tokens.name})", share),
+                progress=lambda share: progress(f"asking the dense model ({tokens.name})", share),
             )
 
         _open[key] = Workbench(dense, splits, ask(splits.search), ask(splits.recovery), ask(splits.report))
@@ -273,7 +266,7 @@ def _workbench(context: TrialContext, say: Progress) -> Workbench:
 
 
 def choose_blocks(
-    proposal: Proposal, context: TrialContext, say: Progress
+    proposal: Proposal, context: TrialContext, say: StageProgress
 ) -> tuple[tuple[int, ...], dict[str, Any] | None]:
     """The blocks that the proposal's criterion drops, and a summary of the gated training where there was one.
 
@@ -303,7 +296,7 @@ def choose_blocks(
 
 
 def choose_plan(
-    proposal: Proposal, context: TrialContext, say: Progress
+    proposal: Proposal, context: TrialContext, say: StageProgress
 ) -> tuple[FoldPlan, dict[str, Any] | None]:
     """The plan of a proposal, and a summary of the gated training where there was one."""
     if proposal.plan is not None:
@@ -321,19 +314,19 @@ def _cache_path(context: TrialContext, folder: str, tokens: TokenSet, **settings
     return context.cache_dir / folder / f"{key}.json"
 
 
-def _evidence(context: TrialContext, say: Progress) -> Evidence:
-    bench = _workbench(context, say)
+def _evidence(context: TrialContext, say: StageProgress) -> Evidence:
+    bench = open_workbench(context, say)
     tokens = bench.splits.search
     ids_NT = tokens.ids_NT.to(bench.dense.device)
     value, _ = once(
         _cache_path(context, "evidence", tokens),
-        lambda: measure_evidence(bench.dense, ids_NT, progress=_share(say, "block influence")).to_json(),
+        lambda: measure_evidence(bench.dense, ids_NT, progress=counting(say, "block influence")).to_json(),
     )
     return Evidence.from_json(value)
 
 
-def _greedy(context: TrialContext, say: Progress) -> GreedyResult:
-    bench = _workbench(context, say)
+def _greedy(context: TrialContext, say: StageProgress) -> GreedyResult:
+    bench = open_workbench(context, say)
     tokens = bench.splits.search
     rows = max(1, GREEDY_TOKENS // tokens.ids_NT.shape[1])
     most = context.study.space.counts(len(context.table.blocks))[1]
@@ -341,14 +334,14 @@ def _greedy(context: TrialContext, say: Progress) -> GreedyResult:
     value, _ = once(
         _cache_path(context, "greedy", tokens, rows=rows, most=most),
         lambda: greedy_order(
-            bench.dense, ids_NT, max(most, 1), progress=_share(say, "greedy removal")
+            bench.dense, ids_NT, max(most, 1), progress=counting(say, "greedy removal")
         ).to_json(),
     )
     return GreedyResult.from_json(value)
 
 
-def _linear_window(count: int, context: TrialContext, say: Progress) -> tuple[int, ...]:
-    bench = _workbench(context, say)
+def _linear_window(count: int, context: TrialContext, say: StageProgress) -> tuple[int, ...]:
+    bench = open_workbench(context, say)
     tokens = bench.splits.search
     rows = list(range(min(len(tokens.ids_NT), max(1, GREEDY_TOKENS // tokens.ids_NT.shape[1]))))
     fitted = context.study.starts.tokens
@@ -369,19 +362,19 @@ def _linear_window(count: int, context: TrialContext, say: Progress) -> tuple[in
                 fitting_tokens(bench.splits.recovery.ids_NT, fitted),
                 model_hash=context.files.content_hash,
                 cache_dir=context.cache_dir,
-                progress=_share(say, "residual states"),
+                progress=counting(say, "residual states"),
             ),
-            TokenSet(tokens.name, tokens.ids_NT[rows], tokens.document_N[rows], tokens.documents),
+            tokens.of(rows),
             bench.search.of(rows),
-            _share(say, "linear windows"),
+            counting(say, "linear windows"),
         ),
     )
     return tuple(value)
 
 
-def _evolved(count: int, context: TrialContext, say: Progress) -> EvolutionResult:
+def _evolved(count: int, context: TrialContext, say: StageProgress) -> EvolutionResult:
     """Whole blocks, from the cosine window's plan and the influence's."""
-    bench = _workbench(context, say)
+    bench = open_workbench(context, say)
     tokens, num_blocks = bench.splits.search, len(context.table.blocks)
     evidence = _evidence(context, say)
     starts = [
@@ -392,15 +385,15 @@ def _evolved(count: int, context: TrialContext, say: Progress) -> EvolutionResul
     value, _ = once(
         _cache_path(context, "evolution", tokens, count=count, evolution=settings.to_json()),
         lambda: evolve(
-            bench.dense, tokens, bench.search, starts, settings, progress=_share(say, "evolution")
+            bench.dense, tokens, bench.search, starts, settings, progress=counting(say, "evolution")
         ).to_json(),
     )
     return EvolutionResult.from_json(value)
 
 
-def _bases(context: TrialContext, say: Progress) -> list[list[float]]:
+def _bases(context: TrialContext, say: StageProgress) -> list[list[float]]:
     """FlexiGPT's distances between the blocks; of the weights alone, so they serve every text."""
-    bench = _workbench(context, say)
+    bench = open_workbench(context, say)
     rank = max(1, round(BASE_RANK * context.table.width))
     key = f"{EVIDENCE_SCHEMA}-{context.files.content_hash}-{context.files.dtype}-{rank}"
     say("distances between the blocks", 0.0)
@@ -410,9 +403,9 @@ def _bases(context: TrialContext, say: Progress) -> list[list[float]]:
 
 
 def _gate_ranking(
-    proposal: Proposal, context: TrialContext, say: Progress
+    proposal: Proposal, context: TrialContext, say: StageProgress
 ) -> tuple[gating.GateResult, dict[str, Any]]:
-    bench = _workbench(context, say)
+    bench = open_workbench(context, say)
     tokens = bench.splits.recovery
     assert proposal.gate_eps is not None
     settings = gating.GateSettings(
@@ -426,7 +419,7 @@ def _gate_ranking(
     value, known = once(
         _cache_path(context, "gates", tokens, **settings.to_json()),
         lambda: gating.train_gates(
-            bench.dense, ids_NT, settings, block_macs=macs, progress=_share(say, "training gates")
+            bench.dense, ids_NT, settings, block_macs=macs, progress=counting(say, "training gates")
         ).to_json(),
     )
     result = gating.GateResult.from_json(value)
@@ -441,10 +434,6 @@ def _gate_ranking(
         "from_cache": known,
     }
     return result, summary
-
-
-def _share(say: Progress, stage: str) -> Callable[[int, int], None]:
-    return lambda done, total: say(stage, done / max(total, 1))
 
 
 # ---- the trial
@@ -486,7 +475,7 @@ class _Record:
 
 
 def run_trial(
-    proposal: Proposal, context: TrialContext, *, number: int, progress: Progress | None = None
+    proposal: Proposal, context: TrialContext, *, number: int, progress: StageProgress = silent
 ) -> Iterator[TrialResult]:
     """Run one trial; yields a result per rung, and may be closed at any yield.
 
@@ -499,14 +488,13 @@ def run_trial(
         proposal: what to try. number: of the trial; names its folder.
         progress: told the stage and its share.
     """
-    say = progress or (lambda stage, share: None)
     began = time.perf_counter()
     if context.threads:
         torch.set_num_threads(context.threads)
     folder = context.trial_folder(number)
     record = _Record.read(folder)
     if record is None:
-        drafted = _draft(proposal, context, say)
+        drafted = _draft(proposal, context, progress)
         if isinstance(drafted, TrialResult):
             yield drafted
             return
@@ -529,7 +517,7 @@ def run_trial(
             write_json(_plan_path(context, record.plan), {"trial": number, "plan": str(record.plan)})
         spent = record.results[-1].seconds if record.results else 0.0
         try:
-            for result in _rungs(record, context, folder, say):
+            for result in _rungs(record, context, folder, progress):
                 result = replace(
                     result, cost=cost, seconds=spent + time.perf_counter() - began, gates=record.gates
                 )
@@ -566,7 +554,7 @@ def _failure(error: BaseException) -> tuple[str, str]:
     raise error
 
 
-def _draft(proposal: Proposal, context: TrialContext, say: Progress) -> _Record | TrialResult:
+def _draft(proposal: Proposal, context: TrialContext, say: StageProgress) -> _Record | TrialResult:
     """The proposal as a plan that fits; or the result that says it does not."""
     bound = lower_bound(proposal, context.table, context.target)
     gates = None
@@ -591,10 +579,10 @@ def _draft(proposal: Proposal, context: TrialContext, say: Progress) -> _Record 
     return TrialResult(plan, cost, None, 0, False, 0, 0.0, "infeasible", reason, gates=gates)
 
 
-def _rungs(record: _Record, context: TrialContext, folder: Path, say: Progress) -> Iterator[TrialResult]:
+def _rungs(record: _Record, context: TrialContext, folder: Path, say: StageProgress) -> Iterator[TrialResult]:
     """Results of the rungs that the record does not hold yet."""
     study = context.study
-    bench = _workbench(context, say)
+    bench = open_workbench(context, say)
     random.seed(study.seed)
     torch.manual_seed(study.seed)
     model = _started(record, context, folder, say)
@@ -637,9 +625,9 @@ def _rungs(record: _Record, context: TrialContext, folder: Path, say: Progress) 
         )
 
 
-def _started(record: _Record, context: TrialContext, folder: Path, say: Progress) -> PreTrainedModel:
+def _started(record: _Record, context: TrialContext, folder: Path, say: StageProgress) -> PreTrainedModel:
     """The folded model before recovery; what was fitted for it is kept in the trial's folder."""
-    bench = _workbench(context, say)
+    bench = open_workbench(context, say)
     if not any(isinstance(slot, Replacement) or slot.rank or slot.norm for slot in record.plan.slots):
         return fold(bench.dense, record.plan)
     path = folder / "start.safetensors"
@@ -704,7 +692,7 @@ def recovered_model(context: TrialContext, number: int) -> tuple[PreTrainedModel
             f"only a trial that was measured can be rebuilt, but trial {number} of {folder.parents[1]} was not."
         )
     result = record.results[-1]
-    model = _started(record, context, folder, lambda stage, share: None)
+    model = _started(record, context, folder, silent)
     if result.recovery_tokens:
         if not (folder / "recovered.safetensors").exists():
             raise RunError(

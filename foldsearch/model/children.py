@@ -36,6 +36,7 @@ from foldsearch.model.head import last_hidden
 from foldsearch.model.parts import NORM_EPS, Borrowed, OutputNorm
 from foldsearch.model.states import in_float64
 from foldsearch.plan.proposal import AdapterStart
+from foldsearch.progress import CountProgress
 
 Metric = Literal["low_rank", "frobenius"]
 BATCH_TOKENS = 2048
@@ -150,7 +151,7 @@ def start_adapters(
     dense: PreTrainedModel,
     ids_NT: Tensor,
     start: AdapterStart,
-    progress: Callable[[int, int], None] | None = None,
+    progress: CountProgress | None = None,
 ) -> None:
     """Set the adapters of a folded model's children, in place, and with `data` their output norms.
 

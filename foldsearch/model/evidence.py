@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from foldsearch.errors import InputError
 from foldsearch.model.blocks import decoder_blocks, family_of
 from foldsearch.model.head import POSITIONS_AT_ONCE, head_logits, last_hidden
+from foldsearch.progress import CountProgress
 
-Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
 RunBlock = Callable[[int, Tensor, Callable[[Tensor], Tensor]], Tensor]
@@ -101,7 +101,7 @@ class GreedyResult:
 
 @torch.no_grad()
 def measure_evidence(
-    dense: PreTrainedModel, ids_NT: Tensor, *, batch_size: int = 4, progress: Progress | None = None
+    dense: PreTrainedModel, ids_NT: Tensor, *, batch_size: int = 4, progress: CountProgress | None = None
 ) -> Evidence:
     """Measure the cosines of FoldGPT's Fig. 2 and those of every window of blocks.
 
@@ -197,7 +197,7 @@ def greedy_order(
     max_count: int,
     *,
     exact: bool = False,
-    progress: Progress | None = None,
+    progress: CountProgress | None = None,
 ) -> GreedyResult:
     """Drop the block whose absence costs least next-token loss, and repeat (SLEB, arXiv 2402.09025, section 3).
 

@@ -22,11 +22,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from foldsearch.errors import InputError
-from foldsearch.model.evidence import Progress
 from foldsearch.model.fold import fold
 from foldsearch.model.judge import DenseTargets, judge
 from foldsearch.model.tokens import TokenSet
 from foldsearch.plan.plan import FoldPlan, Slot
+from foldsearch.progress import CountProgress
 
 MOST_SWAPS = 3  # of one mutation
 _TRIES = 50  # mutations for each offspring wanted: a small count has fewer different ones than are asked for
@@ -134,7 +134,7 @@ def evolve(
     start: FoldPlan | Sequence[FoldPlan],
     settings: EvolutionSettings,
     *,
-    progress: Progress | None = None,
+    progress: CountProgress | None = None,
 ) -> EvolutionResult:
     """Improve a plan at its count of dropped attentions and MLPs (EvoPress: see the module).
 
@@ -224,7 +224,7 @@ class _Fitness:
     def kl(self, plan: FoldPlan, rows: list[int]) -> float:
         """Mean KL(dense ‖ folded) in nats a token; infinite where it is no finite number."""
         tokens = self._tokens
-        part = TokenSet(tokens.name, tokens.ids_NT[rows], tokens.document_N[rows], tokens.documents)
+        part = tokens.of(rows)
         kl = judge(fold(self._dense, plan), part, self._targets.of(rows)).kl
         self.tokens_done += part.num_tokens
         self.evaluations += 1

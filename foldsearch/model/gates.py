@@ -38,10 +38,11 @@ from transformers import PreTrainedModel
 
 from foldsearch.errors import InputError
 from foldsearch.model.blocks import decoder_blocks
-from foldsearch.model.evidence import BlockRun, Progress, measure_evidence
+from foldsearch.model.evidence import BlockRun, measure_evidence
 from foldsearch.model.head import POSITIONS_AT_ONCE, head_logits, last_hidden, log_normaliser
 from foldsearch.model.judge import DenseTargets, ask_dense, cross_terms
 from foldsearch.model.tokens import TokenSet
+from foldsearch.progress import CountProgress
 
 CLOSED, OPEN = 0.05, 0.95  # a gate outside these is polarized
 SWAP_ROUNDS = 2
@@ -218,7 +219,7 @@ def train_gates(
     settings: GateSettings,
     *,
     block_macs: Sequence[float],
-    progress: Progress | None = None,
+    progress: CountProgress | None = None,
 ) -> GateResult:
     """Train one gate a block and rank the blocks by them (FoldGPT-style, ours: see the module).
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import io
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foldsearch.errors import DataError, InputError
+from foldsearch.progress import StageProgress, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +80,7 @@ def _manager(include_path: Path | None) -> Any:
     """It reads thousands of YAML files, which takes seconds: once per process."""
     from lm_eval.tasks import TaskManager
 
-    with _told(lambda stage, share: None):
+    with _told(silent):
         return TaskManager(include_path=None if include_path is None else str(include_path))
 
 
@@ -92,7 +91,7 @@ def task_texts(manager: Any, name: str, *, limit: int | None = None) -> Iterator
         DataError: the data is not here and cannot be fetched. InputError: the task runs code that a model writes, or
             shows pictures.
     """
-    with _told(lambda stage, share: None), _loadable(name):
+    with _told(silent), _loadable(name):
         tasks = manager.load([name])["tasks"]
     number = 0
     for task in tasks.values():
@@ -122,7 +121,7 @@ def run_task(
     name: str,
     *,
     limit: int | None = None,
-    progress: Progress,
+    progress: StageProgress,
 ) -> tuple[TaskScore, ...]:
     """The scores of a task, group or tag: of the dense and the folded model, in this order.
 
@@ -204,7 +203,7 @@ def _loadable(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _told(progress: Progress) -> Iterator[None]:
+def _told(progress: StageProgress) -> Iterator[None]:
     """The harness talks in log lines and bars; here its bars speak to `progress`, and only its errors are shown."""
     from tqdm import tqdm
 

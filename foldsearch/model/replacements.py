@@ -35,6 +35,7 @@ from foldsearch.model.parts import Replaced
 from foldsearch.model.states import in_float64
 from foldsearch.plan.cost import DEFAULT_EXPANSION
 from foldsearch.plan.plan import Replacement
+from foldsearch.progress import CountProgress
 
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # in mean squares of a feature
 CHUNK = 2048  # tokens at a time
@@ -80,7 +81,7 @@ def fit_replacement(
     states: Tensor,
     ids_NT: Tensor,
     settings: FitSettings | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: CountProgress | None = None,
 ) -> Fit:
     """Fit one replacement.
 
@@ -211,7 +212,7 @@ def _train(
     run: Callable[[Tensor], Tensor],
     states: tuple[Tensor, Tensor],
     settings: FitSettings,
-    progress: Callable[[int, int], None] | None,
+    progress: CountProgress | None,
 ) -> None:
     """Mean relative squared error of what is added, AdamW with a linear decay."""
     module.requires_grad_(True)
@@ -246,7 +247,7 @@ def _fit_layer(
     train: slice,
     error: Callable[[Callable[[Tensor], Tensor]], float],
     settings: FitSettings,
-    progress: Callable[[int, int], None] | None,
+    progress: CountProgress | None,
 ) -> Fit:
     block = decoder_blocks(dense)[slot.first]
     twin = copy.deepcopy(block).float().train(False)

@@ -7,7 +7,6 @@ states of the blocks that their children stand for (children.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,7 @@ from foldsearch.model.states import residual_states
 from foldsearch.model.tokens import TokenSet
 from foldsearch.plan.plan import FoldPlan, Replacement, Slot
 from foldsearch.plan.proposal import AdapterStart
-
-Progress = Callable[[str, float], None]
+from foldsearch.progress import CountProgress, StageProgress, counting, silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +49,7 @@ def folded_start(
     *,
     model_hash: str,
     cache_dir: Path,
-    progress: Progress | None = None,
+    progress: StageProgress = silent,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """`fold`, with fitted replacements and adapters; and what the fits found, as plain values.
 
@@ -65,7 +63,6 @@ def folded_start(
     Raises:
         ModelError, PlanError: see `fold`.
     """
-    say = progress or (lambda stage, share: None)
     model = fold(dense, plan)
     ids_NT = fitting_tokens(ids_NT, settings.tokens)
     summary: dict[str, Any] = {}
@@ -75,18 +72,18 @@ def folded_start(
             ids_NT,
             model_hash=model_hash,
             cache_dir=cache_dir,
-            progress=_share(say, "residual states"),
+            progress=counting(progress, "residual states"),
         )
         for block, slot in zip(decoder_blocks(model), plan.slots, strict=True):
             if isinstance(slot, Replacement):
                 name = f"{slot.first}-{slot.last}~{slot.kind}"
                 fit = fit_replacement(
-                    dense, slot, states, ids_NT, settings.fit, _share(say, f"fitting {name}")
+                    dense, slot, states, ids_NT, settings.fit, counting(progress, f"fitting {name}")
                 )
                 _put(_new_module(block), fit.values)
                 summary[name] = {"errors": fit.errors, "chosen": fit.chosen}
     if any(isinstance(slot, Slot) and (slot.rank or slot.norm) for slot in plan.slots):
-        start_adapters(model, dense, ids_NT, settings.adapters, _share(say, "calibrating adapters"))
+        start_adapters(model, dense, ids_NT, settings.adapters, counting(progress, "calibrating adapters"))
         summary["adapters"] = settings.adapters
     return model, summary
 
@@ -102,7 +99,7 @@ def linear_window(
     states: Tensor,
     tokens: TokenSet,
     targets: DenseTargets,
-    progress: Callable[[int, int], None] | None = None,
+    progress: CountProgress | None = None,
 ) -> tuple[int, ...]:
     """The `count` consecutive blocks whose linear replacement leaves the least KL to the dense model [ours].
 
@@ -144,10 +141,6 @@ def new_values(model: PreTrainedModel) -> dict[str, Tensor]:
             for name, parameter in block.named_parameters():
                 found[f"{names[id(block)]}.{name}"] = parameter.detach()
     return found
-
-
-def _share(say: Progress, stage: str) -> Callable[[int, int], None]:
-    return lambda done, total: say(stage, done / max(total, 1))
 
 
 def _new_module(block: torch.nn.Module) -> torch.nn.Module:

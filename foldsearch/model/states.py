@@ -9,7 +9,6 @@ Shapes: L blocks, N sequences, T positions, D width.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from foldsearch.files import alone, replace_atomically
 from foldsearch.model.blocks import decoder_blocks
 from foldsearch.model.evidence import hidden_of
 from foldsearch.model.head import last_hidden
+from foldsearch.progress import CountProgress
 
 MOST_BYTES = 2 * 10**9
 BATCH_TOKENS = 2048
@@ -33,7 +33,7 @@ def residual_states(
     model_hash: str,
     cache_dir: Path,
     most_bytes: int = MOST_BYTES,
-    progress: Callable[[int, int], None] | None = None,
+    progress: CountProgress | None = None,
 ) -> Tensor:
     """States between the blocks, (L + 1, n, T, D), in the model's dtype, on the CPU, mapped from a file.
 
@@ -78,7 +78,7 @@ def _write(
     ids_NT: Tensor,
     path: Path,
     size: int,
-    progress: Callable[[int, int], None] | None,
+    progress: CountProgress | None,
 ) -> None:
     count, length = ids_NT.shape
     blocks = decoder_blocks(dense)

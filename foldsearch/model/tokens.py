@@ -97,6 +97,10 @@ class TokenSet:
                 f"{self.name}: a sequence names a document that is not among the {len(self.documents)}."
             )
 
+    def of(self, rows: list[int]) -> TokenSet:
+        """Some of the sequences."""
+        return TokenSet(self.name, self.ids_NT[rows], self.document_N[rows], self.documents)
+
     @property
     def num_tokens(self) -> int:
         """N times T."""

@@ -40,6 +40,7 @@ from foldsearch.model.head import last_hidden
 from foldsearch.plan.cost import price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.proposal import Proposal
+from foldsearch.progress import silent
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import SplitSettings, Study
 from foldsearch.trial import (
@@ -114,7 +115,7 @@ def same_size(method: Proposal, dropped: int, context: TrialContext) -> tuple[Pr
         groups = method.num_groups and max(1, dropped // 4)
         start = method.num_groups and (num_blocks - count) // 3
         proposal = replace(method, num_removed=count, num_groups=groups, group_start=start, **extra)
-        plan, _ = choose_plan(proposal, context, lambda stage, share: None)
+        plan, _ = choose_plan(proposal, context, silent)
         if price(plan, context.table, context.target).stored_bytes <= SLACK * bound:
             return proposal, plan
     raise AssertionError("no count is small enough")

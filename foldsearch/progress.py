@@ -1,0 +1,20 @@
+"""How long work says where it is, to whoever listens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+StageProgress = Callable[[str, float], None]
+"""Called with the name of the stage and the share of it that is done, 0 to 1."""
+
+CountProgress = Callable[[int, int], None]
+"""Called with how many are done, and of how many."""
+
+
+def silent(stage: str, share: float) -> None:
+    """A listener to whom nothing matters."""
+
+
+def counting(say: StageProgress, stage: str) -> CountProgress:
+    """A listener to the counts of one stage, which tells its share."""
+    return lambda done, total: say(stage, done / max(total, 1))
