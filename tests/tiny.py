@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 import transformers as tf
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from foldsearch.model.tokens import TokenSet
@@ -92,3 +94,16 @@ def write_corpus(folder: Path, documents: int = 60, words: int = 50, seed: int =
             )
         (folder / f"{index:03}.txt").write_text(" ".join(text), encoding="utf-8")
     return str(folder)
+
+
+class LogitRows(TorchDispatchMode):
+    """While it is entered: the most rows of any tensor over the vocabulary that an operation gave."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor.shape[-1] == VOCABULARY:
+                self.most = max(self.most, tensor.numel() // VOCABULARY)
+        return outputs

@@ -216,7 +216,7 @@ def test_two_trials_never_measure_a_plan_at_once(context):
 
 @pytest.mark.parametrize("criterion", ["gate", "window"])
 def test_what_cannot_fit_is_never_built(context, monkeypatch, criterion):
-    for name in ("fold", "open_workbench", "open_workbench", "choose_blocks"):
+    for name in ("fold", "open_workbench", "choose_blocks"):
         monkeypatch.setattr(trials, name, never)
     tight = replace(context, budget=Budget(memory_bytes=context.dense_cost.memory_bytes // 2, flops=10**9))
     proposal = Proposal(criterion, 1, gate_eps=0.5 if criterion == "gate" else None)

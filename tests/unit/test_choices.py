@@ -31,7 +31,7 @@ from foldsearch.model.choices import (
 from foldsearch.model.fold import fold
 from foldsearch.model.tokens import TokenSet
 from foldsearch.plan.plan import FoldPlan
-from tests.tiny import NUM_BLOCKS, VOCABULARY, dense_model, tokenizer
+from tests.tiny import NUM_BLOCKS, LogitRows, dense_model, tokenizer
 
 GOOD = {"question": "w3 w4", "options": ["w5", "w6 w7"], "answer": 0}
 
@@ -134,22 +134,11 @@ def test_option_perplexity_is_cross_entropy_of_the_options_tokens(name, plan, mo
 
 
 def test_logits_are_made_for_tokens_of_options_only() -> None:
-    most = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal most
-            outputs = func(*args, **(kwargs or {}))
-            for tensor in torch.utils._pytree.tree_leaves(outputs):
-                if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (VOCABULARY,):
-                    most = max(most, tensor.numel() // VOCABULARY)
-            return outputs
-
     question = Question(" ".join(["w3"] * 30), ("w5 w6", *[f"w{i}" for i in range(40, 80)]), 0, 1)
     encoded = [encode_question(question, tokenizer(), "here")]
-    with Watch():
+    with LogitRows() as rows:
         option_perplexities(dense_model(), encoded)
-    assert most == 42  # of 41 times 31 tokens and more
+    assert rows.most == 42  # of 41 times 31 tokens and more
 
 
 # ---- the border between question and option

@@ -19,7 +19,7 @@ from foldsearch.model.fold import fold
 from foldsearch.model.judge import ask_dense, batches, clustered_error, dense_targets, judge
 from foldsearch.model.tokens import TokenSet
 from foldsearch.plan.plan import FoldPlan
-from tests.tiny import NUM_BLOCKS, dense_model, token_set
+from tests.tiny import NUM_BLOCKS, LogitRows, dense_model, token_set
 
 # Gemma 2 has a soft-capped head, GPT-2 a tied one, OPT learned positions
 NAMES = ("llama", "gemma2", "gpt2", "opt")
@@ -176,18 +176,7 @@ def test_targets_are_kept_by_content(name, tmp_path, monkeypatch):
 def test_full_logits_of_a_batch_are_never_made(monkeypatch):
     """The widest tensor over the vocabulary has as many rows as a chunk."""
     monkeypatch.setattr("foldsearch.model.head.JUDGED_AT_ONCE", 50)
-    most = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal most
-            outputs = func(*args, **(kwargs or {}))
-            for tensor in torch.utils._pytree.tree_leaves(outputs):
-                if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (96,) and tensor.dim() > 1:
-                    most = max(most, tensor.numel() // 96)
-            return outputs
-
     model, targets = folded("llama"), ask_dense(dense_model("llama"), TOKENS)
-    with Watch():
+    with LogitRows() as rows:
         judge(model, TOKENS, targets)
-    assert most == 50
+    assert rows.most == 50
