@@ -104,7 +104,7 @@ def family_of(config: Any) -> Family:
     """The family of a transformers config, dense or folded.
 
     Raises:
-        ValueError: the family is unknown; the message names the known ones.
+        ValueError: the family is unknown, and the message names the known ones; or its blocks do not only add.
     """
     model_type = str(config.model_type).removeprefix(FOLDED_PREFIX)
     if model_type not in FAMILIES:
@@ -112,6 +112,11 @@ def family_of(config: Any) -> Family:
         raise ValueError(
             f"foldsearch folds the families it knows, but this model's type is '{model_type}'. "
             f"Known: {known}. A new family is one entry in foldsearch/model/blocks.py."
+        )
+    if not getattr(config, "do_layer_norm_before", True):
+        raise ValueError(
+            "foldsearch folds blocks that add to the residual stream, but those of this model normalise the stream "
+            "itself (do_layer_norm_before is false, as in OPT-350m). Take another size of the family."
         )
     return FAMILIES[model_type]
 

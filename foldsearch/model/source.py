@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from foldsearch.errors import ModelError
+from foldsearch.model.blocks import family_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -433,7 +434,7 @@ def _config_class() -> type[PretrainedConfig]:
 
 
 def _check_decoder(reference: str, config: PretrainedConfig) -> None:
-    """Refuse what is not a decoder language model, saying what it is."""
+    """Refuse what is no decoder language model, saying what it is, and one that cannot be folded."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -447,6 +448,10 @@ def _check_decoder(reference: str, config: PretrainedConfig) -> None:
     elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (
         getattr(config, "auto_map", None) or {}
     ):
+        try:
+            family_of(config)
+        except ValueError as error:
+            raise ModelError(f"{reference}: {error}") from error
         return
     else:
         what = "no language model that predicts the next token"

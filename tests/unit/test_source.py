@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
+    BloomConfig,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -28,6 +29,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    OPTConfig,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -472,6 +475,35 @@ def test_encoder_decoder_is_named_as_such(tmp_path: Path) -> None:
     config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "m")
     with pytest.raises(ModelError, match=r"'t5' is an encoder-decoder model"):
+        prepare(str(tmp_path / "m"), dtype="float32", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2),
+            "this model's type is 'bloom'. Known: gemma,",
+        ),
+        (
+            OPTConfig(
+                vocab_size=64,
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                ffn_dim=32,
+                do_layer_norm_before=False,
+            ),
+            "do_layer_norm_before is false, as in OPT-350m",
+        ),
+    ],
+    ids=["unknown", "post-norm"],
+)
+def test_a_decoder_that_cannot_be_folded_is_refused(
+    config: PretrainedConfig, message: str, tmp_path: Path
+) -> None:
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    with pytest.raises(ModelError, match=message):
         prepare(str(tmp_path / "m"), dtype="float32", cache_dir=tmp_path)
 
 
