@@ -25,7 +25,7 @@ from foldsearch.search.dry_run import plan_search
 from foldsearch.search.folder import RunFolder
 from foldsearch.search.proposer import Line, baseline_count, missing_baselines
 from foldsearch.search.records import STUDY_NAME, Records, front, note, point, read_records
-from foldsearch.spec.study import Study
+from foldsearch.spec.study import BudgetSettings, Study
 from tests.fake_driver import study as small_study
 from tests.fake_trial import NUM_BLOCKS, ORDERS, TABLE, result_of
 
@@ -190,6 +190,17 @@ def test_each_criterion_comes_first_at_the_count_that_just_fits(records: Records
         proposal = asked[1]
         assert (proposal.num_removed, proposal.num_groups, proposal.origin) == (count, 0, "baseline")
         assert records.get(asked[0]).exempt
+
+
+def test_without_a_budget_the_far_end_of_the_front_is_begun_with_too(tmp_path: Path, study: Study) -> None:
+    free = study.model_copy(update={"budget": BudgetSettings()})
+    line = Line(Records(new_run(tmp_path / "free", free)))
+    proposals = [asked[1] for asked in (line.next(num_running=0) for _ in range(5)) if asked is not None]
+    fewest, most = line.records.space.counts(NUM_BLOCKS)
+    assert fewest < round(0.2 * NUM_BLOCKS) < most
+    counts = [proposal.num_removed for proposal in proposals]
+    assert counts == [round(0.2 * NUM_BLOCKS)] * 4 + [most]
+    assert (proposals[4].criterion, proposals[4].origin) == (line.records.space.criteria[0], "start")
 
 
 def test_the_line_ends_with_what_the_front_still_needs(records: Records, study: Study) -> None:
