@@ -2,9 +2,8 @@
 
 Baselines are each criterion of the space with nothing shared, at the fewest dropped blocks that keep the budget (a
 fifth of the blocks where dense keeps it already). They are never halved, so the search is never worse than the
-simple ways of dropping blocks, and a report can say by how much it is better. Starts follow, which may be halved: where
-removed blocks may have other fates than the first, the first criterion with each of those; and where no budget cuts the
-space, the first criterion at the most blocks it may remove, the far end of the front.
+simple ways of dropping blocks, and a report can say by how much it is better. Where no budget cuts the space, a start
+follows: the first criterion at the most blocks it may remove, the far end of the front. It may be halved.
 
 When the trials or seconds of the study are spent, the search closes: at the most promising counts of the front (the
 knee's first, then by the hypervolume that its points add; `CLOSING_COUNTS` of them), each criterion whose plan has
@@ -43,13 +42,10 @@ class Line:
         if not records.all() and (count := baseline_count(records)) is not None:
             for criterion in records.space.criteria:
                 records.queue(criterion, count)
-            first = records.space.criteria[0]
-            for fate in records.space.fates[1:]:
-                records.queue(first, count, fate=fate)
             folder = records.folder
             _, most = records.space.counts(folder.num_blocks)
             if most > count and folder.budget.admits(folder.dense):
-                records.queue(first, most, fate=records.space.fates[0])
+                records.queue(records.space.criteria[0], most, origin="start")
 
     def elapsed(self) -> float:
         """Seconds of this run so far, over all its processes."""

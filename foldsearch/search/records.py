@@ -27,7 +27,7 @@ from foldsearch.errors import BudgetError
 from foldsearch.plan.cost import GB, Cost, price
 from foldsearch.plan.front import non_dominated
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.proposal import Criterion, Fate, Origin, Proposal, lower_bound, neighbour
+from foldsearch.plan.proposal import Criterion, Origin, Proposal, lower_bound, neighbour
 from foldsearch.plan.result import TrialResult
 from foldsearch.plan.strip import strip
 from foldsearch.search.folder import RunFolder
@@ -163,16 +163,15 @@ class Records:
     # ---- who is next
 
     def queue(
-        self, criterion: Criterion, num_removed: int, *, fate: Fate | None = None, closing: bool = False
+        self, criterion: Criterion, num_removed: int, *, origin: Origin = "baseline", closing: bool = False
     ) -> None:
-        """Put a baseline first in line: a criterion at a count, nothing shared, recovery settings in mid-range.
+        """Put a trial first in line: a criterion at a count, nothing shared, recovery settings in mid-range.
 
-        With a fate of its own it is no baseline but a start: the sampler has seen every fate before it chooses.
         Its gate_eps is that of the best gates so far, else the middle one of the space.
         """
         low, high = self.space.recover.learning_rate
         ranks = self.space.recover.delta_ranks
-        plain = baseline(self.space, criterion, num_removed, fate)
+        plain = baseline(self.space, criterion, num_removed)
         params: dict[str, Any] = {
             "num_removed": num_removed,
             "criterion": criterion,
@@ -187,9 +186,7 @@ class Records:
         }
         if criterion == "gate":
             params["gate_eps"] = self._best_eps()
-        self.study.enqueue_trial(
-            params, user_attrs={"origin": "baseline" if fate is None else "start", "closing": closing}
-        )
+        self.study.enqueue_trial(params, user_attrs={"origin": origin, "closing": closing})
         self._records.append(Record(len(self._records), "waiting", None, (), closing=closing))
 
     def _best_eps(self) -> float:

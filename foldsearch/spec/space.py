@@ -242,9 +242,9 @@ def _propose_groups(suggest: Suggest, space: Space, num_retained: int, fewest: i
     }
 
 
-def baseline(space: Space, criterion: Criterion, count: int, fate: Fate | None = None) -> Proposal:
-    """A criterion at a count with a fate (None is the space's first) in its simplest form, nothing else changed."""
-    fate = (fate or space.fates[0]) if count else "drop"
+def baseline(space: Space, criterion: Criterion, count: int) -> Proposal:
+    """A criterion at a count with the space's first fate in its simplest form, nothing else changed."""
+    fate = space.fates[0] if count else "drop"
     return Proposal(
         criterion,
         num_removed=count,
