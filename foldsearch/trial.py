@@ -12,7 +12,6 @@ the run folder, so a trial that was stopped or killed goes on from its last rung
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import hashlib
 import json
@@ -22,7 +21,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -606,7 +605,6 @@ def _rungs(record: _Record, context: TrialContext, folder: Path, say: StageProgr
                 if record.results and record.results[-1].recovery_tokens:
                     recovery.load(folder)  # it may be one rung ahead of the record
             recovery.train(tokens, lambda share: say("recovery", share))
-            _give_back()
             recovery.save(folder)
         say("measuring", 0.0)
         quality = judge(model, bench.splits.search, bench.search)
@@ -625,12 +623,6 @@ def _rungs(record: _Record, context: TrialContext, folder: Path, say: StageProgr
             seconds=0.0,
             report=judge(model, bench.splits.report, bench.report) if rung == last else None,
         )
-
-
-def _give_back() -> None:
-    """Let glibc hand back what steps used and freed: half a gigabyte, which it keeps and may not use for the next."""
-    with suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _started(record: _Record, context: TrialContext, folder: Path, say: StageProgress) -> PreTrainedModel:
