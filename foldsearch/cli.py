@@ -526,7 +526,7 @@ def _show_results(results: list[TrialResult]) -> int:
 
 def _price(args: argparse.Namespace) -> int:
     from foldsearch.api import check_plan_text, measure_model
-    from foldsearch.plan.plan import FoldPlan
+    from foldsearch.plan.plan import FoldPlan, check_ranks
     from foldsearch.report.terminal import console, price_table
 
     check_plan_text(args.plan)
@@ -534,6 +534,7 @@ def _price(args: argparse.Namespace) -> int:
     with _status() as progress:
         table = measure_model(study, progress)
     plan = FoldPlan.parse(args.plan, len(table.blocks))
+    check_ranks(plan, table.width)
     out = console()
     out.print(price_table(plan, table, study.target.value()))
     return 0

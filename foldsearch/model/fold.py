@@ -13,7 +13,7 @@ from foldsearch.model.blocks import FOLDED_PREFIX, Family, decoder_blocks, famil
 from foldsearch.model.folded import FOLD_SCHEMA, folded_config_class, folded_model_class, place_slots
 from foldsearch.model.parts import Borrowed, OutputNorm, Replaced
 from foldsearch.plan.cost import DEFAULT_EXPANSION
-from foldsearch.plan.plan import FoldPlan, Replacement, Slot
+from foldsearch.plan.plan import FoldPlan, Replacement, Slot, check_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -137,13 +137,7 @@ def _check_plan(plan: FoldPlan, blocks: nn.ModuleList, config: Any) -> None:
         raise PlanError(
             f"the plan is for a model of {plan.num_blocks} blocks, but this one has {len(blocks)}."
         )
-    width = config.hidden_size
-    for slot in plan.slots:
-        if isinstance(slot, Slot) and slot.rank > width:
-            raise PlanError(
-                f"an adapter's rank is at most the model's width, {width}, but block {slot.home} asks for {slot.rank}. "
-                "Lower it: at that rank it would cost more than the block's own weights."
-            )
+    check_ranks(plan, config.hidden_size)
     if not any(
         slot.attention is not None if isinstance(slot, Slot) else slot.kind == "layer" for slot in plan.slots
     ):

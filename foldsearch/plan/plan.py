@@ -399,3 +399,17 @@ def _slot_word(slot: Slot, repeat: bool) -> str:
     else:
         word = f"{home}={attention}a{mlp}m"
     return word + (f"+r{slot.rank}" if slot.rank else "") + ("+n" if slot.norm else "")
+
+
+def check_ranks(plan: FoldPlan, width: int) -> None:
+    """Refuse adapters that are wider than the model, which a plan alone cannot know.
+
+    Raises:
+        PlanError: a rank is above the width.
+    """
+    for slot in plan.slots:
+        if isinstance(slot, Slot) and slot.rank > width:
+            raise PlanError(
+                f"an adapter's rank is at most the model's width, {width}, but block {slot.home} asks for {slot.rank}. "
+                "Lower it: at that rank it would cost more than the block's own weights."
+            )

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foldsearch.errors import PlanError
-from foldsearch.plan.plan import SCHEMA, FoldPlan, Replacement, Slot
+from foldsearch.plan.plan import SCHEMA, FoldPlan, Replacement, Slot, check_ranks
 from tests.strategies import plans
 
 
@@ -277,3 +277,10 @@ def test_ids_tell_plans_apart(one, other):
 
 def test_an_id_depends_on_the_number_of_blocks():
     assert plan("0-4", 5).id != plan("0-4", 6).id
+
+
+def test_an_adapter_is_at_most_as_wide_as_the_model() -> None:
+    plan = FoldPlan.parse("0 1=0+r9 2", 3)
+    check_ranks(plan, 9)
+    with pytest.raises(PlanError, match="at most the model's width, 8, but block 1 asks for 9"):
+        check_ranks(plan, 8)
