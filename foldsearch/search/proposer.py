@@ -2,8 +2,8 @@
 
 Baselines are each criterion of the space with nothing shared, at the fewest dropped blocks that keep the budget (a
 fifth of the blocks where dense keeps it already). They are never halved, so the search is never worse than the
-simple ways of dropping blocks, and a report can say by how much it is better. Where no budget cuts the space, a start
-follows: the first criterion at the most blocks it may remove, the far end of the front. It may be halved.
+criteria of its space are by themselves, and a report can say by how much it is better. Where no budget cuts the space,
+a start follows: the first criterion at the most blocks it may remove, the far end of the front. It may be halved.
 
 When the trials or seconds of the study are spent, the search closes: at the most promising counts of the front (the
 knee's first, then by the hypervolume that its points add; `CLOSING_COUNTS` of them), each criterion whose plan has
