@@ -13,13 +13,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
 from foldsearch.model import judge as judging
 from foldsearch.model.fold import fold
+from foldsearch.model.head import judged_logits
 from foldsearch.model.judge import ask_dense, batches, clustered_error, dense_targets, judge
 from foldsearch.model.tokens import TokenSet
 from foldsearch.plan.plan import FoldPlan
-from tests.tiny import NUM_BLOCKS, LogitRows, dense_model, token_set
+from tests.tiny import NUM_BLOCKS, VOCABULARY, WIDTH, LogitRows, dense_model, token_set
 
 # Gemma 2 has a soft-capped head, GPT-2 a tied one, OPT learned positions
 NAMES = ("llama", "gemma2", "gpt2", "opt")
@@ -180,3 +182,20 @@ def test_full_logits_of_a_batch_are_never_made(monkeypatch):
     with LogitRows() as rows:
         judge(model, TOKENS, targets)
     assert rows.most == 50
+
+
+@torch.inference_mode()
+def test_longer_texts_allocate_a_few_numbers_a_position(monkeypatch):
+    """Rows over the vocabulary that are made and freed inside the loop leave holes in the heap."""
+    monkeypatch.setattr("foldsearch.model.head.JUDGED_AT_ONCE", 50)
+    model = folded("llama")
+
+    def allocated(positions: int) -> int:
+        hidden_MD, next_M = torch.randn(positions, WIDTH), torch.zeros(positions, dtype=torch.int64)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            judged_logits(model, hidden_MD, next_M, next_M)
+        events = found.profiler.kineto_results.events()
+        return sum(max(event.nbytes(), 0) for event in events if event.name() == "[memory]")
+
+    one_row = 4 * VOCABULARY  # in float32
+    assert 0 < allocated(400) - allocated(200) < 200 * one_row / 4
