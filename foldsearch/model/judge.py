@@ -99,32 +99,35 @@ def ask_dense(
     for batch in batches(*tokens.ids_NT.shape):
         ids_BT = tokens.ids_NT[batch].to(dense.device)
         hidden_BPD = last_hidden(dense, ids_BT)[:, :-1]
-        shape = hidden_BPD.shape[:2]
-        chunks: dict[str, list[Tensor]] = {name: [] for name in parts}
         hidden, following = hidden_BPD.flatten(0, 1), ids_BT[:, 1:].flatten()
-        for hidden_MD, next_M in zip(
-            hidden.split(POSITIONS_AT_ONCE), following.split(POSITIONS_AT_ONCE), strict=True
-        ):
+        # Room for all answers before the first logits: small tensors that are kept would split the room that a
+        # chunk's logits leave, and the next chunk's would need new.
+        numbers = hidden.new_empty(len(hidden), dtype=torch.float32)
+        found = {"negentropy_NP": numbers, "loss_NP": torch.empty_like(numbers)}
+        found["likeliest_NP"] = torch.empty_like(numbers, dtype=torch.int32)
+        found["mean_row_NPD"] = torch.empty_like(hidden if linear else hidden[:0], dtype=torch.float32)
+        for start in range(0, len(hidden), POSITIONS_AT_ONCE):
+            here = slice(start, start + POSITIONS_AT_ONCE)
+            hidden_MD, next_M1 = hidden[here], following[here, None]
             logits_MV = head_logits(dense, hidden_MD)
             normaliser_M = log_normaliser(logits_MV)
             p_MV = (logits_MV - normaliser_M[:, None]).exp_()
-            cross_M = (p_MV * logits_MV).sum(-1)
-            if linear:
-                rounded_MV = p_MV.to(
-                    rows_VD.dtype
-                )  # the product runs in the head's dtype, over what sums to 1 again
-                mean_row_MD = (rounded_MV @ rows_VD).float() / rounded_MV.sum(
-                    -1, keepdim=True, dtype=torch.float32
-                )
-                chunks["mean_row_NPD"].append(mean_row_MD)
-                cross_M = (hidden_MD.float() * mean_row_MD).sum(-1)  # rounded as the folded model's will be
-            chunks["negentropy_NP"].append(cross_M - normaliser_M)
-            chunks["loss_NP"].append(normaliser_M - logits_MV.gather(1, next_M[:, None])[:, 0])
-            chunks["likeliest_NP"].append(logits_MV.argmax(-1).int())
+            if linear:  # rounded as the folded model's will be
+                # The product runs in the head's dtype, over what sums to 1 again.
+                rounded_MV = p_MV.to(rows_VD.dtype)
+                total_M1 = rounded_MV.sum(-1, keepdim=True, dtype=torch.float32)
+                mean_row_MD = (rounded_MV @ rows_VD).float() / total_M1
+                found["mean_row_NPD"][here] = mean_row_MD
+                cross_M = (hidden_MD.float() * mean_row_MD).sum(-1)
+            else:
+                cross_M = (p_MV * logits_MV).sum(-1)
+            found["negentropy_NP"][here] = cross_M - normaliser_M
+            found["loss_NP"][here] = normaliser_M - logits_MV.gather(1, next_M1)[:, 0]
+            found["likeliest_NP"][here] = logits_MV.argmax(-1)
         parts["hidden_NPD"].append(hidden_BPD.cpu())
-        for name, values in chunks.items():
-            if values:
-                parts[name].append(torch.cat(values).unflatten(0, shape).cpu())
+        for name, values in found.items():
+            if len(values):
+                parts[name].append(values.unflatten(0, hidden_BPD.shape[:2]).cpu())
         if progress is not None:
             progress(batch.stop / len(tokens.ids_NT))
     empty = torch.zeros(0)
