@@ -233,15 +233,15 @@ def _second_moments(
 ) -> dict[nn.Module, Tensor]:
     """Σ x xᵀ of the inputs of the children's dense linears, (I, I), float64."""
     moments: dict[nn.Module, Tensor] = {}
-    latest: dict[int, tuple[Tensor, Tensor]] = {}  # linears that read the same states share their product
+    read: Tensor | None = None
+    product = torch.empty(0)
 
     def keep(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0]
-        known, product = latest.get(0, (None, None))
-        if known is not x or product is None:
-            x_MI = x.detach().flatten(0, -2).float()
+        nonlocal read, product
+        if args[0] is not read:  # linears that read the same states share their product
+            (read,) = args
+            x_MI = read.detach().flatten(0, -2).float()
             product = in_float64(x_MI.T @ x_MI)
-            latest[0] = (x, product)
         moments[linear] = moments[linear] + product if linear in moments else product
 
     with ExitStack() as stack:
