@@ -7,7 +7,6 @@ Exit codes: 0 done; 1 an export is not the model that was measured; 2 what was g
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import re
 import sys
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import foldsearch
 from foldsearch.errors import InputError, VerificationError
+from foldsearch.files import disk_is_full
 from foldsearch.plan.extend import DEFAULT_RANK, PATTERNS, extended, rank_of
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from foldsearch.spec.study import Study
 
 DEFAULT_PLACE = Path("runs")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _ABOUT = """\
 From a decoder LLM and a device budget to a Pareto front of folded models that were really
@@ -122,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if not _disk_is_full(error):
+        if not disk_is_full(error):
             raise  # ours: the traceback is wanted
         where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
         return _fail(
@@ -134,20 +133,6 @@ def _fail(message: object, code: int) -> int:
     sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr)
     return code
-
-
-def _disk_is_full(error: BaseException | None) -> bool:
-    """Some libraries wrap the operating system's error, or say it only in words."""
-    while error is not None:
-        words = str(error)
-        if (
-            getattr(error, "errno", None) in _FULL
-            or "No space left on device" in words
-            or "disk is full" in words
-        ):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 # ---- the words of the command line

@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import glob
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+ABANDONED_SECONDS = 24 * 3600
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, is a full disk; some libraries say it only in words."""
+    while error is not None:
+        words = str(error)
+        if (
+            getattr(error, "errno", None) in _FULL
+            or "No space left on device" in words
+            or "disk is full" in words
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it: readers see all of it or nothing.
 
-    The temporary file goes when writing fails (a full disk, say).
+    The temporary file goes when writing fails (a full disk, say); one that a killed process left goes with the next
+    writing of the same path, once it is a day old.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                left.unlink()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)

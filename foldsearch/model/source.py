@@ -15,7 +15,6 @@ process of a machine shares the same pages, and a trial's private memory is what
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib
 import importlib.util
@@ -35,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from foldsearch.errors import ModelError
+from foldsearch.files import disk_is_full
 from foldsearch.model.blocks import family_of
 
 if TYPE_CHECKING:
@@ -163,10 +163,10 @@ def prepare(
     return DenseFiles(reference, target, dtype, content_hash, note, trust_remote_code)
 
 
-def open_dense(
-    files: DenseFiles, *, device: str | torch.device = "cpu", attn_implementation: str = "sdpa"
-) -> PreTrainedModel:
+def open_dense(files: DenseFiles, *, device: str | torch.device = "cpu") -> PreTrainedModel:
     """Open the dense model: eval mode, no parameter requires a gradient, tied weights tied.
+
+    Attention is what transformers chooses for the family: SDPA, or eager where there is none (Gemma 2).
 
     On the CPU its parameters are the mapped pages of the files, copy on write: opening takes no private memory for
     them, processes share them, and an in-place write stays in the process that made it (and costs it the page).
@@ -183,7 +183,6 @@ def open_dense(
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 files.folder,
                 dtype=DTYPES[files.dtype],
-                attn_implementation=attn_implementation,
                 trust_remote_code=files.trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -558,7 +557,6 @@ def _load_model(
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 dtype=DTYPES[dtype],
-                attn_implementation="sdpa",
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 **kwargs,
@@ -617,7 +615,7 @@ def _write_folder(
                 tokenizer = AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf_file)
             tokenizer.save_pretrained(folder)
         except Exception as error:
-            if isinstance(error, OSError) and _is_disk_full(error):
+            if disk_is_full(error):
                 raise
             say(f"{source.reference}: no tokenizer could be read from the GGUF file ({_first_line(error)})")
     (folder / "model.safetensors").chmod(0o644)
@@ -669,15 +667,8 @@ def _quiet_gguf() -> Iterator[None]:
         reader.tqdm = bar
 
 
-def _is_disk_full(error: BaseException) -> bool:
-    # safetensors reports the operating system's error in words only
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(
-        error
-    )
-
-
 def _write_error(folder: Path, error: BaseException) -> ModelError:
-    if _is_disk_full(error):
+    if disk_is_full(error):
         return ModelError(
             f"The disk that holds {folder} is full; nothing half-written was kept. Make room, or set FOLDSEARCH_CACHE "
             "(for downloads HF_HOME) to a folder on another disk."

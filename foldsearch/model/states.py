@@ -9,6 +9,7 @@ Shapes: L blocks, N sequences, T positions, D width.
 from __future__ import annotations
 
 import hashlib
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -66,49 +67,39 @@ def residual_states(
     if not path.exists():
         with alone(path.with_suffix(".lock")):
             if not path.exists():
-                replace_atomically(path, lambda temporary: _write(dense, ids_NT, temporary, size, progress))
+                replace_atomically(path, lambda temporary: _write(dense, ids_NT, temporary, progress))
     # Private: what a trial writes by mistake stays its own.
     mapped = torch.from_file(str(path), shared=False, size=size, dtype=dense.dtype)
     return mapped.view(num_states, count, length, width)
 
 
 @torch.inference_mode()
-def _write(
-    dense: PreTrainedModel,
-    ids_NT: Tensor,
-    path: Path,
-    size: int,
-    progress: CountProgress | None,
-) -> None:
+def _write(dense: PreTrainedModel, ids_NT: Tensor, path: Path, progress: CountProgress | None) -> None:
     count, length = ids_NT.shape
     blocks = decoder_blocks(dense)
-    with path.open("wb") as file:
-        file.truncate(size * dense.dtype.itemsize)
-    mapped = torch.from_file(str(path), shared=True, size=size, dtype=dense.dtype)
-    states = mapped.view(len(blocks) + 1, count, length, -1)
     here = slice(0)
 
     def keep(index: int, hidden_BTD: Tensor) -> None:
-        states[index, here] = hidden_BTD.cpu()
+        # Written, not mapped: where a mapped page finds no room on the disk the process dies without a word.
+        values_BTD = hidden_BTD.cpu().contiguous().view(torch.uint8)
+        file.seek((index * count + here.start) * length * values_BTD.shape[-1])
+        file.write(values_BTD.numpy().data)
 
-    handles = [
-        block.register_forward_pre_hook(
-            lambda _, args, kwargs, i=i: keep(i, args[0] if args else kwargs["hidden_states"]),
-            with_kwargs=True,
-        )
-        for i, block in enumerate(blocks)
-    ]
-    handles.append(blocks[-1].register_forward_hook(lambda _, args, out: keep(len(blocks), hidden_of(out))))
-    try:
+    with path.open("wb") as file, ExitStack() as hooks:
+        for i, block in enumerate(blocks):
+            hook = block.register_forward_pre_hook(
+                lambda _, args, kwargs, i=i: keep(i, args[0] if args else kwargs["hidden_states"]),
+                with_kwargs=True,
+            )
+            hooks.callback(hook.remove)
+        hook = blocks[-1].register_forward_hook(lambda _, args, out: keep(len(blocks), hidden_of(out)))
+        hooks.callback(hook.remove)
         step = max(1, BATCH_TOKENS // length)
         for start in range(0, count, step):
             here = slice(start, min(start + step, count))
             last_hidden(dense, ids_NT[here].to(dense.device))
             if progress is not None:
                 progress(here.stop, count)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def in_float64(value: Tensor) -> Tensor:

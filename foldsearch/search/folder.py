@@ -9,7 +9,6 @@ evaluations/  what `foldsearch evaluate` found
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -22,7 +21,7 @@ from typing import Any
 
 from foldsearch import __version__
 from foldsearch.errors import FoldsearchError, RunError
-from foldsearch.files import write_json
+from foldsearch.files import disk_is_full, write_json
 from foldsearch.plan.cost import Budget, Cost, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.spec.load import study_from_json
@@ -209,5 +208,5 @@ def _written(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = " Free some space." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        remedy = " Free some space." if disk_is_full(error) else ""
         raise RunError(f"the run folder '{path}' cannot be written: {error.strerror}.{remedy}") from error

@@ -39,6 +39,7 @@ from transformers import (
 from foldsearch.errors import ModelError
 from foldsearch.model import source
 from foldsearch.model.source import DenseFiles, default_cache_dir, open_dense, open_tokenizer, prepare
+from tests.tiny import CONFIGS, save_model
 
 IDS_BT = torch.arange(24).reshape(2, 12) * 7 % 90
 
@@ -570,3 +571,12 @@ def test_default_cache_dir(monkeypatch) -> None:
     assert default_cache_dir() == Path("/xdg/foldsearch")
     monkeypatch.setenv("FOLDSEARCH_CACHE", "/chosen")
     assert default_cache_dir() == Path("/chosen")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_family_can_be_opened(name: str, tmp_path: Path) -> None:
+    """With the attention that transformers chooses: Gemma 2 has no SDPA."""
+    saved = save_model(tmp_path / "m", name)
+    expected = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.bfloat16)
+    files = prepare(saved, dtype="bfloat16", cache_dir=tmp_path / "cache")
+    assert torch.equal(logits(open_dense(files)), logits(expected))

@@ -7,6 +7,7 @@ what block i would read; arithmetic for what fits; the file itself, byte by byte
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -153,3 +154,31 @@ def test_a_forward_that_fails_leaves_nothing_half_written(ask, files, monkeypatc
     assert files() == []
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in dense.modules())
     torch.testing.assert_close(ask(), by_hand(dense, IDS), atol=1e-5, rtol=1e-5)
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(ask, files, monkeypatch):
+    """A mapped file would take the room page by page, and a page without room ends the process (SIGBUS)."""
+    opened = states.Path.open
+
+    class Full:
+        def __init__(self, file):
+            self._file, self._writes = file, 0
+
+        def __getattr__(self, name):
+            return getattr(self._file, name)
+
+        def write(self, data):
+            self._writes += 1
+            if self._writes > NUM_BLOCKS:
+                raise OSError(28, "No space left on device")
+            return self._file.write(data)
+
+    @contextmanager
+    def fill(path, mode="r"):
+        with opened(path, mode) as file:
+            yield Full(file) if mode == "wb" else file
+
+    monkeypatch.setattr(states.Path, "open", fill)
+    with pytest.raises(OSError, match="No space left"):
+        ask()
+    assert files() == []

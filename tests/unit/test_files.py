@@ -1,0 +1,43 @@
+"""Files that are whole or absent. Oracle: what lies in the folder."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from foldsearch.files import ABANDONED_SECONDS, disk_is_full, replace_atomically
+
+
+def test_what_a_killed_process_left_goes_once_it_is_old(tmp_path: Path) -> None:
+    """A young one may be another machine's, at work in the same folder."""
+    old, young, of_another = (
+        tmp_path / name for name in (".a.json.11.tmp", ".a.json.12.tmp", ".b.json.11.tmp")
+    )
+    for left in (old, young, of_another):
+        left.write_text("half")
+    long_ago = time.time() - ABANDONED_SECONDS - 1
+    for left in (old, of_another):
+        os.utime(left, (long_ago, long_ago))
+    replace_atomically(tmp_path / "a.json", lambda path: path.write_text("whole"))
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", young.name, of_another.name}
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(28, "No space left on device"), True),
+        (OSError(122, "Disk quota exceeded"), True),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), True),
+        (ValueError("database or disk is full"), True),
+        (OSError(13, "Permission denied"), False),
+        (RuntimeError("the disk spins"), False),
+    ],
+)
+def test_a_full_disk_is_known_by_its_number_or_its_words(error: Exception, expected: bool) -> None:
+    assert disk_is_full(error) is expected
+    outer = RuntimeError("while writing")
+    outer.__cause__ = error
+    assert disk_is_full(outer) is expected
