@@ -205,7 +205,7 @@ class Recovery:
         start = self.tokens_done
         length = self.tokens.ids_NT.shape[1]
         size = self.settings.batch
-        self.model.train()
+        self._train_deltas(True)
         try:
             while self.tokens_done < until_tokens:
                 rows = [next(self._order) for _ in range(size)]
@@ -220,7 +220,7 @@ class Recovery:
                 if progress is not None:
                     progress(min(1.0, (self.tokens_done - start) / (until_tokens - start)))
         finally:
-            self.model.eval()
+            self._train_deltas(False)
 
     def save(self, folder: Path) -> None:
         """Write `optimizer.safetensors`, which holds all that `load` needs, then `recovered.safetensors`: what was
@@ -259,6 +259,14 @@ class Recovery:
             for name, parameter in self.trained.items()
             for key, value in self._optimizer.state.get(parameter, {}).items()
         }
+
+    def _train_deltas(self, mode: bool) -> None:
+        """The rest of the model stays in eval mode: the dense answers are without dropout (GPT-2 and OPT have it),
+        and its random numbers would make a resumed training another one.
+        """
+        for module in self.model.modules():
+            if isinstance(module, Delta):
+                module.train(mode)
 
     def _sequences(self) -> Iterator[int]:
         """Every sequence once, in an order drawn anew for each pass."""

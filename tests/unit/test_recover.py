@@ -91,9 +91,9 @@ def test_nothing_changes_at_step_0(name, rank, text):
     else:
         assert torch.equal(after, before)
     assert not any(module.training for module in model.modules())
-    for module in model.train().modules():
-        if isinstance(module, nn.Dropout):  # GPT-2 has it
-            module.p = 0.0
+    for module in model.modules():
+        if isinstance(module, Delta):
+            module.train()
     torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=1e-5)
 
 
@@ -360,6 +360,17 @@ def test_a_training_goes_on_from_disk(tmp_path, stop, text):
     assert second.tokens_done == stop * STEP
     second.train(8 * STEP)
     assert all(torch.equal(whole.trained[key], second.trained[key]) for key in whole.trained)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_dropout_is_off(name):
+    """The dense answers are without it; and two trainings are the same bits, whatever random numbers came before."""
+    one, two = recovery(name), recovery(name)
+    assert one.model.config.to_dict().get("resid_pdrop", one.model.config.to_dict().get("dropout")) == 0.1
+    one.train(2 * STEP)
+    torch.rand(7)
+    two.train(2 * STEP)
+    assert all(torch.equal(one.trained[key], two.trained[key]) for key in one.trained)
 
 
 def test_a_save_that_ran_ahead_of_its_rung_is_gone_on_from(tmp_path):
