@@ -82,6 +82,7 @@ from foldsearch.progress import StageProgress, counting, silent
 from foldsearch.spec.study import Sources, Study
 
 BASE_RANK = 1 / 16  # of the base-block metric, in widths of the model: FlexiGPT's 256 for 4,096
+WAIT_SECONDS = 0.2  # between looks at a trial that measures the same plan
 GREEDY_TOKENS = 1024  # SLEB calibrates on few; each of its hundreds of runs goes over them
 EVIDENCE_SCHEMA = 2
 
@@ -245,9 +246,9 @@ def open_workbench(context: TrialContext, progress: StageProgress = silent) -> W
     """The workbench of a run; opened once per process."""
     key = (context.run_folder, context.files, context.device)
     if key not in _open:
+        close_workbench()  # one model at a time
         dense = source.open_dense(context.files, device=context.device)
         splits = read_splits(context.run_folder)
-        _open.clear()  # one model at a time
 
         def ask(tokens: TokenSet) -> DenseTargets:
             return dense_targets(
@@ -260,6 +261,13 @@ def open_workbench(context: TrialContext, progress: StageProgress = silent) -> W
 
         _open[key] = Workbench(dense, splits, ask(splits.search), ask(splits.recovery), ask(splits.report))
     return _open[key]
+
+
+def close_workbench() -> None:
+    """Let go of the dense model and of the memory of its device; the next `open_workbench` opens it again."""
+    _open.clear()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 # ---- which blocks to drop
@@ -481,7 +489,8 @@ def run_trial(
 
     A trial whose folder holds earlier rungs goes on after the last of them and yields only what is new. A plan that
     another trial has measured is not trained again: its results are yielded as "known", and if that trial was stopped
-    early, this one goes on from where it stopped. What cannot fit, diverges or runs out of memory ends the trial with
+    early, this one goes on from where it stopped, unless its training diverged: then this one trains with its own
+    settings. What cannot fit, diverges or runs out of memory ends the trial with
     a result that says so.
 
     Args:
@@ -528,6 +537,10 @@ def run_trial(
                 yield result
         except (Diverged, InputError, MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
             state, reason = _failure(error)
+            if state == "diverged" and free:
+                _plan_path(context, record.plan).unlink(
+                    missing_ok=True
+                )  # what it learnt is of no use to others
             yield TrialResult(
                 plan=record.plan,
                 cost=cost,
@@ -660,20 +673,31 @@ def _plan_path(context: TrialContext, plan: FoldPlan) -> Path:
 
 @contextmanager
 def _plan_alone(context: TrialContext, plan: FoldPlan) -> Iterator[tuple[bool, int | None]]:
-    """Whether no other running trial measures this plan, and the number of the trial that did before."""
+    """Whether no other running trial measures this plan, and the number of the trial that does or did.
+
+    Where another one has begun, this waits for its first result.
+    """
     path = _plan_path(context, plan)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(path.with_suffix(".lock"), os.O_CREAT | os.O_RDWR)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = True
-        except BlockingIOError:
-            free = False
-        owner = json.loads(path.read_text())["trial"] if path.exists() else None
+        while True:
+            free = _is_free(lock)
+            owner = json.loads(path.read_text())["trial"] if path.exists() else None
+            if free or (owner is not None and _Record.read(context.trial_folder(owner)) is not None):
+                break
+            time.sleep(WAIT_SECONDS)
         yield free, owner
     finally:
         os.close(lock)  # lets go of the lock
+
+
+def _is_free(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 # ---- after the search

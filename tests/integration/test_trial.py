@@ -6,6 +6,7 @@ called (it raises).
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -209,6 +210,34 @@ def test_two_trials_never_measure_a_plan_at_once(context):
     assert measured(results) == measured([first])
     assert results[0].state == "known"
     assert [result.rung for result in generator] == [1, 2]
+
+
+def test_a_trial_waits_for_the_first_result_of_one_that_measures_its_plan(context, monkeypatch):
+    """Two that begin at the same moment: the second one must not train the plan too."""
+    whole = run(context, 0)
+    folder, waits = context.trial_folder(0), []
+    (folder / "trial.json").rename(folder / "later.json")
+    lock = (context.run_folder / "plans" / f"{whole[0].plan.id}.lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def measure_meanwhile(seconds):
+        waits.append(seconds)
+        if len(waits) == 3:
+            (folder / "later.json").rename(folder / "trial.json")
+
+    monkeypatch.setattr(trials.time, "sleep", measure_meanwhile)
+    monkeypatch.setattr(trials, "fold", never)
+    assert measured(run(context, 1)) == measured(whole)
+    assert len(waits) == 3
+    lock.close()
+
+
+def test_a_plan_whose_training_diverged_is_trained_with_other_settings(context):
+    plan = FoldPlan.dropping([2], NUM_BLOCKS)
+    proposal = Proposal("given", plan=plan, learning_rate=1e30, delta_rank=2)
+    assert [result.state for result in run(context, 0, proposal)] == ["measured", "diverged"]
+    results = run(context, 1, replace(proposal, learning_rate=1e-3))
+    assert [result.state for result in results] == ["measured"] * 3
 
 
 # ---- what does not end well
