@@ -99,6 +99,8 @@ def run_trial(
             raise RuntimeError("the fake breaks here")
         if fault == "disk full":
             raise OSError(28, "No space left on device")
+        if fault == "disk full, in words":  # safetensors
+            raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
         if fault == "wait for trial 1":
             while "1:0 " not in log.read_text():
                 time.sleep(0.05)

@@ -13,7 +13,7 @@ from foldsearch.model.blocks import FOLDED_PREFIX, Family, decoder_blocks, famil
 from foldsearch.model.folded import FOLD_SCHEMA, folded_config_class, folded_model_class, place_slots
 from foldsearch.model.parts import Borrowed, OutputNorm, Replaced
 from foldsearch.plan.cost import DEFAULT_EXPANSION
-from foldsearch.plan.plan import FoldPlan, Replacement, Slot, check_ranks
+from foldsearch.plan.plan import FoldPlan, Replacement, Slot, check_ranks, has_attention
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -138,9 +138,7 @@ def _check_plan(plan: FoldPlan, blocks: nn.ModuleList, config: Any) -> None:
             f"the plan is for a model of {plan.num_blocks} blocks, but this one has {len(blocks)}."
         )
     check_ranks(plan, config.hidden_size)
-    if not any(
-        slot.attention is not None if isinstance(slot, Slot) else slot.kind == "layer" for slot in plan.slots
-    ):
+    if not has_attention(plan):
         raise PlanError(
             "a model needs attention somewhere, but no slot of the plan has it. Keep one attention."
         )

@@ -401,6 +401,19 @@ def _slot_word(slot: Slot, repeat: bool) -> str:
     return word + (f"+r{slot.rank}" if slot.rank else "") + ("+n" if slot.norm else "")
 
 
+def has_attention(plan: FoldPlan) -> bool:
+    """Whether any position attends: a model without attention cannot be run with a cache."""
+    return any(
+        slot.attention is not None if isinstance(slot, Slot) else slot.kind == "layer" for slot in plan.slots
+    )
+
+
+def is_foldable(plan: FoldPlan, width: int) -> bool:
+    """Whether a model of this width can be folded by the plan, as `fold` checks it."""
+    ranks = (slot.rank for slot in plan.slots if isinstance(slot, Slot))
+    return has_attention(plan) and max(ranks, default=0) <= width
+
+
 def check_ranks(plan: FoldPlan, width: int) -> None:
     """Refuse adapters that are wider than the model, which a plan alone cannot know.
 

@@ -20,6 +20,13 @@ def num_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def num_gpus() -> int:
+    """CUDA devices that this process may use."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def dense_fits(run: RunFolder) -> str:
     """What to say where dense keeps the budget already; "" where it does not, or there is no budget."""
     budget, dense = run.budget, run.dense
@@ -100,7 +107,8 @@ def plan_search(
         smallest=plan,
         smallest_cost=cost,
         seconds=seconds,
-        disk_bytes=trials * trained_bytes + 10**7,
+        # What was trained, and beside it the optimizer's file of a trial that was stopped: the same and two moments.
+        disk_bytes=trials * 4 * trained_bytes + 10**7,
         # weights once for the machine; each trial its parameters, gradients, two moments, activations, Python
         memory_bytes=run.dense.weight_bytes + study.jobs * (4 * trained_bytes + activations + 6 * 10**8),
         notice=dense_fits(run),

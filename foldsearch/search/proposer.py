@@ -18,7 +18,8 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from foldsearch.plan.front import contributions, knee, normalise
-from foldsearch.plan.proposal import Criterion, Proposal, lower_bound
+from foldsearch.plan.plan import FoldPlan, Replacement, Slot
+from foldsearch.plan.proposal import Criterion, Fate, Proposal, lower_bound
 from foldsearch.search.records import Record, Records, front, point
 from foldsearch.spec.space import Space, baseline
 
@@ -60,7 +61,7 @@ class Line:
             return None
         late = self.study.seconds is not None and self.elapsed() >= self.study.seconds
         most = (1 if late else CLOSING_ROUNDS) * CLOSING_COUNTS * len(self.records.space.criteria)
-        missing = missing_baselines(self.records)[: most - sum(record.closing for record in known)]
+        missing = missing_baselines(self.records)[: max(0, most - sum(record.closing for record in known))]
         for criterion, count in missing:
             self.records.queue(criterion, count, closing=True)
         return self.records.ask() if missing else None
@@ -144,8 +145,15 @@ def _promising(records: Records, known: list[Record]) -> list[int]:
     added = contributions(normalise(points), [1.1] * len(points[0]))
     order = (knee(points), *sorted(range(len(points)), key=lambda i: -added[i]))
     fewest, most = records.space.counts(records.folder.num_blocks)
-    counts = dict.fromkeys(len(ends[i].plan.dropped) for i in order)
+    counts = dict.fromkeys(_num_removed(ends[i].plan, records.space.fates[0]) for i in order)
     return [c for c in counts if max(1, fewest) <= c <= most and _fits(records, c)][:CLOSING_COUNTS]
+
+
+def _num_removed(plan: FoldPlan, fate: Fate) -> int:
+    """How many blocks a baseline whose removed blocks meet this fate would remove to get as far as the plan."""
+    replaced = sum(slot.last - slot.first + 1 for slot in plan.slots if isinstance(slot, Replacement))
+    children = sum(slot.mlp not in (None, slot.home) for slot in plan.slots if isinstance(slot, Slot))
+    return len(plan.dropped) + replaced + (children if fate == "share" else 0)
 
 
 def _fits(records: Records, count: int) -> bool:

@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 from foldsearch.errors import BudgetError
 from foldsearch.plan.cost import GB, Cost, price
 from foldsearch.plan.front import non_dominated
-from foldsearch.plan.plan import FoldPlan
+from foldsearch.plan.plan import FoldPlan, is_foldable
 from foldsearch.plan.proposal import Criterion, Origin, Proposal, lower_bound, neighbour
 from foldsearch.plan.result import TrialResult
 from foldsearch.plan.strip import strip
@@ -264,7 +264,12 @@ class Records:
         return drawn
 
     def _neighbour(self, trial: optuna.Trial) -> Proposal | None:
-        """With the space's probability, a plan near one of the front that fits and was never tried."""
+        """With the space's probability, a plan near one of the front that fits and was never tried.
+
+        Never under NSGA-II: it crosses only the parameters that all trials have, and a neighbour has two.
+        """
+        if self.folder.study.sampler == "nsga2":
+            return None
         rng = random.Random(f"{self.folder.study.seed} {trial.number}")
         if rng.random() >= self.space.neighbour_share:
             return None
@@ -278,9 +283,9 @@ class Records:
             parent = rng.choice(parents).last
             assert parent is not None
             plan = neighbour(parent.plan, rng)
-            if plan not in tried and self.folder.budget.admits(
-                price(plan, self.folder.table, self.folder.target)
-            ):
+            if plan in tried or not is_foldable(plan, self.folder.table.width):
+                continue
+            if self.folder.budget.admits(price(plan, self.folder.table, self.folder.target)):
                 learning_rate, delta_rank = propose_recovery(_Suggest(trial), self.space)
                 return Proposal(
                     "given", learning_rate=learning_rate, delta_rank=delta_rank, plan=plan, origin="neighbour"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -24,8 +25,9 @@ from ray import tune
 from ray._private import worker as ray_worker
 
 from foldsearch.errors import RunError
+from foldsearch.files import disk_is_full
 from foldsearch.plan.result import TrialResult
-from foldsearch.search.dry_run import dense_fits, num_cpus
+from foldsearch.search.dry_run import dense_fits, num_cpus, num_gpus
 from foldsearch.search.events import (
     Event,
     Notice,
@@ -48,7 +50,7 @@ from foldsearch.search.folder import RunFolder
 from foldsearch.search.halving import Halving, decide
 from foldsearch.search.proposer import Line, Proposer
 from foldsearch.search.records import Records, ended, point
-from foldsearch.search.worker import DISK_FULL, PROGRESS_SECONDS, TrialRunner, load_function
+from foldsearch.search.worker import PROGRESS_SECONDS, TrialRunner, load_function
 from foldsearch.spec.space import narrow
 from foldsearch.spec.study import Study
 
@@ -116,6 +118,10 @@ def run_search(
 def _search(run: RunFolder, context: Any, trial: str, on_event: OnEvent) -> None:
     if notice := dense_fits(run):
         on_event(Notice(notice))
+    if context.device != "cpu":
+        from foldsearch.trial import close_workbench
+
+        close_workbench()  # the workers open their own: the driver's copy would take their room
     records = Records(run)
     threads = max(1, num_cpus() // run.study.jobs)
     Search(records, Line(records), on_event).run(replace(context, threads=threads), trial)
@@ -155,9 +161,9 @@ class Search:
         self._tell(SearchStarted(self.folder, ended_before, self.line.planned()))
         study = self.folder.study
         cpus = max(num_cpus(), study.jobs)
-        gpus = 1 / study.jobs if context.device == "cuda" else 0
+        gpus = num_gpus() if context.device == "cuda" else 0
         try:
-            with _ray(cpus):
+            with _ray(cpus, gpus):
                 tune.run(
                     tune.with_parameters(TrialRunner, context=context, trial=trial, folder=self.folder),
                     name=time.strftime("%Y%m%d-%H%M%S"),
@@ -166,7 +172,7 @@ class Search:
                     scheduler=Halving(self.judge),
                     callbacks=[Watcher(self)],
                     num_samples=-1,
-                    resources_per_trial={"cpu": cpus // study.jobs, "gpu": gpus},
+                    resources_per_trial={"cpu": cpus // study.jobs, "gpu": gpu_share(gpus, study.jobs)},
                     max_failures=MAX_CRASHES,
                     reuse_actors=True,
                     raise_on_failed_trial=False,
@@ -327,8 +333,15 @@ def _reason(trial: Any) -> str:
 # ---- the machine
 
 
+def gpu_share(gpus: int, jobs: int) -> float:
+    """Of one GPU, for each of `jobs` trials at a time: a whole one where there are enough, and an equal part of one
+    where several trials have to share it.
+    """
+    return 1 / math.ceil(jobs / gpus) if gpus else 0.0
+
+
 @contextmanager
-def _ray(cpus: int) -> Iterator[None]:
+def _ray(cpus: int, gpus: int) -> Iterator[None]:
     """Ray of our own on this machine, quiet; whoever started Ray before us keeps theirs."""
     quiet = {
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -354,6 +367,7 @@ def _ray(cpus: int) -> Iterator[None]:
             ray.init(
                 address="local",
                 num_cpus=cpus,
+                num_gpus=gpus,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.CRITICAL,
@@ -383,9 +397,7 @@ def _disk_full_is_an_error(run: RunFolder) -> Iterator[None]:
     try:
         yield
     except (OSError, StorageInternalError) as error:
-        if isinstance(error, OSError) and error.errno not in DISK_FULL:
-            raise
-        if isinstance(error, StorageInternalError) and "disk" not in str(error.__cause__):
+        if not disk_is_full(error):
             raise
         raise RunError(
             f"the run folder '{run.path}' cannot be written: {error.__cause__ or error}. Free some space; nothing that "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import json
 import os
@@ -16,13 +15,12 @@ from typing import Any
 
 from ray import tune
 
-from foldsearch.files import alone, write_json
+from foldsearch.files import alone, disk_is_full, write_json
 from foldsearch.plan.proposal import Proposal
 from foldsearch.plan.result import TrialResult
 from foldsearch.search.folder import RunFolder
 
 PROGRESS_SECONDS = 1.0
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def load_function(name: str) -> Callable[..., Any]:
@@ -54,6 +52,9 @@ class TrialRunner(tune.Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """The next trial."""
         self._held.close()
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # others may share the device
         self._begin(new_config)
         return True
 
@@ -77,7 +78,7 @@ class TrialRunner(tune.Trainable):
         """Run to the next rung.
 
         Errors are told, not raised: raised ones would be tried again, and most would only happen again. Only a
-        worker that dies is worth another try.
+        worker that dies is worth another try, or one whose GPU is in a state that no later trial could use.
         """
         message: dict[str, Any]
         try:
@@ -89,10 +90,11 @@ class TrialRunner(tune.Trainable):
         except StopIteration:
             message = {"failed": "it ended before the last rung", "early": True}
         except Exception as error:
+            if type(error).__name__ == "AcceleratorError":  # torch's; without torch there is none
+                raise
             words = f"{type(error).__name__}: {error}"[:500]
-            disk_full = isinstance(error, OSError) and error.errno in DISK_FULL
-            message = {"disk full" if disk_full else "failed": words}
-            if not disk_full:
+            message = {"disk full" if disk_is_full(error) else "failed": words}
+            if "failed" in message:
                 (self._folder.trial(self._number) / "error.txt").write_text(traceback.format_exc())
         return {"result": json.dumps(message)}
 

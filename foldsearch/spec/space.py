@@ -99,7 +99,7 @@ class Recover(TomlTable):
 
 
 class Space(TomlTable):
-    """Everything that may be proposed.
+    """Everything that is sampled. Neighbours of the front may leave it: they keep the laws and the budget only.
 
     removal: share of the blocks that is removed, from and to. criteria: what ranks the blocks.
     fates: what becomes of removed blocks; the first is that of the baselines. attention: share of the blocks that lose
@@ -115,7 +115,7 @@ class Space(TomlTable):
     ] = ("gate", "block_influence", "window", "greedy")
     fates: Annotated[tuple[Fate, ...], Field(min_length=1)] = ("drop",)
     attention: tuple[Share01, Share01] = (0.0, 0.0)
-    gate_eps: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (0.01,)
+    gate_eps: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (0.5,)
     neighbour_share: Share01 = 0.25
     share: Share = Share()
     reinstate: Reinstate = Reinstate()

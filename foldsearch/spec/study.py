@@ -39,8 +39,8 @@ class BudgetSettings(TomlTable):
     flops: FLOPs per token at decode, or a share of dense as text ("0.8x"). Absent: no bound.
     """
 
-    gb: Annotated[float, Field(gt=0)] | None = None
-    flops: Annotated[float, Field(gt=0)] | str | None = None
+    gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    flops: Annotated[float, Field(gt=0, allow_inf_nan=False)] | str | None = None
 
     @field_validator("flops")
     @classmethod

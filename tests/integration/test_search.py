@@ -26,7 +26,7 @@ from foldsearch.errors import BudgetError, RunError
 from foldsearch.search import events
 from foldsearch.search.folder import RunFolder
 from foldsearch.search.records import STUDY_NAME, Record, read_records
-from foldsearch.search.run import run_search
+from foldsearch.search.run import gpu_share, run_search
 from tests.fake_driver import FAKES, study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,9 +141,10 @@ def test_two_at_a_time(shared_ray: None, tmp_path: Path) -> None:
     )
 
 
-def test_a_full_disk_ends_the_search_and_loses_nothing(shared_ray: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("said", ["disk full", "disk full, in words"])
+def test_a_full_disk_ends_the_search_and_loses_nothing(shared_ray: None, tmp_path: Path, said: str) -> None:
     faults = tmp_path / "faults.json"
-    faults.write_text(json.dumps({"3:1": "disk full"}))
+    faults.write_text(json.dumps({"3:1": said}))
     run = tmp_path / "run"
     with pytest.raises(RunError, match=r"No space left on device.*foldsearch resume"):
         run_search(study(trials=4), run, **FAKES)
@@ -161,6 +162,13 @@ def test_what_cannot_begin_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(RunError, match=r"holds study\.json"):
         run_search(None, tmp_path / "run", resume=True, **FAKES)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "jobs", "share"), [(0, 2, 0), (1, 1, 1), (1, 4, 0.25), (8, 8, 1), (8, 2, 1), (2, 3, 0.5)]
+)
+def test_trials_share_a_gpu_only_where_there_are_too_few(gpus: int, jobs: int, share: float) -> None:
+    assert gpu_share(gpus, jobs) == share
 
 
 # ---- drivers that are interrupted and killed

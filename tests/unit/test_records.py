@@ -26,6 +26,7 @@ from foldsearch.search.folder import RunFolder
 from foldsearch.search.proposer import Line, baseline_count, missing_baselines
 from foldsearch.search.records import STUDY_NAME, Records, front, note, point, read_records
 from foldsearch.spec.study import BudgetSettings, Study
+from tests.fake_driver import SPACE
 from tests.fake_driver import study as small_study
 from tests.fake_trial import NUM_BLOCKS, ORDERS, TABLE, result_of
 
@@ -52,7 +53,8 @@ def frozen(records: Records, number: int) -> optuna.trial.FrozenTrial:
 
 
 def plan_of(proposal: Proposal) -> FoldPlan:
-    return fold_plan(ORDERS.get(proposal.criterion, ())[: proposal.num_removed], proposal, NUM_BLOCKS)
+    removed = ORDERS.get(proposal.criterion, ())[: proposal.num_removed]
+    return fold_plan(removed, proposal, NUM_BLOCKS, bases=dict.fromkeys(removed, 0))
 
 
 def run_whole(records: Records, number: int, proposal: Proposal) -> None:
@@ -405,3 +407,56 @@ def test_a_budget_that_dense_keeps_is_said(study: Study) -> None:
     assert (
         "keeps the budget already (it needs 0.0090 GB)" in plan_search(roomy, TABLE, num_proposals=10).notice
     )
+
+
+# ---- what a neighbour may be
+
+
+def test_every_neighbour_can_be_folded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter wider than the model, or no attention anywhere: `fold` refuses them, so they are not proposed."""
+    space = {**SPACE, "criteria": ["window"], "neighbour_share": 1.0}
+    records = Records(new_run(tmp_path / "run", small_study(space=space, budget={})))
+    line = Line(records)
+    for _ in range(2):  # the baseline, and the far end of the front
+        run_whole(records, *line.next(num_running=0))
+    assert records.folder.table.width == 100
+    moves = iter(["0-10 11=9+r128+n", "0m 1m 2-3~ffn", "0-10 11=9+r64+n"])
+    monkeypatch.setattr(
+        "foldsearch.search.records.neighbour", lambda plan, rng: FoldPlan.parse(next(moves), NUM_BLOCKS)
+    )
+    _, proposal = line.next(num_running=0)
+    assert (proposal.origin, str(proposal.plan)) == ("neighbour", "0-10 11=9+r64+n")
+
+
+def test_nsga2_takes_no_neighbours(tmp_path: Path) -> None:
+    """It crosses what all trials of its population have: a neighbour's two parameters would be all that is crossed."""
+    for sampler, expected in (("nsga2", False), ("random", True)):
+        run = new_run(tmp_path / sampler, small_study(trials=16, sampler=sampler))
+        origins = {proposal.origin for proposal in run_line(Records(run))}
+        assert ("neighbour" in origins) is expected
+
+
+# ---- closing
+
+
+@pytest.mark.parametrize("fate", ["drop", "share", "replace"])
+def test_closing_compares_the_criteria_whatever_becomes_of_removed_blocks(tmp_path: Path, fate: str) -> None:
+    space = {"criteria": ["window", "greedy"], "fates": [fate], "removal": [0.2, 0.5]}
+    records = Records(new_run(tmp_path / "run", small_study(space=space, budget={}, trials=4)))
+    line = Line(records)
+    for _ in range(3):  # both baselines at 2 blocks, and the first criterion at 6
+        number, proposal = line.next(num_running=0)
+        run_whole(records, number, proposal)
+    missing = missing_baselines(records)
+    assert missing == [("greedy", 6)]
+
+
+def test_no_closing_beyond_the_cap_when_time_is_up(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_line(records)
+    closed = sum(record.closing for record in records.all())
+    monkeypatch.setattr("foldsearch.search.proposer.CLOSING_COUNTS", 1)
+    assert closed > 1 * len(records.space.criteria)  # the cap once time is up: one round
+    monkeypatch.setattr("foldsearch.search.proposer.missing_baselines", lambda _: [("window", 1)] * closed)
+    line = Line(records)
+    line.study = line.study.model_copy(update={"seconds": 0.001})
+    assert line.next(num_running=0) is None

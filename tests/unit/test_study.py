@@ -143,6 +143,8 @@ a = 1
         (MINIMAL + "recovery = { kl = 0.0, tail = 0.0, next_token = 0.0 }\n", "at least one of next_token"),
         (MINIMAL + 'seconds = "10m"\n', "seconds: must be a number"),
         (MINIMAL + "trials = inf\n", "trials:"),
+        (MINIMAL + "budget = { gb = inf }\n", "budget.gb:"),
+        (MINIMAL + "budget = { flops = nan }\n", "budget.flops:"),
     ],
 )
 def test_faults_name_key_law_and_value(text: str, words: str, tmp_path: Path) -> None:
