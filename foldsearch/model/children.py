@@ -58,15 +58,16 @@ def base_distances(dense: PreTrainedModel, rank: int, metric: Metric = "low_rank
     Raises:
         PlanError: the rank is not between 1 and half the smallest side of the linears.
     """
-    of_blocks = [_weights(dense, block) for block in decoder_blocks(dense)]
-    smallest = min(side for weight in of_blocks[0] for side in weight.shape)
+    of_blocks = [_linears(dense, block) for block in decoder_blocks(dense)]
+    smallest = min(side for linear in of_blocks[0] for side in _matrix(linear).shape)
     if metric == "low_rank" and not 1 <= rank <= smallest // 2:
         raise PlanError(
             f"the rank of the base-block metric is between 1 and {smallest // 2}, half the smallest side of the "
             f"linears, got {rank}."
         )
     distance_LL = torch.zeros(len(of_blocks), len(of_blocks), dtype=torch.float64)
-    for weights in zip(*of_blocks, strict=True):
+    for linears_L in zip(*of_blocks, strict=True):
+        weights = [_matrix(linear) for linear in linears_L]  # float32 copies, of one linear a block at a time
         if metric == "frobenius":
             flat = in_float64(torch.stack([weight.flatten() for weight in weights]))
             distance_LL += torch.cdist(flat, flat).square().cpu()
@@ -96,17 +97,16 @@ def base_blocks(distance_LL: Tensor | Sequence[Sequence[float]], pruned: Sequenc
     return {block: min(kept, key=lambda j: (rows[block][j], abs(block - j))) for block in pruned}
 
 
-def _weights(dense: PreTrainedModel, block: nn.Module) -> list[Tensor]:
-    """Of the linears of both units, (O, I) each, float32."""
+def _linears(dense: PreTrainedModel, block: nn.Module) -> list[nn.Module]:
+    """Those of both units."""
     family = family_of(dense.config)
     return [
-        _matrix(block.get_submodule(path))
-        for unit in (family.attention, family.mlp)
-        for path in linears(block, unit)
+        block.get_submodule(path) for unit in (family.attention, family.mlp) for path in linears(block, unit)
     ]
 
 
 def _matrix(linear: nn.Module) -> Tensor:
+    """Its weights, (O, I), float32."""
     weight: Tensor = linear.weight  # type: ignore[assignment]
     return (weight.T if isinstance(linear, Conv1D) else weight).detach().float()  # Conv1D keeps (I, O)
 

@@ -22,8 +22,6 @@ from foldsearch.model.blocks import decoder_blocks, family_of
 from foldsearch.model.head import POSITIONS_AT_ONCE, head_logits, last_hidden
 from foldsearch.progress import CountProgress
 
-"""Called with (done, total)."""
-
 RunBlock = Callable[[int, Tensor, Callable[[Tensor], Tensor]], Tensor]
 """Called with a block's number, its input and the block itself; returns its output."""
 

@@ -14,11 +14,12 @@ attenuation, for every gate in play, by one backward pass. The weight w of a gat
 
     p_i = w_i^(1/eps) / (w_i^(1/eps) + tau^(1/eps))      with tau such that  sum c_i p_i = sum c_i - removed FLOPs
 
-is its opening: the constraint holds exactly in every step, and `eps` is how far a weight must be from the threshold tau
-for its gate to be out of play. Gate i plays with probability min(1, 2 (1 - p_i)), so that it is p_i open on average
-(half open at least). As the run proceeds the gates with the lowest weights are closed for good, one by one, and the
-others learn how much they matter without them. So the gates always end polarized. Before a gate closes, it and the
-next few are tried closed on a little training text; last, a few swaps of gates near the threshold are.
+is its opening. The FLOPs to remove are, at each step, `pressure` times those still to be closed, and enough that a few
+gates are always in play; when the last gate is closed they are the constraint's. `eps` is how far a weight must be from
+the threshold tau for its gate to be out of play. Gate i plays with probability min(1, 2 (1 - p_i)), so that it is p_i
+open on average (half open at least). As the run proceeds the gates with the lowest weights are closed for good, one by
+one, and the others learn how much they matter without them. So the gates always end polarized. Before a gate closes, it
+and the next few are tried closed on a little training text; last, a few swaps of gates near the threshold are.
 
 Shapes: N sequences, B sequences of a step, T positions, D width, V vocabulary, C positions of a chunk, L blocks.
 """

@@ -123,6 +123,7 @@ def measure(config: PretrainedConfig) -> CostTable:
         family = family_of(config)
     except ValueError as error:
         raise ModelError(str(error)) from error
+    config = _static_rope(config)
     with torch.device("meta"), _quiet():
         model = AutoModelForCausalLM.from_config(config).eval()
         windows = [_window(layer) for layer in DynamicCache(config=config).layers]
@@ -251,6 +252,16 @@ class _LiveNumbers(TorchDispatchMode):
             self.peak, sum(size for storage, size in self._sizes.items() if id(storage) not in cached)
         )
         return outputs
+
+
+def _static_rope(config: PretrainedConfig) -> PretrainedConfig:
+    """Dynamic RoPE looks at the values of positions, which a model without weights has not; it costs the same."""
+    rope = getattr(config, "rope_parameters", None)
+    if not isinstance(rope, dict) or rope.get("rope_type") != "dynamic":
+        return config
+    config = copy.deepcopy(config)
+    config.rope_parameters = {**rope, "rope_type": "default"}
+    return config
 
 
 def activation_numbers(model: PreTrainedModel, tokens: int) -> int:

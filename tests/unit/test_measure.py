@@ -208,3 +208,9 @@ def test_an_unknown_family_is_an_error():
         ModelError, match=r"'bloom'. Known: gemma, gemma2, gemma3_text, gpt2, gpt_neox, llama"
     ):
         measure(tf.BloomConfig(hidden_size=16, n_layer=2, n_head=2))
+
+
+def test_dynamic_rope_costs_what_plain_rope_does():
+    """It looks at the values of positions, and a model without weights has none."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    assert measure(tf.LlamaConfig(**LLAMA, rope_parameters=rope)) == measure(tf.LlamaConfig(**LLAMA))
