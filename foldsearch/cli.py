@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -121,12 +122,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        if _is_out(getattr(error, "filename", None), getattr(args, "out", None)):
+            return _fail(f"'{error.filename}' cannot be written: {error.strerror}. Choose another --out.", 2)  # type: ignore[attr-defined]
         if not disk_is_full(error):
             raise  # ours: the traceback is wanted
         where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
         return _fail(
             f"the disk is full{where}. Nothing half-written was kept. Make room, then run it again.", 2
         )
+
+
+def _is_out(path: object, out: Path | None) -> bool:
+    """Whether a path that could not be written is what `--out` asked for, or in it, or a temporary file beside it."""
+    return (
+        out is not None
+        and isinstance(path, str)
+        and Path(path).absolute().is_relative_to(out.absolute().parent)
+    )
 
 
 def _fail(message: object, code: int) -> int:
@@ -174,7 +186,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--sampler", metavar="WHO", choices=("tpe", "nsga2", "random"), help="tpe, nsga2, random"
     )
-    run.add_argument("--trials", type=int, metavar="N", help="stop after N trials")
+    run.add_argument(
+        "--trials",
+        type=int,
+        metavar="N",
+        help="stop after N trials (a baseline a criterion is run in any case)",
+    )
     run.add_argument("--time", type=_seconds, metavar="T", help="stop after T: 90s, 15m, 2h")
     run.add_argument("--jobs", type=int, metavar="N", help="trials at a time")
     run.add_argument("--out", type=Path, metavar="DIR", help="the run's folder, new (default: runs/STUDY)")
@@ -184,6 +201,11 @@ def _parser() -> argparse.ArgumentParser:
 
     resume = verb("resume", _resume, "go on with a stopped run; nothing finished is lost or repeated")
     _add_run(resume)
+    resume.add_argument("--trials", type=_positive, metavar="N", help="trials in all, instead of the study's")
+    resume.add_argument("--time", type=_seconds, metavar="T", help="time in all, instead of the study's")
+    resume.add_argument(
+        "--jobs", type=_positive, metavar="N", help="trials at a time, instead of the study's"
+    )
 
     attempt = verb("try", _try, "fold, recover and measure one plan in this process", _PLAN_TEXT)
     attempt.add_argument("plan", metavar="PLAN", help='such as "0-12 15-29"')
@@ -344,6 +366,12 @@ def _add_budget_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"a whole number above 0, got {text!r}")
+    return int(text)
+
+
 def _seconds(text: str) -> float:
     units = {"s": 1, "m": 60, "h": 3600}
     try:
@@ -410,8 +438,10 @@ def _run(args: argparse.Namespace) -> int:
 def _resume(args: argparse.Namespace) -> int:
     from foldsearch.search.folder import RunFolder
 
-    RunFolder.open(args.run)  # what cannot be resumed is told at once
-    return _search(None, args.run, resume=True)
+    study = RunFolder.open(args.run).study  # what cannot be resumed is told at once
+    limits = {"trials": args.trials, "seconds": args.time, "jobs": args.jobs}
+    given = {name: value for name, value in limits.items() if value is not None}
+    return _search(study.model_copy(update=given), args.run, resume=True)
 
 
 def _search(study: Study | None, folder: Path, *, resume: bool) -> int:
@@ -448,7 +478,7 @@ def _try(args: argparse.Namespace) -> int:
 
     _check_new(args)
     study = _tried_study(args)
-    with _status() as progress:
+    with _whole_or_absent(args.out), _status() as progress:
         results = list(try_plan(args.plan, study, folder=args.out, progress=progress))
     return _show_results(results)
 
@@ -470,7 +500,7 @@ def _extend(args: argparse.Namespace) -> int:
     out.print()
     with TemporaryDirectory(prefix="foldsearch-extend-") as elsewhere:
         folder = args.out or Path(elsewhere)
-        with _status() as progress:
+        with _whole_or_absent(args.out), _status() as progress:
             results = list(try_plan(plan, study, folder=folder, progress=progress))
         code = _show_results(results)
         if args.export is None or code:
@@ -489,8 +519,29 @@ def _check_new(args: argparse.Namespace) -> None:
     for option, folder in (("--out", args.out), ("--export", export)):
         if folder is not None and folder.exists():
             raise InputError(f"{option} is a new folder, but '{folder}' is there already. Choose another.")
+        if folder is not None:
+            _check_place(option, folder)
     if args.out is not None and export is not None and args.out.resolve() == export.resolve():
         raise InputError(f"--out and --export are two folders, got '{args.out}' for both. Choose another.")
+
+
+def _check_place(option: str, path: Path) -> None:
+    """Whether something can be written at a path, as far as can be known before."""
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        reason = "cannot be written to" if above.is_dir() else "is a file"
+        raise InputError(f"{option} names a place in a folder that can be written, but '{above}' {reason}.")
+
+
+@contextmanager
+def _whole_or_absent(folder: Path | None) -> Iterator[None]:
+    """A new folder that an error or Ctrl-C cuts short goes: nothing could go on with it."""
+    try:
+        yield
+    except BaseException:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _tried_study(args: argparse.Namespace) -> Study:
@@ -531,11 +582,14 @@ def _inspect(args: argparse.Namespace) -> int:
     from foldsearch.report.terminal import console, evidence_table
 
     study = _study(args)
+    picture = args.out or Path(f"inspect-{Path(study.model.replace(':', '/')).name}.png")
+    if picture.is_dir():
+        raise InputError(f"--out is a file, but '{picture}' is a folder. Give a name in it.")
+    _check_place("--out", picture)
     with _status() as progress:
         evidence = inspect_model(study, progress)
     out = console()
     out.print(evidence_table(evidence))
-    picture = args.out or Path(f"inspect-{Path(study.model.replace(':', '/')).name}.png")
     draw_evidence(evidence, picture, title=f"{study.model}: cosines of hidden states")
     out.print(f"\nMeans over {evidence.tokens:,} tokens. Picture: {picture}")
     return 0

@@ -37,9 +37,9 @@ def _recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from foldsearch.plan.plan import FoldPlan
     from foldsearch.plan.proposal import fold_plan
     from foldsearch.search.folder import RunFolder
-    from foldsearch.search.proposer import baseline_count
     from foldsearch.search.records import Records
     from foldsearch.spec.load import load_study
+    from foldsearch.spec.space import baseline_count
     from tests.fake_trial import NUM_BLOCKS, ORDERS, TABLE, result_of
 
     path = tmp_path_factory.mktemp("recorded") / "run"
@@ -49,7 +49,8 @@ def _recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with RunFolder.draft(path) as draft:
         provenance = {"model note": "fake <weights>"}
         records = Records(RunFolder.create(path, draft, study, TABLE, provenance))
-    count = baseline_count(records)
+    folder = records.folder
+    count = baseline_count(records.space, folder.table, folder.target, folder.budget)
     assert count == 4  # gate and greedy drop the same four: one measures the plan, the other knows it
     for criterion in ("gate", "block_influence", "window", "greedy"):
         records.queue(criterion, count)

@@ -47,11 +47,10 @@ def open_server(path: Path, port: int) -> WSGIServer:
     if not folder.storage.is_file():
         raise RunError(f"'{path}' has no study yet: its first trial has not begun. Try again in a moment.")
     import optuna_dashboard
-    from optuna.storages import RDBStorage
 
-    storage = RDBStorage(
-        f"sqlite:///{folder.storage.resolve()}", engine_kwargs={"connect_args": {"timeout": 60}}
-    )
+    from foldsearch.search.records import open_storage
+
+    storage = open_storage(folder)
     try:
         return make_server(
             HOST, port, optuna_dashboard.wsgi(storage), server_class=_Server, handler_class=_Quiet

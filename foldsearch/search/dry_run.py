@@ -9,7 +9,7 @@ from pathlib import Path
 from foldsearch.plan.cost import GB, Cost, CostTable
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.search.folder import RunFolder
-from foldsearch.spec.space import feasible_share, narrow, size, smallest
+from foldsearch.spec.space import feasible_share, first_trials, narrow, size, smallest
 from foldsearch.spec.study import Study
 
 GATE_STEP_TOKENS = 512  # for estimates
@@ -43,8 +43,9 @@ class DryRun:
     """What a study would do. size: different proposals, recovery settings and neighbours not counted.
 
     feasible_share: of 100,000 random proposals, as they come. counts: blocks to drop, from and to, that can fit.
-    smallest: the plan that needs the least memory. seconds, disk_bytes, memory_bytes: estimates of the whole run;
-    seconds is an upper one (no trial stopped early). notice: where dense keeps the budget already.
+    smallest: the plan that needs the least memory. trials: as asked for, or those that every run begins with. seconds,
+    disk_bytes, memory_bytes: estimates of the whole run; seconds is an upper one (no trial stopped early). notice:
+    where dense keeps the budget already.
     """
 
     size: int
@@ -53,6 +54,7 @@ class DryRun:
     dense: Cost
     smallest: FoldPlan
     smallest_cost: Cost
+    trials: int
     seconds: float
     disk_bytes: int
     memory_bytes: int
@@ -77,7 +79,7 @@ def plan_search(
     target, budget, num_blocks = run.target, run.budget, run.num_blocks
     space = narrow(study.space, table, target, budget)
     plan, cost = smallest(study.space, table, target)
-    trials = study.trials or 0
+    trials = max(study.trials or 0, len(first_trials(space, table, target, budget)))
     rate = macs_per_second or 3e10 * num_cpus()
     splits = study.splits
     # A training token costs about three forward passes; gates are trained once a count and a value of gate_eps.
@@ -87,9 +89,9 @@ def plan_search(
     gates = "gate" in space.criteria and min(trials, (most - fewest + 1) * len(space.gate_eps))
     gate_tokens = 3 * gates * study.gates.steps * GATE_STEP_TOKENS
     forward = run.dense.prefill_macs + table.head_macs
-    seconds = forward * (trials * tokens + gate_tokens) / study.jobs / rate
+    seconds = forward * (trials * tokens + gate_tokens) / min(study.jobs, num_cpus()) / rate
     if study.seconds is not None:
-        seconds = min(seconds, study.seconds) if trials else study.seconds
+        seconds = min(seconds, study.seconds) if study.trials else study.seconds
     rank = max(space.recover.delta_ranks)
     trained = sum(block.attention.adapter_width + block.mlp.adapter_width for block in table.blocks)
     trained_bytes = 4 * trained * (rank + max(space.share.adapter_ranks))
@@ -106,6 +108,7 @@ def plan_search(
         dense=run.dense,
         smallest=plan,
         smallest_cost=cost,
+        trials=trials,
         seconds=seconds,
         # What was trained, and beside it the optimizer's file of a trial that was stopped: the same and two moments.
         disk_bytes=trials * 4 * trained_bytes + 10**7,

@@ -19,13 +19,12 @@ from ray.tune.search import Searcher
 
 from foldsearch.plan.front import contributions, knee, normalise
 from foldsearch.plan.plan import FoldPlan, Replacement, Slot
-from foldsearch.plan.proposal import Criterion, Fate, Proposal, lower_bound
+from foldsearch.plan.proposal import Criterion, Fate, Proposal
 from foldsearch.search.records import Record, Records, front, point
-from foldsearch.spec.space import Space, baseline
+from foldsearch.spec.space import Space, baseline, baseline_fits, first_trials
 
 CLOSING_COUNTS = 2
 CLOSING_ROUNDS = 2  # closing trials may move the front to other counts: look again, where time allows
-DENSE_FITS_SHARE = 0.2
 
 
 class Line:
@@ -40,13 +39,11 @@ class Line:
         self.study = records.folder.study
         self._before = records.elapsed
         self._began = time.monotonic()
-        if not records.all() and (count := baseline_count(records)) is not None:
-            for criterion in records.space.criteria:
-                records.queue(criterion, count)
+        if not records.all():
             folder = records.folder
-            _, most = records.space.counts(folder.num_blocks)
-            if most > count and folder.budget.admits(folder.dense):
-                records.queue(records.space.criteria[0], most, origin="start")
+            begun_with = first_trials(records.space, folder.table, folder.target, folder.budget)
+            for criterion, count, origin in begun_with:
+                records.queue(criterion, count, origin=origin)
 
     def elapsed(self) -> float:
         """Seconds of this run so far, over all its processes."""
@@ -102,15 +99,6 @@ class Line:
         return self.elapsed() + reserve < self.study.seconds
 
 
-def baseline_count(records: Records) -> int | None:
-    """Blocks that a baseline drops; None where dropping alone cannot keep the budget."""
-    folder = records.folder
-    fewest, most = records.space.counts(folder.num_blocks)
-    if folder.budget.admits(folder.dense):
-        fewest = min(most, max(fewest, round(DENSE_FITS_SHARE * folder.num_blocks)))
-    return next((count for count in range(max(1, fewest), most + 1) if _fits(records, count)), None)
-
-
 def missing_baselines(records: Records) -> list[tuple[Criterion, int]]:
     """Criteria and counts that the front ends on, and whose plans have not reached the last rung."""
     known = records.all()
@@ -144,9 +132,13 @@ def _promising(records: Records, known: list[Record]) -> list[int]:
     points = [point(last, records.objectives) for last in ends]
     added = contributions(normalise(points), [1.1] * len(points[0]))
     order = (knee(points), *sorted(range(len(points)), key=lambda i: -added[i]))
-    fewest, most = records.space.counts(records.folder.num_blocks)
-    counts = dict.fromkeys(_num_removed(ends[i].plan, records.space.fates[0]) for i in order)
-    return [c for c in counts if max(1, fewest) <= c <= most and _fits(records, c)][:CLOSING_COUNTS]
+    space, folder = records.space, records.folder
+    fewest, most = space.counts(folder.num_blocks)
+    counts = dict.fromkeys(_num_removed(ends[i].plan, space.fates[0]) for i in order)
+    terms = (folder.table, folder.target, folder.budget)
+    return [c for c in counts if max(1, fewest) <= c <= most and baseline_fits(space, c, *terms)][
+        :CLOSING_COUNTS
+    ]
 
 
 def _num_removed(plan: FoldPlan, fate: Fate) -> int:
@@ -154,11 +146,6 @@ def _num_removed(plan: FoldPlan, fate: Fate) -> int:
     replaced = sum(slot.last - slot.first + 1 for slot in plan.slots if isinstance(slot, Replacement))
     children = sum(slot.mlp not in (None, slot.home) for slot in plan.slots if isinstance(slot, Slot))
     return len(plan.dropped) + replaced + (children if fate == "share" else 0)
-
-
-def _fits(records: Records, count: int) -> bool:
-    folder, space = records.folder, records.space
-    return folder.budget.admits(lower_bound(baseline(space, "window", count), folder.table, folder.target))
 
 
 class Proposer(Searcher):

@@ -23,7 +23,7 @@ import optuna
 import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
-from foldsearch.errors import BudgetError
+from foldsearch.errors import BudgetError, RunError
 from foldsearch.plan.cost import GB, Cost, price
 from foldsearch.plan.front import non_dominated
 from foldsearch.plan.plan import FoldPlan, is_foldable
@@ -104,11 +104,18 @@ def point(result: TrialResult, objectives: Sequence[Objective]) -> tuple[float, 
 
 
 def read_records(folder: RunFolder) -> list[Record]:
-    """Every trial of a run so far, by number; safe while the run goes on."""
+    """Every trial of a run so far, by number; safe while the run goes on.
+
+    Raises:
+        RunError: the file that holds them is damaged.
+    """
     if not folder.storage.is_file():
         return []
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.load_study(study_name=STUDY_NAME, storage=_storage(folder))
+    try:
+        study = optuna.load_study(study_name=STUDY_NAME, storage=open_storage(folder))
+    except KeyError:  # the file is there and the study is not yet: the run was stopped in between
+        return []
     return [_record(trial) for trial in study.get_trials(deepcopy=False)]
 
 
@@ -128,7 +135,7 @@ class Records:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.study = optuna.create_study(
             study_name=STUDY_NAME,
-            storage=_storage(folder),
+            storage=open_storage(folder),
             directions=["minimize"] * len(self.objectives),
             load_if_exists=True,
         )
@@ -433,11 +440,24 @@ def _record(trial: FrozenTrial) -> Record:
     )
 
 
-def _storage(folder: RunFolder) -> optuna.storages.RDBStorage:
-    storage = optuna.storages.RDBStorage(
-        f"sqlite:///{folder.storage.resolve()}",
-        engine_kwargs={"connect_args": {"timeout": 60}},  # seconds to wait for another writer
-    )
+def open_storage(folder: RunFolder) -> optuna.storages.RDBStorage:
+    """The file that holds the trials of a run.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    try:
+        storage = optuna.storages.RDBStorage(
+            f"sqlite:///{folder.storage.resolve()}",
+            engine_kwargs={"connect_args": {"timeout": 60}},  # seconds to wait for another writer
+        )
+    except sqlalchemy.exc.DatabaseError as error:
+        if isinstance(error, sqlalchemy.exc.OperationalError):  # locked, say, or the disk is full
+            raise
+        raise RunError(
+            f"the trials of a run are in its {folder.storage.name}, but '{folder.storage}' is damaged: {error.orig}. "
+            "Put back a copy of it, or start a new run."
+        ) from error
     # Write-ahead log: what is committed survives a killed process, readers do not wait, and a commit takes 0.1 ms.
     # `NORMAL` leaves the last commits to chance only when the machine itself loses power.
     sqlalchemy.event.listen(storage.engine, "connect", _write_ahead)

@@ -12,9 +12,11 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +51,7 @@ from foldsearch.search.events import (
 from foldsearch.search.folder import RunFolder
 from foldsearch.search.halving import Halving, decide
 from foldsearch.search.proposer import Line, Proposer
-from foldsearch.search.records import Records, ended, point
+from foldsearch.search.records import Records, ended, point, read_records
 from foldsearch.search.worker import PROGRESS_SECONDS, TrialRunner, load_function
 from foldsearch.spec.space import narrow
 from foldsearch.spec.study import Study
@@ -88,31 +90,79 @@ def run_search(
         RunError: the folder exists already, or is not the run it should be; or the disk is full.
         KeyboardInterrupt: after Ctrl-C; the run can be resumed.
     """
+    with _ctrl_c_is_remembered() as check:
 
-    def say(stage: str, share: float) -> None:
-        on_event(Preparing(stage, share))
+        def tell(event: Event) -> None:
+            check()
+            on_event(event)
 
-    if resume:
-        run = RunFolder.open(folder)
-        with run.lock(), _disk_full_is_an_error(run):
-            run = run.with_limits(study or run.study)
-            context = load_function(prepare)(run.study, folder, progress=say)
-            if context.table != run.table:
-                raise RunError(
-                    f"the model of '{folder}' is not the one it was started with. Start a new run."
-                )
-            _search(run, context, trial, on_event)
+        def say(stage: str, share: float) -> None:
+            tell(Preparing(stage, share))
+
+        if resume:
+            run = RunFolder.open(folder)
+            with _resumable(run, on_event):
+                run = run.with_limits(study or run.study)
+                context = load_function(prepare)(run.study, folder, progress=say)
+                if context.table != run.table:
+                    raise RunError(
+                        f"the model of '{folder}' is not the one it was started with. Start a new run."
+                    )
+                _search(run, context, trial, tell)
+            return run
+        if study is None:
+            raise ValueError("a new run needs a study.")
+        with RunFolder.draft(folder) as draft:
+            context = load_function(prepare)(study, draft, progress=say)
+            checked = RunFolder(folder, study, context.table, {})
+            narrow(study.space, checked.table, checked.target, checked.budget)
+            run = RunFolder.create(folder, draft, study, context.table, _provenance(context, draft))
+        with _resumable(run, on_event):
+            _search(run, replace(context, run_folder=folder), trial, tell)
         return run
-    if study is None:
-        raise ValueError("a new run needs a study.")
-    with RunFolder.draft(folder) as draft:
-        context = load_function(prepare)(study, draft, progress=say)
-        checked = RunFolder(folder, study, context.table, {})
-        narrow(study.space, checked.table, checked.target, checked.budget)
-        run = RunFolder.create(folder, draft, study, context.table, _provenance(context, draft))
-    with run.lock(), _disk_full_is_an_error(run):
-        _search(run, replace(context, run_folder=folder), trial, on_event)
-    return run
+
+
+@contextmanager
+def _ctrl_c_is_remembered() -> Iterator[Callable[[], None]]:
+    """Ctrl-C raises KeyboardInterrupt, as always; what is yielded raises it again where something dropped it.
+
+    Finalisers and callbacks of libraries do, and the search would go on as if nobody had asked it to stop.
+    """
+    pressed = False
+
+    def press(signum: int, frame: object) -> None:
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    python_s = signal.default_int_handler
+    # Who ignores the signal (a job in the background) or handles it keeps that; only a main thread may ask.
+    ours = (
+        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is python_s
+    )
+    if ours:
+        signal.signal(signal.SIGINT, press)
+    try:
+        yield check
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, python_s)
+
+
+@contextmanager
+def _resumable(run: RunFolder, on_event: OnEvent) -> Iterator[None]:
+    """Alone at work in a run's folder; from here on it can be resumed, and Ctrl-C says how."""
+    try:
+        with run.lock(), _disk_full_is_an_error(run):
+            yield
+    except KeyboardInterrupt:
+        running = sum(record.state == "running" for record in read_records(run))
+        on_event(SearchInterrupted(run, running, f"foldsearch resume {run.path}"))
+        raise
 
 
 def _search(run: RunFolder, context: Any, trial: str, on_event: OnEvent) -> None:
@@ -180,9 +230,7 @@ class Search:
                     verbose=0,
                 )
         except KeyboardInterrupt:
-            running = sum(record.state == "running" for record in self.records.all())
             self.records.note_elapsed(self.line.elapsed())
-            self._tell(SearchInterrupted(self.folder, running, f"foldsearch resume {self.folder.path}"))
             raise
         except Exception:
             if self._error is not None:

@@ -23,6 +23,7 @@ RankingCriterion = Literal[
 Share01 = Annotated[float, Field(ge=0, le=1)]
 Rank = Annotated[int, Field(ge=0)]
 RankOrShare = Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)]
+DENSE_FITS_SHARE = 0.2  # of the blocks, which a baseline removes where the budget asks for none
 Option = TypeVar("Option", bound=float | int | str)
 
 
@@ -255,6 +256,39 @@ def baseline(space: Space, criterion: Criterion, count: int) -> Proposal:
         adapter_start=space.reinstate.starts[0],
         origin="baseline",
     )
+
+
+def baseline_fits(space: Space, count: int, table: CostTable, target: Target, budget: Budget) -> bool:
+    """Whether a baseline that removes so many blocks keeps the budget, as far as counts tell."""
+    return budget.admits(lower_bound(baseline(space, "window", count), table, target))
+
+
+def baseline_count(space: Space, table: CostTable, target: Target, budget: Budget) -> int | None:
+    """Blocks that a baseline removes; None where removing alone cannot keep the budget."""
+    num_blocks = len(table.blocks)
+    fewest, most = space.counts(num_blocks)
+    if budget.admits(price(FoldPlan.identity(num_blocks), table, target)):
+        fewest = min(most, max(fewest, round(DENSE_FITS_SHARE * num_blocks)))
+    counts = range(max(1, fewest), most + 1)
+    return next((count for count in counts if baseline_fits(space, count, table, target, budget)), None)
+
+
+def first_trials(
+    space: Space, table: CostTable, target: Target, budget: Budget
+) -> list[tuple[Criterion, int, Origin]]:
+    """Criterion, blocks to remove and origin of what every run begins with, however few trials are asked for.
+
+    Args:
+        space: narrowed to the budget.
+    """
+    count = baseline_count(space, table, target, budget)
+    if count is None:
+        return []
+    found: list[tuple[Criterion, int, Origin]] = [(name, count, "baseline") for name in space.criteria]
+    _, most = space.counts(len(table.blocks))
+    if most > count and budget.admits(price(FoldPlan.identity(len(table.blocks)), table, target)):
+        found.append((space.criteria[0], most, "start"))
+    return found
 
 
 def propose_recovery(suggest: Suggest, space: Space) -> tuple[float, int]:

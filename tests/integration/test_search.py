@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import optuna
@@ -26,7 +27,7 @@ from foldsearch.errors import BudgetError, RunError
 from foldsearch.search import events
 from foldsearch.search.folder import RunFolder
 from foldsearch.search.records import STUDY_NAME, Record, read_records
-from foldsearch.search.run import gpu_share, run_search
+from foldsearch.search.run import _ctrl_c_is_remembered, gpu_share, run_search
 from tests.fake_driver import FAKES, study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,6 +170,33 @@ def test_what_cannot_begin_leaves_nothing(tmp_path: Path) -> None:
 )
 def test_trials_share_a_gpu_only_where_there_are_too_few(gpus: int, jobs: int, share: float) -> None:
     assert gpu_share(gpus, jobs) == share
+
+
+def test_a_ctrl_c_that_something_dropped_is_raised_again() -> None:
+    with _ctrl_c_is_remembered() as check:
+        check()
+        with suppress(KeyboardInterrupt):  # as a finaliser or a library's callback may
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            check()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_before_the_first_trial_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is there, its study is not yet."""
+
+    def interrupt(folder: RunFolder) -> None:
+        folder.storage.touch()
+        signal.raise_signal(signal.SIGINT)
+
+    run, told = tmp_path / "run", []
+    with monkeypatch.context() as patch:
+        patch.setattr("foldsearch.search.run.Records", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_search(study(), run, on_event=told.append, **FAKES)
+    assert told[-1] == events.SearchInterrupted(RunFolder.open(run), 0, f"foldsearch resume {run}")
 
 
 # ---- drivers that are interrupted and killed

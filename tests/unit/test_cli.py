@@ -14,8 +14,12 @@ import pytest
 
 import foldsearch
 from foldsearch import api, cli
-from foldsearch.errors import VerificationError
+from foldsearch.errors import RunError, VerificationError
 from foldsearch.report.view import RunView
+from foldsearch.search.folder import RunFolder
+from foldsearch.search.records import read_records
+from foldsearch.spec.study import Study
+from tests.fake_trial import TABLE
 
 VERBS = (
     "run",
@@ -82,6 +86,52 @@ def test_version(shell: Shell) -> None:
 # ---- bad input: exit code 2, the law and the remedy, nothing left behind
 
 
+@pytest.mark.parametrize("verb", ["try 0-3", "extend --blocks 1-3 --to 14", "inspect"])
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("a-file/x", "--out names a place in a folder that can be written, but '{here}/a-file' is a file"),
+        ("/proc/x", "'/proc"),  # to root it says that it can be written to, and cannot
+    ],
+)
+def test_a_place_that_cannot_be_written_is_told(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, verb: str, out: str, said: str
+) -> None:
+    def work(*args: object, **kwargs: object) -> None:
+        Path(out).mkdir()
+
+    for name in ("try_plan", "inspect_model"):
+        monkeypatch.setattr(api, name, work)
+    monkeypatch.setattr(api, "measure_model", lambda *args: TABLE)
+    Path("a-file").touch()
+    code, _, err = shell(*verb.split(), "--out", out)
+    assert code == 2
+    assert said.format(here=Path.cwd()) in err
+    assert [path.name for path in Path().iterdir()] == ["a-file"]
+
+
+def test_a_picture_is_not_a_folder(shell: Shell) -> None:
+    code, _, err = shell("inspect", "--out", ".")
+    assert code == 2
+    assert "--out is a file, but '.' is a folder" in err
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_try_that_is_cut_short_leaves_no_folder(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """Nothing could go on with it, and the same command would be refused."""
+
+    def try_plan(plan: str, study: object, *, folder: Path, progress: object) -> list[object]:
+        (folder / "trials").mkdir(parents=True)
+        raise error
+
+    monkeypatch.setattr(api, "try_plan", try_plan)
+    code, _, _ = shell("try", "0-3", "--out", "tried")
+    assert code == (130 if isinstance(error, KeyboardInterrupt) else 2)
+    assert list(Path().iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -117,6 +167,7 @@ def test_version(shell: Shell) -> None:
         ("inspect ./no-model", "./no-model: there is no such file or folder"),
         ("front no-run", "there is no 'no-run/study.json'"),
         ("resume no-run", "there is no 'no-run/study.json'"),
+        ("resume no-run --trials 0", "--trials: a whole number above 0, got '0'"),
         ("pick no-run --knee", "there is no 'no-run/study.json'"),
         ("export no-run --out x", "there is no 'no-run/study.json'"),
         ("evaluate no-run --questions q.jsonl", "there is no 'no-run/study.json'"),
@@ -201,6 +252,33 @@ def test_ctrl_c_is_130(shell: Shell, run_path: Path, monkeypatch: pytest.MonkeyP
     code, _, err = shell("front", str(run_path))
     assert code == 130
     assert "Stopped" in err
+
+
+def test_a_resumed_run_may_be_given_other_limits(
+    shell: Shell, run_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Study] = []
+
+    def run_search(study: Study, folder: Path, **rest: object) -> None:
+        asked.append(study)
+
+    monkeypatch.setattr("foldsearch.search.run.run_search", run_search)
+    code, _, _ = shell("resume", str(run_path), "--trials", "99", "--time", "2h")
+    assert code == 0
+    before = RunFolder.open(run_path).study
+    assert asked == [before.model_copy(update={"trials": 99, "seconds": 7200.0})]
+
+
+@pytest.mark.parametrize("verb", ["front", "resume", "pick", "dashboard"])
+def test_a_damaged_storage_is_told(shell: Shell, run_path: Path, verb: str) -> None:
+    RunFolder.open(run_path).storage.write_bytes(b"\x07" * 5000)
+    if verb == "resume":
+        with pytest.raises(RunError, match=r"storage\.db' is damaged: .+ Put back a copy"):
+            read_records(RunFolder.open(run_path))
+        return
+    code, _, err = shell(verb, str(run_path))
+    assert code == 2
+    assert re.search(r"storage\.db' is damaged: .+ Put back a copy", err)
 
 
 # ---- looking at a run

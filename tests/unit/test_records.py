@@ -23,8 +23,9 @@ from foldsearch.plan.proposal import Proposal, fold_plan
 from foldsearch.plan.result import TrialResult
 from foldsearch.search.dry_run import plan_search
 from foldsearch.search.folder import RunFolder
-from foldsearch.search.proposer import Line, baseline_count, missing_baselines
+from foldsearch.search.proposer import Line, missing_baselines
 from foldsearch.search.records import STUDY_NAME, Records, front, note, point, read_records
+from foldsearch.spec.space import baseline_count
 from foldsearch.spec.study import BudgetSettings, Study
 from tests.fake_driver import SPACE
 from tests.fake_driver import study as small_study
@@ -176,7 +177,8 @@ def test_the_front_is_what_nothing_dominates(records: Records, study: Study) -> 
 
 def test_each_criterion_comes_first_at_the_count_that_just_fits(records: Records) -> None:
     line = Line(records)
-    count = baseline_count(records)
+    folder = records.folder
+    count = baseline_count(records.space, folder.table, folder.target, folder.budget)
     assert count is not None
     budget = records.folder.budget
     costs = {
@@ -400,6 +402,13 @@ def test_a_dry_run_says_what_a_run_would_find(tmp_path: Path, study: Study) -> N
     twice = plan_search(study.model_copy(update={"trials": 24}), TABLE, num_proposals=10)
     assert twice.seconds > found.seconds
     assert plan_search(study.model_copy(update={"seconds": 0.001}), TABLE, num_proposals=10).seconds == 0.001
+
+
+def test_a_dry_run_counts_the_trials_that_every_run_begins_with(tmp_path: Path, study: Study) -> None:
+    few = study.model_copy(update={"trials": 1})
+    line = Line(Records(new_run(tmp_path / "few", few)))
+    assert plan_search(few, TABLE, num_proposals=10).trials == len(line.records.all()) == 4
+    assert plan_search(study, TABLE, num_proposals=10).trials == study.trials
 
 
 def test_a_budget_that_dense_keeps_is_said(study: Study) -> None:
