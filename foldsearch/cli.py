@@ -417,7 +417,11 @@ def _study(args: argparse.Namespace, **more: Any) -> Study:
 
     given = vars(args)
     overrides = {key: given.get(option) for option, key in _OVERRIDES.items()}
-    return load_study(given.get("study"), {**overrides, **more})
+    options = {key: f"--{option.replace('_', '-')}" for option, key in _OVERRIDES.items()}
+    options["rungs"] = "--tokens"
+    if args.verb in (_extend, _inspect):
+        options["model"] = "MODEL"
+    return load_study(given.get("study"), {**overrides, **more}, options=options)
 
 
 # ---- the verbs

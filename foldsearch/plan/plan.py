@@ -106,6 +106,10 @@ class FoldPlan:
         """
         slots: list[Slot | Replacement] = []
         seen: set[int] = set()
+        if not text.strip():
+            raise PlanError(
+                "a plan runs at least one block, but it is empty. Name the blocks to run, as in 0-5."
+            )
         for word in text.split():
             for slot in _parse_word(word, seen, num_blocks):
                 slots.append(slot)
@@ -274,7 +278,7 @@ def _check_owners(plan: FoldPlan) -> None:
             if source not in present:
                 raise PlanError(
                     f"block {slot.home} shares the {unit} of block {source}, but block {source} does not run. "
-                    f"Keep block {source}, or drop block {slot.home} too."
+                    f"Keep block {source}, or leave block {slot.home} out too."
                 )
             raise PlanError(
                 f"block {slot.home} shares the {unit} of block {source}, but block {source} has no {unit} weights "
@@ -308,6 +312,9 @@ def _parse_word(word: str, seen: set[int], num_blocks: int) -> list[Slot | Repla
     part = match.groupdict()
     home, last = int(part["home"]), int(part["last"] or part["home"])
     carried = part["rank"] is not None or part["norm"] is not None
+    if last < home:
+        up = word.replace(f"{part['home']}-{part['last']}", f"{part['last']}-{part['home']}", 1)
+        raise PlanError(f"'{word}': a range goes up. Write {up}.")
     if part["kind"] is not None:
         if part["unit"] or part["source"] or carried:
             raise PlanError(f"'{word}': a replacement is written first-last~kind, with nothing else.")
@@ -315,8 +322,6 @@ def _parse_word(word: str, seen: set[int], num_blocks: int) -> list[Slot | Repla
         return [Replacement(home, last, kind, int(part["size"] or 0))]
     if part["last"] is not None and (part["unit"] or part["source"] or carried):
         raise PlanError(f"'{word}': a range is of whole blocks. Write the blocks one by one.")
-    if last < home:
-        raise PlanError(f"'{word}': a range goes up. Write {last}-{home}.")
     if part["source"] is None:
         if last > max(home, num_blocks - 1):  # before a list of that length is made
             raise PlanError(f"'{word}' names block {last}, but blocks go from 0 to {num_blocks - 1}.")

@@ -24,9 +24,15 @@ if TYPE_CHECKING:
 
 FOLDER_STUDY = "foldsearch.toml"  # of the current folder: the study when none is named
 _Model = TypeVar("_Model", bound=BaseModel)
+_Fault = tuple[list[int | str], str]  # the keys that lead to it, and what is wrong
 
 
-def load_study(reference: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Study:
+def load_study(
+    reference: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    options: Mapping[str, str] | None = None,
+) -> Study:
     """Read a study.
 
     Args:
@@ -34,20 +40,32 @@ def load_study(reference: str | Path | None = None, overrides: Mapping[str, Any]
             is one, else the shipped study `default`.
         overrides: values by dotted key (`{"budget.gb": 2.0, "trials": 8}`) that win over the file's; None as a
             value means not given. `space` is a name or a path.
+        options: the overrides' names on the command line by dotted key (`{"budget.gb": "--budget-gb"}`): faults of
+            what was typed are told by them.
 
     Raises:
-        SpecError: no such study; or the file is wrong, all its faults in one message.
+        SpecError: no such study; or it, its space or the overrides are wrong, all faults in one message.
     """
     if reference is None:
         reference = Path(FOLDER_STUDY) if Path(FOLDER_STUDY).is_file() else "default"
     path = _find(reference, "study", "studies")
     value = _read(path)
-    for key, item in (overrides or {}).items():
-        if item is not None:
-            _set(value, key.split("."), item, path)
-    if isinstance(value.get("space"), str):
-        value["space"] = load_space(value["space"]).model_dump(mode="json")
-    return _validate(Study, value, str(path))
+    given = {key: item for key, item in (overrides or {}).items() if item is not None}
+    for key, item in given.items():
+        _set(value, key.split("."), item)
+    faults, of_space = _put_space(value)
+    study = _read_as(Study, value)
+    if isinstance(study, list):
+        faults += study
+    elif not faults and not of_space:
+        return study
+    typed, written = _typed_and_written(faults, given, options or {})
+    parts = [
+        _section("the command line" if options else "the overrides", typed),
+        _section(str(path), written),
+        of_space,
+    ]
+    raise SpecError("\n".join(part for part in parts if part))
 
 
 def load_space(reference: str | Path) -> Space:
@@ -112,7 +130,8 @@ def _suggest(word: str, known: Mapping[str, Any] | list[str]) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        # -sig: some editors begin a file with a byte order mark
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise SpecError(
             f"{path}: TOML is UTF-8 text, but byte {error.start} is not. Save the file as UTF-8."
@@ -123,37 +142,92 @@ def _read(path: Path) -> dict[str, Any]:
         raise SpecError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-def _set(value: dict[str, Any], keys: list[str], item: Any, path: Path) -> None:
+def _set(value: dict[str, Any], keys: list[str], item: Any) -> None:
     for key in keys[:-1]:
         inner = value.setdefault(key, {})
         if not isinstance(inner, dict):
-            raise SpecError(
-                f"{path}: 1 fault\n  {key}: is a table of keys; got {_show(inner)}. Write it as [{key}]."
-            )
+            return  # no table: that is told with the file's other faults
         value = inner
     value[keys[-1]] = item
+
+
+def _put_space(value: dict[str, Any]) -> tuple[list[_Fault], str]:
+    """Put the space that a study names in its place; returns faults of its name, and the message of its file's.
+
+    Where it cannot be read, a space without faults takes its place, so that the rest is still checked.
+    """
+    named = value.get("space")
+    if not isinstance(named, str):
+        return [], ""
+    value["space"] = {}
+    try:
+        path = _find(named, "space", "spaces")
+    except SpecError as error:
+        return [(["space"], str(error))], ""
+    try:
+        value["space"] = load_space(path).model_dump(mode="json")
+    except SpecError as error:
+        return [], str(error)
+    return [], ""
 
 
 # ---- all faults at once
 
 
 def _validate(model: type[_Model], value: dict[str, Any], where: str) -> _Model:
+    found = _read_as(model, value)
+    if isinstance(found, list):
+        raise SpecError(_section(where, [_line(_dotted(keys), words) for keys, words in found]))
+    return found
+
+
+def _read_as(model: type[_Model], value: dict[str, Any]) -> _Model | list[_Fault]:
     try:
         # Through JSON: strict types, and still a list where a tuple is wanted.
         return model.model_validate_json(json.dumps(value, default=str))
     except ValidationError as error:
-        faults = list(dict.fromkeys(_faults(model, error)))
-        count = f"{len(faults)} fault" + "s" * (len(faults) > 1)
-        raise SpecError(f"{where}: {count}\n" + "\n".join(f"  {fault}" for fault in faults)) from error
+        return list(_faults(model, error))
 
 
-def _faults(model: type[BaseModel], error: ValidationError) -> Iterator[str]:
+def _section(where: str, lines: list[str]) -> str:
+    lines = list(dict.fromkeys(lines))
+    if not lines:
+        return ""
+    count = f"{len(lines)} fault" + "s" * (len(lines) > 1)
+    return f"{where}: {count}\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _line(place: str, words: str) -> str:
+    return f"{place or 'the file'}: {words}"
+
+
+def _typed_and_written(
+    faults: list[_Fault], given: Mapping[str, Any], options: Mapping[str, str]
+) -> tuple[list[str], list[str]]:
+    """Lines for faults of the overrides, and for those of the file."""
+    typed, written = [], []
+    for keys, words in faults:
+        override = next((key for key in given if keys[: len(parts := key.split("."))] == parts), None)
+        if override is None:
+            written.append(_line(_dotted(keys), words))
+        else:
+            typed.append(_line(options.get(override) or _dotted(keys), words))
+    return typed, written
+
+
+def _faults(model: type[BaseModel], error: ValidationError) -> Iterator[_Fault]:
     details = error.errors(include_url=False)
     for detail in details:
         if detail["type"] == "too_short" and any(_inside(other["loc"], detail["loc"]) for other in details):
             continue  # short only because its wrong members were left out
+        if (
+            detail["type"] == "string_type"
+            and isinstance(detail["input"], dict)
+            and detail["loc"][-1] == "str"
+        ):
+            continue  # a table where text may stand too: what is wrong is in the table
         keys = [key for key in detail["loc"] if not _is_union_branch(key)]
-        yield f"{_dotted(keys) or 'the file'}: {_fault(model, keys, detail)}"
+        yield keys, _fault(model, keys, detail)
 
 
 def _inside(inner: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
@@ -162,7 +236,7 @@ def _inside(inner: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
 
 def _is_union_branch(key: int | str) -> bool:
     """Whether pydantic put a key there itself: the type it tried of a union."""
-    return key in ("float", "str", "Sources")
+    return key in ("str", "Sources")
 
 
 def _dotted(keys: list[int | str]) -> str:
@@ -178,10 +252,15 @@ _EXPECTED = {
     "int_from_float": "a whole number",
     "float_type": "a number",
     "float_parsing": "a number",
+    "finite_number": "a finite number",
     "string_type": "text in quotes",
     "tuple_type": "a list in brackets",
     "model_type": "a table of keys",
     "bool_type": "true or false",
+}
+_EITHER = {  # where text and a table may stand
+    "data": "one source in quotes, or a table of search, recovery and report",
+    "space": "a name or a path in quotes, or a table of keys",
 }
 
 
@@ -201,7 +280,7 @@ def _fault(model: type[BaseModel], keys: list[int | str], detail: ErrorDetails) 
         options = [option.strip().strip("'") for option in expected.replace(" or ", ", ").split(",")]
         return f"must be one of {expected}; got {_show(got)}.{_suggest(str(got), options)}"
     if kind in _EXPECTED:
-        return f"must be {_EXPECTED[kind]}; got {_show(got)}."
+        return f"must be {_EITHER.get(_dotted(keys)) or _EXPECTED[kind]}; got {_show(got)}."
     if kind == "too_short":
         return f"a list of at least {context['min_length']}; got {_show(got)}."
     if kind == "too_long":
@@ -213,7 +292,7 @@ def _fault(model: type[BaseModel], keys: list[int | str], detail: ErrorDetails) 
 
 
 def _show(value: Any) -> str:
-    text = json.dumps(value, default=str)
+    text = repr(value) if isinstance(value, float) else json.dumps(value, default=str)  # inf, as TOML has it
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from foldsearch.errors import BudgetError, SpecError
 from foldsearch.plan.cost import GB, Budget, Cost, CostTable, Target, price
@@ -22,9 +22,25 @@ RankingCriterion = Literal[
 ]
 Share01 = Annotated[float, Field(ge=0, le=1)]
 Rank = Annotated[int, Field(ge=0)]
-RankOrShare = Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)]
-DENSE_FITS_SHARE = 0.2  # of the blocks, which a baseline removes where the budget asks for none
+
+
+def as_toml(value: Any) -> str:
+    """A value as TOML has it."""
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _rank_or_share(value: Any) -> Any:
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if not whole and not (isinstance(value, float) and 0 < value < 1):
+        raise ValueError(
+            f"a rank is a whole number, 0 or more, or a share of the model's width below 1; got {as_toml(value)}"
+        )
+    return value
+
+
+RankOrShare = Annotated[int | float, BeforeValidator(_rank_or_share)]
 Option = TypeVar("Option", bound=float | int | str)
+DENSE_FITS_SHARE = 0.2  # of the blocks, which a baseline removes where the budget asks for none
 
 
 class Suggest(Protocol):
@@ -41,9 +57,9 @@ class Suggest(Protocol):
 
 
 class TomlTable(BaseModel):
-    """A table of a TOML file: frozen, strict types, no unknown keys."""
+    """A table of a TOML file: frozen, strict types, finite numbers, no unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Share(TomlTable):
@@ -470,6 +486,9 @@ def _extremes(space: Space, num_blocks: int, count: int) -> Iterator[Proposal]:
 def _unreachable(space: Space, table: CostTable, target: Target, budget: Budget) -> str:
     plan, cost = smallest(space, table, target)
     words = []
+    load = f"shorten the context ({target.context} tokens)"
+    if target.batch > 1:
+        load += f", serve fewer sequences at once (batch, now {target.batch})"
     if budget.memory_bytes is not None:
         words.append(f"{budget.memory_bytes / GB:.6g} GB")
     if budget.flops is not None:
@@ -477,7 +496,7 @@ def _unreachable(space: Space, table: CostTable, target: Target, budget: Budget)
     return (
         f"no plan of the space '{space.name}' keeps the budget of {' and '.join(words)}: its smallest reaches "
         f"{cost.memory_bytes / GB:.4f} GB and {cost.flops:.4g} FLOPs per token with a plan such as '{plan}'. "
-        f"Raise the budget, shorten the context ({target.context} tokens), or let the space remove more "
+        f"Raise the budget, {load}, or let the space remove more "
         f"(removal, now up to {space.removal[1]:g})."
     )
 

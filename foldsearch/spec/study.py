@@ -6,17 +6,20 @@ Relative paths in a study are read from the current folder, as on the command li
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from foldsearch.plan.cost import DTYPE_BYTES, Budget, Cost, Target, parse_flops
-from foldsearch.spec.space import Share01, Space, TomlTable
+from foldsearch.spec.space import Share01, Space, TomlTable, as_toml
 
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Objective = Literal["kl", "memory", "flops"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+
+
+MOST = 1e9  # gigabytes, or seconds: beyond any machine's, and safe in arithmetic
 
 
 class TargetSettings(TomlTable):
@@ -39,21 +42,16 @@ class BudgetSettings(TomlTable):
     flops: FLOPs per token at decode, or a share of dense as text ("0.8x"). Absent: no bound.
     """
 
-    gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    flops: Annotated[float, Field(gt=0, allow_inf_nan=False)] | str | None = None
+    gb: Annotated[float, Field(gt=0, le=MOST)] | None = None
+    flops: float | str | None = None
 
-    @field_validator("flops")
+    @field_validator("flops", mode="before")  # before: one law for numbers and text, so one fault
     @classmethod
-    def _readable(cls, value: float | str | None) -> float | str | None:
-        if isinstance(value, str):
-            try:
-                number = float(value.removesuffix("x"))
-            except ValueError:
-                number = 0.0
-            if not 0 < number < float("inf"):
-                raise ValueError(
-                    f"FLOPs per token (2.5e8) or a share of dense in quotes (\"0.8x\"); got '{value}'"
-                )
+    def _readable(cls, value: Any) -> Any:
+        if value is not None and not _is_bound(value):
+            raise ValueError(
+                f'FLOPs per token (2.5e8) or a share of dense in quotes ("0.8x"); got {as_toml(value)}'
+            )
         return value
 
     def value(self, dense: Cost) -> Budget:
@@ -150,7 +148,7 @@ class Study(TomlTable):
     rungs: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 2048, 8192)
     sampler: Literal["tpe", "nsga2", "random"] = "tpe"
     trials: Positive | None = 24
-    seconds: Annotated[float, Field(gt=0)] | None = None
+    seconds: Annotated[float, Field(gt=0, le=MOST)] | None = None
     jobs: Positive = 1
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     splits: SplitSettings = SplitSettings()
@@ -179,6 +177,16 @@ class Study(TomlTable):
         if isinstance(value, str) and not value.strip():
             raise ValueError("a reference is not empty; write a hub id, a folder or a file")
         return value
+
+
+def _is_bound(value: Any) -> bool:
+    """Whether it is a positive number, or such a share as text."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return False
+    try:
+        return 0 < float(value.removesuffix("x") if isinstance(value, str) else value) < float("inf")
+    except (ValueError, OverflowError):
+        return False
 
 
 assert set(DTYPE_BYTES) == {"float32", "bfloat16", "float16"}  # TargetSettings.dtype names the same ones

@@ -9,6 +9,9 @@ import sys
 import pytest
 
 import foldsearch
+from foldsearch.api import check_plan_text
+from foldsearch.errors import PlanError
+from foldsearch.plan.plan import FoldPlan
 
 
 def test_all_is_exact() -> None:
@@ -37,6 +40,28 @@ def test_each_function_says_what_it_raises_where_it_does(name: str) -> None:
     found = getattr(foldsearch, name)
     assert "Raises:" in (inspect.getdoc(found) or ""), name
     assert found.__annotations__.get("return") is not None, name
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "it is empty"),
+        ("0-5;7", "not a word of a plan"),
+        ("9-3~linear", "Write 3-9~linear"),
+        ("30=3", "Keep block 3, or leave block 30 out too"),
+    ],
+)
+def test_a_plan_is_read_before_its_model_is_known(text: str, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        check_plan_text(text)
+
+
+@pytest.mark.parametrize("text", ["0-12345", "0-999999999999", "0 12345~linear"])
+def test_a_block_beyond_any_model_is_left_to_the_model(text: str) -> None:
+    """Which then says how many blocks it has, and not how many any model has."""
+    check_plan_text(text)
+    with pytest.raises(PlanError, match="blocks go from 0 to 29"):
+        FoldPlan.parse(text, 30)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

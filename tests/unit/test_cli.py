@@ -141,13 +141,15 @@ def test_a_try_that_is_cut_short_leaves_no_folder(
         ("run smolm2-demo", "Did you mean 'smollm2-demo'?"),
         ("run missing.toml", "there is no file 'missing.toml'"),
         ("run --space foldgp", "Did you mean 'foldgpt'?"),
-        ("run --budget-gb -1", "budget.gb: must be above 0; got -1"),
+        ("run --budget-gb -1", "the command line: 1 fault\n  --budget-gb: must be above 0; got -1"),
         ("run --budget-gb much", "--budget-gb: invalid float value: 'much'"),
         ("run --budget-flops 0.8y", "or a share of dense in quotes"),
-        ("run --trials 0", "trials: must be above 0; got 0"),
+        ("run --trials 0", "--trials: must be above 0; got 0"),
         ("run --time soon", "a time is seconds, or 90s, 15m, 2h; got 'soon'"),
         ("run --time 0m", "a time is seconds"),
-        ("run --context 0 --batch -2", "target.batch: must be above 0; got -2"),
+        ("run --time 1e30h", "--time: must be at most 1e+09; got 3.6e+33."),
+        ("run --budget-gb 1e300", "--budget-gb: must be at most 1e+09; got 1e+300."),
+        ("run --context 0 --batch -2", "  --batch: must be above 0; got -2"),
         ("run --model ./no-model", "./no-model: there is no such file or folder"),
         ("run --dry-run --model ./no-model", "./no-model: there is no such file or folder"),
         ("run --model package:no_such_package", "no_such_package"),
@@ -159,7 +161,8 @@ def test_a_try_that_is_cut_short_leaves_no_folder(
         ("extend --blocks 1,3 --to 8", "a run of blocks is written 3-18"),
         ("extend --blocks 1-3 --to 8 --pattern zigzag", "invalid choice: 'zigzag'"),
         ("extend --blocks 1-3 --to 8 --rank many", "a share of the model's width such as 0.0625; got 'many'"),
-        ("extend --blocks 1-3 --to 8 --tokens -1", "rungs"),
+        ("extend --blocks 1-3 --to 8 --tokens -1", "--tokens: must be at least 0; got -1."),
+        ("try 0-3 --tokens -1", "--tokens: must be at least 0; got -1."),
         ("extend --blocks 1-3 --to 8 --out x --export ../here/x", "--out and --export are two folders"),
         ("extend --blocks 1-3 --to 8 --export .", "--export is a new folder, but '.' is there already."),
         ("extend ./no-model --blocks 1-3 --to 8", "./no-model: there is no such file or folder"),
@@ -183,6 +186,11 @@ def test_bad_input_is_told_and_leaves_nothing(shell: Shell, words: str, said: st
     assert "Traceback" not in err
     assert out == ""
     assert list(Path().iterdir()) == []
+
+
+def test_an_empty_model_is_told_by_the_word_that_gave_it(shell: Shell) -> None:
+    assert "  --model: a reference is not empty" in shell("run", "--model", "")[2]
+    assert "  MODEL: a reference is not empty" in shell("inspect", "")[2]
 
 
 def test_all_faults_of_a_study_are_told_at_once(shell: Shell) -> None:

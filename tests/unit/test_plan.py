@@ -85,7 +85,9 @@ def test_words(text, slots):
         ("9 7=9+n+r8", "is not a word"),
         ("7b", "is not a word"),
         ("9" * 5000, "is not a word"),
+        ("", "a plan runs at least one block, but it is empty."),
         ("3-1", "'3-1': a range goes up. Write 1-3."),
+        ("9-3~linear", "'9-3~linear': a range goes up. Write 3-9~linear."),
         ("0-5a", "a range is of whole blocks. Write the blocks one by one."),
         ("0-5=9", "a range is of whole blocks"),
         ("0-5+r2", "a range is of whole blocks"),
@@ -162,7 +164,7 @@ def test_malformed_json(text, message):
         (
             [Slot(0, 0, 0), Slot(1, 2, 2)],
             "block 1 shares the attention of block 2, but block 2 does not run. "
-            "Keep block 2, or drop block 1 too.",
+            "Keep block 2, or leave block 1 out too.",
         ),
         (
             [Slot(0, 0, 0), Slot(1, 0, 0), Slot(2, 1, 1)],
@@ -252,7 +254,7 @@ def test_share():
     assert str(plan("0-4 2=2+r1", 5).share(0, 3)) == "0=3 1-4 2=2+r1"
     with pytest.raises(PlanError, match="block 2 does not run in '0-1 3-4'"):
         plan("0-1 3-4", 5).share(2, 1)
-    with pytest.raises(PlanError, match=r"block 3 does not run. Keep block 3, or drop block 2 too"):
+    with pytest.raises(PlanError, match=r"block 3 does not run. Keep block 3, or leave block 2 out too"):
         plan("0-2", 5).share(2, 3)
     with pytest.raises(PlanError, match="block 1 has no attention weights of its own"):
         plan("0 1=0 2", 5).share(2, 1)

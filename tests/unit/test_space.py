@@ -199,6 +199,9 @@ def test_a_budget_out_of_reach_says_the_smallest_and_its_plan() -> None:
         narrow(space, TABLE, TARGET, Budget(1000))
     assert f"{cost.memory_bytes / 1e9:.4f} GB" in str(error.value)
     assert str(plan) in str(error.value)
+    assert "batch" not in str(error.value)
+    with pytest.raises(BudgetError, match=r"serve fewer sequences at once \(batch, now 64\)"):
+        narrow(space, TABLE, replace(TARGET, batch=64), Budget(1000))
 
 
 def test_ranks_are_shares_of_the_width_or_whole_numbers_up_to_it() -> None:

