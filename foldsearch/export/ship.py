@@ -138,7 +138,12 @@ def export(
     # adapters are merged before weights are rounded: the sum is rounded once
     shipped = _as_shipped(expand(model), dtype) if expanded else measured
     weight_bytes = _weight_bytes(shipped)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"the export goes into {folder.parent}, which cannot be made: {error.strerror}. Choose another folder."
+        ) from error
     if (free := shutil.disk_usage(folder.parent).free) < 1.1 * weight_bytes:
         raise InputError(
             f"the export needs {weight_bytes / GB:.2f} GB, but {folder.parent} has {free / GB:.2f} GB free. "
@@ -174,8 +179,8 @@ def export(
         _rename(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"the export could not be written to {folder.parent}: {error}. It needs {weight_bytes / GB:.2f} GB. "
-            "Make room, or choose another folder."
+            f"the export could not be written to {folder.parent}: {str(error).rstrip('.')}. "
+            f"It needs {weight_bytes / GB:.2f} GB. Make room, or choose another folder."
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -240,7 +245,7 @@ def _check_arguments(
             f"verification needs token ids of shape (sequences, tokens ≥ 2), got {tuple(ids_NT.shape)}."
         )
     if folder.exists() and not overwrite:
-        raise InputError(f"{folder} exists already. Choose another folder, or ask to overwrite it.")
+        raise InputError(f"{folder} exists already. Choose another folder, or move it away.")
 
 
 def _verify(
@@ -408,7 +413,7 @@ def _fresh_process(
         check=False,
     )
     if done.returncode or not answer_file.exists():
-        words = done.stderr.strip().splitlines()
+        words = done.stderr.strip().rstrip(".").splitlines()
         raise VerificationError(
             f"the export could not be loaded in a fresh process{' without foldsearch' if without_foldsearch else ''} "
             f"(exit code {done.returncode}): {words[-1] if words else 'it said nothing'}. Nothing was exported."

