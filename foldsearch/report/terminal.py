@@ -128,9 +128,8 @@ _GAIN = ("perplexity", "Δ KL")
 _MEMORY = ("weights", "adapters", "KV", "activ.", "total GB")
 _SPEED = ("prefill", "decode", "file")
 _QUALITY = (_PLAN[0], *_KL, *_GAIN, _PLAN[1])
-_LAYOUTS: tuple[
-    tuple[tuple[str, ...], ...], ...
-] = (  # the columns of each table, for narrower and narrower lines
+# The columns of each table, for narrower and narrower lines.
+_LAYOUTS: tuple[tuple[tuple[str, ...], ...], ...] = (
     ((*_QUALITY, *_MEMORY, *_SPEED),),
     (_QUALITY, (*_MEMORY, *_SPEED)),
     ((_PLAN[0], *_KL), (*_GAIN, _PLAN[1]), (*_MEMORY, *_SPEED)),
@@ -140,7 +139,6 @@ _LAYOUTS: tuple[
     (_PLAN, _KL, _GAIN, _MEMORY, _SPEED),
     (_PLAN, _KL, _GAIN, _MEMORY[:3], _MEMORY[3:], _SPEED),
 )
-_LEFT = ("plan", "chosen by")  # all others are figures
 _AUTHORS_WIDTH = 12  # characters that a folded strip leaves for who chose the blocks
 
 
@@ -177,8 +175,8 @@ def _front_rows(view: RunView, every: bool) -> list[dict[str, str | Text]]:
         q, final, on_front = entry.quality, entry.final, entry.number in front
         authors = ", ".join(entry.authors)
         if every and entry.repeats:
-            also = "trial" if len(entry.repeats) == 1 else "trials"
-            authors += f" (also {also} {', '.join(map(str, entry.repeats))})"
+            trials = "trial" if len(entry.repeats) == 1 else "trials"
+            authors += f" (also {trials} {', '.join(map(str, entry.repeats))})"
         row: dict[str, str | Text] = {
             "": _marks(view, entry, on_front),
             "trial": Text(str(entry.number), style="bold" if on_front else "dim"),
@@ -199,7 +197,7 @@ def _part(heads: Mapping[str, Text], rows: Sequence[Mapping[str, str | Text]], n
     """Some columns of the front, beside mark and number; the first row is the dense model's."""
     table = _plain_table()
     for name in (*_KEY, *names):
-        right = name not in ("", *_LEFT)
+        right = name not in ("", *_PLAN)  # all others are figures
         table.add_column(heads.get(name, name), justify="right" if right else "left", no_wrap=True)
     for number, row in enumerate(rows):
         table.add_row(*(row.get(name, "") for name in (*_KEY, *names)), style=None if number else "dim")
@@ -419,8 +417,9 @@ def extension_note(plan: FoldPlan, table: CostTable, target: Target) -> Text:
         )
         if theirs
     )
+    are = "is a repeat, with" if len(repeats) == 1 else "are repeats, each with"
     return Text(
-        f"{len(repeats)} of {plan.depth} positions are repeats, each with {carried} of its own. An extension costs "
+        f"{len(repeats)} of {plan.depth} positions {are} {carried} of its own. An extension costs "
         f"more than the base model: {more}."
     )
 
