@@ -17,7 +17,7 @@ from rich.text import Text
 
 from foldsearch.plan.result import TrialResult
 from foldsearch.report.terminal import budget_words, ruler, strip_text
-from foldsearch.report.view import author, gb
+from foldsearch.report.view import author, counted, gb
 from foldsearch.search.events import (
     Event,
     Notice,
@@ -112,8 +112,11 @@ class RunDisplay:
                 if self._live is None:
                     self._print(Text(f"      {self._overall()}", style="dim"))
             case SearchInterrupted():
+                under_way = counted(event.num_running, "trial") + (
+                    " was" if event.num_running == 1 else " were"
+                )
                 self._print(
-                    f"Stopped; nothing that was finished is lost, {event.num_running} trials were under way.\n"
+                    f"Stopped; nothing that was finished is lost, {under_way} under way.\n"
                     f"Go on with: {event.resume}"
                 )
             case SearchDone():
@@ -140,7 +143,7 @@ class RunDisplay:
         )
         folder, study = event.folder, event.folder.study
         self._dense = folder.dense
-        planned = f"{event.planned} trials" if event.planned is not None else "trials"
+        planned = counted(event.planned, "trial") if event.planned is not None else "trials"
         limit = f" in at most {_duration(study.seconds)}" if study.seconds is not None else ""
         before = f", {event.num_ended} of them ended before" if event.num_ended else ""
         self._print(
@@ -179,7 +182,7 @@ class RunDisplay:
             self._print(Text(f"       gates: {gate_words(gates)}", style="dim"))
 
     def _done(self, event: SearchDone) -> None:
-        parts = [f"{event.num_finished} trials finished", f"{event.num_stopped} stopped early"]
+        parts = [f"{counted(event.num_finished, 'trial')} finished", f"{event.num_stopped} stopped early"]
         if event.num_failed:
             parts.append(f"{event.num_failed} failed")
         self._print(
@@ -191,7 +194,8 @@ class RunDisplay:
     def _overall(self) -> str:
         p = self._progress
         since = time.monotonic() - self._progress_at
-        parts = [f"{p.num_ended} of {p.planned} trials" if p.planned is not None else f"{p.num_ended} trials"]
+        of_all = "" if p.planned is None else f"{p.num_ended} of "
+        parts = [of_all + counted(p.num_ended if p.planned is None else p.planned, "trial")]
         parts.append(_duration(p.elapsed_seconds + since))
         if p.remaining_seconds is not None:
             parts.append(f"about {_duration(max(0.0, p.remaining_seconds - since))} left")
@@ -215,7 +219,9 @@ class RunDisplay:
 
 def gate_words(gates: dict[str, Any]) -> str:
     """The gated training behind a plan, in words; polarized: share of the gates outside [0.05, 0.95]."""
-    words = f"{gates['steps']} steps, {gates['tokens']:,} tokens, {gates['polarized']:.0%} polarized"
+    words = (
+        f"{counted(gates['steps'], 'step')}, {gates['tokens']:,} tokens, {gates['polarized']:.0%} polarized"
+    )
     words += f", loss {gates['soft_loss']:.3f} gated → {gates['hard_loss']:.3f} dropped"
     return words + (" (from the cache)" if gates["from_cache"] else "")
 

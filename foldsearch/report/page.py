@@ -15,7 +15,7 @@ from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Quality
 from foldsearch.report.colours import DROPPED, PAIRS, REPLACED, paint
 from foldsearch.report.terminal import budget_words
-from foldsearch.report.view import Entry, RunView, author, flops_unit, gb
+from foldsearch.report.view import NO_ERROR, Entry, RunView, author, flops_unit, gb, has_errors, with_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,7 +106,8 @@ def _draw_points(view: RunView, figure: Figure, axes: Axes) -> None:
         x, y = cost.memory_bytes / GB, quality.kl
         on_front = entry.number in front
         marker = BASELINES[entry.baseline][1] if entry.baseline else "o"
-        axes.errorbar(x, y, yerr=quality.kl_se, fmt="none", ecolor="#b6bcc8", elinewidth=1, zorder=2)
+        if has_errors(quality):
+            axes.errorbar(x, y, yerr=quality.kl_se, fmt="none", ecolor="#b6bcc8", elinewidth=1, zorder=2)
         points = axes.scatter(
             x, y, c=[cost.flops / size], marker=marker, s=72 if on_front else 38,
             alpha=1.0 if on_front else 0.75, linewidths=1.1 if on_front else 0.4,
@@ -275,6 +276,9 @@ def _page(view: RunView) -> str:
         "baseline of about the same cost or less. GB are decimal; FLOPs per token.</p>",
         _trial_table(view),
     ]
+    first = view.finished[0]
+    if not has_errors(first.quality, first.final):
+        parts.append(f"<p>{NO_ERROR}</p>")
     if counts := view.by_count():
         parts += [
             "<h2>Which criterion was best</h2>",
@@ -327,14 +331,15 @@ def _trial_table(view: RunView) -> str:
         final = entry.final
         rows.append(
             f"<tr{' class=front' if entry.number in front else ''}><td>{entry.number}<td class=l>{_svg(entry.plan)}"
-            f"<td>{_kl(entry.quality)}<td>{_kl(final)}<td>{final.perplexity:.2f} ± {final.perplexity_se:.2f}"
+            f"<td>{_kl(entry.quality)}<td>{_kl(final)}"
+            f"<td>{with_error(final.perplexity, final.perplexity_se, '.2f')}"
             f"<td{shade}>{'—' if gain is None else f'{gain:+.3f}'}<td class=l>{by}{_cost_cells(entry.cost, dense)}"
         )
     return f"<div class=wide><table>{''.join(rows)}</table></div>"
 
 
 def _kl(quality: Quality) -> str:
-    return f"{quality.kl:.3f} ± {quality.kl_se:.3f}"
+    return with_error(quality.kl, quality.kl_se, ".3f")
 
 
 def _cost_cells(cost: Cost, dense: Cost) -> str:
@@ -369,6 +374,8 @@ def _every_trial(view: RunView) -> str:
     for record in view.records:
         by = "" if record.proposal is None else html.escape(author(record.proposal))
         state = record.state + (f": {html.escape(record.reason)}" if record.reason else "")
+        if record.state == "finished" and record.last is not None and record.last.state == "known":
+            state += f": same plan as trial {record.last.known_from}"
         row = f"<tr><td>{record.number}<td class=l>{by}<td class=l>{state}"
         if (result := record.last) is not None:
             kl = "—" if result.quality is None else f"{result.quality.kl:.3f}"

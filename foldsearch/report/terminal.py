@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from math import ceil, isfinite
 from statistics import median
 from typing import TYPE_CHECKING, get_args
 
@@ -18,7 +19,17 @@ from foldsearch.plan.proposal import Criterion
 from foldsearch.plan.result import TrialResult
 from foldsearch.plan.strip import LEGEND, cells
 from foldsearch.report.colours import DROPPED, PAIRS, paint
-from foldsearch.report.view import Entry, RunView, by_cost, flops_unit, gb
+from foldsearch.report.view import (
+    NO_ERROR,
+    Entry,
+    RunView,
+    by_cost,
+    counted,
+    flops_unit,
+    gb,
+    has_errors,
+    with_error,
+)
 from foldsearch.search.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -91,7 +102,7 @@ def front_report(view: RunView, *, width: int, every: bool = False) -> Group:
 
     Args:
         view: the run.
-        width: characters of a line; where one table does not fit, there are two.
+        width: characters of a line; where one table does not fit, there are several.
         every: all finished trials, not only the front and the baselines.
     """
     parts: list[RenderableType] = [_heading(view), Text()]
@@ -100,67 +111,139 @@ def front_report(view: RunView, *, width: int, every: bool = False) -> Group:
             Text("No trial has reached the last rung yet; a front compares trials of one rung only.")
         )
         return Group(*parts)
-    whole = _front_table(view, every, ("quality", "cost"))
-    if Console(width=10_000).measure(whole).maximum <= width:
-        parts.append(whole)
-    else:
-        parts += [_front_table(view, every, ("quality",)), Text(), _front_table(view, every, ("cost",))]
-    parts += [Text(), legend(), _footnote(view)]
+    for table in _front_tables(view, every, width):
+        parts += [table, Text()]
+    parts += [legend(), _footnote(view)]
     if criteria := view.by_count():
-        parts += [Text(), _criteria_table(criteria)]
+        parts += [Text(), Text("report KL by criterion, plans that only drop blocks", style="bold")]
+        for number, table in enumerate(_criteria_tables(criteria, width)):
+            parts += [Text(), table] if number else [table]
     return Group(*parts)
 
 
-def _front_table(view: RunView, every: bool, parts: tuple[str, ...]) -> Table:
-    folder = view.folder
+_KEY = ("", "trial")  # mark and number: every table has them
+_PLAN = ("plan", "chosen by")
+_KL = ("search KL", "report KL")
+_GAIN = ("perplexity", "Δ KL")
+_MEMORY = ("weights", "adapters", "KV", "activ.", "total GB")
+_SPEED = ("prefill", "decode", "file")
+_QUALITY = (_PLAN[0], *_KL, *_GAIN, _PLAN[1])
+# The columns of each table, for narrower and narrower lines.
+_LAYOUTS: tuple[tuple[tuple[str, ...], ...], ...] = (
+    ((*_QUALITY, *_MEMORY, *_SPEED),),
+    (_QUALITY, (*_MEMORY, *_SPEED)),
+    ((_PLAN[0], *_KL), (*_GAIN, _PLAN[1]), (*_MEMORY, *_SPEED)),
+    ((_PLAN[0], *_KL), (*_GAIN, _PLAN[1]), _MEMORY, _SPEED),
+    (_PLAN, (*_KL, *_GAIN), (*_MEMORY, *_SPEED)),
+    (_PLAN, (*_KL, *_GAIN), _MEMORY, _SPEED),
+    (_PLAN, _KL, _GAIN, _MEMORY, _SPEED),
+    (_PLAN, _KL, _GAIN, _MEMORY[:3], _MEMORY[3:], _SPEED),
+)
+_AUTHORS_WIDTH = 12  # characters that a folded strip leaves for who chose the blocks
+
+
+def _front_tables(view: RunView, every: bool, width: int) -> list[Table]:
+    """The front in as few tables as fit the width: no number, mark, strip or figure is cut."""
+    rows = _front_rows(view, every)
+    unit, _ = flops_unit(view.folder.dense)
+    blocks = ruler(view.folder.num_blocks)
+    heads = {"plan": Text(blocks), "prefill": Text(f"prefill {unit}F"), "decode": Text(f"decode {unit}F")}
+    tables: list[Table] = []
+    for layout in _LAYOUTS:
+        tables = [
+            _plans_table(heads, rows, width) if names == _PLAN else _part(heads, rows, names)
+            for names in layout
+        ]
+        if all(_wanted(table) <= width for table in tables):
+            break
+    return tables
+
+
+def _front_rows(view: RunView, every: bool) -> list[dict[str, str | Text]]:
+    """What stands under each head: of the dense model, then of each trial."""
     shown = sorted(view.finished, key=by_cost) if every else view.front_and_baselines
     front = {entry.number for entry in view.front}
     best_kl = min(entry.final.kl for entry in shown)
-    unit, size = flops_unit(folder.dense)
-    table = _plain_table("", "trial>")
-    if "quality" in parts:
-        _columns(
-            table, ruler(folder.num_blocks), "search KL>", "report KL>", "perplexity>", "Δ KL>", "chosen by"
-        )
-    if "cost" in parts:
-        _columns(table, "weights>", "adapters>", "KV>", "activ.>", "total GB>")
-        _columns(table, f"prefill {unit}F>", f"decode {unit}F>", "file>")
-
-    row: list[str | Text] = ["", "dense"]
-    if "quality" in parts:
-        dense = view.dense_perplexity
-        row += [
-            strip_text(FoldPlan.identity(folder.num_blocks)),
-            "0",
-            "0",
-            "" if dense is None else f"{dense:.2f}",
-            "",
-            "",
-        ]
-    if "cost" in parts:
-        row += _price(folder.dense, folder.dense, size)
-    table.add_row(*row, style="dim")
+    folder, perplexity = view.folder, view.dense_perplexity
+    dense: dict[str, str | Text] = {
+        "trial": "dense",
+        "plan": strip_text(FoldPlan.identity(folder.num_blocks)),
+    }
+    dense |= dict.fromkeys(_KL, "0") | {"perplexity": "" if perplexity is None else f"{perplexity:.2f}"}
+    rows = [dense | _price(folder.dense, folder.dense)]
     for entry in shown:
-        on_front = entry.number in front
-        row = [_marks(view, entry, on_front), Text(str(entry.number), style="bold" if on_front else "dim")]
-        if "quality" in parts:
-            q, final = entry.quality, entry.final
-            kl = Text(f"{final.kl:.3f} ± {final.kl_se:.3f}", style="bold" if final.kl == best_kl else "")
-            perplexity = f"{final.perplexity:.2f} ± {final.perplexity_se:.2f}"
-            row += [strip_text(entry.plan), f"{q.kl:.3f} ± {q.kl_se:.3f}", kl, perplexity, _gain(view, entry)]
-            row.append(", ".join(entry.authors))
-        if "cost" in parts:
-            row += _price(entry.cost, folder.dense, size)
-        table.add_row(*row)
+        q, final, on_front = entry.quality, entry.final, entry.number in front
+        authors = ", ".join(entry.authors)
+        if every and entry.repeats:
+            trials = "trial" if len(entry.repeats) == 1 else "trials"
+            authors += f" (also {trials} {', '.join(map(str, entry.repeats))})"
+        row: dict[str, str | Text] = {
+            "": _marks(view, entry, on_front),
+            "trial": Text(str(entry.number), style="bold" if on_front else "dim"),
+            "plan": strip_text(entry.plan),
+            "search KL": with_error(q.kl, q.kl_se, ".3f"),
+            "report KL": Text(
+                with_error(final.kl, final.kl_se, ".3f"), style="bold" if final.kl == best_kl else ""
+            ),
+            "perplexity": with_error(final.perplexity, final.perplexity_se, ".2f"),
+            "Δ KL": _gain(view, entry),
+            "chosen by": authors,
+        }
+        rows.append(row | _price(entry.cost, folder.dense))
+    return rows
+
+
+def _part(heads: Mapping[str, Text], rows: Sequence[Mapping[str, str | Text]], names: Sequence[str]) -> Table:
+    """Some columns of the front, beside mark and number; the first row is the dense model's."""
+    table = _plain_table()
+    for name in (*_KEY, *names):
+        right = name not in ("", *_PLAN)  # all others are figures
+        table.add_column(heads.get(name, name), justify="right" if right else "left", no_wrap=True)
+    for number, row in enumerate(rows):
+        table.add_row(*(row.get(name, "") for name in (*_KEY, *names)), style=None if number else "dim")
     return table
 
 
-def _price(cost: Cost, dense: Cost, size: float) -> list[str | Text]:
-    sizes = (cost.weight_bytes, cost.adapter_bytes, cost.kv_bytes, cost.activation_bytes)
-    parts, total = [gb(n, dense) for n in sizes], Text(gb(cost.memory_bytes, dense), style="bold")
-    prefill, decode = 2 * cost.prefill_macs / size, cost.flops / size
-    stored = f"{cost.stored_bytes / dense.stored_bytes:.0%}"
-    return [*parts, total, f"{prefill:.1f}", f"{decode:.1f}", stored]
+def _plans_table(heads: Mapping[str, Text], rows: Sequence[Mapping[str, str | Text]], width: int) -> Table:
+    """Strips and who chose them, both on as many lines as the width needs."""
+    room = width - _wanted(_part(heads, rows, ())) - 4  # two gaps
+    strips = [row["plan"] for row in rows]
+    longest = max(map(len, strips))
+    if longest > room - _AUTHORS_WIDTH:
+        most = max(1, (room - _AUTHORS_WIDTH) // 5)  # five blocks at a time, as the ruler counts them
+        lines = ceil(longest / (5 * most))
+        longest = 5 * ceil(longest / (5 * lines))
+        heads = {**heads, "plan": _fold(heads["plan"], longest)}
+        rows = [{**row, "plan": _fold(strip, longest)} for row, strip in zip(rows, strips, strict=True)]
+    table = _part(heads, rows, _PLAN)
+    authors = table.columns[-1]
+    authors.no_wrap, authors.max_width = False, max(1, room - longest)
+    return table
+
+
+def _fold(line: str | Text, size: int) -> Text:
+    """The line on lines of at most `size` characters."""
+    text = Text(line) if isinstance(line, str) else line
+    return Text("\n").join(text.divide(range(size, len(text), size)))
+
+
+def _wanted(table: Table) -> int:
+    """Characters of a line that shows all of the table."""
+    return Console(width=10_000).measure(table).maximum
+
+
+def _price(cost: Cost, dense: Cost) -> dict[str, str | Text]:
+    _, size = flops_unit(dense)
+    return {
+        "weights": gb(cost.weight_bytes, dense),
+        "adapters": gb(cost.adapter_bytes, dense),
+        "KV": gb(cost.kv_bytes, dense),
+        "activ.": gb(cost.activation_bytes, dense),
+        "total GB": Text(gb(cost.memory_bytes, dense), style="bold"),
+        "prefill": f"{2 * cost.prefill_macs / size:.1f}",
+        "decode": f"{cost.flops / size:.1f}",
+        "file": f"{cost.stored_bytes / dense.stored_bytes:.0%}",
+    }
 
 
 def _marks(view: RunView, entry: Entry, on_front: bool) -> Text:
@@ -181,20 +264,29 @@ def _gain(view: RunView, entry: Entry) -> Text:
     return Text(f"{gain:+.3f}", style="green" if gain < 0 else "red" if gain > 0 else "dim")
 
 
-def _criteria_table(criteria: Mapping[int, Mapping[str, Entry]]) -> Table:
+def _criteria_tables(criteria: Mapping[int, Mapping[str, Entry]], width: int) -> list[Table]:
+    """KL by criterion and count, as many criteria in a table as fit the width."""
     order = (*get_args(Criterion)[:-1], "sampler", "neighbour", "hand")  # all but "given"
     used = [name for name in order if any(name in row for row in criteria.values())]
-    table = Table(
-        title="report KL by criterion, plans that only drop blocks", title_justify="left", title_style="bold",
-        header_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0),
-    )  # fmt: skip
+    tables: list[Table] = []
+    for size in range(len(used), 0, -1):
+        tables = [
+            _criteria_table(criteria, used[first : first + size]) for first in range(0, len(used), size)
+        ]
+        if all(_wanted(table) <= width for table in tables):
+            break
+    return tables
+
+
+def _criteria_table(criteria: Mapping[int, Mapping[str, Entry]], used: Sequence[str]) -> Table:
+    table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0))
     _columns(table, "dropped>", *(f"{name.replace('_', ' ')}>" for name in used))
     for count, row in criteria.items():
         best = min(entry.final.kl for entry in row.values())
         cells = []
         for name in used:
             q = row[name].final if name in row else None
-            text = "—" if q is None else f"{q.kl:.3f} ± {q.kl_se:.3f}"
+            text = "—" if q is None else with_error(q.kl, q.kl_se, ".3f")
             cells.append(Text(text, style="dim" if q is None else "bold green" if q.kl == best else ""))
         table.add_row(str(count), *cells)
     return table
@@ -227,13 +319,15 @@ def budget_words(folder: RunFolder) -> str:
 
 def _footnote(view: RunView) -> Text:
     first = view.finished[0]
+    no_error = "" if has_errors(first.quality, first.final) else f"\n{NO_ERROR}"
     return Text(
         f"● on the front (least {', '.join(view.folder.study.objectives)} on the search texts)  ◆ its knee  "
         f"○ a simple baseline\n"
         f"KL to dense in nats per token, ± one standard error by document: over {first.quality.tokens:,} tokens that "
         f"the search looked at, and over {first.final.tokens:,} of the report texts, which it did not; perplexity and "
         "Δ KL are of the latter. Δ KL: against the best baseline of about the same cost or less. GB decimal: weights + "
-        "adapters + KV cache + activations. F: FLOPs per token. file: its size as a share of dense.",
+        "adapters + KV cache + activations. F: FLOPs per token. file: its size as a share of dense."
+        + no_error,
         style="dim",
     )
 
@@ -263,11 +357,12 @@ def results_table(results: Sequence[TrialResult]) -> Group:
         row = [str(result.rung), f"{result.recovery_tokens:,}"]
         if (q := result.quality) is not None:
             row += [
-                f"{q.kl:.4f} ± {q.kl_se:.4f}",
-                f"{q.perplexity:.2f} ± {q.perplexity_se:.2f}",
+                with_error(q.kl, q.kl_se, ".4f"),
+                with_error(q.perplexity, q.perplexity_se, ".2f"),
                 f"{q.agreement:.1%}",
             ]
-            row.append("" if result.report is None else f"{result.report.kl:.4f} ± {result.report.kl_se:.4f}")
+            report = result.report
+            row.append("" if report is None else with_error(report.kl, report.kl_se, ".4f"))
         else:
             row += [result.state, "", "", ""]
         table.add_row(*row, f"{result.seconds:.0f}")
@@ -275,6 +370,8 @@ def results_table(results: Sequence[TrialResult]) -> Group:
     words = f"{last.cost.memory_bytes / GB:.4f} GB, {last.cost.flops:.4g} FLOPs per token at decode"
     if last.quality is not None:
         words += f"; dense has perplexity {last.quality.dense_perplexity:.2f} on the same texts"
+    if not has_errors(last.quality, last.report):
+        words += f"\n{NO_ERROR}"
     return Group(strip_text(last.plan), Text(str(last.plan), style="dim"), Text(), table, Text(), Text(words))
 
 
@@ -320,8 +417,9 @@ def extension_note(plan: FoldPlan, table: CostTable, target: Target) -> Text:
         )
         if theirs
     )
+    are = "is a repeat, with" if len(repeats) == 1 else "are repeats, each with"
     return Text(
-        f"{len(repeats)} of {plan.depth} positions are repeats, each with {carried} of its own. An extension costs "
+        f"{len(repeats)} of {plan.depth} positions {are} {carried} of its own. An extension costs "
         f"more than the base model: {more}."
     )
 
@@ -332,7 +430,8 @@ def extension_note(plan: FoldPlan, table: CostTable, target: Target) -> Text:
 def dry_run_table(study: Study, found: DryRun) -> Group:
     """What a search would do: `foldsearch run --dry-run`."""
     low, high = found.counts
-    trials = f"{study.trials} trials" if study.trials else "trials"
+    minutes = counted(round(found.seconds / 60), "minute")
+    trials = counted(study.trials, "trial") if study.trials else "trials"
     table = Table.grid(padding=(0, 3, 0, 0))
     table.add_row(
         "space", f"{study.space.name}: {found.size:,} proposals, recovery settings and neighbours not counted"
@@ -348,7 +447,7 @@ def dry_run_table(study: Study, found: DryRun) -> Group:
         f"{gb(found.smallest_cost.memory_bytes, found.dense)} GB, {found.smallest_cost.flops:.4g} FLOPs per token",
     )
     table.add_row("", Text(str(found.smallest), style="dim"))
-    table.add_row("time", f"about {found.seconds / 60:.0f} minutes at most, {trials}, {study.jobs} at a time")
+    table.add_row("time", f"about {minutes} at most, {trials}, {study.jobs} at a time")
     table.add_row("disk", f"about {found.disk_bytes / GB:.2f} GB")
     table.add_row("memory", f"about {found.memory_bytes / GB:.2f} GB")
     return Group(*([Text(f"Note: {found.notice}", style="yellow")] if found.notice else []), table)
@@ -400,8 +499,8 @@ def evaluation_table(found: Sequence[Evaluation]) -> Group:
             table.add_row(
                 name,
                 f"{quality.items:,}",
-                f"{quality.dense_accuracy:.1%} ± {quality.dense_accuracy_se:.1%}",
-                f"{quality.accuracy:.1%} ± {quality.accuracy_se:.1%}",
+                with_error(quality.dense_accuracy, quality.dense_accuracy_se, ".1%"),
+                with_error(quality.accuracy, quality.accuracy_se, ".1%"),
                 f"{quality.agreement:.1%}",
                 f"{quality.stability:.1%}",
                 f"{quality.effective_items:,.1f}",
@@ -411,6 +510,8 @@ def evaluation_table(found: Sequence[Evaluation]) -> Group:
             "same, weighted by how far apart dense's perplexities of the options are; eff. items: what those weights "
             "are worth in questions of equal weight."
         )
+        if not all(isfinite(quality.accuracy_se) for _, quality in asked):
+            words += " ± —: no standard error, as there is one question."
         parts += [table, Text(), Text(words, style="dim")]
     if scores:
         table = _plain_table("task", "metric", "items>", "dense>", "folded>", "agreement>")
@@ -428,7 +529,7 @@ def evaluation_table(found: Sequence[Evaluation]) -> Group:
 
 
 def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.4g}" if error is None else f"{value:.4f} ± {error:.4f}"
+    return f"{value:.4g}" if error is None else with_error(value, error, ".4f")
 
 
 def words_table(prompt: str, words: Mapping[str, str]) -> Group:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import floor, log10
+from math import floor, isfinite, log10
 from pathlib import Path
 
 from foldsearch.errors import RunError
@@ -16,6 +16,7 @@ from foldsearch.search.folder import RunFolder
 from foldsearch.search.records import Record, front, point, read_records
 
 SAME_COST = 1.02  # a baseline that costs a hair more is still the one to beat
+NO_ERROR = "± —: no standard error, as all texts of the split are one document."
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class Entry:
     """A trial that reached the last rung: one row of a table, one point of a picture.
 
     proposals: all those that led to its plan, its own first. quality: on the search texts, which the search looked
-    at. final: on the report texts, which it did not.
+    at. final: on the report texts, which it did not. repeats: other trials that came to the same plan.
     """
 
     number: int
@@ -31,6 +32,7 @@ class Entry:
     result: TrialResult
     quality: Quality
     final: Quality
+    repeats: tuple[int, ...] = ()
 
     @property
     def plan(self) -> FoldPlan:
@@ -98,17 +100,26 @@ class RunView:
     def finished(self) -> tuple[Entry, ...]:
         """The plans that reached the last rung, each once, by the number of the trial that measured it."""
         proposals: dict[str, list[Proposal]] = {}
+        numbers: dict[str, list[int]] = {}
         measured: dict[str, tuple[int, TrialResult, Quality]] = {}
         for record in self.records:
             result = record.last
             if result is None or result.quality is None:
                 continue
+            numbers.setdefault(result.plan.id, []).append(record.number)
             if record.proposal is not None:  # also of a trial that left the plan to another one
                 proposals.setdefault(result.plan.id, []).append(record.proposal)
             if record.state == "finished" and result.state == "measured":
                 measured.setdefault(result.plan.id, (record.number, result, result.quality))
         return tuple(
-            Entry(number, tuple(proposals.get(plan_id, ())), result, quality, result.report or quality)
+            Entry(
+                number,
+                tuple(proposals.get(plan_id, ())),
+                result,
+                quality,
+                result.report or quality,
+                repeats=tuple(other for other in numbers[plan_id] if other != number),
+            )
             for plan_id, (number, result, quality) in measured.items()
         )
 
@@ -177,6 +188,11 @@ class RunView:
             for entry in finished:
                 if entry.number == number:
                     return entry
+                if number in entry.repeats:
+                    raise RunError(
+                        f"trial {number} of '{self.name}' has the same plan as trial {entry.number}, which measured "
+                        f"it. Name that one: --trial {entry.number}"
+                    )
             known = ", ".join(str(entry.number) for entry in finished)
             raise RunError(
                 f"only a trial that reached the last rung can be picked, got {number}. "
@@ -224,9 +240,24 @@ def flops_unit(dense: Cost) -> tuple[str, float]:
     return ("G", 1e9) if dense.flops >= 1e10 else ("M", 1e6) if dense.flops >= 1e7 else ("k", 1e3)
 
 
+def with_error(value: float, error: float, form: str) -> str:
+    """A figure ± its standard error, both in the same format; ± — where it has none (see `NO_ERROR`)."""
+    return f"{value:{form}} ± " + (f"{error:{form}}" if isfinite(error) else "—")
+
+
+def counted(number: int, noun: str) -> str:
+    """1 trial, 2 trials."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
 def gb(size: int, dense: Cost) -> str:
     """Bytes as decimal gigabytes, with as many digits as tell apart plans of a model of this size."""
     return f"{size / GB:.{max(2, 3 - floor(log10(dense.memory_bytes / GB)))}f}"
+
+
+def has_errors(*qualities: Quality | None) -> bool:
+    """Whether all of them have standard errors; those of a split that is one document have none."""
+    return all(isfinite(quality.kl_se) for quality in qualities if quality is not None)
 
 
 def _kl(entry: Entry) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import xml.etree.ElementTree
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -20,7 +21,7 @@ from foldsearch.plan.strip import LEGEND, cells, strip
 from foldsearch.report import page, terminal
 from foldsearch.report.colours import DROPPED, KEPT, PAIRS, REPLACED, paint
 from foldsearch.report.live import RunDisplay
-from foldsearch.report.view import RunView, author
+from foldsearch.report.view import NO_ERROR, RunView, author, counted
 from foldsearch.search import events
 from foldsearch.search.records import Record
 
@@ -170,6 +171,8 @@ def test_picking(view: RunView) -> None:
     assert view.pick(max_gb=largest) == min(view.finished, key=lambda entry: entry.quality.kl)
     smallest = min(view.finished, key=lambda entry: entry.cost.memory_bytes)
     assert view.pick(max_gb=smallest.cost.memory_bytes / 1e9).cost == smallest.cost
+    with pytest.raises(RunError, match=r"same plan as trial 0, .* --trial 0"):
+        view.pick(number=3)
     for number in (5, 7, 99):
         with pytest.raises(RunError, match=f"reached the last rung can be picked, got {number}"):
             view.pick(number=number)
@@ -203,6 +206,105 @@ def test_the_front_shows_every_cost_term_whatever_the_width(view: RunView, width
     assert f"{knee.final.kl:.3f} ± {knee.final.kl_se:.3f}" in row
     assert strip(knee.plan) in row
     assert f"{knee.cost.memory_bytes / 1e9:.6f}" in shown  # as many digits as tell such small plans apart
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 160, 220])
+@pytest.mark.parametrize("num_blocks", [12, 30, 48, 80])
+def test_no_number_mark_strip_or_figure_is_cut_whatever_the_width(
+    view: RunView, width: int, num_blocks: int
+) -> None:
+    view = _deeper(view, num_blocks)
+    lines = text_of(terminal.front_report(view, width=width), width).splitlines()
+    assert "…" not in "".join(lines)
+    assert max(map(len, lines)) <= width
+    words = " ".join(lines).split()
+    for entry in view.front_and_baselines:
+        mark = "◆" if entry == view.knee else "●" if entry in view.front else ""
+        mark += "○" if entry.is_baseline else ""
+        at = [i for i, line in enumerate(lines) if line[:9].split() == [mark, str(entry.number)]]
+        assert len(at) == len([line for line in lines if line[:9].split() == ["dense"]])
+        drawn = ""  # the strip stands under the ruler, on one line or on several
+        for line in lines[at[0] : at[0] + 9]:
+            cell = line[11:].split(" ")[0]
+            if len(drawn) == num_blocks or not set(cell) <= set("█▒▓▀▄░━·"):
+                break
+            drawn += cell
+        assert drawn == strip(entry.plan)
+        q, final, cost = entry.quality, entry.final, entry.cost
+        shown = (q.kl, q.kl_se, final.kl, final.kl_se)
+        assert {f"{value:.3f}" for value in shown} | {f"{final.perplexity_se:.2f}"} <= set(words)
+        assert f"{cost.stored_bytes / view.folder.dense.stored_bytes:.0%}" in words
+
+
+def test_a_folded_ruler_stands_above_its_blocks(view: RunView) -> None:
+    lines = text_of(terminal.front_report(_deeper(view, 80), width=60), 60).splitlines()
+    last = next(i for i, line in enumerate(lines) if line.startswith("    trial"))
+    for line, first in zip(lines[last - 2 : last + 1], (0, 30, 60), strict=True):
+        for block in range(first, min(first + 30, 80), 5):
+            assert line[11 + block - first :].startswith(str(block))
+
+
+def _deeper(view: RunView, num_blocks: int) -> RunView:
+    """The same run of a model with more blocks at its end."""
+    folder = view.folder
+    table = replace(folder.table, blocks=(folder.table.blocks[0],) * num_blocks)
+
+    def deepen(record: Record) -> Record:
+        results = (
+            replace(r, plan=FoldPlan.parse(f"{r.plan} {more}".strip(), num_blocks)) for r in record.results
+        )
+        return replace(record, results=tuple(results))
+
+    more = f"12-{num_blocks - 1}" if num_blocks > 12 else ""
+    return replace(view, folder=replace(folder, table=table), records=tuple(map(deepen, view.records)))
+
+
+def test_many_criteria_stack_where_they_do_not_fit(view: RunView) -> None:
+    lines = text_of(terminal.front_report(view, width=60), 60).splitlines()
+    heads = [line.split() for line in lines if line.startswith("dropped")]
+    assert len(heads) > 1
+    assert (
+        " ".join(word for head in heads for word in head[1:])
+        == "gate block influence window greedy neighbour"
+    )
+
+
+def test_all_says_which_trials_came_to_the_same_plan(view: RunView) -> None:
+    (entry,) = (entry for entry in view.finished if entry.number == 0)
+    assert 3 in entry.repeats
+    assert all(r.last and r.last.plan == entry.plan for r in view.records if r.number in entry.repeats)
+    also = "also trials" if len(entry.repeats) > 1 else "also trial"
+    words = f"({also} {', '.join(map(str, entry.repeats))})"
+    assert words in text_of(terminal.front_report(view, width=300, every=True), 300)
+    assert "also trial" not in text_of(terminal.front_report(view, width=300), 300)
+    assert "same plan as trial 0" in page._page(view)
+
+
+def test_a_split_of_one_document_has_no_standard_error(view: RunView) -> None:
+    def endless(record: Record) -> Record:
+        return replace(
+            record,
+            results=tuple(
+                replace(
+                    r,
+                    quality=r.quality and replace(r.quality, kl_se=math.inf, perplexity_se=math.inf),
+                    report=r.report and replace(r.report, kl_se=math.inf, perplexity_se=math.inf),
+                )
+                for r in record.results
+            ),
+        )
+
+    assert NO_ERROR not in text_of(terminal.front_report(view, width=200))
+    assert NO_ERROR not in page._page(view)
+    one = replace(view, records=tuple(map(endless, view.records)))
+    for shown in (
+        text_of(terminal.front_report(one, width=200)),
+        text_of(terminal.results_table(one.records[0].results)),
+        page._page(one),
+    ):
+        assert NO_ERROR in shown
+        assert " ± —" in shown.replace(NO_ERROR, "")
+        assert "± inf" not in shown
 
 
 def test_all_shows_every_finished_trial_and_the_default_only_front_and_baselines(view: RunView) -> None:
@@ -325,6 +427,18 @@ def test_a_terminal_shows_where_the_running_trials_are(view: RunView) -> None:
     assert "window" in bottom
     assert "recovery" in bottom
     assert "0 of 14 trials" in bottom
+
+
+def test_one_is_singular() -> None:
+    assert [counted(number, "trial") for number in (0, 1, 2)] == ["0 trials", "1 trial", "2 trials"]
+
+
+@pytest.mark.parametrize(("number", "words"), [(1, "1 trial was under way"), (2, "2 trials were under way")])
+def test_an_interruption_counts_the_running_trials(view: RunView, number: int, words: str) -> None:
+    out = io.StringIO()
+    with RunDisplay(Console(file=out, width=150)) as display:
+        display(events.SearchInterrupted(view.folder, number, "foldsearch resume runs/x"))
+    assert words in out.getvalue()
 
 
 def _play(display: RunDisplay, record: Record) -> None:
