@@ -215,8 +215,9 @@ def make_splits(
     `per_document` chunks of `sequence_length` tokens, until there are enough; shorter documents are passed over.
     Documents are tokenised one by one, only as many as are needed.
 
-    Three sources have no document in common, used or not; of a source that is read in part (`limit`, a data set of the
-    hub) only what was read is compared.
+    Three sources have no document in common, used or not; those of fewer bytes than `sequence_length` do not count, as
+    they give no sequence. Of a source that is read in part (`limit`, a data set of the hub) only what was read is
+    compared.
 
     Args:
         references: one source, or {"search": ..., "recovery": ..., "report": ...}; see `load_documents`.
@@ -258,7 +259,13 @@ def make_splits(
             name: _by_hash(load_documents(source, text_column=text_column, limit=limit, progress=progress))
             for name, source in source_of.items()
         }
-        _check_disjoint({name: pool for name, pool in pools.items() if num_sequences[name]})
+        _check_disjoint(
+            {
+                name: [key for key, text in pool.items() if len(text.encode()) >= sequence_length]
+                for name, pool in pools.items()
+                if num_sequences[name]
+            }
+        )
     sets = {
         name: _token_set(
             name, source_of[name], pools[name], tokenizer, sequence_length, num_sequences[name], per_document

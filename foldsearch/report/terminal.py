@@ -350,9 +350,7 @@ def _columns(table: Table, *names: str) -> None:
 
 def results_table(results: Sequence[TrialResult]) -> Group:
     """The rungs of one trial: `foldsearch try`."""
-    table = _plain_table(
-        "rung>", "recovery tokens>", "search KL>", "perplexity>", "agreement>", "report KL>", "seconds>"
-    )
+    table = _plain_table("rung>", "tokens>", "search KL>", "perplexity>", "agree>", "report KL>", "s>")
     for result in results:
         row = [str(result.rung), f"{result.recovery_tokens:,}"]
         if (q := result.quality) is not None:
@@ -431,7 +429,7 @@ def dry_run_table(study: Study, found: DryRun) -> Group:
     """What a search would do: `foldsearch run --dry-run`."""
     low, high = found.counts
     minutes = counted(round(found.seconds / 60), "minute")
-    trials = counted(study.trials, "trial") if study.trials else "trials"
+    trials = counted(found.trials, "trial") if study.trials else "trials"
     table = Table.grid(padding=(0, 3, 0, 0))
     table.add_row(
         "space", f"{study.space.name}: {found.size:,} proposals, recovery settings and neighbours not counted"

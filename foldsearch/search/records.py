@@ -394,6 +394,11 @@ def ended(result: TrialResult) -> bool:
     return result.is_last_rung or result.state in ("infeasible", "diverged", "failed")
 
 
+def _error(value: float, form: str) -> str:
+    """A standard error, where there is one: texts of a single document have none."""
+    return f" ± {value:{form}}" if math.isfinite(value) else ""
+
+
 def note(result: TrialResult) -> str:
     """What the dashboard shows beside a trial: the plan, its strip, every cost term, quality (Markdown)."""
     cost = result.cost
@@ -409,10 +414,11 @@ def note(result: TrialResult) -> str:
     ]
     if quality := result.quality:
         rows += [
-            ("KL to dense", f"{quality.kl:.4f} ± {quality.kl_se:.4f} nats per token"),
+            ("KL to dense", f"{quality.kl:.4f}{_error(quality.kl_se, '.4f')} nats per token"),
             (
                 "perplexity",
-                f"{quality.perplexity:.2f} ± {quality.perplexity_se:.2f} (dense {quality.dense_perplexity:.2f})",
+                f"{quality.perplexity:.2f}{_error(quality.perplexity_se, '.2f')} "
+                f"(dense {quality.dense_perplexity:.2f})",
             ),
             ("agreement", f"{quality.agreement:.1%}"),
         ]

@@ -370,6 +370,14 @@ def test_overlapping_sources_are_refused(tmp_path: Path, tokenizer) -> None:
                 sequence_length=8,
                 num_sequences=numbers(1, 1, 1),
             )
+    for folder in (one, three):
+        (Path(folder) / "short.txt").write_text("none")  # in both, and gives no sequence of eight tokens
+    make_splits(
+        {"search": one, "recovery": three, "report": one},
+        tokenizer,
+        sequence_length=8,
+        num_sequences=numbers(1, 1, 0),
+    )
     make_splits(  # what is not used is measured on by nobody
         {"search": one, "recovery": two, "report": one},
         tokenizer,
