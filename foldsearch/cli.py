@@ -134,11 +134,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _is_out(path: object, out: Path | None) -> bool:
     """Whether a path that could not be written is what `--out` asked for, or in it, or a temporary file beside it."""
-    return (
-        out is not None
-        and isinstance(path, str)
-        and Path(path).absolute().is_relative_to(out.absolute().parent)
-    )
+    if out is None or not isinstance(path, str):
+        return False
+    place, wanted = Path(path).absolute(), out.absolute()
+    beside = place.parent == wanted.parent and place.name.startswith(f".{wanted.name}.")
+    return beside or place.is_relative_to(wanted)
 
 
 def _fail(message: object, code: int) -> int:
