@@ -538,9 +538,8 @@ def run_trial(
         except (Diverged, InputError, MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
             state, reason = _failure(error)
             if state == "diverged" and free:
-                _plan_path(context, record.plan).unlink(
-                    missing_ok=True
-                )  # what it learnt is of no use to others
+                # What it learnt is of no use to others.
+                _plan_path(context, record.plan).unlink(missing_ok=True)
             yield TrialResult(
                 plan=record.plan,
                 cost=cost,

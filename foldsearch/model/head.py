@@ -52,7 +52,7 @@ def judged_logits(
     asked_M2 = torch.stack((next_M, likeliest_M), 1)
     # Two buffers for all chunks. Fresh pages for 50 MB of logits a chunk cost as much as the product itself, and
     # float32 copies made and freed between small tensors that stay would each leave a hole that the next does not
-    # fit into: 300 MB of them after 4,096 positions.
+    # fit into: 300 MB of them after 4,080 positions.
     buffer_CV = hidden_MD.new_empty(min(len(hidden_MD), JUDGED_AT_ONCE), head.weight.shape[0])
     rows = ROWS_IN_CACHE if hidden_MD.device.type == "cpu" else len(buffer_CV)
     scratch_RV = torch.empty_like(buffer_CV[:rows], dtype=torch.float32)
