@@ -40,6 +40,7 @@ from foldsearch.progress import CountProgress
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # in mean squares of a feature
 CHUNK = 2048  # tokens at a time
 LEAST_SIZE = 0.1  # of the mean squared size of what a run adds
+ROUNDING = 1e-9  # of a held-out square sum: what the float32 of the states leaves open (its square is 4e-15 a number)
 MOST_FEATURES = 8192  # more are not solved for in closed form: their Gram matrix alone would take 0.5 GB
 
 
@@ -162,8 +163,9 @@ def solve_down(net: Replaced, train: tuple[Tensor, Tensor], held_out: tuple[Tens
             - 2 * (solution_HD * held_cross).sum()
             + (solution_HD * (held_gram @ solution_HD)).sum()
         )
-        if best is None or missed < best[0]:
-            best = (missed, ridge, solution_HD)
+        # Of ridges that miss equally little, but for rounding, the largest: it has the smallest weights.
+        if best is None or missed < best[0] + ROUNDING * held_square:
+            best = (min(missed, best[0]) if best else missed, ridge, solution_HD)
     assert best is not None, "a ridge of the features' own size is always solvable"
     net.down.copy_(best[2][:num_features].T)
     if bias:
@@ -186,11 +188,12 @@ def _moments(
         features = net.features(before_BTD.flatten(0, 1))
         if bias:
             features = torch.cat((features, torch.ones_like(features[:, :1])), 1)
-        features, added = (features * weight_M1), (added * weight_M1)
-        # products in float32, sums over chunks in float64
-        gram += in_float64(features.T @ features)
-        cross += in_float64(features.T @ added)
-        square += float(in_float64(added).square().sum())
+        # Products in float64: float32 ones carry the rounding of this processor's kernels, which is about as large as
+        # the least ridge, so that the same states gave another solution (a far worse one) on another processor.
+        features, added = in_float64(features * weight_M1), in_float64(added * weight_M1)
+        gram += features.T @ features
+        cross += features.T @ added
+        square += float(added.square().sum())
     return gram, cross, square
 
 

@@ -168,6 +168,23 @@ def test_the_ridge_is_the_best_on_held_out_states(monkeypatch, kind, chunk):
     assert len(chosen) >= 3
 
 
+@pytest.mark.parametrize("chunk", [2048, 3 * LENGTH])
+def test_a_weak_ridge_is_not_lost_in_rounding(monkeypatch, chunk):
+    """More features than tokens: all but the ridge is rounding there. Oracle: numpy in float64."""
+    monkeypatch.setattr(replacements, "RIDGES", (1e-6,))
+    monkeypatch.setattr(replacements, "CHUNK", chunk)
+    net = Replaced("ffn", WIDTH, 4 * WIDTH)
+    net.reset_parameters(torch.Generator().manual_seed(0))
+    before, after = normal(4, LENGTH, WIDTH), normal(4, LENGTH, WIDTH, seed=1)
+    solve_down(net, (before, after), (before, after))
+    features = net.features(before.flatten(0, 1)).detach()
+    expected = ridge_by_numpy(features, (after - before).flatten(0, 1), 1e-6, bias=True)
+    made = (features @ net.down.T + net.bias).detach()
+    wanted = features.double().numpy() @ expected[:-1] + expected[-1]
+    # Features are float32, 6e-8 of their size; in a direction that only the ridge holds, that is 6e-8 / sqrt(1e-6).
+    np.testing.assert_allclose(made, wanted, atol=6e-5 * float(np.abs(wanted).max()))
+
+
 def test_an_affine_run_is_found_exactly():
     x = normal(12, LENGTH, WIDTH)
     map_DD, bias_D = normal(WIDTH, WIDTH, seed=1), normal(WIDTH, seed=2)

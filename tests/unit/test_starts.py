@@ -195,7 +195,8 @@ def test_a_run_that_adds_a_constant_is_replaced_without_loss(name, kind, start):
         assert of_run["errors"]["trained"] < 0.1 * of_run["errors"]["copy"]
         assert kl(dense, model) < 0.1 * dropped
     else:
-        assert of_run["errors"][of_run["chosen"]] < 1e-4
+        # A constant that float32 states hold to 6e-8 of their size; squared, and ten times that for small constants.
+        assert of_run["errors"][of_run["chosen"]] < 1e-12
         assert kl(dense, model) < 1e-3 * dropped
 
 
