@@ -15,6 +15,8 @@ Messages state the law, the value, and the remedy.
 
 from __future__ import annotations
 
+import re
+
 
 class FoldsearchError(Exception):
     """Root of all errors raised on purpose by foldsearch."""
@@ -50,3 +52,84 @@ class RunError(InputError):
 
 class VerificationError(FoldsearchError):
     """An exported model differs from the model that was measured."""
+
+
+# ---- the words of a library's error
+
+MOST_LINES = 20  # of an error's words; a trace of a worker process has hundreds
+MOST_CHARACTERS = 500  # of a line; a parser may quote the whole file
+_CONTROL = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]"
+)  # colours and cursor moves of a terminal
+
+
+def describe_error(error: BaseException) -> str:
+    """All that an error says: its type, every line of its words, its notes, and the errors that it came from.
+
+    The lines after the first one are indented. A cause whose words were said already is left out. The whole has at
+    most `MOST_LINES` lines: where there are more, the first and the last ones, and how many are missing between them.
+    """
+    lines = _lines_of(error, "", set())
+    if len(lines) > MOST_LINES:
+        first = MOST_LINES // 2
+        last = MOST_LINES - first - 1
+        missing = f"... ({len(lines) - first - last:,} more lines)"
+        lines = [*lines[:first], missing, *lines[-last:]]
+    return "\n".join([lines[0], *(f"  {line}" for line in lines[1:])])
+
+
+def quote_error(what: str, error: BaseException, remedy: str = "") -> str:
+    """A message: what happened, the words of the error that tells why, and the remedy.
+
+    It is one line where the error has one line; else the error's lines are indented, and the remedy stands below them.
+    """
+    words = describe_error(error)
+    if "\n" not in words:
+        end = "" if words.endswith((".", "!", "?")) else "."
+        return f"{what}: {words}{end} {remedy}".rstrip()
+    indented = "\n".join(f"  {line}" for line in words.splitlines())
+    return f"{what}:\n{indented}\n{remedy}".rstrip()
+
+
+def _lines_of(error: BaseException, relation: str, seen: set[int]) -> list[str]:
+    """The lines of an error, then those of its causes, each after how it relates to the one before."""
+    lines: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:  # a chain may lead back to itself
+        seen.add(id(cause))
+        words = _words_of(cause)
+        # many errors quote the one that they were raised from
+        if not lines or not words or _plain(words) not in _plain("\n".join(lines)):
+            # the messages of our own errors are written for people, who need no type
+            kind = "" if isinstance(cause, FoldsearchError) and words else type(cause).__name__
+            own = ": ".join(filter(None, (kind, words))).splitlines()
+            lines += [
+                f"{relation}{_cut(own[0])}",
+                *(("  " if relation else "") + _cut(line) for line in own[1:]),
+            ]
+        for number, inner in enumerate(getattr(cause, "exceptions", ())):  # an ExceptionGroup's
+            if isinstance(inner, BaseException):
+                lines += _lines_of(inner, f"{number + 1}. ", seen)
+        if cause.__cause__ is not None or cause.__suppress_context__:
+            relation, cause = "caused by ", cause.__cause__
+        else:
+            relation, cause = "raised after ", cause.__context__
+    return lines
+
+
+def _words_of(error: BaseException) -> str:
+    """The words and notes of one error, without its type, its number, empty lines and what a terminal would obey."""
+    words = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        words = f"{error.strerror}: {error.filename!r}" if error.filename else error.strerror
+    lines = "\n".join([words, *getattr(error, "__notes__", ())]).splitlines()
+    return "\n".join(line for line in (_CONTROL.sub("", line).rstrip() for line in lines) if line).lstrip()
+
+
+def _cut(line: str) -> str:
+    more = len(line) - MOST_CHARACTERS
+    return line if more <= 0 else f"{line[:MOST_CHARACTERS]}... ({more:,} more characters)"
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).rstrip(".")
