@@ -13,7 +13,7 @@ from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foldsearch.errors import InputError, RunError
+from foldsearch.errors import InputError, RunError, quote_error
 from foldsearch.files import write_json
 from foldsearch.plan.cost import CostTable
 from foldsearch.plan.plan import FoldPlan
@@ -234,7 +234,8 @@ def picked(run: RunView) -> Entry:
     try:
         number = int(json.loads(path.read_text())["trial"])
     except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"'{path}' cannot be read. Choose again: foldsearch pick {run.name} --knee") from error
+        remedy = f"Choose again: foldsearch pick {run.name} --knee"
+        raise RunError(quote_error(f"'{path}' cannot be read", error, remedy)) from error
     return run.pick(number=number)
 
 

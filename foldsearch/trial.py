@@ -31,7 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
 
-from foldsearch.errors import InputError, RunError
+from foldsearch.errors import InputError, RunError, describe_error
 from foldsearch.files import once, replace_atomically, write_json
 from foldsearch.model import gates as gating
 from foldsearch.model import source
@@ -560,7 +560,7 @@ def _failure(error: BaseException) -> tuple[str, str]:
         return "diverged", str(error)
     text = str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return "failed", f"out of memory: {text.splitlines()[0] if text else 'no size given'}"
+        return "failed", f"out of memory: {describe_error(error)}"
     if isinstance(error, InputError):
         return "failed", text
     raise error

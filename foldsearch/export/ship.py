@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from foldsearch.errors import InputError, ModelError, PlanError, VerificationError
+from foldsearch.errors import InputError, ModelError, PlanError, VerificationError, quote_error
 from foldsearch.export import verify
 from foldsearch.export.card import model_card
 from foldsearch.export.write import expand, write_folded
@@ -179,8 +179,11 @@ def export(
         _rename(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"the export could not be written to {folder.parent}: {str(error).rstrip('.')}. "
-            f"It needs {weight_bytes / GB:.2f} GB. Make room, or choose another folder."
+            quote_error(
+                f"the export could not be written to {folder.parent}",
+                error,
+                f"It needs {weight_bytes / GB:.2f} GB. Make room, or choose another folder.",
+            )
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

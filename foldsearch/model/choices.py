@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from foldsearch.errors import InputError
+from foldsearch.errors import InputError, quote_error
 from foldsearch.model.head import judged_logits, last_hidden
 from foldsearch.model.judge import TOKENS_AT_ONCE
 from foldsearch.model.tokens import TokenSet
@@ -77,9 +77,8 @@ def read_questions(path: Path, *, limit: int | None = None) -> tuple[Question, .
             f"{path}: text must be UTF-8, but the byte at {error.start} is not ({error.reason}). Convert it first."
         ) from error
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read: {error.strerror or error}. Name a JSONL file of questions."
-        ) from error
+        what = f"{path}: cannot be read"
+        raise InputError(quote_error(what, error, "Name a JSONL file of questions.")) from error
     if len(found) < 2:
         raise InputError(
             f"{path}: a standard error takes at least 2 questions, but there are {len(found)}. Give one JSON object a "
@@ -92,7 +91,7 @@ def _question(line: str, number: int, where: str) -> Question:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise InputError(f"{where}: each line is one JSON object, but: {error}.") from error
+        raise InputError(quote_error(f"{where}: each line is one JSON object, but", error)) from error
     if not isinstance(row, dict):
         raise InputError(f"{where}: each line is one JSON object, not {_kind(row)}.")
     for key in ("question", "options", "answer"):

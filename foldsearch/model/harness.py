@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foldsearch.errors import DataError, InputError
+from foldsearch.errors import DataError, InputError, quote_error
 from foldsearch.progress import StageProgress, silent
 
 if TYPE_CHECKING:
@@ -56,8 +56,11 @@ def open_tasks(names: Sequence[str], *, include_path: Path | None = None) -> Any
         import lm_eval  # noqa: F401
     except ImportError as error:
         raise InputError(
-            f"--tasks runs lm-evaluation-harness, which cannot be imported here ({error}). "
-            "Install it: pip install 'foldsearch[eval]'"
+            quote_error(
+                "--tasks runs lm-evaluation-harness, which cannot be imported here",
+                error,
+                "Install it: pip install 'foldsearch[eval]'",
+            )
         ) from error
     if include_path is not None and not include_path.is_dir():
         raise InputError(
@@ -194,11 +197,13 @@ def _loadable(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        words = str(error).strip().splitlines()
         raise DataError(
-            f"task {name}: its data cannot be loaded ({type(error).__name__}: {words[0][:300] if words else ''}). "
-            "Check the network and HF_ENDPOINT, or write a task over a local file (dataset_path: json, "
-            "dataset_kwargs: data_files) and name its folder with --include-path."
+            quote_error(
+                f"task {name}: its data cannot be loaded",
+                error,
+                "Check the network and HF_ENDPOINT, or write a task over a local file (dataset_path: json, "
+                "dataset_kwargs: data_files) and name its folder with --include-path.",
+            )
         ) from error
 
 

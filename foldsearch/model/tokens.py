@@ -404,9 +404,7 @@ def _rows_of_jsonl(path: Path, column: str) -> Iterator[str]:
                 if isinstance(error, UnicodeDecodeError):
                     raise
                 raise DataError(
-                    quote_error(
-                        f"{path}, line {number}: each line is one JSON object, but this one is not", error
-                    )
+                    quote_error(f"{path}, line {number}: each line is one JSON object, but", error)
                 ) from error
             if not isinstance(row, dict):
                 raise DataError(

@@ -8,7 +8,7 @@ from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from foldsearch.errors import InputError, RunError
+from foldsearch.errors import InputError, RunError, quote_error
 from foldsearch.search.folder import RunFolder
 
 HOST = "127.0.0.1"  # a run's plans are nobody else's business, and the dashboard asks for no password
@@ -57,5 +57,5 @@ def open_server(path: Path, port: int) -> WSGIServer:
         )
     except (OSError, OverflowError) as error:
         raise InputError(
-            f"port {port} of {HOST} cannot be served: {error}. Choose another with --port."
+            quote_error(f"port {port} of {HOST} cannot be served", error, "Choose another with --port.")
         ) from error

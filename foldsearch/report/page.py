@@ -247,6 +247,7 @@ th.l, td.l {{ text-align: left; }}
 tr.front td {{ background: #f5f8fd; }} tr.dense td {{ color: {FAINT}; }}
 .better {{ color: #1a7f37; }} .worse {{ color: #b3261e; }} .knee {{ color: {REPLACED}; font-weight: 600; }}
 .baseline {{ color: #9a6700; }} .best {{ font-weight: 600; }}
+.why {{ white-space: pre-wrap; max-width: 40rem; }}
 code {{ font: 12px ui-monospace, monospace; color: #5b6372; white-space: normal; }}
 svg {{ display: block; }}
 """
@@ -376,7 +377,7 @@ def _every_trial(view: RunView) -> str:
         state = record.state + (f": {html.escape(record.reason)}" if record.reason else "")
         if record.state == "finished" and record.last is not None and record.last.state == "known":
             state += f": same plan as trial {record.last.known_from}"
-        row = f"<tr><td>{record.number}<td class=l>{by}<td class=l>{state}"
+        row = f"<tr><td>{record.number}<td class=l>{by}<td class='l why'>{state}"
         if (result := record.last) is not None:
             kl = "—" if result.quality is None else f"{result.quality.kl:.3f}"
             memory = gb(result.cost.memory_bytes, view.folder.dense)

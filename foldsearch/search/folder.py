@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from foldsearch import __version__
-from foldsearch.errors import FoldsearchError, RunError
+from foldsearch.errors import FoldsearchError, RunError, quote_error
 from foldsearch.files import disk_is_full, write_json
 from foldsearch.plan.cost import Budget, Cost, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan
@@ -99,7 +99,9 @@ class RunFolder:
             value: dict[str, Any] = json.loads((path / "study.json").read_text())
             schema, version = value["schema"], value["foldsearch"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"'{path / 'study.json'}' cannot be read: {error!r}. Start a new run.") from error
+            raise RunError(
+                quote_error(f"'{path / 'study.json'}' cannot be read", error, "Start a new run.")
+            ) from error
         if (schema, version) != (SCHEMA, __version__):
             raise RunError(
                 f"'{path}' is a run of foldsearch {version} (schema {schema}), "
@@ -110,7 +112,9 @@ class RunFolder:
             study = study_from_json(value["study"])
             table = CostTable.from_json(json.loads((path / "table.json").read_text()))
         except (OSError, ValueError, KeyError, TypeError, FoldsearchError) as error:
-            raise RunError(f"the run folder '{path}' is incomplete: {error}. Start a new run.") from error
+            raise RunError(
+                quote_error(f"the run folder '{path}' is incomplete", error, "Start a new run.")
+            ) from error
         return cls(path, study, table, value["provenance"])
 
     def with_limits(self, study: Study) -> RunFolder:

@@ -23,7 +23,7 @@ import optuna
 import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
-from foldsearch.errors import BudgetError, RunError
+from foldsearch.errors import BudgetError, RunError, quote_error
 from foldsearch.plan.cost import GB, Cost, price
 from foldsearch.plan.front import non_dominated
 from foldsearch.plan.plan import FoldPlan, is_foldable
@@ -461,8 +461,11 @@ def open_storage(folder: RunFolder) -> optuna.storages.RDBStorage:
         if isinstance(error, sqlalchemy.exc.OperationalError):  # locked, say, or the disk is full
             raise
         raise RunError(
-            f"the trials of a run are in its {folder.storage.name}, but '{folder.storage}' is damaged: {error.orig}. "
-            "Put back a copy of it, or start a new run."
+            quote_error(
+                f"the trials of a run are in its {folder.storage.name}, but '{folder.storage}' is damaged",
+                error.orig or error,
+                "Put back a copy of it, or start a new run.",
+            )
         ) from error
     # Write-ahead log: what is committed survives a killed process, readers do not wait, and a commit takes 0.1 ms.
     # `NORMAL` leaves the last commits to chance only when the machine itself loses power.

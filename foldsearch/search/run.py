@@ -26,7 +26,7 @@ import ray
 from ray import tune
 from ray._private import worker as ray_worker
 
-from foldsearch.errors import RunError
+from foldsearch.errors import RunError, describe_error, quote_error
 from foldsearch.files import disk_is_full
 from foldsearch.plan.result import TrialResult
 from foldsearch.search.dry_run import dense_fits, num_cpus, num_gpus
@@ -260,7 +260,7 @@ class Search:
     def _judge(self, number: int, message: dict[str, Any]) -> bool:
         if reason := message.get("disk full"):
             raise RunError(
-                f"trial {number} could not be written: {reason}. Free some space; nothing that was finished is lost. "
+                f"trial {number} could not be written: {reason}\nFree some space; nothing that was finished is lost. "
                 f"Go on with: foldsearch resume {self.folder.path}"
             )
         if reason := message.get("failed"):
@@ -374,8 +374,7 @@ class Watcher(tune.Callback):
 
 def _reason(trial: Any) -> str:
     error = trial.get_pickled_error() or trial.get_error() or "the worker was lost"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"crashed: {' '.join(lines)[:500]}"
+    return f"crashed: {describe_error(error) if isinstance(error, BaseException) else error}"
 
 
 # ---- the machine
@@ -448,6 +447,10 @@ def _disk_full_is_an_error(run: RunFolder) -> Iterator[None]:
         if not disk_is_full(error):
             raise
         raise RunError(
-            f"the run folder '{run.path}' cannot be written: {error.__cause__ or error}. Free some space; nothing that "
-            f"was finished is lost. Go on with: foldsearch resume {run.path}"
+            quote_error(
+                f"the run folder '{run.path}' cannot be written",
+                error,
+                "Free some space; nothing that was finished is lost. "
+                f"Go on with: foldsearch resume {run.path}",
+            )
         ) from error

@@ -15,6 +15,7 @@ from typing import Any
 
 from ray import tune
 
+from foldsearch.errors import describe_error
 from foldsearch.files import alone, disk_is_full, write_json
 from foldsearch.plan.proposal import Proposal
 from foldsearch.plan.result import TrialResult
@@ -92,8 +93,7 @@ class TrialRunner(tune.Trainable):
         except Exception as error:
             if type(error).__name__ == "AcceleratorError":  # torch's; without torch there is none
                 raise
-            words = f"{type(error).__name__}: {error}"[:500]
-            message = {"disk full" if disk_is_full(error) else "failed": words}
+            message = {"disk full" if disk_is_full(error) else "failed": describe_error(error)}
             if "failed" in message:
                 (self._folder.trial(self._number) / "error.txt").write_text(traceback.format_exc())
         return {"result": json.dumps(message)}

@@ -245,7 +245,7 @@ def test_faults_name_the_file_and_the_line(tmp_path, row, said) -> None:
 
 
 def test_files_that_hold_no_questions_are_told(tmp_path) -> None:
-    with pytest.raises(InputError, match="cannot be read: No such file"):
+    with pytest.raises(InputError, match="cannot be read: FileNotFoundError: No such file"):
         read_questions(tmp_path / "none.jsonl")
     with pytest.raises(InputError, match="takes at least 2 questions, but there are 1"):
         read_questions(write(tmp_path, GOOD))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from foldsearch.errors import MOST_LINES, PlanError, describe_error, quote_error
+from foldsearch.errors import MOST_LINES, DataError, ModelError, PlanError, describe_error, quote_error
 
 
 def caught(raise_it: object) -> Exception:
@@ -16,6 +16,13 @@ def caught(raise_it: object) -> Exception:
     with pytest.raises(Exception) as found:
         raise_it()
     return found.value
+
+
+TWO_LINES = "the shards do not fit, because:\nshard 2 is of another model " + 600 * "x"
+
+
+def two_lines(*_: object, **__: object) -> object:
+    raise RuntimeError(TWO_LINES)
 
 
 def nested(
@@ -121,3 +128,62 @@ def test_what_a_terminal_would_obey_is_left_out() -> None:
     assert describe_error(RuntimeError("\x1b[36mray::fold\x1b[39m died\x07\x1b[2K")) == (
         "RuntimeError: ray::fold died"
     )
+
+
+# ---- where errors of libraries end up
+
+
+def test_a_trial_that_fails_says_all_of_it(tmp_path: Path) -> None:
+    from foldsearch.search.worker import TrialRunner
+
+    runner = TrialRunner.__new__(TrialRunner)  # its setup is Ray's business
+    (tmp_path / "00003").mkdir()
+    runner._number, runner._folder = 3, type("Folder", (), {"trial": lambda _, n: tmp_path / f"{n:05}"})()
+    runner._results = (two_lines() for _ in range(1))
+    message = json.loads(runner.step()["result"])
+    assert "shard 2 is of another model" in message["failed"]
+    assert "more characters" in message["failed"]
+
+
+def test_a_worker_that_dies_says_all_of_it() -> None:
+    from foldsearch.search.run import _reason
+
+    class Trial:
+        def get_pickled_error(self) -> Exception:
+            return nested(RuntimeError(TWO_LINES), ValueError("no GPU"))
+
+    assert _reason(Trial()).splitlines()[1].strip().startswith("shard 2 is of another model xxx")
+    assert "caused by ValueError: no GPU" in _reason(Trial())
+
+
+def test_a_model_that_cannot_be_read_says_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    from foldsearch.model.source import open_tokenizer, prepare
+    from tests.tiny import CONFIGS
+
+    transformers.LlamaForCausalLM(CONFIGS["llama"]()).save_pretrained(tmp_path / "m")
+    files = prepare(str(tmp_path / "m"), dtype="float32", cache_dir=tmp_path)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", two_lines)
+    with pytest.raises(ModelError) as found:
+        open_tokenizer(files)
+    assert "\n    shard 2 is of another model" in str(found.value)
+
+
+def test_a_data_set_that_cannot_be_read_says_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    from foldsearch.model.tokens import _rows_of_hub
+
+    monkeypatch.setattr(datasets, "load_dataset", two_lines)
+    with pytest.raises(DataError) as found:
+        list(_rows_of_hub("org/name", "org/name", None, "train", "text"))
+    assert "\n    shard 2 is of another model" in str(found.value)
+
+
+def test_a_task_that_cannot_be_loaded_says_all_of_it() -> None:
+    from foldsearch.model.harness import _loadable
+
+    with pytest.raises(DataError) as found, _loadable("copa"):
+        two_lines()
+    assert "\n    shard 2 is of another model" in str(found.value)
