@@ -437,7 +437,7 @@ def _evaluation_names(questions: Sequence[Path], tasks: Sequence[str], limit: in
 
 def _check_source(path: Path, run: RunView) -> None:
     """Refuse a question file that is, or lies in, a source of the run's texts."""
-    from foldsearch.model.tokens import local_path
+    from foldsearch.model.text import local_path
 
     data = run.folder.study.data
     for reference in [data] if isinstance(data, str) else data.model_dump().values():

@@ -127,7 +127,7 @@ class Sources(TomlTable):
 class Study(TomlTable):
     """Everything that makes a run, resolved.
 
-    model, data: references, as `foldsearch.model.source` and `foldsearch.model.tokens` read them; data is one source,
+    model, data: references, as `foldsearch.model.source` and `foldsearch.model.text` read them; data is one source,
     split by document, or a table of three. text_column: key or column that holds the text.
     device: "auto" takes CUDA, then MPS, then the CPU. precision: what trials compute in; "auto" is bfloat16 where the
     device multiplies it fast (CUDA, CPUs with AMX), else float32. trust_remote_code: let a model's own code run.

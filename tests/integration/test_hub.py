@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from foldsearch.model.source import open_dense, open_tokenizer, prepare
-from foldsearch.model.tokens import load_documents
+from foldsearch.model.text import load_documents
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SENTENCES = [f"Document {index} says that the sea is wide and the night is long." for index in range(12)]
@@ -260,7 +260,7 @@ def test_a_hub_model_equals_the_same_files_on_disk(hub: Hub, tmp_path: Path) -> 
 LOAD = """
 import json
 from foldsearch.errors import DataError
-from foldsearch.model.tokens import load_documents
+from foldsearch.model.text import load_documents
 answer = {"all": load_documents("tiny-org/tiny-text"), "three": load_documents("tiny-org/tiny-text", limit=3)}
 answer["wikitext"] = load_documents("wikitext:wikitext-2-raw-v1")
 for reference, column in (("tiny-org/tiny-text:default:nosuch", None), ("tiny-org/tiny-text", "body")):
@@ -291,7 +291,7 @@ MISSING = """
 import sys, time
 from foldsearch.errors import DataError, ModelError
 from foldsearch.model.source import prepare
-from foldsearch.model.tokens import load_documents
+from foldsearch.model.text import load_documents
 import huggingface_hub, transformers, datasets
 started = time.monotonic()
 for error_type, call in (
