@@ -558,9 +558,11 @@ def _show_results(results: list[TrialResult]) -> int:
     from foldsearch.report.terminal import console, results_table
 
     console().print(results_table(results))
-    failed = results[-1].state in ("failed", "diverged")
+    last = results[-1]
+    state = "diverged" if last.training_diverged else last.state
+    failed = state in ("failed", "diverged")
     if failed:
-        print(f"error: the trial {results[-1].state}: {results[-1].reason}", file=sys.stderr)
+        print(f"error: the trial {state}: {last.reason}", file=sys.stderr)
     return 2 if failed else 0
 
 

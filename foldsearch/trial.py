@@ -1,11 +1,14 @@
 """One trial, rung by rung: draft → gate → fold → measure → recover a little → measure → recover more.
 
 It knows neither Optuna nor Ray and can run alone in one process. What it learnt is on disk after every rung, under
-the run folder, so a trial that was stopped or killed goes on from its last rung when it is run again:
+the run folder, so a trial that was stopped or killed goes on from its last rung when it is run again. Training goes on
+from the latest state; what is reported, rebuilt and exported is the best one so far, so that recovery never makes a
+result worse:
 
     trials/00012/trial.json             plan, recovery settings, results so far
     trials/00012/start.safetensors      fitted replacements and adapters, where the plan has any
-    trials/00012/recovered.safetensors  what recovery trained; optimizer.safetensors until the last rung
+    trials/00012/recovered.safetensors  what recovery trained, at the trial's best state; none where that is untrained
+    trials/00012/optimizer.safetensors  its latest state, to go on from; until the last rung
     plans/<plan id>.json                which trial measures the plan: no plan is trained twice
     tokens.safetensors                  the three token sets
 """
@@ -77,7 +80,7 @@ from foldsearch.plan.proposal import (
     random_drop,
     uniform_drop,
 )
-from foldsearch.plan.result import Quality, TrialResult
+from foldsearch.plan.result import Quality, Setback, TrialResult, trained_for
 from foldsearch.progress import StageProgress, counting, silent
 from foldsearch.spec.study import Sources, Study
 
@@ -458,6 +461,11 @@ class _Record:
     gates: dict[str, Any] | None
     results: tuple[TrialResult, ...]
 
+    @property
+    def training_diverged(self) -> bool:
+        """Whether its training ended in a divergence, so that other settings may do better on the same plan."""
+        return bool(self.results) and self.results[-1].training_diverged
+
     def write(self, folder: Path) -> None:
         value = {
             "plan": str(self.plan),
@@ -490,8 +498,8 @@ def run_trial(
     A trial whose folder holds earlier rungs goes on after the last of them and yields only what is new. A plan that
     another trial has measured is not trained again: its results are yielded as "known", and if that trial was stopped
     early, this one goes on from where it stopped, unless its training diverged: then this one trains with its own
-    settings. What cannot fit, diverges or runs out of memory ends the trial with
-    a result that says so.
+    settings. What cannot fit or runs out of memory ends the trial with a result that says so. Where the training
+    diverges, the best state before it is the trial's result; where there is none, the result says so.
 
     Args:
         proposal: what to try. number: of the trial; names its folder.
@@ -512,7 +520,8 @@ def run_trial(
     with _plan_alone(context, record.plan) as (free, owner):
         if owner is not None and owner != number:
             known = _Record.read(context.trial_folder(owner))
-            if known is not None and known.results:
+            given_up = free and known is not None and known.training_diverged
+            if known is not None and known.results and not given_up:
                 for result in known.results:
                     yield replace(result, state="known", known_from=owner, gates=record.gates)
                 if not free or known.results[-1].is_last_rung:
@@ -524,22 +533,27 @@ def run_trial(
                     record = replace(record, results=known.results)
         if free:
             write_json(_plan_path(context, record.plan), {"trial": number, "plan": str(record.plan)})
+        if record.results and record.results[-1].is_last_rung:
+            return  # nothing is left to do
         spent = record.results[-1].seconds if record.results else 0.0
         try:
-            for result in _rungs(record, context, folder, progress):
+            course = _Course(record, context, folder, progress)
+            for rung in range(len(record.results), len(context.study.rungs)):
                 result = replace(
-                    result, cost=cost, seconds=spent + time.perf_counter() - began, gates=record.gates
+                    course.to_rung(rung),
+                    cost=cost,
+                    seconds=spent + time.perf_counter() - began,
+                    gates=record.gates,
                 )
                 record = replace(record, results=(*record.results, result))
                 record.write(folder)
                 if result.is_last_rung:
                     (folder / "optimizer.safetensors").unlink(missing_ok=True)
                 yield result
+                if result.is_last_rung:
+                    break
         except (Diverged, InputError, MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
             state, reason = _failure(error)
-            if state == "diverged" and free:
-                # What it learnt is of no use to others.
-                _plan_path(context, record.plan).unlink(missing_ok=True)
             yield TrialResult(
                 plan=record.plan,
                 cost=cost,
@@ -591,50 +605,120 @@ def _draft(proposal: Proposal, context: TrialContext, say: StageProgress) -> _Re
     return TrialResult(plan, cost, None, 0, False, 0, 0.0, "infeasible", reason, gates=gates)
 
 
-def _rungs(record: _Record, context: TrialContext, folder: Path, say: StageProgress) -> Iterator[TrialResult]:
-    """Results of the rungs that the record does not hold yet."""
-    study = context.study
-    bench = open_workbench(context, say)
-    random.seed(study.seed)
-    torch.manual_seed(study.seed)
-    model = _started(record, context, folder, say)
-    settings = RecoverySettings(
-        learning_rate=record.learning_rate,
-        delta_rank=record.delta_rank,
-        next_token=study.recovery.next_token,
-        kl=study.recovery.kl,
-        tail=study.recovery.tail,
-        batch=study.recovery.batch,
-        seed=study.seed,
-    )
-    recovery: Recovery | None = None
-    last = len(study.rungs) - 1
-    for rung in range(len(record.results), last + 1):
-        tokens = study.rungs[rung]
+class _Course:
+    """The model of one trial on its way through the rungs: trained, measured, and the best of its states kept.
+
+    Best is by `trained_for`, on the search tokens; of equals the first. Training goes on from the latest state, which
+    `optimizer.safetensors` holds; `recovered.safetensors` holds the best one, unless that is untrained.
+    """
+
+    def __init__(self, record: _Record, context: TrialContext, folder: Path, say: StageProgress) -> None:
+        self._record, self._context, self._folder, self._say = record, context, folder, say
+        self._bench = open_workbench(context, say)
+        random.seed(context.study.seed)
+        torch.manual_seed(context.study.seed)
+        self._model = _started(record, context, folder, say)
+        self._recovery: Recovery | None = None
+        self._best: Quality | None = None
+        self._kept_tokens = 0
+        if record.results:
+            self._best, self._kept_tokens = record.results[-1].quality, record.results[-1].kept_tokens
+        elif context.study.rungs[0] > 0:
+            # No rung measures the untrained model, but training is not to end worse than it.
+            untrained = self._measure()
+            self._best = untrained if math.isfinite(untrained.kl) else None
+
+    def to_rung(self, rung: int) -> TrialResult:
+        """Train until the rung, and tell the best state so far.
+
+        Raises:
+            Diverged: there is no state with a finite KL.
+        """
+        latest: Quality | None = None
+        diverged = ""
+        try:
+            latest = self._latest(self._context.study.rungs[rung])
+        except Diverged as error:
+            if self._best is None:
+                raise
+            diverged = str(error)
+        done = self._tokens_done
+        is_last = bool(diverged) or rung == len(self._context.study.rungs) - 1
+        report = self._report() if is_last else None
+        if self._recovery is not None and self._kept_tokens == done:
+            # Last, so that a trial killed before its result is noted can nearly always be rebuilt at the rung before.
+            self._recovery.keep(self._folder)
+        return TrialResult(
+            plan=self._record.plan,
+            cost=self._context.dense_cost,  # the caller knows the plan's
+            quality=self._best,
+            rung=rung,
+            is_last_rung=is_last,
+            recovery_tokens=done,
+            seconds=0.0,
+            reason=diverged,
+            report=report,
+            setback=None if self._kept_tokens == done else Setback(self._kept_tokens, latest),
+        )
+
+    @property
+    def _tokens_done(self) -> int:
+        return self._recovery.tokens_done if self._recovery else 0
+
+    def _latest(self, tokens: int) -> Quality:
+        """Quality after so many recovery tokens; the state is kept if it is the best one."""
         if tokens:
-            if recovery is None:
-                recovery = Recovery(model, settings, bench.splits.recovery, bench.recovery, study.rungs[-1])
-                if record.results and record.results[-1].recovery_tokens:
-                    recovery.load(folder)  # it may be one rung ahead of the record
-            recovery.train(tokens, lambda share: say("recovery", share))
-            recovery.save(folder)
-        say("measuring", 0.0)
-        quality = judge(model, bench.splits.search, bench.search)
+            self._train(tokens)
+        quality = self._measure()
         if not math.isfinite(quality.kl):
             raise Diverged(
                 f"the folded model's KL is {quality.kl} after {tokens} tokens of recovery at learning rate "
-                f"{settings.learning_rate:g}. Lower the learning rate, or compute in float32."
+                f"{self._record.learning_rate:g}. Lower the learning rate, or compute in float32."
             )
-        yield TrialResult(
-            plan=record.plan,
-            cost=context.dense_cost,  # the caller knows the plan's
-            quality=quality,
-            rung=rung,
-            is_last_rung=rung == last,
-            recovery_tokens=recovery.tokens_done if recovery else 0,
-            seconds=0.0,
-            report=judge(model, bench.splits.report, bench.report) if rung == last else None,
-        )
+        plan = self._record.plan
+        if self._best is None or trained_for(plan, quality) < trained_for(plan, self._best):
+            self._best, self._kept_tokens = quality, self._tokens_done
+        return quality
+
+    def _train(self, tokens: int) -> None:
+        study, record = self._context.study, self._record
+        if self._recovery is None:
+            settings = RecoverySettings(
+                learning_rate=record.learning_rate,
+                delta_rank=record.delta_rank,
+                next_token=study.recovery.next_token,
+                kl=study.recovery.kl,
+                tail=study.recovery.tail,
+                batch=study.recovery.batch,
+                seed=study.seed,
+            )
+            bench = self._bench
+            self._recovery = Recovery(
+                self._model, settings, bench.splits.recovery, bench.recovery, study.rungs[-1]
+            )
+            if record.results and record.results[-1].recovery_tokens:
+                self._recovery.load(self._folder)  # it may be one rung ahead of the record
+        self._recovery.train(tokens, lambda share: self._say("recovery", share))
+        self._recovery.save(self._folder)
+
+    def _measure(self) -> Quality:
+        self._say("measuring", 0.0)
+        return judge(self._model, self._bench.splits.search, self._bench.search)
+
+    def _report(self) -> Quality:
+        """Quality of the kept state on the report tokens."""
+        model = self._model
+        if self._kept_tokens != self._tokens_done:
+            model = _rebuilt(self._record, self._context, self._folder, self._kept_tokens)
+        return judge(model, self._bench.splits.report, self._bench.report)
+
+
+def _rebuilt(record: _Record, context: TrialContext, folder: Path, kept_tokens: int) -> PreTrainedModel:
+    """The folded model at the state that the trial keeps, its deltas not merged yet."""
+    model = _started(record, context, folder, silent)
+    if kept_tokens:
+        load_trained(attach(model, record.delta_rank, context.study.seed), folder)
+    return model
 
 
 def _started(record: _Record, context: TrialContext, folder: Path, say: StageProgress) -> PreTrainedModel:
@@ -703,7 +787,7 @@ def _is_free(lock: int) -> bool:
 
 
 def recovered_model(context: TrialContext, number: int) -> tuple[PreTrainedModel, TrialResult]:
-    """The folded model of a finished trial as it was measured, deltas merged, and its last result.
+    """The folded model of a finished trial at the state that it keeps, deltas merged, and its last result.
 
     Raises:
         RunError: the trial was not measured, or its weights are gone.
@@ -715,20 +799,18 @@ def recovered_model(context: TrialContext, number: int) -> tuple[PreTrainedModel
             f"only a trial that was measured can be rebuilt, but trial {number} of {folder.parents[1]} was not."
         )
     result = record.results[-1]
-    model = _started(record, context, folder, silent)
-    if result.recovery_tokens:
+    if result.kept_tokens:
         if not (folder / "recovered.safetensors").exists():
             raise RunError(
                 f"trial {number} was trained, but {folder / 'recovered.safetensors'} is gone. Run it again."
             )
-        if saved_tokens(folder / "recovered.safetensors") != result.recovery_tokens:
+        if saved_tokens(folder / "recovered.safetensors") != result.kept_tokens:
             raise RunError(
                 f"trial {number} was stopped while rung {result.rung + 1} was measured: its weights are of that rung, "
                 f"its last result is of rung {result.rung}. Resume the run first."
             )
-        load_trained(attach(model, record.delta_rank, context.study.seed), folder)
-        merge(model)
-    return model, result
+    model = _rebuilt(record, context, folder, result.kept_tokens)
+    return merge(model), result
 
 
 def quality_of(context: TrialContext, model: PreTrainedModel) -> tuple[Quality, Quality]:

@@ -223,19 +223,12 @@ class Recovery:
             self._train_deltas(False)
 
     def save(self, folder: Path) -> None:
-        """Write `optimizer.safetensors`, which holds all that `load` needs, then `recovered.safetensors`: what was
-        trained alone, to rebuild the model from.
-        """
-        trained = {name: parameter.detach().contiguous() for name, parameter in self.trained.items()}
-        metadata = {"tokens": str(self.tokens_done)}
-        for file, tensors in (
-            ("optimizer.safetensors", trained | self._optimizer_tensors()),
-            ("recovered.safetensors", trained),
-        ):
-            replace_atomically(
-                folder / file,
-                lambda path, tensors=tensors: save_file(tensors, path, metadata),  # type: ignore[misc]
-            )
+        """Write the latest state, `optimizer.safetensors`: all that `load` needs to go on."""
+        self._write(folder / "optimizer.safetensors", self._trained_tensors() | self._optimizer_tensors())
+
+    def keep(self, folder: Path) -> None:
+        """Write the state that is to be rebuilt, `recovered.safetensors`: what was trained, and nothing else."""
+        self._write(folder / "recovered.safetensors", self._trained_tensors())
 
     def load(self, folder: Path) -> None:
         """Go on from what `save` wrote, at the tokens it was written at."""
@@ -252,6 +245,13 @@ class Recovery:
         self.tokens_done = saved_tokens(path)
         for _ in range(self.tokens_done // self.tokens.ids_NT.shape[1]):
             next(self._order)
+
+    def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        metadata = {"tokens": str(self.tokens_done)}
+        replace_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+    def _trained_tensors(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().contiguous() for name, parameter in self.trained.items()}
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         return {
@@ -323,7 +323,7 @@ class Recovery:
 
 
 def saved_tokens(path: Path) -> int:
-    """How many tokens had been trained on when `Recovery.save` wrote the file."""
+    """How many tokens had been trained on when `Recovery.save` or `Recovery.keep` wrote the file."""
     with safe_open(path, framework="pt") as file:
         return int(file.metadata()["tokens"])
 

@@ -28,14 +28,38 @@ class Quality:
     tokens: int
 
 
+def trained_for(plan: FoldPlan, quality: Quality) -> float:
+    """What recovery is to lower, and by which the states of a trial are compared: KL to the dense model.
+
+    Of a plan that runs more positions than the dense model it is perplexity: such a plan begins as good as the dense
+    model and is trained to become better, so its KL can only grow.
+    """
+    return quality.perplexity if plan.depth > plan.num_blocks else quality.kl
+
+
+@dataclass(frozen=True, slots=True)
+class Setback:
+    """Training that left a model worse than it had been, so that an earlier state of it is kept.
+
+    kept_tokens: recovery tokens of the state that is kept; 0 is the untrained model. latest: on the search tokens, of
+    the state after all tokens; None where the training diverged.
+    """
+
+    kept_tokens: int
+    latest: Quality | None
+
+
 @dataclass(frozen=True, slots=True)
 class TrialResult:
     """One plan at one rung.
 
     state: "measured"; "known": the same plan was measured before as trial `known_from`, nothing was trained;
     "infeasible": priced above the budget, never built; "diverged" or "failed": see `reason`.
-    quality: on the search tokens, which objectives come from. report: on the report tokens, at the last rung only.
-    recovery_tokens: tokens trained on so far. seconds: spent by this trial so far.
+    A trial keeps the best of its states so far (see `trained_for`), on the search tokens; the untrained one counts.
+    quality: of the kept state, on the search tokens, which objectives come from. report: of the same state on the
+    report tokens, at the last rung only. setback: where the kept state is not the latest one; else None.
+    recovery_tokens: tokens trained on so far, whichever state is kept. is_last_rung: no further rung follows, as it is
+    the study's last one or the training diverged in it (`reason` says how). seconds: spent by this trial so far.
     gates: summary of the gated training behind the plan (steps, tokens, polarized, ranking, whether from the cache).
     """
 
@@ -51,6 +75,28 @@ class TrialResult:
     known_from: int | None = None
     gates: dict[str, Any] | None = None
     report: Quality | None = None
+    setback: Setback | None = None
+
+    @property
+    def kept_tokens(self) -> int:
+        """Recovery tokens of the state that is kept: the one that is reported, rebuilt and exported."""
+        return self.recovery_tokens if self.setback is None else self.setback.kept_tokens
+
+    @property
+    def setback_words(self) -> str:
+        """How training hurt and what is kept, for one line of a report; empty where it did not."""
+        if self.setback is None:
+            return ""
+        kept = f"after {self.kept_tokens:,} tokens" if self.kept_tokens else "untrained"
+        if (latest := self.setback.latest) is None:
+            return f"training diverged: kept {kept}"
+        measure = "KL" if trained_for(self.plan, latest) == latest.kl else "perplexity"
+        return f"training hurt ({measure} {trained_for(self.plan, latest):.3f}): kept {kept}"
+
+    @property
+    def training_diverged(self) -> bool:
+        """Whether a state from before the divergence is kept."""
+        return self.setback is not None and self.setback.latest is None
 
     def objectives(self) -> tuple[float, float, float]:
         """KL in nats per token, memory in bytes, FLOPs per token at decode: each to be minimised."""
@@ -69,4 +115,7 @@ class TrialResult:
         value = dict(value)
         plan = FoldPlan.parse(value["plan"], value.pop("num_blocks"))
         qualities = {name: Quality(**value[name]) if value[name] else None for name in ("quality", "report")}
+        if setback := value["setback"]:
+            latest = Quality(**setback["latest"]) if setback["latest"] else None
+            value["setback"] = Setback(setback["kept_tokens"], latest)
         return cls(**{**value, "plan": plan, "cost": Cost(**value["cost"]), **qualities})

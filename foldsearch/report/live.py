@@ -177,6 +177,8 @@ class RunDisplay:
                 line.append(("" if rung == 0 else " → ") + f"{kl:.3f}", style="bold" if final else "")
             line.append("  ")
         line.append_text(outcome)
+        if results and (setback := results[-1].setback_words):
+            line.append(f"  {setback}", style="yellow")
         self._print(line)
         if results and (gates := results[-1].gates) is not None:
             self._print(Text(f"       gates: {gate_words(gates)}", style="dim"))

@@ -329,6 +329,8 @@ def _trial_table(view: RunView) -> str:
             by += " <span class=baseline>baseline</span>"
         if entry == view.knee:
             by += " <span class=knee>◆ knee</span>"
+        if setback := entry.result.setback_words:
+            by += f" <span class=worse>{html.escape(setback)}</span>"
         final = entry.final
         rows.append(
             f"<tr{' class=front' if entry.number in front else ''}><td>{entry.number}<td class=l>{_svg(entry.plan)}"
@@ -377,6 +379,8 @@ def _every_trial(view: RunView) -> str:
         state = record.state + (f": {html.escape(record.reason)}" if record.reason else "")
         if record.state == "finished" and record.last is not None and record.last.state == "known":
             state += f": same plan as trial {record.last.known_from}"
+        if record.last is not None and (setback := record.last.setback_words):
+            state += f"; {html.escape(setback)}"
         row = f"<tr><td>{record.number}<td class=l>{by}<td class='l why'>{state}"
         if (result := record.last) is not None:
             kl = "—" if result.quality is None else f"{result.quality.kl:.3f}"

@@ -113,7 +113,7 @@ def front_report(view: RunView, *, width: int, every: bool = False) -> Group:
         return Group(*parts)
     for table in _front_tables(view, every, width):
         parts += [table, Text()]
-    parts += [legend(), _footnote(view)]
+    parts += [legend(), _footnote(view), *_setbacks(view, every)]
     if criteria := view.by_count():
         parts += [Text(), Text("report KL by criterion, plans that only drop blocks", style="bold")]
         for number, table in enumerate(_criteria_tables(criteria, width)):
@@ -332,6 +332,16 @@ def _footnote(view: RunView) -> Text:
     )
 
 
+def _setbacks(view: RunView, every: bool) -> list[Text]:
+    """The shown trials whose training made them worse, a line each."""
+    shown = sorted(view.finished, key=by_cost) if every else view.front_and_baselines
+    return [
+        Text(f"trial {entry.number}: {entry.result.setback_words}", style="yellow")
+        for entry in shown
+        if entry.result.setback_words
+    ]
+
+
 def _plain_table(*names: str) -> Table:
     table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     _columns(table, *names)
@@ -370,6 +380,8 @@ def results_table(results: Sequence[TrialResult]) -> Group:
         words += f"; dense has perplexity {last.quality.dense_perplexity:.2f} on the same texts"
     if not has_errors(last.quality, last.report):
         words += f"\n{NO_ERROR}"
+    if last.setback_words:
+        words += f"\n{last.setback_words}"
     return Group(strip_text(last.plan), Text(str(last.plan), style="dim"), Text(), table, Text(), Text(words))
 
 

@@ -110,7 +110,10 @@ class RunView:
             if record.proposal is not None:  # also of a trial that left the plan to another one
                 proposals.setdefault(result.plan.id, []).append(record.proposal)
             if record.state == "finished" and result.state == "measured":
-                measured.setdefault(result.plan.id, (record.number, result, result.quality))
+                known = measured.get(result.plan.id)
+                # Twice, where the training of the first diverged: the better one is the plan's.
+                if known is None or result.quality.kl < known[2].kl:
+                    measured[result.plan.id] = (record.number, result, result.quality)
         return tuple(
             Entry(
                 number,

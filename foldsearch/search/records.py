@@ -84,14 +84,20 @@ class Record:
 def front(
     records: Sequence[Record], objectives: Sequence[Objective] = ("kl", "memory", "flops")
 ) -> list[Record]:
-    """The trials that no other dominates: feasible ones that reached the last rung, each plan once."""
-    finished = [record for record in records if record.state == "finished" and record.last is not None]
-    once: dict[str, Record] = {}
-    for record in finished:
-        assert record.last is not None
-        if record.last.state == "measured":
-            once.setdefault(record.last.plan.id, record)
-    candidates = list(once.values())
+    """The trials that no other dominates: feasible ones that reached the last rung, each plan once.
+
+    A plan was measured twice where the training of the first diverged: the better of the two counts.
+    """
+    best: dict[str, tuple[float, Record]] = {}
+    for record in records:
+        result = record.last
+        if record.state != "finished" or result is None or result.state != "measured":
+            continue
+        assert result.quality is not None, "a finished trial was measured"
+        kl, plan_id = result.quality.kl, result.plan.id
+        if plan_id not in best or kl < best[plan_id][0]:
+            best[plan_id] = kl, record
+    candidates = [record for _, record in best.values()]
     points = [point(record.last, objectives) for record in candidates if record.last is not None]
     return [candidates[i] for i in non_dominated(points)]
 
@@ -412,6 +418,8 @@ def note(result: TrialResult) -> str:
         ("decode", f"{cost.flops:.4g} FLOPs per token"),
         ("rung", f"{result.rung}, after {result.recovery_tokens} recovery tokens"),
     ]
+    if result.setback_words:
+        rows.append(("recovery", result.setback_words))
     if quality := result.quality:
         rows += [
             ("KL to dense", f"{quality.kl:.4f}{_error(quality.kl_se, '.4f')} nats per token"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 from dataclasses import replace
@@ -38,6 +39,7 @@ from tests.tiny import NUM_BLOCKS, save_model, write_corpus
 
 RUNGS = (0, 64, 128)
 SHARING = Proposal("window", 1, group_size=2, num_groups=1, adapter_rank=2, learning_rate=3e-3, delta_rank=2)
+HURTING = replace(SHARING, learning_rate=1.0)  # finite, and worse after every rung
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,9 @@ def measured(results: list[TrialResult]) -> list[TrialResult]:
 
 
 def trained(context: TrialContext, number: int) -> dict[str, torch.Tensor]:
-    return load_file(context.trial_folder(number) / "recovered.safetensors")
+    """What the trial keeps of its training; empty where it keeps the untrained model."""
+    path = context.trial_folder(number) / "recovered.safetensors"
+    return load_file(path) if path.exists() else {}
 
 
 def run(context: TrialContext, number: int = 0, proposal: Proposal = SHARING) -> list[TrialResult]:
@@ -133,24 +137,29 @@ def steps(monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize("stop", [1, 2])
-def test_a_closed_trial_goes_on_where_it_stopped(context, tmp_path, steps, stop):
-    whole = run(context)
+@pytest.mark.parametrize("proposal", [SHARING, HURTING], ids=["helped", "hurt"])
+def test_a_closed_trial_goes_on_where_it_stopped(context, tmp_path, steps, stop, proposal):
+    whole = run(context, proposal=proposal)
     other = replace(context, run_folder=tmp_path / "other")
     shutil.copytree(context.run_folder, other.run_folder, ignore=shutil.ignore_patterns("plans", "trials"))
-    generator = run_trial(SHARING, other, number=0)
+    generator = run_trial(proposal, other, number=0)
     first = [next(generator) for _ in range(stop)]
     generator.close()
-    rest = run(other)
+    rest = run(other, proposal=proposal)
     assert [result.rung for result in rest] == list(range(stop, 3))
     assert measured(first + rest) == measured(whole)
     assert rest[-1].seconds > first[-1].seconds
     assert len(steps) == 2 * 4  # 128 tokens at 32 a step, twice: nothing was trained again
     one, two = trained(context, 0), trained(other, 0)
+    assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
-    assert run(other) == []  # nothing is left to do
+    assert run(other, proposal=proposal) == []  # nothing is left to do
 
 
-def test_a_trial_killed_while_measuring_goes_on(context, tmp_path, monkeypatch, steps):
+@pytest.mark.parametrize(
+    ("where", "what"), [(trials, "judge"), (trials._Record, "write")], ids=["judge", "write"]
+)
+def test_a_trial_killed_while_measuring_goes_on(context, tmp_path, monkeypatch, steps, where, what):
     """Trained and saved, but the rung was never noted."""
     whole = run(context)
     other = replace(context, run_folder=tmp_path / "other")
@@ -158,11 +167,14 @@ def test_a_trial_killed_while_measuring_goes_on(context, tmp_path, monkeypatch, 
     generator = run_trial(SHARING, other, number=0)
     first = [next(generator), next(generator)]
     with monkeypatch.context() as patch:
-        patch.setattr(trials, "judge", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(where, what, lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             next(generator)
-    with pytest.raises(RunError, match=r"stopped while rung 2 was measured.*Resume the run first"):
-        recovered_model(other, 0)
+    if what == "judge":  # as it was at the rung before
+        assert quality_of(other, recovered_model(other, 0)[0])[0] == first[-1].quality
+    else:
+        with pytest.raises(RunError, match=r"stopped while rung 2 was measured.*Resume the run first"):
+            recovered_model(other, 0)
     assert measured(first + run(other)) == measured(whole)
     assert len(steps) == 2 * 4
     one, two = trained(context, 0), trained(other, 0)
@@ -182,22 +194,24 @@ def test_a_known_plan_is_not_trained_again(context, monkeypatch):
 
 
 @pytest.mark.parametrize("stop", [1, 2])
-def test_another_trial_goes_on_with_a_stopped_plan(context, tmp_path, steps, stop):
-    whole = run(context)
+@pytest.mark.parametrize("proposal", [SHARING, HURTING], ids=["helped", "hurt"])
+def test_another_trial_goes_on_with_a_stopped_plan(context, tmp_path, steps, stop, proposal):
+    whole = run(context, proposal=proposal)
     other = replace(context, run_folder=tmp_path / "other")
     shutil.copytree(context.run_folder, other.run_folder, ignore=shutil.ignore_patterns("plans", "trials"))
-    generator = run_trial(SHARING, other, number=0)
+    generator = run_trial(proposal, other, number=0)
     for _ in range(stop):
         next(generator)
     generator.close()
-    results = run(other, 5)
+    results = run(other, 5, proposal)
     assert [result.state for result in results] == ["known"] * stop + ["measured"] * (3 - stop)
     assert measured(results) == measured(whole)
     one, two = trained(context, 0), trained(other, 5)
+    assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert len(steps) == 2 * 4
     # who finished it is who knows it now
-    third = run(other, 6)
+    third = run(other, 6, proposal)
     assert {(result.state, result.known_from) for result in third} == {("known", 5)}
     assert measured(third) == measured(whole)
 
@@ -235,9 +249,12 @@ def test_a_trial_waits_for_the_first_result_of_one_that_measures_its_plan(contex
 def test_a_plan_whose_training_diverged_is_trained_with_other_settings(context):
     plan = FoldPlan.dropping([2], NUM_BLOCKS)
     proposal = Proposal("given", plan=plan, learning_rate=1e30, delta_rank=2)
-    assert [result.state for result in run(context, 0, proposal)] == ["measured", "diverged"]
+    assert run(context, 0, proposal)[-1].training_diverged
     results = run(context, 1, replace(proposal, learning_rate=1e-3))
     assert [result.state for result in results] == ["measured"] * 3
+    assert results[-1].kept_tokens == 128
+    # who did not diverge is who knows it now
+    assert {result.known_from for result in run(context, 2, proposal)} == {1}
 
 
 # ---- what does not end well
@@ -265,20 +282,115 @@ def test_a_plan_typed_by_hand_is_measured_above_the_budget_too(context):
     assert [result.state for result in results] == ["measured"] * 3
 
 
-def test_a_divergence_is_told(context):
-    results = run(context, 0, replace(SHARING, learning_rate=1e30))
-    assert [result.state for result in results] == ["measured", "diverged"]
-    last = results[-1]
-    assert (last.rung, last.quality, last.is_last_rung) == (1, None, False)
+def test_a_plan_is_not_lost_because_its_training_diverged(context):
+    """The untrained model is the trial's result, with the reason beside it; no rung follows."""
+    first, last = results = run(context, 0, replace(SHARING, learning_rate=1e30))
+    assert [result.state for result in results] == ["measured"] * 2
+    assert (last.rung, last.quality, last.is_last_rung) == (1, first.quality, True)
+    assert (last.kept_tokens, last.training_diverged) == (0, True)
     assert "Lower the learning rate" in last.reason
+    assert last.setback_words == "training diverged: kept untrained"
+    assert_rebuilt(context, last)
+    assert run(context, 0, replace(SHARING, learning_rate=1e30)) == []  # nothing is left to do
+    assert not (context.trial_folder(0) / "optimizer.safetensors").exists()
 
 
 def test_a_divergence_in_the_very_last_step_is_told(context):
     """The last loss was a number; the model that the step left is not."""
     study = context.study.model_copy(update={"rungs": (0, 32)})
     results = run(replace(context, study=study), 0, replace(SHARING, learning_rate=1e30))
-    assert [result.state for result in results] == ["measured", "diverged"]
+    assert results[-1].training_diverged
     assert "KL is nan after 32 tokens" in results[-1].reason
+
+
+@pytest.mark.parametrize("rungs", [(0, 64), (64, 128)])
+def test_a_divergence_that_leaves_nothing_is_a_trial_without_a_result(context, monkeypatch, rungs):
+    real = trials.judge
+    monkeypatch.setattr(trials, "judge", lambda *args: replace(real(*args), kl=math.nan))
+    study = context.study.model_copy(update={"rungs": rungs})
+    (only,) = run(replace(context, study=study))
+    assert (only.state, only.quality, only.is_last_rung) == ("diverged", None, False)
+    assert f"KL is nan after {rungs[0]} tokens" in only.reason
+
+
+# ---- training that hurts
+
+
+def assert_rebuilt(context: TrialContext, last: TrialResult, number: int = 0) -> None:
+    """The model that is exported is the one whose quality the result tells, on both token sets."""
+    model, result = recovered_model(context, number)
+    assert result == TrialResult.from_json(json.loads(json.dumps(last.to_json())))
+    assert quality_of(context, model) == (last.quality, last.report)
+
+
+def test_training_that_hurts_is_told_and_not_kept(context):
+    results = run(context, proposal=HURTING)
+    untrained = results[0].quality
+    assert [result.quality for result in results] == [untrained] * 3
+    assert [result.recovery_tokens for result in results] == list(RUNGS)
+    assert [result.kept_tokens for result in results] == [0] * 3
+    assert results[0].setback is None
+    for result in results[1:]:
+        assert result.setback.latest.kl > untrained.kl
+        assert not result.training_diverged
+    last = results[-1]
+    assert last.setback_words == f"training hurt (KL {last.setback.latest.kl:.3f}): kept untrained"
+    assert not trained(context, 0)
+    assert_rebuilt(context, last)
+
+
+def test_the_best_rung_is_kept(context, monkeypatch):
+    """Training helps at first, and its last rung leaves noise."""
+    train = Recovery.train
+
+    def spoil(self, until_tokens, progress=None):
+        train(self, until_tokens, progress)
+        if until_tokens == RUNGS[-1]:
+            for parameter in self.trained.values():
+                parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+
+    whole = run(context)
+    shutil.rmtree(context.run_folder / "plans")
+    monkeypatch.setattr(Recovery, "train", spoil)
+    results = run(context, 1)
+    assert measured(results[:2]) == measured(whole[:2])
+    last = results[-1]
+    assert (last.quality, last.recovery_tokens, last.kept_tokens) == (results[1].quality, 128, 64)
+    assert last.setback_words == f"training hurt (KL {last.setback.latest.kl:.3f}): kept after 64 tokens"
+    assert_rebuilt(context, last, 1)
+    # given to another trial, it is the same
+    (*_, given) = run(context, 2)
+    assert given.state == "known"
+    assert measured([given]) == measured([last])
+
+
+def test_an_extension_is_compared_by_perplexity(context, monkeypatch):
+    """It begins as the dense model, so its KL can only grow; it is trained to predict better."""
+    plan = FoldPlan.parse("0-1 1=1+r2+n 2-4", NUM_BLOCKS)
+    real, perplexities = trials.judge, iter([30.0, 20.0, 25.0])
+
+    def judge(model, tokens, targets):
+        quality = real(model, tokens, targets)
+        return quality if tokens.name == "report" else replace(quality, perplexity=next(perplexities))
+
+    monkeypatch.setattr(trials, "judge", judge)
+    results = run(context, 0, Proposal("given", plan=plan, learning_rate=1e-3, delta_rank=2, origin="hand"))
+    assert results[0].quality.kl < results[1].quality.kl
+    assert [result.quality.perplexity for result in results] == [30.0, 20.0, 20.0]
+    assert results[-1].setback_words == "training hurt (perplexity 25.000): kept after 64 tokens"
+
+
+@pytest.mark.parametrize(
+    "proposal", [HURTING, replace(SHARING, learning_rate=1e30)], ids=["hurt", "diverged"]
+)
+def test_the_untrained_model_is_a_state_where_no_rung_measures_it(context, proposal):
+    untrained = next(run_trial(replace(proposal, learning_rate=1e-3), context, number=7)).quality
+    shutil.rmtree(context.run_folder / "plans")
+    study = context.study.model_copy(update={"rungs": (64, 128)})
+    results = run(replace(context, study=study), proposal=proposal)
+    assert {result.quality for result in results} == {untrained}
+    assert results[-1].is_last_rung
+    assert_rebuilt(replace(context, study=study), results[-1])
 
 
 @pytest.mark.parametrize(

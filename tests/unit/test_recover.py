@@ -392,7 +392,7 @@ def test_a_save_that_ran_ahead_of_its_rung_is_gone_on_from(tmp_path):
 def test_what_is_saved_rebuilds_the_model(tmp_path, text):
     ours = recovery(text=text)
     ours.train(2 * STEP)
-    ours.save(tmp_path)
+    ours.keep(tmp_path)
     again = folded(text=text)
     load_trained(attach(again, SETTINGS.delta_rank, SETTINGS.seed), tmp_path)
     assert torch.equal(logits(again), logits(ours.model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import xml.etree.ElementTree
 from dataclasses import replace
@@ -17,13 +18,14 @@ from foldsearch.errors import RunError
 from foldsearch.plan.front import dominates
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.proposal import Criterion, Proposal
+from foldsearch.plan.result import Setback, TrialResult
 from foldsearch.plan.strip import LEGEND, cells, strip
 from foldsearch.report import page, terminal
 from foldsearch.report.colours import DROPPED, KEPT, PAIRS, REPLACED, paint
 from foldsearch.report.live import RunDisplay
 from foldsearch.report.view import NO_ERROR, RunView, author, counted
 from foldsearch.search import events
-from foldsearch.search.records import Record
+from foldsearch.search.records import Record, note
 
 
 @pytest.fixture
@@ -439,6 +441,57 @@ def test_an_interruption_counts_the_running_trials(view: RunView, number: int, w
     with RunDisplay(Console(file=out, width=150)) as display:
         display(events.SearchInterrupted(view.folder, number, "foldsearch resume runs/x"))
     assert words in out.getvalue()
+
+
+# ---- training that hurt
+
+
+@pytest.mark.parametrize(
+    ("kept_tokens", "latest", "words"),
+    [
+        (0, 1.043, "training hurt (KL 1.043): kept untrained"),
+        (2048, 1.043, "training hurt (KL 1.043): kept after 2,048 tokens"),
+        (2048, None, "training diverged: kept after 2,048 tokens"),
+    ],
+)
+def test_training_that_hurt_is_said_everywhere(
+    view: RunView, kept_tokens: int, latest: float | None, words: str
+) -> None:
+    entry = view.front[0]
+    record = next(record for record in view.records if record.number == entry.number)
+    setback = Setback(kept_tokens, None if latest is None else replace(entry.quality, kl=latest))
+    last = replace(entry.result, setback=setback)
+    assert last.kept_tokens == kept_tokens
+    assert TrialResult.from_json(json.loads(json.dumps(last.to_json()))) == last
+    hurt = replace(record, results=(*record.results[:-1], last))
+    more = replace(view, records=tuple(hurt if old is record else old for old in view.records))
+    for width in (80, 200):
+        assert f"trial {entry.number}: {words}" in text_of(terminal.front_report(more, width=width), width)
+    assert words not in text_of(terminal.front_report(view, width=200))
+    assert page._page(more).count(words) == 2  # of the front, and of every trial
+    assert words in text_of(terminal.results_table(hurt.results))
+    assert words in note(last)
+    out = io.StringIO()
+    with RunDisplay(Console(file=out, width=200)) as display:
+        display(events.SearchStarted(view.folder, 0, 14))
+        _play(display, hurt)
+        display(events.TrialFinished(hurt.number, last, True))
+    assert words in out.getvalue().splitlines()[-2 if last.gates else -1]
+
+
+def test_of_two_trials_of_one_plan_the_better_is_shown(view: RunView) -> None:
+    """The second one was run because the training of the first had diverged."""
+    entry = view.front[0]
+    record = next(record for record in view.records if record.number == entry.number)
+    for kl in (entry.quality.kl / 2, entry.quality.kl * 2):
+        result = replace(entry.result, quality=replace(entry.quality, kl=kl))
+        twin = replace(record, number=99, results=(result,))
+        more = replace(view, records=(*view.records, twin))
+        better = 99 if kl < entry.quality.kl else entry.number
+        (shown,) = (other for other in more.finished if other.plan == entry.plan)
+        assert shown.number == better
+        assert better in {other.number for other in more.front}
+        assert len(more.front) == len({other.plan for other in more.front})
 
 
 def _play(display: RunDisplay, record: Record) -> None:
