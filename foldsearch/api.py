@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from foldsearch.errors import InputError, RunError, quote_error
 from foldsearch.files import write_json
 from foldsearch.plan.cost import CostTable
-from foldsearch.plan.plan import FoldPlan
+from foldsearch.plan.plan import FoldPlan, check_ranks
 from foldsearch.plan.proposal import Proposal
 from foldsearch.plan.result import TrialResult
 from foldsearch.progress import StageProgress, silent
@@ -50,39 +50,50 @@ def find_model(study: Study, progress: StageProgress = silent) -> DenseFiles:
         ModelError: it cannot be found, or is not a decoder.
     """
     from foldsearch.model.source import prepare
-    from foldsearch.trial import choose_device, choose_precision
+    from foldsearch.trial import choose_device, choose_precision, open_source
 
     return prepare(
-        study.model,
+        open_source(study, progress),
         dtype=choose_precision(study.precision, choose_device(study.device)),
-        trust_remote_code=study.trust_remote_code,
         progress=lambda words: progress(words, 0.0),
     )
 
 
 def measure_model(study: Study, progress: StageProgress = silent) -> CostTable:
-    """What the blocks of the study's model cost: parameters, and MACs per token by fvcore.
+    """What the blocks of the study's model cost: parameters, and MACs per token by fvcore. No weight is read.
 
     Raises:
         ModelError: the model cannot be found, or its family is not known.
     """
-    from transformers import AutoConfig
-
     from foldsearch.model.measure import measure
+    from foldsearch.model.source import open_config
+    from foldsearch.trial import open_source
 
-    files = find_model(study, progress)
-    return measure(AutoConfig.from_pretrained(files.folder, trust_remote_code=study.trust_remote_code))
+    return measure(open_config(open_source(study, progress)))
 
 
 def dry_run(study: Study, progress: StageProgress = silent) -> DryRun:
     """What a search would do: size of the space, feasible share, estimated seconds, disk and memory in bytes.
 
+    The model's config and tokenizer and the text are read, no weight.
+
     Raises:
         BudgetError: no plan of the space can keep the budget.
+        ModelError, DataError: the model or the text cannot be used.
     """
+    from foldsearch.model.measure import measure
+    from foldsearch.model.source import open_config, open_tokenizer
     from foldsearch.search.dry_run import plan_search
+    from foldsearch.trial import check_data, choose_device, make_study_splits, open_source
 
-    return plan_search(study, measure_model(study, progress))
+    choose_device(study.device)
+    check_data(study)
+    found = open_source(study, progress)
+    table = measure(open_config(found))
+    study.narrowed(table)  # refused before the text is read
+    make_study_splits(study, open_tokenizer(found), progress)
+    progress("counting proposals", 0.0)
+    return plan_search(study, table)
 
 
 def inspect_model(study: Study, progress: StageProgress = silent) -> Evidence:
@@ -92,21 +103,19 @@ def inspect_model(study: Study, progress: StageProgress = silent) -> Evidence:
         ModelError, DataError: the model or the text cannot be used.
     """
     from foldsearch.model.evidence import measure_evidence
-    from foldsearch.model.source import open_dense, open_tokenizer
-    from foldsearch.model.tokens import make_splits
-    from foldsearch.trial import choose_device
+    from foldsearch.model.source import open_config, open_dense, open_tokenizer, prepare
+    from foldsearch.trial import check_data, choose_device, choose_precision, make_study_splits, open_source
 
-    files = find_model(study, progress)
-    data = study.data if isinstance(study.data, str) else study.data.model_dump()
-    splits = make_splits(
-        data,
-        open_tokenizer(files),
-        sequence_length=study.splits.sequence_length,
-        num_sequences={"search": study.splits.search, "recovery": 0, "report": 0},
-        text_column=study.text_column,
+    device = choose_device(study.device)
+    check_data(study)
+    found = open_source(study, progress)
+    open_config(found)  # refused before the text is read
+    splits = make_study_splits(study, open_tokenizer(found), progress, search_only=True)
+    files = prepare(
+        found,
+        dtype=choose_precision(study.precision, device),
         progress=lambda words: progress(words, 0.0),
     )
-    device = choose_device(study.device)
     return measure_evidence(
         open_dense(files, device=device),
         splits.search.ids_NT.to(device),
@@ -150,9 +159,12 @@ def try_plan(
     with ExitStack() as held:
         if folder is None:
             folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="foldsearch-try-")))
-        context = prepare_context(
-            study, folder, progress=progress
-        )  # it makes the folder, once all can be used
+        context = prepare_context(  # it makes the folder, once all can be used
+            study,
+            folder,
+            check=lambda table: check_ranks(FoldPlan.parse(text, len(table.blocks)), table.width),
+            progress=progress,
+        )
         recover = study.space.recover
         proposal = Proposal(
             "given",

