@@ -24,6 +24,7 @@ from foldsearch.model.fold import fold
 from foldsearch.model.judge import ask_dense, judge
 from foldsearch.plan.plan import FoldPlan, Slot
 from tests.tiny import NUM_BLOCKS, dense_model, token_set
+from tests.tolerances import NO_KL
 
 TOKENS = token_set(sequences=6, length=16)
 ALL = TOKENS.num_tokens
@@ -114,7 +115,7 @@ def test_it_finds_the_blocks_that_do_nothing(name):
     found = evolve(dense, TOKENS, ask_dense(dense, TOKENS), dropping(0, 4), settings)
     assert found.history[0] > 0.1  # a bad start
     assert found.plan == dropping(1, 3)
-    assert found.kl == pytest.approx(0, abs=1e-6)
+    assert found.kl == pytest.approx(0, abs=NO_KL)
 
 
 def test_it_finds_the_units_that_do_nothing():
@@ -125,7 +126,7 @@ def test_it_finds_the_units_that_do_nothing():
     found = evolve(dense, TOKENS, ask_dense(dense, TOKENS), dropping(2, 3), settings)
     assert found.history[0] > 0.1
     assert str(found.plan) == "0a 1m 2 3a 4m"
-    assert found.kl == pytest.approx(0, abs=1e-6)
+    assert found.kl == pytest.approx(0, abs=NO_KL)
 
 
 def test_it_finds_what_trying_every_plan_finds():

@@ -19,6 +19,7 @@ from foldsearch.model.fold import fold
 from foldsearch.model.folded import folded_model_class
 from foldsearch.model.parts import Borrowed, OutputNorm, Replaced
 from foldsearch.plan.plan import FoldPlan, Slot
+from tests.tolerances import OTHER_WAY, REORDERED
 
 NUM_BLOCKS, WIDTH, TOKENS, WINDOW = 6, 32, 20, 7
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -208,7 +209,7 @@ def test_adapters_and_output_norms_equal_changed_weights(name):
             theirs.get_submodule(path).register_forward_hook(normalise)
     linears = [m for m in dense_model(name).modules() if isinstance(m, (nn.Linear, Conv1D))]
     assert num_adapters == (len(linears) - 1) // NUM_BLOCKS
-    torch.testing.assert_close(logits(model), logits(expected), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(model), logits(expected), **OTHER_WAY)
 
 
 @families
@@ -236,7 +237,7 @@ def test_absent_units_add_nothing(name):
     for block, unit in ((0, family.attention), (1, family.mlp), (4, family.mlp), (5, family.attention)):
         decoder_blocks(expected)[block].get_submodule(unit.output).register_forward_hook(silence)
     model = folded(name, "0m 1a 2-3 4a 5m")
-    torch.testing.assert_close(logits(model), logits(expected), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(model), logits(expected), **REORDERED)
 
 
 @families
@@ -270,7 +271,7 @@ def test_a_replacement_is_its_formula_in_place_of_the_run(name, kind):
     finally:
         for hook in hooks:
             hook.remove()
-    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(model), expected, **OTHER_WAY)
 
 
 @families
@@ -294,7 +295,7 @@ def test_cached_decoding_equals_one_full_forward(name, text):
             output = model(input_ids=token_ids()[:, token : token + 1], past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             steps.append(output.logits)
-    torch.testing.assert_close(torch.cat(steps, 1), full_BTV, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.cat(steps, 1), full_BTV, **OTHER_WAY)
     filled = [getattr(layer, "keys", None) is not None for layer in cache.layers]
     assert filled == [
         slot.attention is not None if isinstance(slot, Slot) else slot.kind == "layer"

@@ -26,6 +26,7 @@ from foldsearch.model.replacements import RIDGES, Fit, FitSettings, fit_replacem
 from foldsearch.model.states import residual_states
 from foldsearch.plan.plan import FoldPlan, Replacement
 from tests.tiny import NUM_BLOCKS, WIDTH, dense_model, token_set
+from tests.tolerances import SOLVED
 
 LENGTH = 16
 IDS = token_set(sequences=12, length=LENGTH).ids_NT
@@ -112,8 +113,8 @@ def test_linear_is_the_weighted_ridge_solution(monkeypatch, name, ridge):
     assert solve_down(net, (before[:-HELD], after[:-HELD]), (before[-HELD:], after[-HELD:])) == ridge
     train, added = before[:-HELD].flatten(0, 1), (after - before)[:-HELD].flatten(0, 1)
     expected = ridge_by_numpy(train, added, ridge, bias=True)
-    np.testing.assert_allclose(net.down.detach().T, expected[:-1], atol=1e-3)
-    np.testing.assert_allclose(net.bias.detach(), expected[-1], atol=1e-3)
+    np.testing.assert_allclose(net.down.detach().T, expected[:-1], atol=SOLVED["atol"])
+    np.testing.assert_allclose(net.bias.detach(), expected[-1], atol=SOLVED["atol"])
 
 
 def test_without_a_ridge_linear_is_weighted_least_squares(monkeypatch):
@@ -128,8 +129,8 @@ def test_without_a_ridge_linear_is_weighted_least_squares(monkeypatch):
     expected = torch.linalg.lstsq(
         (with_one * weight_M1).double(), (added[:-HELD].flatten(0, 1) * weight_M1).double()
     ).solution.float()
-    torch.testing.assert_close(fit.values["down"].T, expected[:-1], atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(fit.values["bias"], expected[-1], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(fit.values["down"].T, expected[:-1], **SOLVED)
+    torch.testing.assert_close(fit.values["bias"], expected[-1], **SOLVED)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -161,9 +162,9 @@ def test_the_ridge_is_the_best_on_held_out_states(monkeypatch, kind, chunk):
         best = min(errors, key=errors.__getitem__)
 
         assert solve_down(net, (x[:4], after[:4]), (x[4:], after[4:])) == best
-        np.testing.assert_allclose(net.down.detach().T, solutions[best][: held.shape[1]], atol=2e-3)
+        np.testing.assert_allclose(net.down.detach().T, solutions[best][: held.shape[1]], atol=SOLVED["atol"])
         if bias:
-            np.testing.assert_allclose(net.bias.detach(), solutions[best][-1], atol=2e-3)
+            np.testing.assert_allclose(net.bias.detach(), solutions[best][-1], atol=SOLVED["atol"])
         chosen.add(best)
     assert len(chosen) >= 3
 
@@ -191,8 +192,8 @@ def test_an_affine_run_is_found_exactly():
     fit = fitted("linear", planted(x, x @ map_DD + bias_D))
     assert fit.chosen == "closed form"
     assert fit.errors["closed form"] < 1e-8
-    torch.testing.assert_close(fit.values["down"], map_DD.T, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(fit.values["bias"], bias_D, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(fit.values["down"], map_DD.T, **SOLVED)
+    torch.testing.assert_close(fit.values["bias"], bias_D, **SOLVED)
 
 
 @pytest.mark.parametrize("size", [0, 64])
