@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from foldsearch.errors import InputError, RunError, quote_error
 from foldsearch.files import write_json
+from foldsearch.paths import command, printable
 from foldsearch.plan.cost import CostTable
 from foldsearch.plan.plan import FoldPlan, check_ranks
 from foldsearch.plan.proposal import Proposal
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 PICK = "pick.json"
 EVALUATIONS = "evaluations"
+_LONGEST_NAME = 50  # characters that a file name repeats of what was asked: of four bytes at most
 _TRIED = 0  # number of the only trial in the folder of `try_plan`
 _MANY_BLOCKS = 10_000  # more than any model has: enough to read a plan before its model is known
 _LARGE_NUMBER = re.compile(r"[0-9]{5}")  # which has no place in a model of that many
@@ -246,8 +248,8 @@ def picked(run: RunView) -> Entry:
     try:
         number = int(json.loads(path.read_text())["trial"])
     except (ValueError, KeyError, TypeError) as error:
-        remedy = f"Choose again: foldsearch pick {run.name} --knee"
-        raise RunError(quote_error(f"'{path}' cannot be read", error, remedy)) from error
+        remedy = f"Choose again: {command('pick', run.folder.path, '--knee')}"
+        raise RunError(quote_error(f"'{printable(path)}' cannot be read", error, remedy)) from error
     return run.pick(number=number)
 
 
@@ -371,7 +373,7 @@ def evaluate_trial(
     tokenizer = open_tokenizer(files)
     saw = (splits.search, splits.recovery)
     for path, items in asked.items():
-        progress(f"comparing {path} with the run's texts", 0.0)
+        progress(f"comparing {printable(path)} with the run's texts", 0.0)
         _check_unseen(path, choices.seen(((item.line, item.text) for item in items), tokenizer, saw), "line")
     encoded = {path: _encode(path, items, tokenizer, files) for path, items in asked.items()}
     for task in tasks:
@@ -401,7 +403,7 @@ def evaluate_trial(
     for path, items in asked.items():
         of_dense, of_folded = (
             choices.option_perplexities(
-                model, encoded[path], progress=partial(progress, f"{path.name}, {who}")
+                model, encoded[path], progress=partial(progress, f"{printable(path.name)}, {who}")
             )
             for who, model in models.items()
         )
@@ -437,7 +439,7 @@ def _evaluation_names(questions: Sequence[Path], tasks: Sequence[str], limit: in
         raise InputError(f"--limit is a number of items, at least 2 for a standard error, not {limit}.")
     names: dict[str, str] = {}
     for given, called in [*((str(path), path.stem) for path in questions), *((task, task) for task in tasks)]:
-        name = re.sub(r"[^\w.-]+", "-", called) + (f"-first{limit}" if limit else "")
+        name = re.sub(r"[^\w.-]+", "-", called)[:_LONGEST_NAME] + (f"-first{limit}" if limit else "")
         if name in names.values():
             raise InputError(
                 f"each question file and task has a name of its own, but two are called {called!r}. Rename one, or "
@@ -456,16 +458,17 @@ def _check_source(path: Path, run: RunView) -> None:
         source = local_path(reference)
         if source is not None and path.resolve().is_relative_to(source.resolve()):
             raise InputError(
-                f"questions must be unseen, but {path} belongs to {reference}, which '{run.name}' was made with. "
-                "Take a file from elsewhere."
+                f"questions must be unseen, but {printable(path)} belongs to {printable(reference)}, which "
+                f"'{run.name}' was made with. Take a file from elsewhere."
             )
 
 
 def _check_unseen(what: object, found: Sequence[tuple[int, str]], unit: str) -> None:
     if found:
         first, name = found[0]
+        occur = "occurs" if len(found) == 1 else "occur"
         raise InputError(
-            f"questions must be unseen, but {len(found):,} of {what} occur{'s' if len(found) == 1 else ''} in texts "
+            f"questions must be unseen, but {len(found):,} of {printable(what)} {occur} in texts "
             f"that this run used, the first ({unit} {first}) in the {name} texts: 13 of its tokens in a row, or all of "
             "them. Leave these out, or make a run on other texts."
         )

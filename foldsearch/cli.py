@@ -7,6 +7,8 @@ Exit codes: 0 done; 1 an export is not the model that was measured; 2 what was g
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import os
 import re
 import shutil
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import foldsearch
 from foldsearch.errors import InputError, VerificationError
 from foldsearch.files import disk_is_full
+from foldsearch.paths import check_path, command, printable, stem_beside
 from foldsearch.plan.extend import DEFAULT_RANK, PATTERNS, extended, rank_of
 
 if TYPE_CHECKING:
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
     from foldsearch.spec.study import Study
 
 DEFAULT_PLACE = Path("runs")
+_LONGEST_NAME = 60  # characters that a file name repeats of a model's: of four bytes at most
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 
 _ABOUT = """\
 From a decoder LLM and a device budget to a Pareto front of folded models that were really
@@ -106,8 +111,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after `foldsearch`; those of the process if None.
     """
-    args = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    _print_everything()
+    args = _parser().parse_args(words)
     try:
+        _check_text(words)
         code: int = args.verb(args)
         sys.stdout.flush()
         return code
@@ -124,9 +132,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if _is_out(getattr(error, "filename", None), getattr(args, "out", None)):
             return _fail(f"'{error.filename}' cannot be written: {error.strerror}. Choose another --out.", 2)  # type: ignore[attr-defined]
+        where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+        if isinstance(error, OSError) and error.errno in _REFUSED:
+            remedy = "Choose another place, or change its permissions."
+            return _fail(f"a file or folder{where} cannot be used: {error.strerror}. {remedy}", 2)
         if not disk_is_full(error):
             raise  # ours: the traceback is wanted
-        where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
         return _fail(
             f"the disk is full{where}. Nothing half-written was kept. Make room, then run it again.", 2
         )
@@ -137,14 +148,32 @@ def _is_out(path: object, out: Path | None) -> bool:
     if out is None or not isinstance(path, str):
         return False
     place, wanted = Path(path).absolute(), out.absolute()
-    beside = place.parent == wanted.parent and place.name.startswith(f".{wanted.name}.")
-    return beside or place.is_relative_to(wanted)
+    is_beside = place.parent == wanted.parent and place.name.startswith(stem_beside(wanted))
+    return is_beside or place.is_relative_to(wanted)
 
 
 def _fail(message: object, code: int) -> int:
     sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr)
+    _say(f"error: {message}")
     return code
+
+
+def _print_everything() -> None:
+    """A character that the terminal's encoding lacks is printed as an escape, and never an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _check_text(words: Sequence[str]) -> None:
+    """Refuse what could not be written down: studies, records and reports are UTF-8."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the command line must be UTF-8 text; got '{printable(word)}'. Rename the file or folder."
+            ) from error
 
 
 # ---- the words of the command line
@@ -471,11 +500,10 @@ def _search(study: Study | None, folder: Path, *, resume: bool) -> int:
     out.print()
     out.print(front_report(view, width=out.width))
     page = write_report(view)
-    out.print()
-    out.print(f"Pictures: {page}")
+    _print_line(out, f"\nPictures: {printable(page)}")
     if view.finished:
-        out.print(f"Choose:   foldsearch pick {folder} --knee    (or --max-gb X, or --trial N)")
-        out.print(f"Ship:     foldsearch export {folder} --out DIR")
+        _print_line(out, f"Choose:   {command('pick', folder, '--knee')}    (or --max-gb X, or --trial N)")
+        _print_line(out, f"Ship:     {command('export', folder, '--out', 'DIR')}")
     return 0
 
 
@@ -523,12 +551,18 @@ def _check_new(args: argparse.Namespace) -> None:
     """What is written to is told before hours of training, not after."""
     export = getattr(args, "export", None)
     for option, folder in (("--out", args.out), ("--export", export)):
-        if folder is not None and folder.exists():
-            raise InputError(f"{option} is a new folder, but '{folder}' is there already. Choose another.")
-        if folder is not None:
-            _check_place(option, folder)
+        if folder is None:
+            continue
+        check_path(folder, option)
+        if folder.exists():
+            raise InputError(
+                f"{option} is a new folder, but '{printable(folder)}' is there already. Choose another."
+            )
+        _check_place(option, folder)
     if args.out is not None and export is not None and args.out.resolve() == export.resolve():
-        raise InputError(f"--out and --export are two folders, got '{args.out}' for both. Choose another.")
+        raise InputError(
+            f"--out and --export are two folders, got '{printable(args.out)}' for both. Choose another."
+        )
 
 
 def _check_place(option: str, path: Path) -> None:
@@ -536,7 +570,9 @@ def _check_place(option: str, path: Path) -> None:
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         reason = "cannot be written to" if above.is_dir() else "is a file"
-        raise InputError(f"{option} names a place in a folder that can be written, but '{above}' {reason}.")
+        raise InputError(
+            f"{option} names a place in a folder that can be written, but '{printable(above)}' {reason}."
+        )
 
 
 @contextmanager
@@ -590,16 +626,18 @@ def _inspect(args: argparse.Namespace) -> int:
     from foldsearch.report.terminal import console, evidence_table
 
     study = _study(args)
-    picture = args.out or Path(f"inspect-{Path(study.model.replace(':', '/')).name}.png")
+    named = Path(study.model.replace(":", "/")).name[:_LONGEST_NAME]
+    picture = args.out or Path(f"inspect-{named}.png")
+    check_path(picture, "--out")
     if picture.is_dir():
-        raise InputError(f"--out is a file, but '{picture}' is a folder. Give a name in it.")
+        raise InputError(f"--out is a file, but '{printable(picture)}' is a folder. Give a name in it.")
     _check_place("--out", picture)
     with _status() as progress:
         evidence = inspect_model(study, progress)
     out = console()
     out.print(evidence_table(evidence))
     draw_evidence(evidence, picture, title=f"{study.model}: cosines of hidden states")
-    out.print(f"\nMeans over {evidence.tokens:,} tokens. Picture: {picture}")
+    _print_line(out, f"\nMeans over {evidence.tokens:,} tokens. Picture: {printable(picture)}")
     return 0
 
 
@@ -610,7 +648,7 @@ def _front(args: argparse.Namespace) -> int:
     view = open_run(args.run)
     out = console()
     out.print(front_report(view, width=out.width, every=args.all))
-    out.print(f"\nPictures: {write_report(view)}")
+    _print_line(out, f"\nPictures: {printable(write_report(view))}")
     return 0
 
 
@@ -653,7 +691,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     out = console()
     out.print(evaluation_table(found))
     for one in found:
-        out.print(f"Written: {one.file}", soft_wrap=True)
+        _print_line(out, f"Written: {printable(one.file)}")
     return 0
 
 
@@ -703,12 +741,19 @@ def _quiet_bars() -> None:
 
 def _say(words: str) -> None:
     """On standard error, so that standard output holds only what was asked for."""
-    print(words, file=sys.stderr)
+    print("\n".join(map(printable, words.split("\n"))), file=sys.stderr)
+
+
+def _print_line(out: Console, words: str) -> None:
+    """A line that stays one, however narrow the terminal: what is in it is copied."""
+    out.print(words, soft_wrap=True)
 
 
 @contextmanager
 def _status() -> Iterator[StageProgress]:
     """One line on the terminal that says what is being done; in a log file, a line a stage."""
+    from rich.text import Text  # a stage may name a path, which is no mark-up
+
     from foldsearch.report.terminal import console
 
     err: Console = console(stderr=True)
@@ -723,7 +768,9 @@ def _status() -> Iterator[StageProgress]:
         yield tell
         return
     with err.status("starting") as line:
-        yield lambda stage, share: line.update(f"{stage} {share:.0%}" if share else stage)
+        yield lambda stage, share: line.update(
+            Text(f"{printable(stage)} {share:.0%}" if share else printable(stage))
+        )
 
 
 def _new_folder(study: str | None) -> Path:

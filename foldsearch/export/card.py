@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
+
+from foldsearch.paths import printable
 
 _LOAD_FOLDED = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -58,13 +61,14 @@ def model_card(report: dict[str, Any]) -> str:
     details = ""
     if report["details"]:
         details = f"\n## Details\n\n```json\n{json.dumps(report['details'], indent=1)}\n```\n"
+    base_model = _escaped(report["base_model"])
     return f"""---
 library_name: transformers
 tags: [foldsearch, text-generation]
 ---
-# {report["base_model"]}, folded
+# {base_model}, folded
 
-Made by foldsearch from **{report["base_model"]}** ({report["num_blocks"]} blocks). The weights derive from that model:
+Made by foldsearch from **{base_model}** ({report["num_blocks"]} blocks). The weights derive from that model:
 its licence and its terms of use apply to them.
 
 What runs at each depth, in {report["dtype"]}, shared weights {"stored once" if folded else "written out"}:
@@ -90,3 +94,8 @@ Reloaded in a fresh process and compared with the model that was measured:
 
 {chr(10).join(f"- {check}" for check in checks)}
 {details}"""
+
+
+def _escaped(name: str) -> str:
+    """A model's name, which may be a path, as Markdown that shows it as it is."""
+    return re.sub(r"[\\`*\[\]<>|~$&#!]|(?<!\w)_|_(?!\w)", r"\\\g<0>", printable(name))

@@ -24,6 +24,7 @@ from foldsearch.export.card import model_card
 from foldsearch.export.write import expand, write_folded
 from foldsearch.model.fold import cast
 from foldsearch.model.parts import Borrowed
+from foldsearch.paths import beside, check_path, printable
 from foldsearch.plan.cost import DTYPE_BYTES, GB
 from foldsearch.plan.plan import FoldPlan
 
@@ -142,14 +143,15 @@ def export(
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"the export goes into {folder.parent}, which cannot be made: {error.strerror}. Choose another folder."
+            f"the export goes into {printable(folder.parent)}, which cannot be made: {error.strerror}. "
+            "Choose another folder."
         ) from error
     if (free := shutil.disk_usage(folder.parent).free) < 1.1 * weight_bytes:
         raise InputError(
-            f"the export needs {weight_bytes / GB:.2f} GB, but {folder.parent} has {free / GB:.2f} GB free. "
+            f"the export needs {weight_bytes / GB:.2f} GB, but {printable(folder.parent)} has {free / GB:.2f} GB free. "
             "Make room, or choose another folder."
         )
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}.partial"
+    temporary = beside(folder, "partial")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
@@ -175,12 +177,12 @@ def export(
             details=details,
         )
         (temporary / "foldsearch.json").write_text(json.dumps(report.to_json(), indent=1))
-        (temporary / "README.md").write_text(model_card(report.to_json()))
+        (temporary / "README.md").write_text(model_card(report.to_json()), encoding="utf-8")
         _rename(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise InputError(
             quote_error(
-                f"the export could not be written to {folder.parent}",
+                f"the export could not be written to {printable(folder.parent)}",
                 error,
                 f"It needs {weight_bytes / GB:.2f} GB. Make room, or choose another folder.",
             )
@@ -204,12 +206,12 @@ def load_exported(folder: Path | str) -> tuple[PreTrainedModel, PreTrainedTokeni
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ModelError(
-            f"{folder} is not an exported model: it has no config.json. `foldsearch export` writes one."
+            f"{printable(folder)} is not an exported model: it has no config.json. `foldsearch export` writes one."
         )
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     if wrong := verify.wrong_keys(loaded[1]):
         raise ModelError(
-            f"{folder} does not hold the weights its config asks for: {wrong[:5]}. Export it again."
+            f"{printable(folder)} does not hold the weights its config asks for: {wrong[:5]}. Export it again."
         )
     model: PreTrainedModel = loaded[0].eval()
     if not (folder / "tokenizer_config.json").is_file():
@@ -247,8 +249,9 @@ def _check_arguments(
         raise InputError(
             f"verification needs token ids of shape (sequences, tokens ≥ 2), got {tuple(ids_NT.shape)}."
         )
+    check_path(folder, "an export's path")
     if folder.exists() and not overwrite:
-        raise InputError(f"{folder} exists already. Choose another folder, or move it away.")
+        raise InputError(f"{printable(folder)} exists already. Choose another folder, or move it away.")
 
 
 def _verify(
@@ -437,7 +440,7 @@ def _weight_bytes(model: PreTrainedModel) -> int:
 
 def _rename(temporary: Path, folder: Path) -> None:
     """Put the finished folder in its place; an old one goes only after the new one is there."""
-    old = folder.parent / f".{folder.name}.{os.getpid()}.old"
+    old = beside(folder, "old")
     if folder.exists():
         os.rename(folder, old)
     try:

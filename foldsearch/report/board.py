@@ -9,6 +9,7 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from foldsearch.errors import InputError, RunError, quote_error
+from foldsearch.paths import printable
 from foldsearch.search.folder import RunFolder
 
 HOST = "127.0.0.1"  # a run's plans are nobody else's business, and the dashboard asks for no password
@@ -45,7 +46,9 @@ def open_server(path: Path, port: int) -> WSGIServer:
     """The server of `serve`, bound and not yet serving."""
     folder = RunFolder.open(path)
     if not folder.storage.is_file():
-        raise RunError(f"'{path}' has no study yet: its first trial has not begun. Try again in a moment.")
+        raise RunError(
+            f"'{printable(path)}' has no study yet: its first trial has not begun. Try again in a moment."
+        )
     import optuna_dashboard
 
     from foldsearch.search.records import open_storage

@@ -15,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from foldsearch.paths import printable
 from foldsearch.plan.result import TrialResult
 from foldsearch.report.terminal import budget_words, ruler, strip_text
 from foldsearch.report.view import author, counted, gb
@@ -102,10 +103,13 @@ class RunDisplay:
                     event.number, Text(f"stopped at rung {event.result.rung}: {event.reason}", style="dim")
                 )
             case TrialFailed():
-                self._end(event.number, Text(event.reason, style="red"))
+                self._end(event.number, Text(printable(event.reason), style="red"))
             case TrialRetried():
                 self._print(
-                    Text(f"trial {event.number} goes on in a new worker: {event.reason}", style="yellow")
+                    Text(
+                        f"trial {event.number} goes on in a new worker: {printable(event.reason)}",
+                        style="yellow",
+                    )
                 )
             case Progress():
                 self._progress, self._progress_at = event, time.monotonic()
@@ -115,10 +119,8 @@ class RunDisplay:
                 under_way = counted(event.num_running, "trial") + (
                     " was" if event.num_running == 1 else " were"
                 )
-                self._print(
-                    f"Stopped; nothing that was finished is lost, {under_way} under way.\n"
-                    f"Go on with: {event.resume}"
-                )
+                self._print(f"Stopped; nothing that was finished is lost, {under_way} under way.")
+                self._console.print(f"Go on with: {event.resume}", soft_wrap=True)  # one line, to be copied
             case SearchDone():
                 self._done(event)
             case _:
@@ -131,7 +133,7 @@ class RunDisplay:
 
     def _prepare(self, event: Preparing) -> None:
         if self._live is None and event.stage != self._waiting:
-            self._print(Text(f"{event.stage} ...", style="dim"))
+            self._print(Text(f"{printable(event.stage)} ...", style="dim"))
         self._waiting = event.stage
         self._waiting_share = event.share
 
@@ -148,7 +150,7 @@ class RunDisplay:
         before = f", {event.num_ended} of them ended before" if event.num_ended else ""
         self._print(
             Text.assemble(
-                (str(folder.path), "bold"),
+                (printable(folder.path), "bold"),
                 f": {planned}{limit}{before}; {budget_words(folder)}, dense needs "
                 f"{gb(folder.dense.memory_bytes, folder.dense)} GB and {folder.dense.flops:.3g} FLOPs per token",
             )
@@ -206,7 +208,9 @@ class RunDisplay:
     def _bottom(self) -> RenderableType:
         if self._waiting:
             done = f" {self._waiting_share:.0%}" if self._waiting_share else ""
-            return Text(f"{self._waiting}{done} · {_duration(time.monotonic() - self._began)}", style="dim")
+            return Text(
+                f"{printable(self._waiting)}{done} · {_duration(time.monotonic() - self._began)}", style="dim"
+            )
         table = Table.grid(padding=(0, 2, 0, 0))
         for number, (phase, share) in sorted(self._running.items()):
             proposal = self._proposals.get(number)

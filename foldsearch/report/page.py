@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foldsearch.files import replace_atomically
+from foldsearch.paths import printable
 from foldsearch.plan.cost import GB, Cost
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Quality
@@ -80,11 +81,10 @@ def _front_figure(view: RunView) -> Figure:
     _plain(axes)
     _draw_points(view, figure, axes)
     _draw_strips(view, strips, front)
-    study = view.folder.study
     note = f" ({view.note})" if view.note else ""
     figure.suptitle(
-        f"{study.model}{note} on {view.data}: KL to dense on the search texts, against memory",
-        fontsize=11, color=INK, x=0.01, ha="left",
+        f"{view.model}{note} on {view.data}: KL to dense on the search texts, against memory",
+        fontsize=11, color=INK, x=0.01, ha="left", parse_math=False,
     )  # fmt: skip
     return figure
 
@@ -215,7 +215,8 @@ def _evidence_figure(evidence: Evidence, title: str) -> Figure:
     bar.set_label("cosine of its input and output", fontsize=8, color=INK)
     bar.ax.tick_params(labelsize=8, colors=INK)
     bar.outline.set_visible(False)
-    figure.suptitle(f"{title}, {evidence.tokens:,} tokens", fontsize=11, color=INK, x=0.01, ha="left")
+    title = f"{printable(title)}, {evidence.tokens:,} tokens"
+    figure.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left", parse_math=False)
     return figure
 
 
@@ -256,12 +257,12 @@ svg {{ display: block; }}
 def _page(view: RunView) -> str:
     esc = html.escape
     picture = base64.b64encode(_png(_front_figure(view))).decode() if view.finished else ""
-    study, target = view.folder.study, view.folder.target
+    target = view.folder.target
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
         f"<title>{esc(view.name)} · foldsearch</title><style>{_STYLE}</style>",
-        f"<h1>{esc(study.model)} folded</h1>",
+        f"<h1>{esc(view.model)} folded</h1>",
         f"<p>{esc(view.note) + '. ' if view.note else ''}Text: {esc(view.data)}. Priced for {target.dtype}, a context "
         f"of {target.context:,} tokens, batch {target.batch}, {target.runtime} weights; "
         f"{esc(budget_words(view.folder))}.</p>",

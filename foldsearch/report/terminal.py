@@ -13,6 +13,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from foldsearch.paths import printable
 from foldsearch.plan.cost import GB, Cost, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan, Slot
 from foldsearch.plan.proposal import Criterion
@@ -48,7 +49,8 @@ def console(*, stderr: bool = False) -> Console:
     """A console that fits its terminal; in a log file lines are wide enough for every column."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else WIDTH_OF_LOGS
-    return Console(stderr=stderr, width=width, highlight=False, soft_wrap=False)
+    # No mark-up: a folder may be called [red] or :smile:. What is styled is a `Text`.
+    return Console(stderr=stderr, width=width, highlight=False, soft_wrap=False, markup=False, emoji=False)
 
 
 # ---- a plan as a strip
@@ -293,10 +295,10 @@ def _criteria_table(criteria: Mapping[int, Mapping[str, Entry]], used: Sequence[
 
 
 def _heading(view: RunView) -> Text:
-    study, target = view.folder.study, view.folder.target
+    target = view.folder.target
     text = Text()
     text.append(view.name, style="bold")
-    text.append(f"  {study.model}" + (f" ({view.note})" if view.note else "") + f" on {view.data}\n")
+    text.append(f"  {view.model}" + (f" ({view.note})" if view.note else "") + f" on {view.data}\n")
     text.append(
         f"priced for {target.dtype}, a context of {target.context:,} tokens, batch {target.batch}, "
         f"{target.runtime} weights; {budget_words(view.folder)}",
@@ -444,7 +446,8 @@ def dry_run_table(study: Study, found: DryRun) -> Group:
     trials = counted(found.trials, "trial") if study.trials else "trials"
     table = Table.grid(padding=(0, 3, 0, 0))
     table.add_row(
-        "space", f"{study.space.name}: {found.size:,} proposals, recovery settings and neighbours not counted"
+        "space",
+        f"{printable(study.space.name)}: {found.size:,} proposals, recovery settings and neighbours not counted",
     )
     table.add_row(
         "feasible", f"{found.feasible_share:.1%} of random ones as they come; {low} to {high} blocks can go"
@@ -494,7 +497,7 @@ def export_table(report: ExportReport, folder: Path) -> Group:
             "  loads where foldsearch is not installed, with trust_remote_code=True, to the same logits"
         )
     lines = [Text(line, style="" if line[0] != " " else "green") for line in checks]
-    return Group(Text(f"{folder}", style="bold"), Text(), table, Text(), *lines)
+    return Group(Text(printable(folder), style="bold"), Text(), table, Text(), *lines)
 
 
 def evaluation_table(found: Sequence[Evaluation]) -> Group:

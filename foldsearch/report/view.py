@@ -7,6 +7,7 @@ from math import floor, isfinite, log10
 from pathlib import Path
 
 from foldsearch.errors import RunError
+from foldsearch.paths import command, printable
 from foldsearch.plan.cost import GB, Cost
 from foldsearch.plan.front import knee
 from foldsearch.plan.plan import FoldPlan, Slot
@@ -81,14 +82,20 @@ class RunView:
 
     @property
     def name(self) -> str:
-        """The run folder, as it was named."""
-        return str(self.folder.path)
+        """The run folder, as it was named; for messages and reports."""
+        return printable(self.folder.path)
+
+    @property
+    def model(self) -> str:
+        """The dense model, as the study names it; for messages and reports."""
+        return printable(self.folder.study.model)
 
     @property
     def data(self) -> str:
-        """The texts, as the study names them."""
+        """The texts, as the study names them; for messages and reports."""
         data = self.folder.study.data
-        return data if isinstance(data, str) else ", ".join(dict.fromkeys(data.model_dump().values()))
+        names = [data] if isinstance(data, str) else dict.fromkeys(data.model_dump().values())
+        return ", ".join(map(printable, names))
 
     @property
     def dense_perplexity(self) -> float | None:
@@ -185,7 +192,7 @@ class RunView:
         if not finished:
             raise RunError(
                 f"only a trial that reached the last rung can be picked, and '{self.name}' has none yet. "
-                f"Go on with: foldsearch resume {self.name}"
+                f"Go on with: {command('resume', self.folder.path)}"
             )
         if number is not None:
             for entry in finished:

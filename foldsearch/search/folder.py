@@ -22,6 +22,7 @@ from typing import Any
 from foldsearch import __version__
 from foldsearch.errors import FoldsearchError, RunError, quote_error
 from foldsearch.files import disk_is_full, write_json
+from foldsearch.paths import beside, check_path, command, printable
 from foldsearch.plan.cost import Budget, Cost, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.spec.load import study_from_json
@@ -50,17 +51,22 @@ class RunFolder:
 
         Raises:
             RunError: something is there already, or the folder above cannot be written.
+            InputError: `path` is no text, or too long.
         """
+        check_path(path, "a run folder's path")
+        if path.name in ("", ".."):
+            raise RunError(f"a run starts in a folder of its own, got '{path}'. Give it a name.")
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RunError(
-                f"a run starts in a folder of its own, but '{path}' is there already. "
-                f"Choose another name, or go on with it: foldsearch resume {path}"
+                f"a run starts in a folder of its own, but '{printable(path)}' is there already. "
+                f"Choose another name, or go on with it: {command('resume', path)}"
             )
         above = next(parent for parent in path.absolute().parents if parent.exists())
         if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
             reason = "cannot be written" if above.is_dir() else "is a file"
             raise RunError(
-                f"the run folder '{path}' cannot be written: '{above}' {reason}. Choose another place."
+                f"the run folder '{printable(path)}' cannot be written: '{printable(above)}' {reason}. "
+                "Choose another place."
             )
 
     @classmethod
@@ -72,7 +78,7 @@ class RunFolder:
             RunError: something is at `path` already, or it cannot be written, or the disk is full.
         """
         cls.check_new(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = beside(path, "tmp")
         try:
             with _written(path):
                 temporary.mkdir(parents=True)
@@ -107,7 +113,7 @@ class RunFolder:
         """
         if not (path / "study.json").is_file():
             raise RunError(
-                f"a run folder holds study.json, but there is no '{path / 'study.json'}'. "
+                f"a run folder holds study.json, but there is no '{printable(path / 'study.json')}'. "
                 "Name the folder that `foldsearch run` printed."
             )
         try:
@@ -115,11 +121,11 @@ class RunFolder:
             schema, version = value["schema"], value["foldsearch"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(
-                quote_error(f"'{path / 'study.json'}' cannot be read", error, "Start a new run.")
+                quote_error(f"'{printable(path / 'study.json')}' cannot be read", error, "Start a new run.")
             ) from error
         if (schema, version) != (SCHEMA, __version__):
             raise RunError(
-                f"'{path}' is a run of foldsearch {version} (schema {schema}), "
+                f"'{printable(path)}' is a run of foldsearch {version} (schema {schema}), "
                 f"but this is {__version__} (schema {SCHEMA}). "
                 f"Install foldsearch {version}, or start a new run."
             )
@@ -128,7 +134,7 @@ class RunFolder:
             table = CostTable.from_json(json.loads((path / "table.json").read_text()))
         except (OSError, ValueError, KeyError, TypeError, FoldsearchError) as error:
             raise RunError(
-                quote_error(f"the run folder '{path}' is incomplete", error, "Start a new run.")
+                quote_error(f"the run folder '{printable(path)}' is incomplete", error, "Start a new run.")
             ) from error
         return cls(path, study, table, value["provenance"])
 
@@ -142,7 +148,7 @@ class RunFolder:
         if different := [name for name in mine if mine[name] != other[name] and name not in LIMITS]:
             shown = "; ".join(f"{name} was {mine[name]!r}, is {other[name]!r}" for name in different)
             raise RunError(
-                f"'{self.path}' is a run of another study: {shown}. A resumed run may change "
+                f"'{printable(self.path)}' is a run of another study: {shown}. A resumed run may change "
                 f"{', '.join(LIMITS)} only. Start a new run in another folder."
             )
         folder = replace(self, study=study)
@@ -216,7 +222,7 @@ class RunFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise RunError(
-                    f"one process at a time runs a study, but another one is at work in '{self.path}'. "
+                    f"one process at a time runs a study, but another one is at work in '{printable(self.path)}'. "
                     "Wait for it, or stop it (Ctrl-C) first."
                 ) from error
             yield
@@ -228,4 +234,6 @@ def _written(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = " Free some space." if disk_is_full(error) else ""
-        raise RunError(f"the run folder '{path}' cannot be written: {error.strerror}.{remedy}") from error
+        raise RunError(
+            f"the run folder '{printable(path)}' cannot be written: {error.strerror}.{remedy}"
+        ) from error

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import random
+import sqlite3
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
 from foldsearch.errors import BudgetError, RunError, quote_error
+from foldsearch.paths import printable
 from foldsearch.plan.cost import GB, Cost, price
 from foldsearch.plan.front import non_dominated
 from foldsearch.plan.plan import FoldPlan, is_foldable
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 STUDY_NAME = "foldsearch"
 METRIC_NAMES = {"kl": "KL to dense (nats per token)", "memory": "memory (GB)", "flops": "FLOPs per token"}
 _NEIGHBOUR_TRIES = 20
+_WAIT_SECONDS = 60  # for another writer of the same file
 _REJECTS = 100
 
 RecordState = Literal["waiting", "running", "finished", "stopped", "infeasible", "failed"]
@@ -460,17 +463,22 @@ def open_storage(folder: RunFolder) -> optuna.storages.RDBStorage:
     Raises:
         RunError: it is damaged.
     """
+    # Never as part of the URL: there `?`, `#` and `%` mean something, and Optuna fills in what stands in braces.
+    file = folder.storage.resolve()
     try:
         storage = optuna.storages.RDBStorage(
-            f"sqlite:///{folder.storage.resolve()}",
-            engine_kwargs={"connect_args": {"timeout": 60}},  # seconds to wait for another writer
+            "sqlite://",
+            engine_kwargs={
+                "creator": lambda: sqlite3.connect(file, timeout=_WAIT_SECONDS, check_same_thread=False),
+                "poolclass": sqlalchemy.pool.QueuePool,  # that of a file; the URL alone would be one in memory
+            },
         )
     except sqlalchemy.exc.DatabaseError as error:
         if isinstance(error, sqlalchemy.exc.OperationalError):  # locked, say, or the disk is full
             raise
         raise RunError(
             quote_error(
-                f"the trials of a run are in its {folder.storage.name}, but '{folder.storage}' is damaged",
+                f"the trials of a run are in its {folder.storage.name}, but '{printable(folder.storage)}' is damaged",
                 error.orig or error,
                 "Put back a copy of it, or start a new run.",
             )

@@ -28,6 +28,7 @@ from ray._private import worker as ray_worker
 
 from foldsearch.errors import RunError, describe_error, quote_error
 from foldsearch.files import disk_is_full
+from foldsearch.paths import command, printable
 from foldsearch.plan.result import TrialResult
 from foldsearch.search.dry_run import dense_fits, num_cpus, num_gpus
 from foldsearch.search.events import (
@@ -105,7 +106,7 @@ def run_search(
                 context = load_function(prepare)(run.study, folder, check=run.study.narrowed, progress=say)
                 if context.table != run.table:
                     raise RunError(
-                        f"the model of '{folder}' is not the one it was started with. Start a new run."
+                        f"the model of '{printable(folder)}' is not the one it was started with. Start a new run."
                     )
                 _search(run, context, trial, tell)
             return run
@@ -158,7 +159,7 @@ def _resumable(run: RunFolder, on_event: OnEvent) -> Iterator[None]:
             yield
     except KeyboardInterrupt:
         running = sum(record.state == "running" for record in read_records(run))
-        on_event(SearchInterrupted(run, running, f"foldsearch resume {run.path}"))
+        on_event(SearchInterrupted(run, running, command("resume", run.path)))
         raise
 
 
@@ -258,7 +259,7 @@ class Search:
         if reason := message.get("disk full"):
             raise RunError(
                 f"trial {number} could not be written: {reason}\nFree some space; nothing that was finished is lost. "
-                f"Go on with: foldsearch resume {self.folder.path}"
+                f"Go on with: {command('resume', self.folder.path)}"
             )
         if reason := message.get("failed"):
             last = self.records.get(number).last
@@ -445,9 +446,9 @@ def _disk_full_is_an_error(run: RunFolder) -> Iterator[None]:
             raise
         raise RunError(
             quote_error(
-                f"the run folder '{run.path}' cannot be written",
+                f"the run folder '{printable(run.path)}' cannot be written",
                 error,
                 "Free some space; nothing that was finished is lost. "
-                f"Go on with: foldsearch resume {run.path}",
+                f"Go on with: {command('resume', run.path)}",
             )
         ) from error

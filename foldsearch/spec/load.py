@@ -10,12 +10,14 @@ import difflib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from foldsearch.errors import SpecError
+from foldsearch.paths import printable
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import Study
 
@@ -62,7 +64,7 @@ def load_study(
     typed, written = _typed_and_written(faults, given, options or {})
     parts = [
         _section("the command line" if options else "the overrides", typed),
-        _section(str(path), written),
+        _section(printable(path), written),
         of_space,
     ]
     raise SpecError("\n".join(part for part in parts if part))
@@ -77,7 +79,7 @@ def load_space(reference: str | Path) -> Space:
     path = _find(reference, "space", "spaces")
     value = _read(path)
     value.setdefault("name", path.stem)
-    return _validate(Space, value, str(path))
+    return _validate(Space, value, printable(path))
 
 
 def study_from_json(value: dict[str, Any]) -> Study:
@@ -108,17 +110,18 @@ def shipped(folder: str) -> dict[str, Path]:
 
 def _find(reference: str | Path, what: str, folder: str) -> Path:
     path = Path(reference)
-    if path.is_file():
-        return path
+    with suppress(OSError):  # no name that a file may have
+        if path.is_file():
+            return path
     known = shipped(folder)
     if str(reference) in known:
         return known[str(reference)]
     if path.suffix == ".toml" or len(path.parts) > 1 or isinstance(reference, Path):
         raise SpecError(
-            f"a {what} is a TOML file, but there is no file '{reference}'.{_suggest(path.stem, known)}"
+            f"a {what} is a TOML file, but there is no file '{printable(reference)}'.{_suggest(path.stem, known)}"
         )
     raise SpecError(
-        f"a {what} is a path to a TOML file or one of {', '.join(known)}; got '{reference}'."
+        f"a {what} is a path to a TOML file or one of {', '.join(known)}; got '{printable(reference)}'."
         f"{_suggest(str(reference), known)}"
     )
 
@@ -134,12 +137,12 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise SpecError(
-            f"{path}: TOML is UTF-8 text, but byte {error.start} is not. Save the file as UTF-8."
+            f"{printable(path)}: TOML is UTF-8 text, but byte {error.start} is not. Save the file as UTF-8."
         ) from error
     except tomllib.TOMLDecodeError as error:
-        raise SpecError(f"{path}: not TOML: {error}.") from error
+        raise SpecError(f"{printable(path)}: not TOML: {error}.") from error
     except OSError as error:
-        raise SpecError(f"{path} cannot be read: {error.strerror}.") from error
+        raise SpecError(f"{printable(path)} cannot be read: {error.strerror}.") from error
 
 
 def _set(value: dict[str, Any], keys: list[str], item: Any) -> None:
