@@ -523,7 +523,7 @@ class _Record:
     plan: FoldPlan
     learning_rate: float
     delta_rank: int
-    adapter_start: AdapterStart
+    adapter_start: AdapterStart | None  # None where no child carries an adapter
     gates: dict[str, Any] | None
     results: tuple[TrialResult, ...]
 
@@ -799,7 +799,7 @@ def _started(record: _Record, context: TrialContext, folder: Path, say: StagePro
         bench.dense,
         record.plan,
         bench.splits.recovery.ids_NT,
-        StartSettings(adapters=record.adapter_start, tokens=context.study.starts.tokens),
+        StartSettings(adapters=record.adapter_start or "zero", tokens=context.study.starts.tokens),
         model_hash=context.files.content_hash,
         cache_dir=context.cache_dir,
         progress=say,

@@ -17,18 +17,12 @@ def plans(
     *,
     replacements: bool = True,
     repeats: bool = True,
-    attention: bool = False,
 ) -> FoldPlan:
-    """Any lawful plan: kept, halved and dropped blocks, children of one or two earlier or later owners, repeats.
-
-    attention: at least one slot has attention (`fold` wants that).
-    """
+    """Any lawful plan: kept, halved and dropped blocks, children of one or two earlier or later owners, repeats."""
     count = draw(st.integers(1, 8)) if num_blocks is None else num_blocks
     unit = st.sampled_from(["own", "own", "borrowed", "absent"])
     kinds = [[draw(unit), draw(unit)] for _ in range(count)]
-    if all(kind == ["absent", "absent"] for kind in kinds) or (
-        attention and all(a == "absent" for a, _ in kinds)
-    ):
+    if all(attention == "absent" for attention, _ in kinds):
         kinds[draw(st.integers(0, count - 1))] = ["own", "own"]
     owners = []
     for which in (0, 1):

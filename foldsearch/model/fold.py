@@ -13,7 +13,7 @@ from foldsearch.model.blocks import FOLDED_PREFIX, Family, decoder_blocks, famil
 from foldsearch.model.folded import FOLD_SCHEMA, folded_config_class, folded_model_class, place_slots
 from foldsearch.model.parts import Borrowed, OutputNorm, Replaced
 from foldsearch.plan.cost import DEFAULT_EXPANSION
-from foldsearch.plan.plan import FoldPlan, Replacement, Slot, check_ranks, has_attention
+from foldsearch.plan.plan import FoldPlan, Replacement, Slot, check_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,8 +40,7 @@ def fold(
 
     Raises:
         ModelError: the model is of an unknown family, is not a causal language model, or is folded already.
-        PlanError: the plan is for another number of blocks, has no attention at all, or an adapter is wider than
-            the linear it sits on.
+        PlanError: the plan is for another number of blocks, or an adapter is wider than the linear it sits on.
     """
     family = _family(dense)
     _check_plan(plan, decoder_blocks(dense), dense.config)
@@ -138,10 +137,6 @@ def _check_plan(plan: FoldPlan, blocks: nn.ModuleList, config: Any) -> None:
             f"the plan is for a model of {plan.num_blocks} blocks, but this one has {len(blocks)}."
         )
     check_ranks(plan, config.hidden_size)
-    if not has_attention(plan):
-        raise PlanError(
-            "a model needs attention somewhere, but no slot of the plan has it. Keep one attention."
-        )
 
 
 def _assign(model: PreTrainedModel, dense: PreTrainedModel, family: Family, plan: FoldPlan) -> None:

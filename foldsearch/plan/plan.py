@@ -208,6 +208,7 @@ def _check(plan: FoldPlan) -> None:
     _check_slots(plan)
     _check_order(plan)
     _check_owners(plan)
+    _check_attention(plan)
 
 
 def _check_slots(plan: FoldPlan) -> None:
@@ -290,6 +291,17 @@ def _check_owners(plan: FoldPlan) -> None:
                 f"only a child carries an adapter or an output norm, but block {carrier.home} at position {position} "
                 "runs its own weights. Leave +r and +n out."
             )
+
+
+def _check_attention(plan: FoldPlan) -> None:
+    if not any(
+        slot.attention is not None if isinstance(slot, Slot) else slot.kind == "layer" for slot in plan.slots
+    ):
+        # No token would know of another one, and there would be no KV cache to decode with.
+        raise PlanError(
+            f"a plan attends at one position at least, but '{plan}' has no attention. Keep the attention of a block, "
+            "or replace blocks by ~layer, which has one."
+        )
 
 
 # ---- text
@@ -406,17 +418,9 @@ def _slot_word(slot: Slot, repeat: bool) -> str:
     return word + (f"+r{slot.rank}" if slot.rank else "") + ("+n" if slot.norm else "")
 
 
-def has_attention(plan: FoldPlan) -> bool:
-    """Whether any position attends: a model without attention cannot be run with a cache."""
-    return any(
-        slot.attention is not None if isinstance(slot, Slot) else slot.kind == "layer" for slot in plan.slots
-    )
-
-
 def is_foldable(plan: FoldPlan, width: int) -> bool:
-    """Whether a model of this width can be folded by the plan, as `fold` checks it."""
-    ranks = (slot.rank for slot in plan.slots if isinstance(slot, Slot))
-    return has_attention(plan) and max(ranks, default=0) <= width
+    """Whether a model of this width can be folded by the plan: no adapter is wider than the model."""
+    return max((slot.rank for slot in plan.slots if isinstance(slot, Slot)), default=0) <= width
 
 
 def check_ranks(plan: FoldPlan, width: int) -> None:

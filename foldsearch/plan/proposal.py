@@ -18,7 +18,16 @@ from foldsearch.plan.cost import DTYPE_BYTES, Cost, CostTable, Target, price, re
 from foldsearch.plan.plan import FoldPlan, Replacement, ReplacementKind, Slot
 
 Criterion = Literal[
-    "gate", "block_influence", "window", "linear_window", "greedy", "uniform", "random", "evolution", "given"
+    "gate",
+    "block_influence",
+    "window",
+    "linear_window",
+    "greedy",
+    "uniform",
+    "random",
+    "evolution",
+    "given",
+    "none",
 ]
 Fate = Literal["drop", "share", "replace"]
 AdapterStart = Literal["zero", "svd", "data"]
@@ -29,14 +38,18 @@ Origin = Literal["sampler", "baseline", "start", "neighbour", "hand"]
 class Proposal:
     """One trial as it is suggested.
 
-    criterion: what ranks the blocks; "given": `plan` says it all (neighbour moves, plans typed by hand).
-    num_removed: blocks to remove. gate_eps: of the gated training, where the criterion is "gate".
+    What a proposal does not use is set to its default when it is made (a group size without groups, the start of
+    adapters where nothing carries one, the criterion where nothing is removed), so equal proposals ask for the same
+    thing, and proposals that ask for the same thing are equal.
+
+    criterion: what ranks the blocks; "given": `plan` says it all (neighbour moves, plans typed by hand); "none": no
+    block is removed. num_removed: blocks to remove. gate_eps: of the gated training, where the criterion is "gate".
     fate: of the removed blocks: "drop": they are gone (FoldGPT); "share": each comes back as a child of a kept block
     (FlexiGPT); "replace": a network takes the place of every run of them (LLM-Streamline).
     replacement: kind of that network, where the fate is "replace".
     group_size, group_start, num_groups: grouped sharing (see `fold_plan`); group_size 1 or num_groups 0 is none.
-    adapter_rank: of each child. adapter_start: how adapters start (see `foldsearch.model.children`).
-    attention_removed: kept blocks that lose their attention only.
+    adapter_rank: of each child. adapter_start: how adapters start (see `foldsearch.model.children`); None exactly where
+    no child carries one. attention_removed: kept blocks that lose their attention only.
     learning_rate, delta_rank: of the recovery training. origin: who proposed it.
 
     Raises:
@@ -52,7 +65,7 @@ class Proposal:
     group_start: int = 0
     num_groups: int = 0
     adapter_rank: int = 0
-    adapter_start: AdapterStart = "svd"
+    adapter_start: AdapterStart | None = "svd"
     attention_removed: int = 0
     learning_rate: float = 1e-3
     delta_rank: int = 8
@@ -67,6 +80,11 @@ class Proposal:
             raise PlanError(
                 f"a proposal holds a plan exactly when its criterion is 'given'; got criterion '{self.criterion}' "
                 f"and plan {str(self.plan)!r}."
+            )
+        if self.criterion == "none" and self.num_removed:
+            raise PlanError(
+                f"a proposal names what ranks the blocks where it removes some, but its criterion is 'none' and "
+                f"num_removed is {self.num_removed}. Name a criterion."
             )
         if (self.criterion == "gate") != (self.gate_eps is not None):
             raise PlanError(
@@ -98,6 +116,31 @@ class Proposal:
                 raise PlanError(f"a proposal's {name} is {low} or more, got {value}.")
         if not 0 < self.learning_rate < float("inf"):
             raise PlanError(f"a proposal's learning_rate is a positive number, got {self.learning_rate}.")
+        self._forget_what_is_not_used()
+
+    def _forget_what_is_not_used(self) -> None:
+        unused: set[str] = set()
+        if self.plan is not None:
+            unused |= {"num_removed", "attention_removed", "num_groups"}
+        if self.plan is not None or not self.num_removed:
+            unused |= {"gate_eps", "fate", "replacement"}
+        if "num_groups" in unused or not self.num_groups or self.group_size < 2:
+            unused |= {"num_groups", "group_size", "group_start"}
+        if "num_groups" in unused and ("fate" in unused or self.fate != "share"):
+            unused.add("adapter_rank")
+        for name in unused:
+            object.__setattr__(self, name, self.__dataclass_fields__[name].default)
+        if self.plan is None and not self.num_removed:
+            object.__setattr__(self, "criterion", "none")
+        if not self.adapter_rank and not (self.plan is not None and _carries_adapters(self.plan)):
+            object.__setattr__(self, "adapter_start", None)
+        elif self.adapter_start is None:
+            object.__setattr__(self, "adapter_start", "svd")
+
+    @property
+    def recovery(self) -> tuple[float, int]:
+        """What the recovery training of its plan depends on: learning rate and delta rank."""
+        return self.learning_rate, self.delta_rank
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict; a plan as its text and number of blocks."""
@@ -142,12 +185,13 @@ def fold_plan(
         attention_order: blocks whose attention goes first, first; removed blocks and children are passed over.
 
     Raises:
-        PlanError: every block is removed, or a block to remove does not exist.
+        PlanError: every block is removed, no attention is left, or a block to remove does not exist.
     """
     if proposal.plan is not None:
         return proposal.plan
     removed = set(dropped)
     plan = FoldPlan.dropping(removed, num_blocks)
+    _check_attention_left(proposal, plan.depth)
     slots = [slot for slot in plan.slots if isinstance(slot, Slot)]
     for first, last in _groups(len(slots), proposal):
         owner = slots[first].home
@@ -173,6 +217,18 @@ def fold_plan(
     every = [*slots, *added]
     every.sort(key=lambda slot: slot.home if isinstance(slot, Slot) else slot.first)
     return FoldPlan(tuple(every), num_blocks)
+
+
+def _check_attention_left(proposal: Proposal, kept: int) -> None:
+    if proposal.attention_removed >= kept:
+        raise PlanError(
+            f"a plan attends at one position at least, but {proposal.attention_removed} of the {kept} blocks that "
+            "are kept lose their attention. Leave one its own."
+        )
+
+
+def _carries_adapters(plan: FoldPlan) -> bool:
+    return any(isinstance(slot, Slot) and slot.rank for slot in plan.slots)
 
 
 def stretches(blocks: Iterable[int]) -> Iterator[tuple[int, int]]:
@@ -318,7 +374,7 @@ def lower_bound(proposal: Proposal, table: CostTable, target: Target) -> Cost:
     A proposal that holds its plan is priced exactly.
 
     Raises:
-        PlanError: as many blocks are dropped as there are.
+        PlanError: as many blocks are dropped as there are, or no kept block keeps its attention.
         BudgetError: the plan it holds is for another number of blocks.
     """
     if proposal.plan is not None:
@@ -329,6 +385,7 @@ def lower_bound(proposal: Proposal, table: CostTable, target: Target) -> Cost:
         raise PlanError(
             f"a plan runs at least one block, but {proposal.num_removed} of {num_blocks} are dropped. Keep one."
         )
+    _check_attention_left(proposal, kept)
     sums = _sums(table, target.context)
     grouped = sum(last - first - 1 for first, last in _groups(kept, proposal))
     back = (
@@ -370,8 +427,8 @@ def lower_bound(proposal: Proposal, table: CostTable, target: Target) -> Cost:
 _TRIES = 50  # random draws before all one-slot moves are listed
 
 
-def neighbour(plan: FoldPlan, rng: random.Random) -> FoldPlan:
-    """A lawful plan that differs from `plan` in one or two slots.
+def neighbour(plan: FoldPlan, rng: random.Random) -> FoldPlan | None:
+    """A lawful plan that differs from `plan` in one or two slots; None where there is none (a model of one block).
 
     Mostly the count stays: a block, or one unit of a block, goes and another comes back. Else one slot changes: a
     block goes or comes back, loses or regains a unit, shares with another owner or with none, its adapter doubles
@@ -392,7 +449,8 @@ def neighbour(plan: FoldPlan, rng: random.Random) -> FoldPlan:
             moved = rng.choice(options) if options else plan
         if moved != plan:
             return moved
-    return rng.choice([moved for move in _MOVES for moved in move(plan) if moved != plan])
+    every = [moved for move in _MOVES for moved in move(plan) if moved != plan]
+    return rng.choice(every) if every else None
 
 
 _Move = Callable[[FoldPlan], Iterator[FoldPlan]]

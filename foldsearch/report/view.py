@@ -227,6 +227,8 @@ def author(proposal: Proposal) -> str:
     """Who chose the blocks of a proposal, in a word or two, and what became of them where they are not dropped."""
     if proposal.criterion == "given":
         return proposal.origin
+    if proposal.criterion == "none":  # no block is removed
+        return "sharing" if proposal.num_groups else "attention"
     name = proposal.criterion.replace("block_influence", "influence").replace("_", " ")
     if proposal.gate_eps is not None:
         name += f" {proposal.gate_eps:g}"

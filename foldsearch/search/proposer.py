@@ -21,7 +21,7 @@ from foldsearch.plan.front import contributions, knee, normalise
 from foldsearch.plan.plan import FoldPlan, Replacement, Slot
 from foldsearch.plan.proposal import Criterion, Fate, Proposal
 from foldsearch.search.records import Record, Records, front, point
-from foldsearch.spec.space import Space, baseline, baseline_fits, first_trials
+from foldsearch.spec.space import baseline_fits, first_trials, is_baseline
 
 CLOSING_COUNTS = 2
 CLOSING_ROUNDS = 2  # closing trials may move the front to other counts: look again, where time allows
@@ -105,7 +105,8 @@ def missing_baselines(records: Records) -> list[tuple[Criterion, int]]:
     done = {
         (record.proposal.criterion, record.proposal.num_removed)
         for record in known
-        if record.proposal is not None and _is_plain(record.proposal, records.space)
+        if record.proposal is not None
+        if is_baseline(record.proposal, records.space, records.folder.num_blocks)
         if record.state in ("finished", "failed") or record.exempt
     }
     return [
@@ -114,15 +115,6 @@ def missing_baselines(records: Records) -> list[tuple[Criterion, int]]:
         for criterion in records.space.criteria
         if (criterion, count) not in done
     ]
-
-
-def _is_plain(proposal: Proposal, space: Space) -> bool:
-    """Whether a proposal does nothing but remove blocks, in the way that the space's baselines do."""
-    if proposal.plan is not None or proposal.num_groups or proposal.attention_removed:
-        return False
-    same = baseline(space, proposal.criterion, proposal.num_removed)
-    kind = (proposal.fate, proposal.replacement, proposal.adapter_rank, proposal.adapter_start)
-    return kind == (same.fate, same.replacement, same.adapter_rank, same.adapter_start)
 
 
 def _promising(records: Records, known: list[Record]) -> list[int]:

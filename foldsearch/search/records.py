@@ -185,20 +185,18 @@ class Records:
 
         Its gate_eps is that of the best gates so far, else the middle one of the space.
         """
-        low, high = self.space.recover.learning_rate
-        ranks = self.space.recover.delta_ranks
-        plain = baseline(self.space, criterion, num_removed)
-        params: dict[str, Any] = {
+        plain = baseline(self.space, criterion, num_removed, self.folder.num_blocks)
+        params: dict[str, Any] = {  # those that its kind of proposal is not asked for are passed over
             "num_removed": num_removed,
             "criterion": criterion,
             "fate": plain.fate,
             "num_groups": 0,
-            "attention_removed": self.space.attention_counts(self.folder.num_blocks)[0],
+            "attention_removed": plain.attention_removed,
             "child_rank": plain.adapter_rank,
             "adapter_start": plain.adapter_start,
             "replacement": plain.replacement,
-            "learning_rate": min(max(math.sqrt(low * high), low), high),
-            "delta_rank": ranks[len(ranks) // 2],
+            "learning_rate": plain.learning_rate,
+            "delta_rank": plain.delta_rank,
         }
         if criterion == "gate":
             params["gate_eps"] = self._best_eps()
@@ -299,7 +297,7 @@ class Records:
             parent = rng.choice(parents).last
             assert parent is not None
             plan = neighbour(parent.plan, rng)
-            if plan in tried or not is_foldable(plan, self.folder.table.width):
+            if plan is None or plan in tried or not is_foldable(plan, self.folder.table.width):
                 continue
             if self.folder.budget.admits(price(plan, self.folder.table, self.folder.target)):
                 learning_rate, delta_rank = propose_recovery(_Suggest(trial), self.space)

@@ -167,10 +167,10 @@ class Space(TomlTable):
         fewest = min(fewest, num_blocks - 1)
         return fewest, max(fewest, min(math.floor(high * num_blocks + 1e-9), num_blocks - 1))
 
-    def attention_counts(self, num_blocks: int) -> tuple[int, int]:
-        """Fewest and most of the blocks that lose their attention only."""
+    def attention_counts(self, num_blocks: int, num_removed: int = 0) -> tuple[int, int]:
+        """Fewest and most of the blocks that lose their attention only; one of the kept blocks always has its own."""
         low, high = self.attention
-        most = min(math.floor(high * num_blocks + 1e-9), num_blocks - 1)
+        most = max(0, min(math.floor(high * num_blocks + 1e-9), num_blocks - num_removed - 1))
         return min(math.ceil(low * num_blocks - 1e-9), most), most
 
     def for_width(self, width: int) -> Space:
@@ -213,34 +213,39 @@ def propose(suggest: Suggest, space: Space, num_blocks: int, *, origin: Origin =
     """
     fewest, most = space.counts(num_blocks)
     num_removed = suggest.integer("num_removed", fewest, most)
-    criterion = suggest.choice("criterion", space.criteria)
-    gate_eps = suggest.choice("gate_eps", space.gate_eps) if criterion == "gate" else None
-    fate = suggest.choice("fate", space.fates) if num_removed and len(space.fates) > 1 else space.fates[0]
-    fewest_thin, most_thin = space.attention_counts(num_blocks)
+    found: dict[str, Any] = _propose_removal(suggest, space) if num_removed else {"criterion": "none"}
+    fewest_thin, most_thin = space.attention_counts(num_blocks, num_removed)
     if not num_removed and not space.share.max_groups:  # something changes
         fewest_thin = max(fewest_thin, min(1, most_thin))
     attention_removed = suggest.integer("attention_removed", fewest_thin, most_thin) if most_thin else 0
-    found: dict[str, Any] = {}
-    if num_removed and fate == "share":
-        found["adapter_rank"] = int(suggest.choice("child_rank", space.reinstate.ranks))
-        found["adapter_start"] = suggest.choice("adapter_start", space.reinstate.starts)
-    elif num_removed and fate == "replace":
-        found["replacement"] = suggest.choice("replacement", space.replace.kinds)
-    if not num_removed or fate != "share":
+    if found.get("fate") != "share":
         changed = num_removed or attention_removed
         found |= _propose_groups(suggest, space, num_blocks - num_removed, 0 if changed else 1)
     learning_rate, delta_rank = propose_recovery(suggest, space)
     return Proposal(
-        criterion=criterion,
         num_removed=num_removed,
-        gate_eps=gate_eps,
-        fate=fate if num_removed else "drop",
         attention_removed=attention_removed,
         learning_rate=learning_rate,
         delta_rank=delta_rank,
         origin=origin,
         **found,
     )
+
+
+def _propose_removal(suggest: Suggest, space: Space) -> dict[str, Any]:
+    """What ranks the blocks, and what becomes of those that are removed."""
+    criterion = suggest.choice("criterion", space.criteria)
+    found: dict[str, Any] = {"criterion": criterion}
+    if criterion == "gate":
+        found["gate_eps"] = suggest.choice("gate_eps", space.gate_eps)
+    found["fate"] = suggest.choice("fate", space.fates) if len(space.fates) > 1 else space.fates[0]
+    if found["fate"] == "share":
+        found["adapter_rank"] = int(suggest.choice("child_rank", space.reinstate.ranks))
+        if found["adapter_rank"]:
+            found["adapter_start"] = suggest.choice("adapter_start", space.reinstate.starts)
+    elif found["fate"] == "replace":
+        found["replacement"] = suggest.choice("replacement", space.replace.kinds)
+    return found
 
 
 def _propose_groups(suggest: Suggest, space: Space, num_retained: int, fewest: int) -> dict[str, Any]:
@@ -259,9 +264,17 @@ def _propose_groups(suggest: Suggest, space: Space, num_retained: int, fewest: i
     }
 
 
-def baseline(space: Space, criterion: Criterion, count: int) -> Proposal:
-    """A criterion at a count with the space's first fate in its simplest form, nothing else changed."""
-    fate = space.fates[0] if count else "drop"
+def baseline(space: Space, criterion: Criterion, count: int, num_blocks: int) -> Proposal:
+    """A criterion at a count with the space's first fate in its simplest form, and as little else as the space allows.
+
+    Args:
+        space: what may be proposed; `for_width` has been at its ranks.
+        criterion: one of the space's.
+        count: blocks to remove, 1 or more.
+        num_blocks: of the dense model.
+    """
+    fate = space.fates[0]
+    low, high = space.recover.learning_rate
     return Proposal(
         criterion,
         num_removed=count,
@@ -270,13 +283,26 @@ def baseline(space: Space, criterion: Criterion, count: int) -> Proposal:
         replacement=space.replace.kinds[0] if fate == "replace" else None,
         adapter_rank=int(space.reinstate.ranks[0]) if fate == "share" else 0,
         adapter_start=space.reinstate.starts[0],
+        attention_removed=space.attention_counts(num_blocks, count)[0],
+        learning_rate=min(max(math.sqrt(low * high), low), high),
+        delta_rank=space.recover.delta_ranks[len(space.recover.delta_ranks) // 2],
         origin="baseline",
     )
 
 
+def is_baseline(proposal: Proposal, space: Space, num_blocks: int) -> bool:
+    """Whether a proposal asks for what a baseline of the space does, however its gates and recovery are set."""
+    if proposal.criterion not in space.criteria:
+        return False
+    same = baseline(space, proposal.criterion, proposal.num_removed, num_blocks)
+    mine = replace(proposal, learning_rate=same.learning_rate, delta_rank=same.delta_rank, origin=same.origin)
+    return replace(mine, gate_eps=same.gate_eps) == same
+
+
 def baseline_fits(space: Space, count: int, table: CostTable, target: Target, budget: Budget) -> bool:
     """Whether a baseline that removes so many blocks keeps the budget, as far as counts tell."""
-    return budget.admits(lower_bound(baseline(space, "window", count), table, target))
+    plain = baseline(space, "window", count, len(table.blocks))
+    return budget.admits(lower_bound(plain, table, target))
 
 
 def baseline_count(space: Space, table: CostTable, target: Target, budget: Budget) -> int | None:
@@ -390,13 +416,18 @@ def _nearest(proposal: Proposal, space: Space, num_retained: int) -> Iterator[Pr
         return
     kinds = space.replace.kinds if proposal.fate == "replace" else (None,)
     sizes = sorted(size for size in space.share.group_sizes if size >= proposal.group_size)
-    ranks = sorted({proposal.adapter_rank, *space.share.adapter_ranks}, reverse=True)
     earliest = _start(space, num_retained)
+    ranks, starts = sorted(set(space.share.adapter_ranks), reverse=True), [earliest]
+    if proposal.num_groups:
+        ranks = sorted(
+            {proposal.adapter_rank, *(r for r in ranks if r < proposal.adapter_rank)}, reverse=True
+        )
+        starts = list(dict.fromkeys((proposal.group_start, min(earliest, proposal.group_start))))
     for kind in dict.fromkeys((proposal.replacement, *kinds)):
         other = replace(proposal, replacement=kind)
         yield other
-        for rank in (rank for rank in ranks if rank <= proposal.adapter_rank or not proposal.num_groups):
-            for start in dict.fromkeys((proposal.group_start, min(earliest, proposal.group_start))):
+        for rank in ranks:
+            for start in starts:
                 for size in sizes:
                     for groups in range(max(1, proposal.num_groups), space.share.max_groups + 1):
                         yield replace(
@@ -429,24 +460,20 @@ def feasible_share(
 def size(space: Space, num_blocks: int) -> int:
     """Number of different proposals of the space, recovery settings and neighbour moves not counted."""
     fewest, most = space.counts(num_blocks)
-    fewest_thin, most_thin = space.attention_counts(num_blocks)
     criteria = len(space.criteria) + ("gate" in space.criteria) * (len(space.gate_eps) - 1)
+    children = sum(len(space.reinstate.starts) if rank else 1 for rank in space.reinstate.ranks)
     share, total = space.share, 0
     for count in range(fewest, most + 1):
         starts = _start(space, num_blocks - count, end=1) - _start(space, num_blocks - count) + 1
         grouped = share.max_groups * len(share.group_sizes) * starts * len(share.adapter_ranks)
+        fewest_thin, most_thin = space.attention_counts(num_blocks, count)
         for thinned in range(fewest_thin, most_thin + 1):
             if count:
                 total += ("drop" in space.fates) * criteria * (1 + grouped)
                 total += ("replace" in space.fates) * criteria * len(space.replace.kinds) * (1 + grouped)
-                total += (
-                    ("share" in space.fates)
-                    * criteria
-                    * len(space.reinstate.ranks)
-                    * len(space.reinstate.starts)
-                )
-            else:
-                total += criteria * (bool(thinned) + grouped)
+                total += ("share" in space.fates) * criteria * children
+            else:  # nothing is ranked
+                total += bool(thinned) + grouped
     return total
 
 
@@ -456,7 +483,7 @@ def _start(space: Space, num_retained: int, end: int = 0) -> int:
 
 def _extremes(space: Space, num_blocks: int, count: int) -> Iterator[Proposal]:
     """Proposals among which the cheapest of a count is: as little or as much of everything as the space allows."""
-    _, thinned = space.attention_counts(num_blocks)
+    _, thinned = space.attention_counts(num_blocks, count)
     fates = space.fates if count else ("drop",)
     if "share" in fates:
         rank = int(min(space.reinstate.ranks))

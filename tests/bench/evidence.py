@@ -59,34 +59,35 @@ CONTEXT, CONTINUATION, QUESTIONS = 48, 16, 96  # tokens, tokens, items
 RANK = 36  # 1/16 of the width, FlexiGPT's share
 Row = dict[str, Any]
 
+# How each goes about it; `same_size` finds the count.
 METHODS: dict[str, Proposal] = {
-    "uniform": Proposal("uniform"),
-    "random": Proposal("random"),
-    "Block Influence (ShortGPT)": Proposal("block_influence"),
-    "cosine window": Proposal("window"),
-    "greedy (SLEB)": Proposal("greedy"),
-    "evolution (EvoPress-style)": Proposal("evolution"),
-    "gates (FoldGPT-style)": Proposal("gate", gate_eps=0.5),
-    "grouped sharing (FoldGPT-style)": Proposal("greedy", group_size=2, num_groups=2, adapter_rank=8),
+    "uniform": Proposal("uniform", 1),
+    "random": Proposal("random", 1),
+    "Block Influence (ShortGPT)": Proposal("block_influence", 1),
+    "cosine window": Proposal("window", 1),
+    "greedy (SLEB)": Proposal("greedy", 1),
+    "evolution (EvoPress-style)": Proposal("evolution", 1),
+    "gates (FoldGPT-style)": Proposal("gate", 1, gate_eps=0.5),
+    "grouped sharing (FoldGPT-style)": Proposal("greedy", 1, group_size=2, num_groups=2, adapter_rank=8),
     "children, zero start": Proposal(
-        "block_influence", fate="share", adapter_rank=RANK, adapter_start="zero"
+        "block_influence", 1, fate="share", adapter_rank=RANK, adapter_start="zero"
     ),
     "children, SVD start (FlexiGPT)": Proposal(
-        "block_influence", fate="share", adapter_rank=RANK, adapter_start="svd"
+        "block_influence", 1, fate="share", adapter_rank=RANK, adapter_start="svd"
     ),
     "children, data start": Proposal(
-        "block_influence", fate="share", adapter_rank=RANK, adapter_start="data"
+        "block_influence", 1, fate="share", adapter_rank=RANK, adapter_start="data"
     ),
-    "window → layer (LLM-Streamline)": Proposal("window", fate="replace", replacement="layer"),
-    "window → ffn (LLM-Streamline)": Proposal("window", fate="replace", replacement="ffn"),
-    "window → swiglu (LLM-Streamline)": Proposal("window", fate="replace", replacement="swiglu"),
-    "linear window → linear": Proposal("linear_window", fate="replace", replacement="linear"),
-    "linear window → ffn": Proposal("linear_window", fate="replace", replacement="ffn"),
-    "window → linear": Proposal("window", fate="replace", replacement="linear"),
-    "greedy → linear": Proposal("greedy", fate="replace", replacement="linear"),
-    "gates → linear": Proposal("gate", gate_eps=0.5, fate="replace", replacement="linear"),
+    "window → layer (LLM-Streamline)": Proposal("window", 1, fate="replace", replacement="layer"),
+    "window → ffn (LLM-Streamline)": Proposal("window", 1, fate="replace", replacement="ffn"),
+    "window → swiglu (LLM-Streamline)": Proposal("window", 1, fate="replace", replacement="swiglu"),
+    "linear window → linear": Proposal("linear_window", 1, fate="replace", replacement="linear"),
+    "linear window → ffn": Proposal("linear_window", 1, fate="replace", replacement="ffn"),
+    "window → linear": Proposal("window", 1, fate="replace", replacement="linear"),
+    "greedy → linear": Proposal("greedy", 1, fate="replace", replacement="linear"),
+    "gates → linear": Proposal("gate", 1, gate_eps=0.5, fate="replace", replacement="linear"),
     "linear window → linear, attention thinned": Proposal(
-        "linear_window", fate="replace", replacement="linear", attention_removed=5
+        "linear_window", 1, fate="replace", replacement="linear", attention_removed=5
     ),
 }
 

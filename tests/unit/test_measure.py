@@ -84,7 +84,7 @@ def test_prices_are_what_the_real_folded_models_have(name):
 
 
 @settings(max_examples=3, deadline=None, phases=[Phase.generate])  # shrinking would take minutes
-@given(plan=plans(NUM_BLOCKS, attention=True))
+@given(plan=plans(NUM_BLOCKS))
 @pytest.mark.parametrize("name", ["qwen3", "gpt2"])
 def test_any_plans_price_is_what_its_model_has(name, plan):
     cost, model = price(plan, table(name), TARGET), fold(dense_model(name), plan)

@@ -64,7 +64,8 @@ def test_the_text_is_canonical(any_plan):
         ("3 3a=3", [Slot(3, 3, 3), Slot(3, 3, None)]),
         ("3 5 3=5a", [Slot(3, 3, 3), Slot(5, 5, 5), Slot(3, 5, 3)]),
         ("0 13-18~linear", [Slot(0, 0, 0), Replacement(13, 18, "linear")]),
-        ("13~ffn512", [Replacement(13, 13, "ffn", 512)]),
+        ("0 13~ffn512", [Slot(0, 0, 0), Replacement(13, 13, "ffn", 512)]),
+        ("13~layer", [Replacement(13, 13, "layer")]),
         (" 0\n 1\t ", [Slot(0, 0, 0), Slot(1, 1, 1)]),
         ("0 1=0+r0", [Slot(0, 0, 0), Slot(1, 0, 0)]),
     ],
@@ -180,6 +181,11 @@ def test_malformed_json(text, message):
             "Leave +r and +n out.",
         ),
         ([Slot(0, 0, 0, 0, True)], "only a child carries an adapter or an output norm"),
+        (
+            [Slot(0, None, 0), Replacement(1, 2, "ffn"), Slot(3, None, 0)],
+            "a plan attends at one position at least, but '0m 1-2~ffn 3m=0' has no attention. Keep the attention",
+        ),
+        ([Replacement(0, 4, "linear")], "but '0-4~linear' has no attention"),
     ],
 )
 def test_laws(slots, message):

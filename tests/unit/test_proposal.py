@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from dataclasses import fields, replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -48,13 +49,14 @@ def proposals(draw: st.DrawFn, num_blocks: int) -> Proposal:
     criterion = draw(st.sampled_from(["gate", "block_influence", "window", "greedy"]))
     fate = draw(st.sampled_from(["drop", "share", "replace"]))
     kinds = st.sampled_from(REPLACEMENT_KINDS)
+    num_removed = draw(st.integers(0, num_blocks - 1))
     return Proposal(
         criterion=criterion,  # type: ignore[arg-type]
-        num_removed=draw(st.integers(0, num_blocks - 1)),
+        num_removed=num_removed,
         gate_eps=0.1 if criterion == "gate" else None,
         fate=fate,  # type: ignore[arg-type]
         replacement=draw(kinds) if fate == "replace" else None,  # type: ignore[arg-type]
-        attention_removed=draw(st.integers(0, num_blocks)),
+        attention_removed=draw(st.integers(0, num_blocks - num_removed - 1)),
         group_size=draw(st.integers(1, num_blocks + 1)),
         group_start=draw(st.integers(0, num_blocks + 1)),
         num_groups=0 if fate == "share" else draw(st.integers(0, num_blocks)),
@@ -73,7 +75,7 @@ def lawful_plans(draw: st.DrawFn, num_blocks: int) -> FoldPlan:
     plan = FoldPlan.parse(" ".join(words), num_blocks)
     rng = random.Random(draw(st.integers(0, 10**6)))
     for _ in range(draw(st.integers(0, 8))):
-        plan = neighbour(plan, rng)
+        plan = neighbour(plan, rng) or plan
     return plan
 
 
@@ -170,6 +172,7 @@ def test_json_round_trip(data: st.DataObject, num_blocks: int) -> None:
         ({"criterion": "window", "fate": "burn"}, "one of drop, share, replace"),
         ({"criterion": "window", "num_removed": -1}, "num_removed is 0 or more, got -1"),
         ({"criterion": "window", "learning_rate": 0.0}, "positive number"),
+        ({"criterion": "none", "num_removed": 1}, "names what ranks the blocks"),
     ],
 )
 def test_proposals_that_say_two_things_are_refused(arguments: dict[str, object], words: str) -> None:
@@ -177,10 +180,78 @@ def test_proposals_that_say_two_things_are_refused(arguments: dict[str, object],
         Proposal(**arguments)  # type: ignore[arg-type]
 
 
-def test_a_bound_needs_a_block() -> None:
+def test_a_bound_needs_a_block_and_an_attention() -> None:
     table = CostTable(8, 1, 2, 3, 4, 5, 6, (BlockCost(NO_UNIT, NO_UNIT),) * 4)
     with pytest.raises(PlanError, match="Keep one"):
         lower_bound(Proposal("window", num_removed=4), table, Target())
+    blind = Proposal("window", num_removed=1, attention_removed=3)
+    words = "3 of the 3 blocks that are kept lose their attention. Leave one"
+    with pytest.raises(PlanError, match=words):
+        lower_bound(blind, table, Target())
+    with pytest.raises(PlanError, match=words):
+        fold_plan([2], blind, 4, attention_order=range(4))
+
+
+# ---- equal proposals ask for the same thing
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        # adapters: nothing that is dropped or replaced carries one
+        ({"num_removed": 2, "adapter_start": "zero", "adapter_rank": 8}, {"num_removed": 2}),
+        (
+            {"num_removed": 2, "fate": "replace", "replacement": "linear", "adapter_start": "data"},
+            {"num_removed": 2, "fate": "replace", "replacement": "linear", "adapter_start": "svd"},
+        ),
+        (
+            {"num_removed": 2, "fate": "share", "adapter_rank": 0, "adapter_start": "data"},
+            {"num_removed": 2, "fate": "share"},
+        ),
+        # groups: none of them, or groups of one block
+        ({"num_removed": 2, "group_size": 3, "group_start": 4}, {"num_removed": 2}),
+        ({"num_removed": 2, "num_groups": 3, "group_start": 4, "adapter_rank": 8}, {"num_removed": 2}),
+        # nothing is removed: no fate, and nothing to rank
+        (
+            {"fate": "replace", "replacement": "ffn", "attention_removed": 1},
+            {"criterion": "gate", "gate_eps": 0.5, "attention_removed": 1},
+        ),
+        ({"fate": "share", "adapter_rank": 4, "attention_removed": 1}, {"attention_removed": 1}),
+        # a plan says it all
+        (
+            {
+                "criterion": "given",
+                "plan": FoldPlan.parse("0 2", 4),
+                "num_removed": 2,
+                "adapter_start": "zero",
+            },
+            {"criterion": "given", "plan": FoldPlan.parse("0 2", 4)},
+        ),
+    ],
+)
+def test_what_a_proposal_does_not_use_makes_it_no_other(one: dict[str, Any], other: dict[str, Any]) -> None:
+    first, second = (Proposal(**{"criterion": "window", **arguments}) for arguments in (one, other))
+    assert first == second
+    if first.plan is None:
+        removed = range(first.num_removed)
+        bases = dict.fromkeys(removed, 5)
+        plans = [
+            fold_plan(removed, proposal, 6, bases=bases, attention_order=range(6))
+            for proposal in (first, second)
+        ]
+        assert plans[0] == plans[1]
+
+
+def test_what_a_proposal_uses_makes_it_another() -> None:
+    child = Proposal("window", 2, fate="share", adapter_rank=4, adapter_start="zero")
+    grouped = Proposal("window", 2, num_groups=1, group_size=2, adapter_rank=4)
+    given = Proposal("given", plan=FoldPlan.parse("0 1=0+r4", 4), adapter_start="data")
+    for proposal in (child, grouped, given):
+        assert proposal.adapter_start is not None
+        assert proposal != replace(proposal, adapter_start="svd" if proposal != grouped else "zero")
+    assert child != replace(child, adapter_rank=8)
+    assert grouped != replace(grouped, group_start=1)
+    assert child != replace(child, criterion="greedy")
 
 
 # ---- blocks that nothing was asked about
@@ -251,21 +322,32 @@ def difference(a: FoldPlan, b: FoldPlan) -> int:
 def test_a_neighbour_is_one_or_two_slots_away(data: st.DataObject, num_blocks: int, seed: int) -> None:
     plan = data.draw(lawful_plans(num_blocks))
     moved = neighbour(plan, random.Random(seed))
+    if moved is None:
+        assert plan == FoldPlan.parse("0~layer", 1)
+        return
     assert moved != plan
     assert moved.num_blocks == num_blocks
     assert 1 <= difference(plan, moved) <= 2
 
 
-@pytest.mark.parametrize("text", ["0", "0a", "0m", "0~linear", "0 0=0", "0 0=0+r1"])
+@pytest.mark.parametrize("text", ["0", "0a", "0 0=0", "0 0=0+r1"])
 def test_a_model_of_one_block_has_neighbours_too(text: str) -> None:
     plan = FoldPlan.parse(text, 1)
     for seed in range(20):
-        assert neighbour(plan, random.Random(seed)) != plan
+        moved = neighbour(plan, random.Random(seed))
+        assert moved is not None
+        assert moved != plan
+
+
+def test_a_plan_that_nothing_lawful_is_near_has_no_neighbour() -> None:
+    """The only block is replaced, and every other kind of network is without attention."""
+    assert neighbour(FoldPlan.parse("0~layer", 1), random.Random(0)) is None
 
 
 def test_most_neighbours_keep_the_count_and_all_kinds_occur() -> None:
     plan = FoldPlan.parse("0-4 5=4+r8+n 6-9 11-12 14a 15-19", 20)
-    moved = [neighbour(plan, random.Random(seed)) for seed in range(400)]
+    moved = [other for seed in range(400) if (other := neighbour(plan, random.Random(seed))) is not None]
+    assert len(moved) == 400
     assert sum(other.depth == plan.depth for other in moved) > 200
     assert any(slot.rank == 16 for other in moved for slot in other.slots if isinstance(slot, Slot))
     assert {len(other.dropped) for other in moved} == {1, 2, 3}

@@ -9,6 +9,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -25,7 +26,8 @@ from foldsearch.search.dry_run import plan_search
 from foldsearch.search.folder import RunFolder
 from foldsearch.search.proposer import Line, missing_baselines
 from foldsearch.search.records import STUDY_NAME, Records, front, note, point, read_records
-from foldsearch.spec.space import baseline_count
+from foldsearch.spec.load import shipped
+from foldsearch.spec.space import baseline_count, is_baseline
 from foldsearch.spec.study import BudgetSettings, Study
 from tests.fake_driver import SPACE
 from tests.fake_driver import study as small_study
@@ -422,14 +424,14 @@ def test_a_budget_that_dense_keeps_is_said(study: Study) -> None:
 
 
 def test_every_neighbour_can_be_folded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An adapter wider than the model, or no attention anywhere: `fold` refuses them, so they are not proposed."""
+    """An adapter wider than the model: `fold` refuses it, so it is not proposed."""
     space = {**SPACE, "criteria": ["window"], "neighbour_share": 1.0}
     records = Records(new_run(tmp_path / "run", small_study(space=space, budget={})))
     line = Line(records)
     for _ in range(2):  # the baseline, and the far end of the front
         run_whole(records, *line.next(num_running=0))
     assert records.folder.table.width == 100
-    moves = iter(["0-10 11=9+r128+n", "0m 1m 2-3~ffn", "0-10 11=9+r64+n"])
+    moves = iter(["0-10 11=9+r128+n", "0-10 11=9+r64+n"])
     monkeypatch.setattr(
         "foldsearch.search.records.neighbour", lambda plan, rng: FoldPlan.parse(next(moves), NUM_BLOCKS)
     )
@@ -446,6 +448,30 @@ def test_nsga2_takes_no_neighbours(tmp_path: Path) -> None:
 
 
 # ---- closing
+
+
+@pytest.mark.parametrize("name", [*shipped("spaces"), "thinned"])
+def test_a_space_recognises_its_own_baselines(tmp_path: Path, name: str) -> None:
+    """So no criterion is tried again at a count where its baseline was."""
+    space: Any = {"criteria": ["window", "greedy"], "attention": [0.1, 0.3], "removal": [0.1, 0.5]}
+    chosen = space if name == "thinned" else name
+    records = Records(new_run(tmp_path / "run", small_study(space=chosen, budget={}, trials=1)))
+    line = Line(records)
+    begun_with = len(records.all())
+    for _ in range(begun_with):
+        asked = line.next(num_running=0)
+        assert asked is not None
+        number, proposal = asked
+        assert proposal.origin in ("baseline", "start")
+        assert is_baseline(proposal, records.space, NUM_BLOCKS)
+        run_whole(records, number, proposal)
+    tried = {
+        (record.proposal.criterion, record.proposal.num_removed)
+        for record in records.all()
+        if record.proposal
+    }
+    assert len(tried) == begun_with
+    assert not tried & set(missing_baselines(records))
 
 
 @pytest.mark.parametrize("fate", ["drop", "share", "replace"])
