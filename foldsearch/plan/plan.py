@@ -24,6 +24,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from foldsearch.errors import PlanError
@@ -104,18 +105,7 @@ class FoldPlan:
         Raises:
             PlanError: a word cannot be read, or the plan breaks a law.
         """
-        slots: list[Slot | Replacement] = []
-        seen: set[int] = set()
-        if not text.strip():
-            raise PlanError(
-                "a plan runs at least one block, but it is empty. Name the blocks to run, as in 0-5."
-            )
-        for word in text.split():
-            for slot in _parse_word(word, seen, num_blocks):
-                slots.append(slot)
-                if isinstance(slot, Slot):
-                    seen.add(slot.home)
-        return cls(tuple(slots), num_blocks)
+        return _parse(text, num_blocks)
 
     @classmethod
     def from_json(cls, text: str) -> FoldPlan:
@@ -314,6 +304,20 @@ _WORD = re.compile(
 )
 
 
+@lru_cache(maxsize=4096)  # a run's records name each plan at every rung
+def _parse(text: str, num_blocks: int) -> FoldPlan:
+    slots: list[Slot | Replacement] = []
+    seen: set[int] = set()
+    if not text.strip():
+        raise PlanError("a plan runs at least one block, but it is empty. Name the blocks to run, as in 0-5.")
+    for word in text.split():
+        for slot in _parse_word(word, seen, num_blocks):
+            slots.append(slot)
+            if isinstance(slot, Slot):
+                seen.add(slot.home)
+    return FoldPlan(tuple(slots), num_blocks)
+
+
 def _parse_word(word: str, seen: set[int], num_blocks: int) -> list[Slot | Replacement]:
     match = _WORD.fullmatch(word) if len(word) <= LONGEST_WORD else None
     if match is None:
@@ -381,7 +385,9 @@ def _words(plan: FoldPlan) -> Iterator[str]:
     run: list[int] = []
     for slot in plan.slots:
         whole = (
-            isinstance(slot, Slot) and slot == Slot(slot.home, slot.home, slot.home) and slot.home not in seen
+            isinstance(slot, Slot)
+            and slot.attention == slot.mlp == slot.home
+            and not (slot.rank or slot.norm or slot.home in seen)
         )
         if run and not (whole and isinstance(slot, Slot) and slot.home == run[-1] + 1):
             yield _run_word(run)

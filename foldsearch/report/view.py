@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import floor, isfinite, log10
 from pathlib import Path
 
@@ -62,7 +63,7 @@ class Entry:
         return tuple(dict.fromkeys(author(proposal) for proposal in self.proposals))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: what a report asks for many times is computed once and kept
 class RunView:
     """A run as it stands: the folder, its records by number, and what must be said beside a figure of the model."""
 
@@ -103,50 +104,55 @@ class RunView:
         finished = self.finished
         return finished[0].final.dense_perplexity if finished else None
 
-    @property
+    @cached_property
     def finished(self) -> tuple[Entry, ...]:
         """The plans that reached the last rung, each once, by the number of the trial that measured it."""
-        proposals: dict[str, list[Proposal]] = {}
-        numbers: dict[str, list[int]] = {}
-        measured: dict[str, tuple[int, TrialResult, Quality]] = {}
+        proposals: dict[FoldPlan, list[Proposal]] = {}
+        numbers: dict[FoldPlan, list[int]] = {}
+        measured: dict[FoldPlan, tuple[int, TrialResult, Quality]] = {}
         for record in self.records:
             result = record.last
             if result is None or result.quality is None:
                 continue
-            numbers.setdefault(result.plan.id, []).append(record.number)
+            numbers.setdefault(result.plan, []).append(record.number)
             if record.proposal is not None:  # also of a trial that left the plan to another one
-                proposals.setdefault(result.plan.id, []).append(record.proposal)
+                proposals.setdefault(result.plan, []).append(record.proposal)
             if record.state == "finished" and result.state == "measured":
-                known = measured.get(result.plan.id)
+                known = measured.get(result.plan)
                 # Twice, where the training of the first diverged: the better one is the plan's.
                 if known is None or result.quality.kl < known[2].kl:
-                    measured[result.plan.id] = (record.number, result, result.quality)
+                    measured[result.plan] = (record.number, result, result.quality)
         return tuple(
             Entry(
                 number,
-                tuple(proposals.get(plan_id, ())),
+                tuple(proposals.get(plan, ())),
                 result,
                 quality,
                 result.report or quality,
-                repeats=tuple(other for other in numbers[plan_id] if other != number),
+                repeats=tuple(other for other in numbers[plan] if other != number),
             )
-            for plan_id, (number, result, quality) in measured.items()
+            for plan, (number, result, quality) in measured.items()
         )
 
-    @property
+    @cached_property
     def front(self) -> tuple[Entry, ...]:
         """The Pareto front of the finished trials, largest memory first."""
         numbers = {record.number for record in front(self.records, self.folder.study.objectives)}
         return tuple(sorted((e for e in self.finished if e.number in numbers), key=by_cost))
 
-    @property
+    @cached_property
     def knee(self) -> Entry | None:
         """The front's compromise (see `foldsearch.plan.front.knee`)."""
         entries = self.front
         points = [point(entry.result, self.folder.study.objectives) for entry in entries]
         return entries[knee(points)] if entries else None
 
-    @property
+    @cached_property
+    def baselines(self) -> tuple[Entry, ...]:
+        """The finished trials that a simple baseline leads to."""
+        return tuple(entry for entry in self.finished if entry.is_baseline)
+
+    @cached_property
     def front_and_baselines(self) -> tuple[Entry, ...]:
         """What a table shows, largest memory first."""
         numbers = {entry.number for entry in self.front}
@@ -161,13 +167,12 @@ class RunView:
         """
         fair = [
             other
-            for other in self.finished
-            if other.is_baseline
-            and other.cost.memory_bytes <= SAME_COST * entry.cost.memory_bytes
+            for other in self.baselines
+            if other.cost.memory_bytes <= SAME_COST * entry.cost.memory_bytes
             and other.cost.flops <= SAME_COST * entry.cost.flops
         ]
         best = min(fair, key=_final_kl, default=None)
-        return None if best is None or best == entry else _final_kl(entry) - _final_kl(best)
+        return None if best is None or best.number == entry.number else _final_kl(entry) - _final_kl(best)
 
     def by_count(self) -> dict[int, dict[str, Entry]]:
         """For each number of dropped blocks, by criterion, the plan of lowest KL on the search texts.

@@ -91,15 +91,15 @@ def front(
 
     A plan was measured twice where the training of the first diverged: the better of the two counts.
     """
-    best: dict[str, tuple[float, Record]] = {}
+    best: dict[FoldPlan, tuple[float, Record]] = {}
     for record in records:
         result = record.last
         if record.state != "finished" or result is None or result.state != "measured":
             continue
         assert result.quality is not None, "a finished trial was measured"
-        kl, plan_id = result.quality.kl, result.plan.id
-        if plan_id not in best or kl < best[plan_id][0]:
-            best[plan_id] = kl, record
+        kl, plan = result.quality.kl, result.plan
+        if plan not in best or kl < best[plan][0]:
+            best[plan] = kl, record
     candidates = [record for _, record in best.values()]
     points = [point(record.last, objectives) for record in candidates if record.last is not None]
     return [candidates[i] for i in non_dominated(points)]
@@ -152,6 +152,7 @@ class Records:
         trials = self.study.get_trials(deepcopy=False)
         self.study.sampler = _sampler(folder.study, len(trials))
         self._records = [_record(trial) for trial in trials]
+        self._front = front(self._records, self.objectives)
         self._trials = {
             trial.number: optuna.Trial(self.study, trial._trial_id)
             for trial in trials
@@ -174,7 +175,7 @@ class Records:
 
     def front(self) -> list[Record]:
         """The front of the trials so far."""
-        return front(self._records, self.objectives)
+        return list(self._front)
 
     # ---- who is next
 
@@ -376,7 +377,11 @@ class Records:
         self._change(number, state=state, reason=reason)
 
     def _change(self, number: int, **changes: Any) -> None:
-        self._records[number] = replace(self._records[number], **changes)
+        record = self._records[number] = replace(self._records[number], **changes)
+        if changes.get("state") == "finished":
+            # What the front dominates stays dominated, so that only the front has to be looked at again.
+            nearest = sorted([*self._front, record], key=lambda known: known.number)
+            self._front = front(nearest, self.objectives)
 
     def _write(self, number: int, **attributes: Any) -> None:
         for name, value in attributes.items():
