@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,10 @@ from foldsearch.plan.result import TrialResult
 from foldsearch.search.dry_run import plan_search
 from foldsearch.search.folder import RunFolder
 from foldsearch.search.proposer import Line, missing_baselines
-from foldsearch.search.records import STUDY_NAME, Records, front, note, point, read_records
+from foldsearch.search.records import STUDY_NAME, Record, Records, front, note, point, read_records
 from foldsearch.spec.load import shipped
 from foldsearch.spec.space import baseline_count, is_baseline
-from foldsearch.spec.study import BudgetSettings, Study
+from foldsearch.spec.study import BudgetSettings, Objective, Study
 from tests.fake_driver import SPACE
 from tests.fake_driver import study as small_study
 from tests.fake_trial import NUM_BLOCKS, ORDERS, TABLE, result_of
@@ -103,6 +105,42 @@ def test_the_dashboard_finds_metric_names_and_notes(records: Records, study: Stu
     text = get_note(optuna.Trial(loaded, trial._trial_id))
     assert text == note(records.get(number).results[-1])
     assert str(plan_of(proposal)) in text
+
+
+def test_the_front_grows_by_one_trial_at_a_time(
+    records: Records, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: `front` over all records. Only the front so far is looked at again, however many trials there are."""
+    looked_at: list[int] = []
+
+    def counted(found: Sequence[Record], objectives: Sequence[Objective]) -> list[Record]:
+        looked_at.append(len(found))
+        return front(found, objectives)
+
+    monkeypatch.setattr("foldsearch.search.records.front", counted)
+    rng = random.Random(0)
+    for number in range(30):
+        records.ask()
+        removed = rng.sample(range(1, NUM_BLOCKS), rng.randint(3, 6))
+        result = result_of(FoldPlan.dropping(removed, NUM_BLOCKS), study, 2)
+        if number % 5 == 4:  # the plan of another trial once more, now better and now worse
+            result = replace(result, plan=records.get(number - 1).results[-1].plan)
+            result = replace(result, cost=records.get(number - 1).results[-1].cost)
+        assert result.quality is not None
+        result = replace(result, quality=replace(result.quality, kl=rng.random()))
+        records.record(number, result)
+        before = len(records.front())
+        assert records.finish(number) == "finished"
+        assert records.front() == front(records.all(), records.objectives)
+        assert looked_at.pop() == before + 1
+        assert looked_at == []
+    assert 1 < before < 30
+
+
+def test_a_plan_that_is_read_at_every_rung_is_made_once(records: Records) -> None:
+    run_whole(records, *records.ask())
+    (record,) = read_records(records.folder)
+    assert len({id(result.plan) for result in record.results}) == 1
 
 
 @pytest.mark.parametrize("kl", [math.inf, math.nan, -math.inf])

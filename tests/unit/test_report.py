@@ -9,7 +9,7 @@ import xml.etree.ElementTree
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from rich.console import Console
@@ -23,8 +23,8 @@ from foldsearch.plan.strip import LEGEND, cells, strip
 from foldsearch.report import page, terminal
 from foldsearch.report.colours import DROPPED, KEPT, PAIRS, REPLACED, paint
 from foldsearch.report.live import RunDisplay
-from foldsearch.report.view import NO_ERROR, RunView, author, counted
-from foldsearch.search import events
+from foldsearch.report.view import NO_ERROR, Entry, RunView, author, counted
+from foldsearch.search import events, records
 from foldsearch.search.records import Record, note
 
 
@@ -180,6 +180,28 @@ def test_picking(view: RunView) -> None:
             view.pick(number=number)
     with pytest.raises(RunError, match=r"fits 0\.001 GB: the smallest needs 0\.00"):
         view.pick(max_gb=0.001)
+
+
+def test_all_reports_together_look_for_the_front_once(
+    view: RunView, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = {"front": 0, "entry": 0}
+
+    def counted_front(*args: Any) -> list[Record]:
+        calls["front"] += 1
+        return records.front(*args)
+
+    def counted_entry(*args: Any, **kwargs: Any) -> Entry:
+        calls["entry"] += 1
+        return Entry(*args, **kwargs)
+
+    monkeypatch.setattr("foldsearch.report.view.front", counted_front)
+    monkeypatch.setattr("foldsearch.report.view.Entry", counted_entry)
+    text_of(terminal.front_report(view, width=80, every=True))
+    page.write_page(view, tmp_path / "index.html")
+    page.draw_front(view, tmp_path / "front.png")
+    view.pick()
+    assert calls == {"front": 1, "entry": len(view.finished)}
 
 
 def test_a_run_without_finished_trials_says_so(view: RunView) -> None:
