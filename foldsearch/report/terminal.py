@@ -268,8 +268,10 @@ def _gain(view: RunView, entry: Entry) -> Text:
 
 def _criteria_tables(criteria: Mapping[int, Mapping[str, Entry]], width: int) -> list[Table]:
     """KL by criterion and count, as many criteria in a table as fit the width."""
-    order = (*get_args(Criterion)[:-1], "sampler", "neighbour", "hand")  # all but "given"
-    used = [name for name in order if any(name in row for row in criteria.values())]
+    found = dict.fromkeys(name for row in criteria.values() for name in row)
+    order = get_args(Criterion)
+    # after the criteria, who gave whole plans
+    used = sorted(found, key=lambda name: order.index(name) if name in order else len(order))
     tables: list[Table] = []
     for size in range(len(used), 0, -1):
         tables = [
