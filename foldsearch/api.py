@@ -120,7 +120,7 @@ def inspect_model(study: Study, progress: StageProgress = silent) -> Evidence:
     )
     return measure_evidence(
         open_dense(files, device=device),
-        splits.search.ids_NT.to(device),
+        splits.search,
         progress=lambda done, total: progress("running the text through the model", done / total),
     )
 
@@ -302,6 +302,7 @@ def _export(
         form=form,
         dtype=context.target.dtype,
         ids_NT=bench.splits.report.ids_NT,
+        text_NT=bench.splits.report.text_NT,
         dense=bench.dense,
         details={
             "base_model": study.model,
@@ -500,12 +501,15 @@ def compare_words(run: RunView, folder: Path, prompt: str, *, num_tokens: int = 
     Raises:
         ModelError: `folder` is no exported model.
     """
+    import torch
+
     from foldsearch.export import load_exported
     from foldsearch.model.source import open_dense, open_tokenizer
+    from foldsearch.model.tokens import begun
 
     files = find_model(run.folder.study)
     tokenizer = open_tokenizer(files)
-    ids_BT = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+    ids_BT = torch.tensor([begun(tokenizer, prompt)])
 
     def words(model: Any) -> str:
         made_BT = model.generate(

@@ -88,7 +88,7 @@ from foldsearch.spec.study import Sources, Study
 BASE_RANK = 1 / 16  # of the base-block metric, in widths of the model: FlexiGPT's 256 for 4,096
 WAIT_SECONDS = 0.2  # between looks at a trial that measures the same plan
 GREEDY_TOKENS = 1024  # SLEB calibrates on few; each of its hundreds of runs goes over them
-EVIDENCE_SCHEMA = 2
+EVIDENCE_SCHEMA = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +265,7 @@ def _write_splits(path: Path, splits: Splits) -> None:
     sets = (splits.search, splits.recovery, splits.report)
     tensors = {f"{one.name}.ids": one.ids_NT.contiguous() for one in sets}
     tensors |= {f"{one.name}.document": one.document_N.contiguous() for one in sets}
+    tensors |= {f"{one.name}.text": one.text_NT.contiguous() for one in sets}
     metadata = {one.name: json.dumps(one.documents) for one in sets}
     replace_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
@@ -288,6 +289,7 @@ def read_splits(run_folder: Path) -> Splits:
                 file.get_tensor(f"{name}.ids"),
                 file.get_tensor(f"{name}.document"),
                 tuple(json.loads(metadata[name])),
+                file.get_tensor(f"{name}.text"),
             )
             for name in ("search", "recovery", "report")
         ]
@@ -394,10 +396,9 @@ def _cache_path(context: TrialContext, folder: str, tokens: TokenSet, **settings
 def _evidence(context: TrialContext, say: StageProgress) -> Evidence:
     bench = open_workbench(context, say)
     tokens = bench.splits.search
-    ids_NT = tokens.ids_NT.to(bench.dense.device)
     value, _ = once(
         _cache_path(context, "evidence", tokens),
-        lambda: measure_evidence(bench.dense, ids_NT, progress=counting(say, "block influence")).to_json(),
+        lambda: measure_evidence(bench.dense, tokens, progress=counting(say, "block influence")).to_json(),
     )
     return Evidence.from_json(value)
 
@@ -405,13 +406,12 @@ def _evidence(context: TrialContext, say: StageProgress) -> Evidence:
 def _greedy(context: TrialContext, say: StageProgress) -> GreedyResult:
     bench = open_workbench(context, say)
     tokens = bench.splits.search
-    rows = max(1, GREEDY_TOKENS // tokens.ids_NT.shape[1])
+    rows = min(len(tokens.ids_NT), max(1, GREEDY_TOKENS // tokens.ids_NT.shape[1]))
     most = context.study.space.counts(len(context.table.blocks))[1]
-    ids_NT = tokens.ids_NT[:rows].to(bench.dense.device)
     value, _ = once(
         _cache_path(context, "greedy", tokens, rows=rows, most=most),
         lambda: greedy_order(
-            bench.dense, ids_NT, max(most, 1), progress=counting(say, "greedy removal")
+            bench.dense, tokens.of(list(range(rows))), max(most, 1), progress=counting(say, "greedy removal")
         ).to_json(),
     )
     return GreedyResult.from_json(value)
@@ -492,11 +492,10 @@ def _gate_ranking(
         seed=context.study.seed,
     )
     macs = [float(block.attention.macs + block.mlp.macs) for block in context.table.blocks]
-    ids_NT = tokens.ids_NT.to(bench.dense.device)
     value, known = once(
         _cache_path(context, "gates", tokens, **settings.to_json()),
         lambda: gating.train_gates(
-            bench.dense, ids_NT, settings, block_macs=macs, progress=counting(say, "training gates")
+            bench.dense, tokens, settings, block_macs=macs, progress=counting(say, "training gates")
         ).to_json(),
     )
     result = gating.GateResult.from_json(value)

@@ -64,6 +64,12 @@ def token_set(name: str = "search", sequences: int = 6, length: int = 16, seed: 
     return TokenSet(name, ids_NT, torch.arange(sequences) // 2, documents)
 
 
+def as_tokens(ids_NT: torch.Tensor, front: int = 0) -> TokenSet:
+    """Token ids as one document's; the first `front` of each sequence are none of its text."""
+    text_NT = torch.arange(ids_NT.shape[-1]).expand(ids_NT.shape) >= front
+    return TokenSet("search", ids_NT, torch.zeros(len(ids_NT), dtype=torch.int64), ("",), text_NT)
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     """Token i is the word "wi", for i of 3 and above."""
     words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{index}": index for index in range(3, VOCABULARY)}

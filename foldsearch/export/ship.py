@@ -103,6 +103,7 @@ def export(
     form: Form,
     dtype: str,
     ids_NT: Tensor,
+    text_NT: Tensor | None = None,
     dense: PreTrainedModel | None = None,
     details: dict[str, Any] | None = None,
     overwrite: bool = False,
@@ -120,6 +121,8 @@ def export(
             "expanded" (the stock architecture: shared weights again for every child, adapters merged).
         dtype: float32, bfloat16 or float16.
         ids_NT: int64 token ids, N sequences of T ≥ 2 tokens: what logits, decoding and perplexity are taken on.
+        text_NT: bool, which of them are of the text (see `foldsearch.model.tokens.TokenSet`); None is all. Perplexity
+            is over the positions that predict one of these.
         dense: the model it was folded from. Where it was loaded from a folder, its figures are taken too.
         details: goes into foldsearch.json and the card, as it is (JSON); "base_model" names the base model.
         overwrite: replace a folder that is there.
@@ -134,6 +137,7 @@ def export(
     details = dict(details or {})
     base_model = str(details.pop("base_model", "") or Path(str(model.config.name_or_path)).name or "unknown")
     ids_NT = ids_NT.detach().to("cpu")
+    text_NT = torch.ones_like(ids_NT, dtype=torch.bool) if text_NT is None else text_NT.to("cpu")
     measured = _as_shipped(model, dtype)
     expanded = form == "expanded"
     # adapters are merged before weights are rounded: the sum is rounded once
@@ -166,7 +170,7 @@ def export(
         report = _verify(
             temporary,
             measured,
-            ids_NT,
+            {"ids_NT": ids_NT.contiguous(), "text_NT": text_NT.contiguous()},
             plan=plan,
             form=form,
             dtype=dtype,
@@ -257,7 +261,7 @@ def _check_arguments(
 def _verify(
     folder: Path,
     measured: PreTrainedModel,
-    ids_NT: Tensor,
+    tokens: dict[str, Tensor],
     *,
     plan: FoldPlan,
     form: Form,
@@ -278,9 +282,9 @@ def _verify(
     with tempfile.TemporaryDirectory(prefix="foldsearch-verify-") as name:
         workplace = Path(name)
         tensors = workplace / "tensors.safetensors"
-        logits_BTV = verify.compared_logits(measured, ids_NT)
-        save_file({"ids_NT": ids_NT.contiguous(), "logits_BTV": logits_BTV.contiguous()}, tensors)
-        measured_perplexity = verify.perplexity(measured, ids_NT)
+        logits_BTV = verify.compared_logits(measured, tokens["ids_NT"])
+        save_file({**tokens, "logits_BTV": logits_BTV.contiguous()}, tensors)
+        measured_perplexity = verify.perplexity(measured, **tokens)
         request = {
             "dtype": dtype,
             "attention": measured.config._attn_implementation,
@@ -302,7 +306,7 @@ def _verify(
             _raise_for(faults, form)
         dense_figures = None
         if dense is not None and (dense_folder := Path(str(dense.config.name_or_path))).is_dir():
-            save_file({"ids_NT": ids_NT.contiguous()}, tensors)
+            save_file(tokens, tensors)
             there = {**request, "folder": str(dense_folder.resolve()), "measure": True}
             found = _fresh_process(there, workplace)
             dense_figures = _figures(found, dense_folder, found["parameters"] * DTYPE_BYTES[dtype])
@@ -315,7 +319,7 @@ def _verify(
         exported=figures,
         dense=dense_figures,
         measured_perplexity=measured_perplexity,
-        tokens=ids_NT.numel(),
+        tokens=int(tokens["text_NT"].sum()),
         logits_max_difference=answer["logits_max_difference"],
         logits_difference=answer["logits_difference"],
         logits_tolerance=tolerance,

@@ -55,17 +55,19 @@ def relative_rms(ours: Tensor, theirs: Tensor) -> float:
 
 
 @torch.no_grad()
-def perplexity(model: Any, ids_NT: Tensor) -> float:
-    """Perplexity: e to the mean next-token loss (nats) over all sequences; the loss is taken in float32."""
-    total, count = 0.0, 0
-    for ids_BT in torch.split(ids_NT, BATCH):
+def perplexity(model: Any, ids_NT: Tensor, text_NT: Tensor) -> float:
+    """Perplexity: e to the mean next-token loss (nats) over all tokens of the text; the loss is taken in float32.
+
+    text_NT: bool, whether a token is of the text, not one that the tokenizer puts in front of it.
+    """
+    total = 0.0
+    for ids_BT, text_BT in zip(ids_NT.split(BATCH), text_NT.split(BATCH), strict=True):
         logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
-        for logits_TV, ids_T in zip(
-            logits_BTV, ids_BT, strict=True
-        ):  # one sequence's float32 logits at a time
-            total += float(functional.cross_entropy(logits_TV[:-1].float(), ids_T[1:], reduction="sum"))
-            count += len(ids_T) - 1
-    loss = total / count
+        # one sequence's float32 logits at a time
+        for logits_TV, ids_T, text_T in zip(logits_BTV, ids_BT, text_BT, strict=True):
+            loss_P = functional.cross_entropy(logits_TV[:-1].float(), ids_T[1:], reduction="none")
+            total += float(loss_P[text_T[1:]].sum())
+    loss = total / int(text_NT[:, 1:].sum())
     return math.exp(loss) if loss < 700 else math.inf
 
 
@@ -144,7 +146,7 @@ def _check(request: dict[str, Any]) -> dict[str, Any]:
         answer["logits_difference"] = relative_rms(logits_BTV, given["logits_BTV"])
     if request["measure"]:
         answer["decode_difference"] = decode_difference(model, ids_NT)
-        answer["perplexity"] = perplexity(model, ids_NT)
+        answer["perplexity"] = perplexity(model, ids_NT, given["text_NT"])
         answer["prefill_tokens_per_second"], answer["decode_tokens_per_second"] = speed(model, ids_NT)
     return answer
 

@@ -5,8 +5,8 @@ the tokens of option y), the loss in nats per token (as in LLM-Streamline, arXiv
 
 Question and option are one text and tokenised together, with a space between them where neither has white space there.
 The tokens of the option are those after what this text and the question alone have in common: a token that straddles
-the border belongs to the option. The tokenizer's beginning-of-text token goes in front where the tokenizer puts it
-there itself; there is no other special token.
+the border belongs to the option. A question begins as the tokenizer begins a text (see tokens.py); there is no other
+special token.
 
 Shapes: B sequences, T positions, M tokens of options, D width.
 """
@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from foldsearch.errors import InputError, quote_error
 from foldsearch.model.head import judged_logits, last_hidden
 from foldsearch.model.judge import TOKENS_AT_ONCE
-from foldsearch.model.tokens import TokenSet
+from foldsearch.model.tokens import TokenSet, begun
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -173,8 +173,11 @@ def seen(
 
 
 def _documents(one: TokenSet) -> Iterator[list[int]]:
+    """The ids of each document, without what is in front of each of its sequences."""
     joined: dict[int, list[int]] = {}
-    for ids, document in zip(one.ids_NT.tolist(), one.document_N.tolist(), strict=True):
+    for ids, document in zip(
+        one.ids_NT[:, one.num_in_front :].tolist(), one.document_N.tolist(), strict=True
+    ):
         joined.setdefault(document, []).extend(ids)
     yield from joined.values()
 
@@ -204,17 +207,11 @@ def encode_question(
     Raises:
         InputError: an option has no token of its own, or it is all too long for the model.
     """
-    front = _front(tokenizer)
-
-    def ids_of(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return [*front, *ids]
-
-    alone = ids_of(question.text.rstrip())
+    alone = begun(tokenizer, question.text.rstrip())
     encoded = []
     for index, option in enumerate(question.options):
         spaced = question.text[-1].isspace() or option[0].isspace()
-        ids = ids_of(f"{question.text}{'' if spaced else ' '}{option}")
+        ids = begun(tokenizer, f"{question.text}{'' if spaced else ' '}{option}")
         same = 0
         while same < min(len(alone), len(ids)) and alone[same] == ids[same]:
             same += 1
@@ -231,11 +228,6 @@ def encode_question(
             )
         encoded.append(EncodedOption(tuple(ids), start))
     return tuple(encoded)
-
-
-def _front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    first = tokenizer.bos_token_id
-    return [first] if first is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [first] else []
 
 
 @torch.inference_mode()

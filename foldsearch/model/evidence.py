@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from foldsearch.errors import InputError
 from foldsearch.model.blocks import decoder_blocks, family_of
 from foldsearch.model.head import POSITIONS_AT_ONCE, head_logits, last_hidden
+from foldsearch.model.tokens import TokenSet
 from foldsearch.progress import CountProgress
 
 RunBlock = Callable[[int, Tensor, Callable[[Tensor], Tensor]], Tensor]
@@ -28,7 +29,7 @@ RunBlock = Callable[[int, Tensor, Callable[[Tensor], Tensor]], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Cosines between the hidden states of the dense model, each a mean over tokens.
+    """Cosines between the hidden states of the dense model, each a mean over the tokens of the text.
 
     All states are taken on the residual stream, before the final norm.
 
@@ -99,19 +100,21 @@ class GreedyResult:
 
 @torch.no_grad()
 def measure_evidence(
-    dense: PreTrainedModel, ids_NT: Tensor, *, batch_size: int = 4, progress: CountProgress | None = None
+    dense: PreTrainedModel, tokens: TokenSet, *, batch_size: int = 4, progress: CountProgress | None = None
 ) -> Evidence:
     """Measure the cosines of FoldGPT's Fig. 2 and those of every window of blocks.
 
     Args:
         dense: a causal language model of transformers, in eval mode.
-        ids_NT: token ids, (N sequences, T positions).
+        tokens: the text. What a tokenizer puts in front of it runs too, but its cosines do not count: its states are
+            the same in every sequence, and far out (docs/log.md).
         batch_size: sequences that run together.
         progress: called after every batch.
 
     Raises:
-        InputError: `ids_NT` is empty.
+        InputError: `tokens` is empty.
     """
+    ids_NT = tokens.ids_NT
     _check_ids(ids_NT, least=1)
     blocks = decoder_blocks(dense)
     num_states = len(blocks) + 1
@@ -132,16 +135,19 @@ def measure_evidence(
         for start in range(0, len(ids_NT), batch_size):
             states_BTD.clear()
             added_BTD.clear()
-            last_hidden(dense, ids_NT[start : start + batch_size])
+            last_hidden(dense, ids_NT[start : start + batch_size].to(dense.device))
+            of_text_BT = tokens.text_NT[start : start + batch_size].to(dense.device)
             unit_LX = torch.stack(
-                [nn.functional.normalize(state.float(), dim=-1).flatten() for state in states_BTD]
+                [nn.functional.normalize(state[of_text_BT].float(), dim=-1).flatten() for state in states_BTD]
             )
             # The unit vectors of all tokens in one row: the product sums the cosines over tokens.
             dot_LL += (unit_LX @ unit_LX.T).cpu().double()
             attention += (
                 torch.stack(
                     [
-                        nn.functional.cosine_similarity(state.float(), (state + added).float(), dim=-1).sum()
+                        nn.functional.cosine_similarity(state.float(), (state + added).float(), dim=-1)[
+                            of_text_BT
+                        ].sum()
                         for state, added in zip(states_BTD, added_BTD, strict=False)  # one state more
                     ]
                 )
@@ -153,14 +159,15 @@ def measure_evidence(
     finally:
         for handle in handles:
             handle.remove()
-    cosine = (dot_LL / ids_NT.numel()).clamp(-1.0, 1.0).tolist()
+    num_tokens = int(tokens.text_NT.sum())
+    cosine = (dot_LL / num_tokens).clamp(-1.0, 1.0).tolist()
     num_blocks = len(blocks)
     return Evidence(
         block_cosine=tuple(cosine[i][i + 1] for i in range(num_blocks)),
         start_cosine=tuple(cosine[0][i + 1] for i in range(num_blocks)),
         window_cosine=tuple(tuple(cosine[i][i + 1 :]) for i in range(num_blocks)),
-        attention_cosine=tuple((attention / ids_NT.numel()).tolist()),
-        tokens=ids_NT.numel(),
+        attention_cosine=tuple((attention / num_tokens).tolist()),
+        tokens=num_tokens,
     )
 
 
@@ -191,7 +198,7 @@ def best_window(evidence: Evidence, count: int) -> tuple[int, ...]:
 @torch.no_grad()
 def greedy_order(
     dense: PreTrainedModel,
-    ids_NT: Tensor,
+    tokens: TokenSet,
     max_count: int,
     *,
     exact: bool = False,
@@ -206,7 +213,7 @@ def greedy_order(
 
     Args:
         dense: a causal language model of transformers, in eval mode; unchanged afterwards.
-        ids_NT: token ids, (N sequences, T positions); all of them in one batch.
+        tokens: the text, all of it in one batch.
         max_count: how many blocks to drop.
         progress: called with (dropped, max_count).
 
@@ -214,7 +221,8 @@ def greedy_order(
         InputError: `max_count` is not between 1 and the number of blocks less one, or sequences are too short.
     """
     blocks = decoder_blocks(dense)
-    _check_ids(ids_NT, least=2)
+    _check_ids(tokens.ids_NT, least=2)
+    ids_NT, scored_NP = tokens.ids_NT.to(dense.device), tokens.scored.to(dense.device)
     _check_count(max_count, len(blocks) - 1)
     order: list[int] = []
     losses: list[float] = []
@@ -232,7 +240,7 @@ def greedy_order(
     def loss() -> float:
         nonlocal evaluations
         evaluations += 1
-        return float(next_token_losses(dense, last_hidden(dense, ids_NT), ids_NT).mean())
+        return float(next_token_losses(dense, last_hidden(dense, ids_NT), ids_NT)[scored_NP].mean())
 
     with BlockRun(blocks, run):
         dense_loss = current = loss()
@@ -261,18 +269,16 @@ def hidden_of(output: Any) -> Tensor:
 
 
 def next_token_losses(dense: PreTrainedModel, hidden_BTD: Tensor, ids_BT: Tensor) -> Tensor:
-    """Mean next-token loss of each sequence, (B,), in nats, without the whole batch's logits in memory."""
+    """Next-token loss of each position but the last, (B, T - 1), in nats, without all their logits in memory."""
     losses = [
-        sum(
-            nn.functional.cross_entropy(head_logits(dense, hidden_CD), next_C, reduction="sum")
-            for hidden_CD, next_C in zip(
-                hidden_TD[:-1].split(POSITIONS_AT_ONCE), ids_T[1:].split(POSITIONS_AT_ONCE), strict=True
-            )
+        nn.functional.cross_entropy(head_logits(dense, hidden_CD), next_C, reduction="none")
+        for hidden_CD, next_C in zip(
+            hidden_BTD[:, :-1].flatten(0, 1).split(POSITIONS_AT_ONCE),
+            ids_BT[:, 1:].flatten().split(POSITIONS_AT_ONCE),
+            strict=True,
         )
-        / (len(ids_T) - 1)
-        for hidden_TD, ids_T in zip(hidden_BTD, ids_BT, strict=True)
     ]
-    return torch.stack(losses)  # type: ignore[arg-type]
+    return torch.cat(losses).view(len(ids_BT), -1)
 
 
 class BlockRun:

@@ -216,7 +216,7 @@ class GatedModel:
 
 def train_gates(
     dense: PreTrainedModel,
-    ids_NT: Tensor,
+    tokens: TokenSet,
     settings: GateSettings,
     *,
     block_macs: Sequence[float],
@@ -229,7 +229,7 @@ def train_gates(
     Args:
         dense: a causal language model of transformers, in eval mode with frozen parameters. Gates are held in float32
             whatever its dtype is.
-        ids_NT: token ids of recovery text, (N sequences, T positions).
+        tokens: recovery text.
         settings: how to train.
         block_macs: FLOPs of each block in any unit, for the constraint.
         progress: called with (step, steps).
@@ -241,19 +241,18 @@ def train_gates(
     began = time.perf_counter()
     blocks = decoder_blocks(dense)
     cost_L = torch.tensor(block_macs, dtype=torch.float64)
-    _check(settings, len(blocks), cost_L, ids_NT)
+    _check(settings, len(blocks), cost_L, tokens)
     cost_L /= cost_L.mean()
     rng = torch.Generator().manual_seed(settings.seed)
-    ids_NT = _cut(ids_NT, settings, rng)
-    influence_L = 1.0 - torch.tensor(
-        measure_evidence(dense, ids_NT[: settings.sequences_per_step]).block_cosine, dtype=torch.float64
-    )
+    tokens = _cut(tokens, settings, rng)
+    ids_NT = tokens.ids_NT.to(dense.device)
+    first = tokens.of(list(range(min(len(ids_NT), settings.sequences_per_step))))
+    influence_L = 1.0 - torch.tensor(measure_evidence(dense, first).block_cosine, dtype=torch.float64)
     weights = _Weights((influence_L / influence_L.median()).clamp(1e-3, MOST_INFLUENCE), settings)
     ranked: list[int] = []
     history: list[tuple[float, ...]] = []
     with GatedModel(dense) as model:
-        texts = TokenSet("recovery", ids_NT.cpu(), torch.zeros(len(ids_NT), dtype=torch.long), ("",))
-        targets = ask_dense(dense, texts).to(ids_NT.device)
+        targets = ask_dense(dense, tokens).to(ids_NT.device)
         rows = slice(0, settings.sequences_per_step)  # where removals are checked
         ids_BT, checked, runs, closed_loss = ids_NT[rows], targets.of(rows), 0, 0.0
 
@@ -384,11 +383,10 @@ def _lowest(weight_L: Tensor, ranked: Sequence[int], number: int) -> list[int]:
     return sorted(left, key=lambda i: (float(weight_L[i]), i))[:number]
 
 
-def _cut(ids_NT: Tensor, settings: GateSettings, rng: torch.Generator) -> Tensor:
+def _cut(tokens: TokenSet, settings: GateSettings, rng: torch.Generator) -> TokenSet:
     """The sequences to train on: `positions` long, chosen and ordered by the seed."""
-    length = min(settings.positions, ids_NT.shape[1])
-    pieces = ids_NT[:, : ids_NT.shape[1] // length * length].reshape(-1, length)
-    return pieces[torch.randperm(len(pieces), generator=rng)[: settings.sequences].to(pieces.device)]
+    pieces = tokens.cut(max(settings.positions, tokens.num_in_front + 2))
+    return pieces.of(torch.randperm(len(pieces.ids_NT), generator=rng)[: settings.sequences].tolist())
 
 
 def _slopes(
@@ -438,7 +436,7 @@ def kl_to_dense(
         dense: gives the vocabulary projection.
         hidden_BTD: states after the final norm of the model that is measured.
         targets: what the dense model says on the same B sequences.
-        stride: take every so many of the predicting positions; the first one differs from sequence to sequence.
+        stride: take every so many of the scored positions; the first one differs from sequence to sequence.
         slopes: whether to give the slope.
 
     Returns:
@@ -447,8 +445,8 @@ def kl_to_dense(
     num_sequences, num_positions = hidden_BTD.shape[0], hidden_BTD.shape[1] - 1
     taken = [
         b * num_positions + position
-        for b in range(num_sequences)
-        for position in range(b % stride, num_positions, stride)
+        for b, scored_P in enumerate(targets.scored_NP.cpu())
+        for position in scored_P.nonzero()[b % stride :: stride, 0].tolist()
     ]
     place_M = torch.tensor(taken, device=hidden_BTD.device)
     sequence_M = place_M // num_positions
@@ -471,7 +469,7 @@ def kl_to_dense(
     return loss_B, nn.functional.pad(slope.unflatten(0, (num_sequences, num_positions)), (0, 0, 0, 1))
 
 
-def _check(settings: GateSettings, num_blocks: int, cost_L: Tensor, ids_NT: Tensor) -> None:
+def _check(settings: GateSettings, num_blocks: int, cost_L: Tensor, tokens: TokenSet) -> None:
     if not 1 <= settings.count < num_blocks:
         raise InputError(
             f"From 1 to {num_blocks - 1} of {num_blocks} blocks can be removed, but the gates' count is "
@@ -482,8 +480,8 @@ def _check(settings: GateSettings, num_blocks: int, cost_L: Tensor, ids_NT: Tens
             f"Gates need one positive cost a block, {num_blocks} in all, but block_macs has {len(cost_L)} values "
             f"with a minimum of {float(cost_L.min()) if len(cost_L) else 'nothing'}."
         )
-    if ids_NT.ndim != 2 or len(ids_NT) == 0 or ids_NT.shape[1] < 2:
+    if len(tokens.ids_NT) == 0 or tokens.ids_NT.shape[1] < 2:
         raise InputError(
-            f"Token ids come as (sequences, positions), at least 1 by 2, but here they are {tuple(ids_NT.shape)}. "
-            "Give more recovery text."
+            "Token ids come as (sequences, positions), at least 1 by 2, but here they are "
+            f"{tuple(tokens.ids_NT.shape)}. Give more recovery text."
         )

@@ -35,7 +35,7 @@ from foldsearch.model.tokens import TokenSet
 from foldsearch.plan.result import Quality
 
 TOKENS_AT_ONCE = 4096  # of the blocks, when judging
-SCHEMA = 1
+SCHEMA = 2  # of the kept answers: 2 has the positions that are scored
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +44,8 @@ class DenseTargets:
 
     hidden_NPD: after its final norm, in the dtype of the model. mean_row_NPD: float32, Σ_v p_v W_v; of zero size
     where the head is not linear. negentropy_NP: Σ_v p_v log p_v, nats. loss_NP: of the next token, nats.
-    likeliest_NP: int32, the most likely next token.
+    likeliest_NP: int32, the most likely next token. scored_NP: bool, whether the position counts (see `TokenSet`); the
+    others are answered too, but their answers say nothing of a text.
     """
 
     hidden_NPD: Tensor
@@ -52,6 +53,7 @@ class DenseTargets:
     negentropy_NP: Tensor
     loss_NP: Tensor
     likeliest_NP: Tensor
+    scored_NP: Tensor
 
     def of(self, sequences: slice | list[int] | Tensor) -> DenseTargets:
         """The targets of some of the sequences."""
@@ -76,7 +78,7 @@ class DenseTargets:
     @property
     def perplexity(self) -> float:
         """The dense model's, on these tokens."""
-        return math.exp(float(self.loss_NP.cpu().double().mean()))
+        return math.exp(float(self.loss_NP[self.scored_NP].cpu().double().mean()))
 
 
 def batches(
@@ -125,6 +127,7 @@ def ask_dense(
             found["loss_NP"][here] = normaliser_M - logits_MV.gather(1, next_M1)[:, 0]
             found["likeliest_NP"][here] = logits_MV.argmax(-1)
         parts["hidden_NPD"].append(hidden_BPD.cpu())
+        parts["scored_NP"].append(tokens.scored[batch].cpu())
         for name, values in found.items():
             if len(values):
                 parts[name].append(values.unflatten(0, hidden_BPD.shape[:2]).cpu())
@@ -173,9 +176,10 @@ def cross_terms(
 def judge(model: PreTrainedModel, tokens: TokenSet, targets: DenseTargets) -> Quality:
     """The quality of a model on a token set, beside the dense one.
 
-    KL(dense ‖ model) and the next-token loss are means over all predicting positions. A position agrees where no
-    logit is above that of the dense model's likeliest token (equal ones are common in bfloat16). Standard errors are
-    clustered by document (sequences of a document are not independent), the perplexity's by the delta method.
+    KL(dense ‖ model), the next-token loss and agreement are means over the scored positions (see `TokenSet`). A
+    position agrees where no logit is above that of the dense model's likeliest token (equal ones are common in
+    bfloat16). Standard errors are clustered by document (sequences of a document are not independent), the
+    perplexity's by the delta method.
     """
     kl_parts, loss_parts, same_parts = [], [], []
     negentropy, dense_hidden, rows = targets.flat()
@@ -202,29 +206,40 @@ def judge(model: PreTrainedModel, tokens: TokenSet, targets: DenseTargets) -> Qu
         loss_parts.append(normaliser - next_logit)
         same_parts.append(same)
     shape = targets.loss_NP.shape
-    kl_NP, loss_NP = (torch.cat(parts).cpu().double().view(shape) for parts in (kl_parts, loss_parts))
-    loss = float(loss_NP.mean())
+    kl_NP, loss_NP, same_NP = (
+        torch.cat(parts).cpu().double().view(shape) for parts in (kl_parts, loss_parts, same_parts)
+    )
+    scored_NP = targets.scored_NP.cpu()
+    loss = float(loss_NP[scored_NP].mean())
     perplexity = math.exp(min(loss, 700.0))
     return Quality(
-        kl=float(kl_NP.mean()),
-        kl_se=clustered_error(kl_NP, tokens.document_N),
+        kl=float(kl_NP[scored_NP].mean()),
+        kl_se=clustered_error(kl_NP, tokens.document_N, scored_NP),
         perplexity=perplexity,
-        perplexity_se=perplexity * clustered_error(loss_NP, tokens.document_N),
+        perplexity_se=perplexity * clustered_error(loss_NP, tokens.document_N, scored_NP),
         dense_perplexity=targets.perplexity,
-        agreement=float(torch.cat(same_parts).cpu().double().mean()),
-        tokens=loss_NP.numel(),
+        agreement=float(same_NP[scored_NP].mean()),
+        tokens=int(scored_NP.sum()),
     )
 
 
-def clustered_error(values_NP: Tensor, document_N: Tensor) -> float:
+def clustered_error(values_NP: Tensor, document_N: Tensor, scored_NP: Tensor | None = None) -> float:
     """Standard error of the mean of values that are not independent inside a document; infinite for one document.
+
+    Args:
+        values_NP: one value a position.
+        document_N: the document of each sequence.
+        scored_NP: bool, which values the mean is over; None is all. Documents may have different numbers of them.
 
     Source: the cluster-robust variance of a mean (Liang and Zeger 1986), with the factor G / (G − 1).
     """
-    residual_N = (values_NP.double() - values_NP.double().mean()).sum(1)
+    if scored_NP is None:
+        scored_NP = torch.ones_like(values_NP, dtype=torch.bool)
+    values_NP = values_NP.double()
+    residual_N = (values_NP - values_NP[scored_NP].mean()).where(scored_NP, 0.0).sum(1)
     documents, index_N = document_N.unique(return_inverse=True)
     groups = len(documents)
     if groups < 2:
         return math.inf
     sums = torch.zeros(groups, dtype=torch.float64).index_add_(0, index_N, residual_N)
-    return float((sums.square().sum() * groups / (groups - 1)).sqrt() / values_NP.numel())
+    return float((sums.square().sum() * groups / (groups - 1)).sqrt() / scored_NP.sum())

@@ -4,7 +4,7 @@ Trained, all in float32 beside frozen dense weights: a low-rank delta on every l
 norms, what children carry (adapters, γ), and replacements. Deltas and norms are merged into the weights they belong to
 before a model is measured or exported, so they cost nothing; merging into an owner changes all its children alike.
 
-Loss, per position [ours, after the parts that FoldGPT's abstract names]:
+Loss, per scored position [ours, after the parts that FoldGPT's abstract names]:
 
     next_token · next-token loss + kl · KL(dense ‖ folded) + tail · mean((h − h_dense)²) / mean(h_dense²)
 
@@ -305,10 +305,11 @@ class Recovery:
         return total
 
     def _chunk_losses(self, hidden: Tensor, following: Tensor, rows: list[int]) -> Iterator[Tensor]:
-        """The loss of each chunk of positions, already divided by the positions of the step."""
+        """The loss of each chunk of positions, already divided by the scored positions of the step."""
         settings, targets = self.settings, self.targets.of(rows)
         negentropy, dense_hidden, rows_of_head = targets.flat()
-        power = dense_hidden.float().square().mean().clamp_min(1e-12)
+        scored = targets.scored_NP.flatten()
+        power = dense_hidden[scored].float().square().mean().clamp_min(1e-12)
         for start in range(0, len(hidden), POSITIONS_AT_ONCE):
             here = slice(start, start + POSITIONS_AT_ONCE)
             hidden_MD = hidden[here]
@@ -319,7 +320,7 @@ class Recovery:
             kl_M = negentropy[here] - cross_M + normaliser_M
             far_M = (hidden_MD.float() - dense_hidden[here].float()).square().mean(-1) / power
             loss_M = settings.next_token * next_loss_M + settings.kl * kl_M + settings.tail * far_M
-            yield loss_M.sum() / len(hidden)
+            yield loss_M.where(scored[here], 0.0).sum() / scored.sum()
 
 
 def saved_tokens(path: Path) -> int:

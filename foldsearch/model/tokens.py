@@ -3,14 +3,21 @@
 Which set a document belongs to is decided by its text alone (`split_of`), so it is the same in every run, and more data
 never moves a document from one set to another. One that occurs twice counts once.
 
-Shapes: N sequences, T tokens of a sequence.
+**How a sequence begins.** Every sequence that a model reads begins as the model's tokenizer begins a text: with what it
+puts in front by itself, such as the <bos> of Gemma, Llama and Mistral, the </s> of OPT, or nothing (GPT-2, Qwen,
+SmolLM2). Models that were trained so are other models without it: a Gemma 3 270M has four times the perplexity
+(docs/log.md). These tokens count in the length of a sequence, but they are no text: a position is *scored* where the
+token that it predicts is of the text. So the last token in front is scored (what it predicts is how a text begins), and
+those before it are not.
+
+Shapes: N sequences, T tokens of a sequence, P = T − 1 positions that predict a token.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING
 
@@ -22,9 +29,10 @@ from foldsearch.model.text import count_of, load_documents
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SPLITS", "Splits", "TokenSet", "make_splits", "split_of"]
+__all__ = ["SPLITS", "Splits", "TokenSet", "begun", "front_of", "make_splits", "split_of"]
 
 SPLITS = ("search", "recovery", "report")
+_PROBE = "One, two."
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,18 +41,22 @@ class TokenSet:
 
     Attributes:
         name: "search", "recovery" or "report".
-        ids_NT: int64, N sequences of T tokens; no special tokens were added.
+        ids_NT: int64, N sequences of T tokens, each begun as the tokenizer begins a text.
         document_N: int64, for each sequence the index of its document in `documents`: sequences of one document are
             not independent, so standard errors are clustered by it.
         documents: sha256 (hex) of the text of each document that is used.
+        text_NT: bool, whether a token is of the text, not one that was put in front of it; all are if not given.
     """
 
     name: str
     ids_NT: torch.Tensor
     document_N: torch.Tensor
     documents: tuple[str, ...]
+    text_NT: torch.Tensor = field(default_factory=lambda: torch.ones(0, dtype=torch.bool))
 
     def __post_init__(self) -> None:
+        if not self.text_NT.numel():
+            object.__setattr__(self, "text_NT", torch.ones_like(self.ids_NT, dtype=torch.bool))
         if self.ids_NT.dim() != 2 or self.ids_NT.dtype != torch.int64:
             raise DataError(
                 f"{self.name}: token ids are a 2-dimensional int64 tensor [sequences, tokens], not "
@@ -55,6 +67,11 @@ class TokenSet:
                 f"{self.name}: each of the {len(self.ids_NT)} sequences has one document index (int64), not "
                 f"{list(self.document_N.shape)} of {self.document_N.dtype}."
             )
+        if self.text_NT.shape != self.ids_NT.shape or self.text_NT.dtype != torch.bool:
+            raise DataError(
+                f"{self.name}: each token is of the text or not (bool, {list(self.ids_NT.shape)}), not "
+                f"{list(self.text_NT.shape)} of {self.text_NT.dtype}."
+            )
         if len(self.document_N) and not (
             int(self.document_N.min()) >= 0 and int(self.document_N.max()) < len(self.documents)
         ):
@@ -64,7 +81,40 @@ class TokenSet:
 
     def of(self, rows: list[int]) -> TokenSet:
         """Some of the sequences."""
-        return TokenSet(self.name, self.ids_NT[rows], self.document_N[rows], self.documents)
+        return TokenSet(
+            self.name, self.ids_NT[rows], self.document_N[rows], self.documents, self.text_NT[rows]
+        )
+
+    @property
+    def scored(self) -> torch.Tensor:
+        """(N, P), bool: whether a position predicts a token of the text, and counts in losses, KL and agreement."""
+        return self.text_NT[:, 1:]
+
+    @property
+    def num_in_front(self) -> int:
+        """How many tokens every sequence begins with that are not of the text."""
+        return int(self.text_NT.any(0).int().cumsum(0).eq(0).sum())
+
+    def cut(self, length: int) -> TokenSet:
+        """Shorter sequences, each begun as these are: the text in each is cut, what is left over at its end is lost."""
+        num_sequences, whole = self.ids_NT.shape
+        front = self.num_in_front
+        size = min(length, whole) - front
+        assert size > 0, "a sequence holds more than what is in front of its text"
+        pieces = (whole - front) // size
+
+        def cut(values_NT: torch.Tensor) -> torch.Tensor:
+            begin = values_NT[:, None, :front].expand(num_sequences, pieces, front)
+            rest = values_NT[:, front : front + pieces * size].reshape(num_sequences, pieces, size)
+            return torch.cat((begin, rest), 2).flatten(0, 1)
+
+        return TokenSet(
+            self.name,
+            cut(self.ids_NT),
+            self.document_N.repeat_interleave(pieces),
+            self.documents,
+            cut(self.text_NT),
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -75,7 +125,7 @@ class TokenSet:
     def content_hash(self) -> str:
         """16 hex digits over token ids and their documents: equal sets have equal hashes, whatever their name."""
         digest = hashlib.sha256(f"{tuple(self.ids_NT.shape)}\n{self.documents}\n".encode())
-        for values in (self.ids_NT, self.document_N):
+        for values in (self.ids_NT, self.document_N, self.text_NT):
             digest.update(values.cpu().contiguous().numpy().astype("<i8").tobytes())
         return digest.hexdigest()[:16]
 
@@ -112,6 +162,38 @@ def _check_disjoint(documents: Mapping[str, Iterable[str]]) -> None:
             )
 
 
+def front_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that a tokenizer puts in front of a text by itself, such as that of <bos>; often none.
+
+    It is asked, whatever its tokens are called: a text is tokenised with and without special tokens. What it puts after
+    a text (some add an end token) is no part of the beginning.
+
+    Raises:
+        DataError: with special tokens, the text itself becomes other tokens.
+    """
+    plain: list[int] = tokenizer(_PROBE, add_special_tokens=False, verbose=False)["input_ids"]
+    whole: list[int] = tokenizer(_PROBE, verbose=False)["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        if plain and whole[start : start + len(plain)] == plain:
+            return tuple(whole[:start])
+    raise DataError(
+        f"a tokenizer gives a text the same tokens with and without special ones around it, but for {_PROBE!r} this "
+        f"one gives {whole} and {plain}. Its files are damaged, or of another model: fetch them again."
+    )
+
+
+def begun(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """A text's ids, begun as the tokenizer begins one, with nothing after them; what to go on with after a prompt."""
+    front = front_of(tokenizer)
+    return [*front, *_text_ids(tokenizer, text, front)]
+
+
+def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str, front: tuple[int, ...]) -> list[int]:
+    """A text's own ids. One that has the front written out, as chat templates write it, does not get it twice."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids[len(front) :] if tuple(ids[: len(front)]) == front else ids
+
+
 def split_of(document_hash: str) -> str:
     """The split of a document by the sha256 (hex) of its text: 1 in 5 search, 1 in 5 report, the rest recovery."""
     u = int(document_hash[:16], 16) / 2**64
@@ -133,10 +215,11 @@ def make_splits(
 
     From one source, `split_of` decides where a document goes; or three sources are named, one per split, each used
     whole. Within a split documents are taken in ascending order of their hash (a fixed shuffle), from each the first
-    `per_document` chunks of `sequence_length` tokens, until there are enough; shorter documents are passed over.
-    Documents are tokenised one by one, only as many as are needed.
+    `per_document` chunks, until there are enough; documents of less than a chunk are passed over. A sequence is what
+    the tokenizer puts in front of a text, then a chunk: `sequence_length` tokens together. Documents are tokenised one
+    by one, only as many as are needed.
 
-    Three sources have no document in common, used or not; those of fewer bytes than `sequence_length` do not count, as
+    Three sources have no document in common, used or not; those of fewer bytes than a chunk has tokens do not count, as
     they give no sequence. Of a source that is read in part (`limit`, a data set of the hub) only what was read is
     compared.
 
@@ -166,6 +249,12 @@ def make_splits(
         if num_sequences[name] < 0:
             raise DataError(f"num_sequences of {name} is at least 0, not {num_sequences[name]}.")
 
+    front = front_of(tokenizer)
+    if sequence_length <= len(front):
+        raise DataError(
+            f"sequence_length must be above {len(front)}, the tokens that this model's tokenizer puts in front of a "
+            f"text; got {sequence_length}."
+        )
     if isinstance(references, str):
         by_hash = _by_hash(
             load_documents(references, text_column=text_column, limit=limit, progress=progress)
@@ -182,7 +271,9 @@ def make_splits(
         }
         _check_disjoint(
             {
-                name: [key for key, text in pool.items() if len(text.encode()) >= sequence_length]
+                name: [
+                    key for key, text in pool.items() if len(text.encode()) >= sequence_length - len(front)
+                ]
                 for name, pool in pools.items()
                 if num_sequences[name]
             }
@@ -210,15 +301,17 @@ def _token_set(
     num_sequences: int,
     per_document: int,
 ) -> TokenSet:
+    front = front_of(tokenizer)
+    size = sequence_length - len(front)
     sequences: list[list[int]] = []
     document_of: list[int] = []
     used: list[str] = []
     for key, text in pool.items():
         if len(sequences) == num_sequences:
             break
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        for chunk in range(min(per_document, len(ids) // sequence_length, num_sequences - len(sequences))):
-            sequences.append(ids[chunk * sequence_length : (chunk + 1) * sequence_length])
+        ids = _text_ids(tokenizer, text, front)
+        for chunk in range(min(per_document, len(ids) // size, num_sequences - len(sequences))):
+            sequences.append([*front, *ids[chunk * size : (chunk + 1) * size]])
             document_of.append(len(used))
         if document_of and document_of[-1] == len(used):
             used.append(key)
@@ -229,9 +322,12 @@ def _token_set(
             f"{per_document}. Ask for fewer or shorter sequences (splits.{name}, splits.sequence_length), or give "
             "more documents or longer ones. (In a single .txt file, two blank lines separate documents.)"
         )
+    text_NT = torch.ones(num_sequences, sequence_length, dtype=torch.bool)
+    text_NT[:, : len(front)] = False
     return TokenSet(
         name,
         torch.tensor(sequences, dtype=torch.int64).reshape(num_sequences, sequence_length),
         torch.tensor(document_of, dtype=torch.int64),
         tuple(used),
+        text_NT,
     )

@@ -49,7 +49,7 @@ BUDGET = CLOSING.tokens  # of every recipe, so the table compares at equal token
 
 def descend(
     dense: nn.Module,
-    ids_NT: Tensor,
+    text: TokenSet,
     count: int,
     *,
     seed: int,
@@ -73,15 +73,15 @@ def descend(
     num_blocks, batch, length = len(start_L), CLOSING.sequences_per_step, CLOSING.positions
     steps = tokens // (batch * length)
     rng = torch.Generator().manual_seed(seed)
-    ids_NT = ids_NT.reshape(-1, length)
-    ids_NT = ids_NT[torch.randperm(len(ids_NT), generator=rng)[: CLOSING.sequences]]
+    text = text.cut(length)
+    text = text.of(torch.randperm(len(text.ids_NT), generator=rng)[: CLOSING.sequences].tolist())
+    ids_NT, scored_NP = text.ids_NT, text.scored
     weight_L = start_L.clone().float()
     first_L, second_L = torch.zeros(num_blocks), torch.zeros(num_blocks)
     history: list[list[float]] = []
     with GatedModel(dense) as model:
         with torch.no_grad():
-            texts = TokenSet("recovery", ids_NT, torch.zeros(len(ids_NT), dtype=torch.long), ("",))
-            targets = ask_dense(dense, texts)
+            targets = ask_dense(dense, text)
         for step in range(steps):
             done = step / (steps - 1)
             width = eps[0] * (eps[1] / eps[0]) ** done
@@ -106,7 +106,9 @@ def descend(
                 )
             else:
                 leaf_BTD = hidden_BTD.detach().requires_grad_()
-                loss_B = next_token_losses(dense, leaf_BTD, ids_NT[row_B])
+                scored_BP = scored_NP[row_B]
+                loss_BP = next_token_losses(dense, leaf_BTD, ids_NT[row_B]).where(scored_BP, 0.0)
+                loss_B = loss_BP.sum(1) / scored_BP.sum(1)
                 (slope_BTD,) = torch.autograd.grad(loss_B.sum(), leaf_BTD)
             assert slope_BTD is not None
             hidden_BTD.backward(slope_BTD / batch, retain_graph=True)
@@ -163,8 +165,8 @@ def constrained(weight_BL: Tensor, width: float, total: float) -> Tensor:
     return ((weight_BL - tau_B[:, None]) / width).sigmoid()
 
 
-def closing(dense: nn.Module, ids_NT: Tensor, settings: GateSettings) -> dict[str, Any]:
-    result = train_gates(dense, ids_NT, settings, block_macs=[1.0] * len(decoder_blocks(dense)))
+def closing(dense: nn.Module, tokens: TokenSet, settings: GateSettings) -> dict[str, Any]:
+    result = train_gates(dense, tokens, settings, block_macs=[1.0] * len(decoder_blocks(dense)))
     return {
         "order": list(result.ranking),
         "history": [list(row) for row in result.history],
@@ -193,12 +195,12 @@ class Bench:
             sequence_length=256,
             num_sequences={"search": 0, "recovery": 0, "report": 16},
         )
-        self.search_NT = speeches.search.ids_NT[:4]  # 1,024 tokens
-        self.recovery_NT = speeches.recovery.ids_NT
+        self.search = speeches.search.of(list(range(4)))  # 1,024 tokens
+        self.recovery = speeches.recovery
         self.report = {"sotu": speeches.report, "wikipedia": articles.report}
         self.targets = {name: self.hidden(texts.ids_NT) for name, texts in self.report.items()}
         self.num_blocks = len(decoder_blocks(self.dense))
-        self.evidence = measure_evidence(self.dense, self.search_NT)
+        self.evidence = measure_evidence(self.dense, self.search)
         self.greedy: dict[str, Any] | None = None
 
     @torch.no_grad()
@@ -251,7 +253,7 @@ class Bench:
             return {"order": list(best_window(self.evidence, count)), "forward_tokens": self.evidence.tokens}
         if self.greedy is None:
             began = time.perf_counter()
-            result = greedy_order(self.dense, self.search_NT, max(COUNTS))
+            result = greedy_order(self.dense, self.search, max(COUNTS))
             tokens = result.evaluations * result.tokens
             self.greedy = {
                 "order": list(result.order),
@@ -292,10 +294,10 @@ class Bench:
             "closing, eps 1": replace(settings, eps=1.0),
         }
         if name in closings:
-            return closing(self.dense, self.recovery_NT, closings[name])
+            return closing(self.dense, self.recovery, closings[name])
         if name == ONE_FOR_ALL:
-            return closing(self.dense, self.recovery_NT, settings)
-        return descend(self.dense, self.recovery_NT, count, seed=seed, **descents[name])
+            return closing(self.dense, self.recovery, settings)
+        return descend(self.dense, self.recovery, count, seed=seed, **descents[name])
 
 
 MIDDLE = 6  # the count that gates train at if one ranking is to serve all counts
@@ -409,14 +411,14 @@ def picture(bench: Callable[[], Bench], out: Path, png: Path, count: int) -> Non
         if kind == "closing":
             found = closing(
                 loaded.dense,
-                loaded.recovery_NT,
+                loaded.recovery,
                 replace(CLOSING, count=count, eps=eps, steps=CLOSING.steps // 2),
             )
         else:
             ones_L = torch.ones(loaded.num_blocks)
             found = descend(
                 loaded.dense,
-                loaded.recovery_NT,
+                loaded.recovery,
                 count,
                 seed=0,
                 start_L=ones_L,

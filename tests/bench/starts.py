@@ -84,7 +84,7 @@ def replacements(bench: Bench, windows: list[str]) -> None:
 def windows(bench: Bench, counts: list[int]) -> None:
     """Each window by three measures of the fit, and the KL of what each measure would choose."""
     states = bench.states()
-    evidence = measure_evidence(bench.dense, bench.bench.splits.search.ids_NT[:8])
+    evidence = measure_evidence(bench.dense, bench.bench.splits.search.of(list(range(8))))
     print("| blocks | chosen by | window | KL of its linear map |\n|---|---|---|---|")
     for count in counts:
         kls, errors = {}, {}
@@ -147,7 +147,10 @@ def bases(bench: Bench) -> None:
 
 def evolution(bench: Bench, counts: list[int]) -> None:
     """From the better of two simple plans, chosen on search texts; measured on report texts, as they are."""
-    splits, evidence = bench.bench.splits, measure_evidence(bench.dense, bench.bench.splits.search.ids_NT[:8])
+    splits, evidence = (
+        bench.bench.splits,
+        measure_evidence(bench.dense, bench.bench.splits.search.of(list(range(8)))),
+    )
 
     def report_kl(plan: FoldPlan) -> float:
         return judge(fold(bench.dense, plan), splits.report, bench.bench.report).kl

@@ -5,11 +5,13 @@ the written weights are tampered with between writing and verifying.
 """
 
 import json
+import math
 
 import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 
 from foldsearch.errors import VerificationError
 from foldsearch.export import export, load_exported, ship
@@ -73,6 +75,7 @@ def test_folded_export(tmp_path):
         form="folded",
         dtype="bfloat16",
         ids_NT=IDS,
+        text_NT=torch.arange(24).expand(5, 24) >= 2,
         dense=dense,
         details={"base_model": "tiny", "kl": 0.5},
     )
@@ -81,6 +84,11 @@ def test_folded_export(tmp_path):
     assert report.loads_without_foldsearch
     assert report.refused_without_code
     assert report.exported.perplexity == report.measured_perplexity
+    loss = functional.cross_entropy(
+        logits(cast(model, torch.bfloat16))[:, 1:-1].flatten(0, 1).float(), IDS[:, 2:].flatten()
+    )
+    # the first two tokens are no text: the second is not scored, the first of the text is
+    assert report.exported.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
     assert report.exported.weight_bytes == 2 * sum(p.numel() for p in model.parameters())
     assert report.dense is not None
     assert report.exported.disk_bytes < report.dense.disk_bytes

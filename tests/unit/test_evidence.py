@@ -16,6 +16,7 @@ from foldsearch.model.evidence import (
     next_token_losses,
 )
 from foldsearch.model.head import head_logits, last_hidden
+from tests.tiny import as_tokens
 
 NUM_BLOCKS = 5
 
@@ -53,26 +54,32 @@ def states_by_hand(dense: LlamaForCausalLM, ids_NT: Tensor) -> list[Tensor]:
     return states
 
 
-def without(dense: LlamaForCausalLM, dropped: list[int], ids_NT: Tensor) -> float:
+def without(dense: LlamaForCausalLM, dropped: list[int], ids_NT: Tensor, front: int = 0) -> float:
     blocks = dense.model.layers
     try:
         dense.model.layers = nn.ModuleList(b for i, b in enumerate(blocks) if i not in dropped)
         logits_NTV = dense(ids_NT, use_cache=False).logits
     finally:
         dense.model.layers = blocks
-    return float(nn.functional.cross_entropy(logits_NTV[:, :-1].flatten(0, 1), ids_NT[:, 1:].flatten()))
+    first = max(front - 1, 0)  # the last token in front predicts the first one of the text
+    return float(
+        nn.functional.cross_entropy(logits_NTV[:, first:-1].flatten(0, 1), ids_NT[:, first + 1 :].flatten())
+    )
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
     return float(nn.functional.cosine_similarity(a, b, dim=-1).mean())
 
 
+@pytest.mark.parametrize("front", [0, 2])
 def test_cosines_equal_those_of_the_states_before_the_final_norm(
-    dense: LlamaForCausalLM, ids_NT: Tensor
+    dense: LlamaForCausalLM, ids_NT: Tensor, front: int
 ) -> None:
+    """What stands in front of a text runs, but its cosines do not count."""
     seen: list[tuple[int, int]] = []
-    evidence = measure_evidence(dense, ids_NT, batch_size=2, progress=lambda *at: seen.append(at))
-    states = states_by_hand(dense, ids_NT)
+    tokens = as_tokens(ids_NT, front)
+    evidence = measure_evidence(dense, tokens, batch_size=2, progress=lambda *at: seen.append(at))
+    states = [state[:, front:] for state in states_by_hand(dense, ids_NT)]
     for first in range(NUM_BLOCKS):
         for length in range(1, NUM_BLOCKS - first + 1):
             assert evidence.window_cosine[first][length - 1] == pytest.approx(
@@ -87,14 +94,14 @@ def test_cosines_equal_those_of_the_states_before_the_final_norm(
         dense.model(ids_NT)
         handle.remove()
         assert evidence.attention_cosine[i] == pytest.approx(
-            cosine(states[i], states[i] + added[0]), abs=1e-5
+            cosine(states[i], states[i] + added[0][:, front:]), abs=1e-5
         )
-    assert evidence.tokens == ids_NT.numel()
+    assert evidence.tokens == ids_NT[:, front:].numel()
     assert seen == [(2, 3), (3, 3)]
 
 
 def test_measuring_leaves_no_hook_behind(dense: LlamaForCausalLM, ids_NT: Tensor) -> None:
-    measure_evidence(dense, ids_NT)
+    measure_evidence(dense, as_tokens(ids_NT))
     assert not any(block._forward_pre_hooks or block._forward_hooks for block in dense.model.layers)
 
 
@@ -116,15 +123,16 @@ def test_rankings_of_known_evidence() -> None:
         best_window(evidence, 5)
 
 
-def test_exact_greedy_equals_brute_force(dense: LlamaForCausalLM, ids_NT: Tensor) -> None:
-    result = greedy_order(dense, ids_NT, 3, exact=True)
+@pytest.mark.parametrize("front", [0, 3])
+def test_exact_greedy_equals_brute_force(dense: LlamaForCausalLM, ids_NT: Tensor, front: int) -> None:
+    result = greedy_order(dense, as_tokens(ids_NT, front), 3, exact=True)
     order: list[int] = []
     for loss in result.losses:
-        losses = {i: without(dense, [*order, i], ids_NT) for i in range(NUM_BLOCKS) if i not in order}
+        losses = {i: without(dense, [*order, i], ids_NT, front) for i in range(NUM_BLOCKS) if i not in order}
         order.append(min(losses, key=lambda i: losses[i]))
         assert loss == pytest.approx(losses[order[-1]], abs=1e-5)
     assert result.order == tuple(order)
-    assert result.dense_loss == pytest.approx(without(dense, [], ids_NT), abs=1e-5)
+    assert result.dense_loss == pytest.approx(without(dense, [], ids_NT, front), abs=1e-5)
     assert GreedyResult.from_json(result.to_json()) == result
 
 
@@ -136,18 +144,18 @@ def test_lazy_greedy_finds_planted_redundancy_with_fewer_runs(
         dense.model.layers[planted].mlp.down_proj.weight.zero_()
     # The loss of a random model means nothing; make it say something, so that other removals cost.
     ids_NT = dense(ids_NT, use_cache=False).logits.argmax(-1)
-    lazy, exact = (greedy_order(dense, ids_NT, 2, exact=exact) for exact in (False, True))
-    first = greedy_order(dense, ids_NT, 1)
+    lazy, exact = (greedy_order(dense, as_tokens(ids_NT), 2, exact=exact) for exact in (False, True))
+    first = greedy_order(dense, as_tokens(ids_NT), 1)
     assert lazy.losses[0] == pytest.approx(first.losses[0])
     assert lazy.evaluations <= exact.evaluations
-    evidence = measure_evidence(dense, ids_NT)
+    evidence = measure_evidence(dense, as_tokens(ids_NT))
     assert set(influence_order(evidence)[:2]) == {1, 3}
 
 
 def test_greedy_leaves_the_model_as_it_was(dense: LlamaForCausalLM, ids_NT: Tensor) -> None:
     before = dense(ids_NT, use_cache=False).logits
     weights = {name: value.clone() for name, value in dense.state_dict().items()}
-    greedy_order(dense, ids_NT, 2)
+    greedy_order(dense, as_tokens(ids_NT), 2)
     assert all("forward" not in vars(block) for block in dense.model.layers)
     assert torch.equal(dense(ids_NT, use_cache=False).logits, before)
     assert all(torch.equal(value, weights[name]) for name, value in dense.state_dict().items())
@@ -177,9 +185,10 @@ def test_losses_in_pieces_equal_the_models_own(
 ) -> None:
     monkeypatch.setattr("foldsearch.model.evidence.POSITIONS_AT_ONCE", 7)
     ids_NT = torch.randint(0, 61, (2, 20))
-    loss_N = next_token_losses(dense, last_hidden(dense, ids_NT), ids_NT)
-    for loss, ids_T in zip(loss_N, ids_NT, strict=True):
-        assert float(loss) == pytest.approx(without(dense, [], ids_T[None]), abs=1e-5)
+    loss_NP = next_token_losses(dense, last_hidden(dense, ids_NT), ids_NT)
+    assert loss_NP.shape == (2, 19)
+    for loss_P, ids_T in zip(loss_NP, ids_NT, strict=True):
+        assert float(loss_P.mean()) == pytest.approx(without(dense, [], ids_T[None]), abs=1e-5)
 
 
 def test_projection_equals_the_logits_of_a_soft_capped_model() -> None:
@@ -202,13 +211,13 @@ def test_projection_equals_the_logits_of_a_soft_capped_model() -> None:
         assert torch.allclose(head_logits(dense, last_hidden(dense, ids_NT)), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (2, 1), (4,)])
+@pytest.mark.parametrize("shape", [(0, 5), (2, 1)])
 def test_too_little_text_is_refused(dense: LlamaForCausalLM, shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match=r"\(sequences, positions\)"):
-        greedy_order(dense, torch.zeros(shape, dtype=torch.long), 1)
+        greedy_order(dense, as_tokens(torch.zeros(shape, dtype=torch.long)), 1)
 
 
 @pytest.mark.parametrize("count", [0, NUM_BLOCKS])
 def test_greedy_keeps_at_least_one_block(dense: LlamaForCausalLM, ids_NT: Tensor, count: int) -> None:
     with pytest.raises(InputError, match="From 1 to 4 blocks"):
-        greedy_order(dense, ids_NT, count)
+        greedy_order(dense, as_tokens(ids_NT), count)

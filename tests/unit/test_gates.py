@@ -9,7 +9,7 @@ from foldsearch.errors import InputError
 from foldsearch.model.gates import GatedModel, GateResult, GateSettings, _Weights, kl_to_dense, train_gates
 from foldsearch.model.head import last_hidden
 from foldsearch.model.judge import ask_dense
-from foldsearch.model.tokens import TokenSet
+from tests.tiny import as_tokens
 
 NUM_BLOCKS = 6
 SETTINGS = GateSettings(count=2, steps=12, sequences_per_step=4, positions=16, sequences=8)
@@ -74,9 +74,9 @@ def test_closed_gates_leave_their_blocks_out(dense: LlamaForCausalLM, ids_NT: Te
 def test_training_leaves_the_model_as_it_was(dense: LlamaForCausalLM, ids_NT: Tensor) -> None:
     weights = {name: value.clone() for name, value in dense.state_dict().items()}
     before = last_hidden(dense, ids_NT)
-    train_gates(dense, ids_NT, SETTINGS, block_macs=ONES)
+    train_gates(dense, as_tokens(ids_NT), SETTINGS, block_macs=ONES)
     with pytest.raises(RuntimeError, match="stop"):
-        train_gates(dense, ids_NT, SETTINGS, block_macs=ONES, progress=_stop)
+        train_gates(dense, as_tokens(ids_NT), SETTINGS, block_macs=ONES, progress=_stop)
     assert all("forward" not in vars(block) for block in dense.model.layers)
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in dense.model.layers)
     assert torch.equal(last_hidden(dense, ids_NT), before)
@@ -88,20 +88,22 @@ def _stop(_done: int, _total: int) -> None:
     raise RuntimeError("stop")
 
 
+@pytest.mark.parametrize("front", [0, 3])
 def test_kl_and_its_slope_equal_autograd_on_whole_logits(
-    dense: LlamaForCausalLM, ids_NT: Tensor, monkeypatch: pytest.MonkeyPatch
+    dense: LlamaForCausalLM, ids_NT: Tensor, monkeypatch: pytest.MonkeyPatch, front: int
 ) -> None:
     monkeypatch.setattr("foldsearch.model.gates.POSITIONS_AT_ONCE", 5)
     target_BTD = last_hidden(dense, ids_NT)
-    targets = ask_dense(
-        dense, TokenSet("recovery", ids_NT, torch.zeros(len(ids_NT), dtype=torch.long), ("",))
-    )
+    targets = ask_dense(dense, as_tokens(ids_NT, front))
+    first = max(front - 1, 0)  # scored: the last token in front predicts the first one of the text
     hidden_BTD = (target_BTD + 0.3 * torch.randn_like(target_BTD)).requires_grad_()
     for stride in (1, 3):
         p = dense.lm_head(target_BTD).log_softmax(-1)
         q = dense.lm_head(hidden_BTD).log_softmax(-1)
         kl_BT = (p.exp() * (p - q)).sum(-1)
-        expected_B = torch.stack([kl_BT[b, b % stride : -1 : stride].mean() for b in range(len(ids_NT))])
+        expected_B = torch.stack(
+            [kl_BT[b, first + b % stride : -1 : stride].mean() for b in range(len(ids_NT))]
+        )
         (expected_slope,) = torch.autograd.grad(expected_B.sum(), hidden_BTD)
         loss_B, slope_BTD = kl_to_dense(dense, hidden_BTD.detach(), targets, stride=stride, slopes=True)
         assert slope_BTD is not None
@@ -111,7 +113,8 @@ def test_kl_and_its_slope_equal_autograd_on_whole_logits(
 
 def test_the_same_seed_gives_the_same_gates(dense: LlamaForCausalLM, ids_NT: Tensor) -> None:
     one, again, other = (
-        train_gates(dense, ids_NT, replace(SETTINGS, seed=seed), block_macs=ONES) for seed in (0, 0, 1)
+        train_gates(dense, as_tokens(ids_NT), replace(SETTINGS, seed=seed), block_macs=ONES)
+        for seed in (0, 0, 1)
     )
     assert replace(one, seconds=0.0) == replace(again, seconds=0.0)
     assert one.history != other.history
@@ -122,7 +125,9 @@ def test_the_same_seed_gives_the_same_gates(dense: LlamaForCausalLM, ids_NT: Ten
 def test_planted_redundancy_is_ranked_first(dense: LlamaForCausalLM, ids_NT: Tensor) -> None:
     plant(dense, 1, 4)
     steps: list[tuple[int, int]] = []
-    result = train_gates(dense, ids_NT, SETTINGS, block_macs=ONES, progress=lambda *at: steps.append(at))
+    result = train_gates(
+        dense, as_tokens(ids_NT), SETTINGS, block_macs=ONES, progress=lambda *at: steps.append(at)
+    )
     assert set(result.ranking[:2]) == {1, 4}
     assert sorted(result.ranking) == list(range(NUM_BLOCKS))
     assert result.hard_loss == pytest.approx(0.0, abs=1e-6)
@@ -138,7 +143,7 @@ def test_gates_hold_the_constraint_at_every_step_and_end_polarized(
     dense: LlamaForCausalLM, ids_NT: Tensor
 ) -> None:
     for eps in (0.05, 0.5, 2.0):
-        result = train_gates(dense, ids_NT, replace(SETTINGS, eps=eps), block_macs=ONES)
+        result = train_gates(dense, as_tokens(ids_NT), replace(SETTINGS, eps=eps), block_macs=ONES)
         for gates in result.history:
             closed = sum(gate == 0.0 for gate in gates)
             left, quarter = SETTINGS.count - closed, (NUM_BLOCKS - closed) / 4
@@ -150,8 +155,10 @@ def test_gates_hold_the_constraint_at_every_step_and_end_polarized(
 
 def test_swaps_never_make_it_worse(dense: LlamaForCausalLM, ids_NT: Tensor) -> None:
     for seed in range(4):
-        plain = train_gates(dense, ids_NT, replace(SETTINGS, swaps=0, seed=seed), block_macs=ONES)
-        swapped = train_gates(dense, ids_NT, replace(SETTINGS, swaps=3, seed=seed), block_macs=ONES)
+        plain = train_gates(dense, as_tokens(ids_NT), replace(SETTINGS, swaps=0, seed=seed), block_macs=ONES)
+        swapped = train_gates(
+            dense, as_tokens(ids_NT), replace(SETTINGS, swaps=3, seed=seed), block_macs=ONES
+        )
         assert plain.soft_loss == plain.hard_loss == swapped.soft_loss
         assert swapped.hard_loss <= plain.hard_loss
         assert len(set(swapped.ranking[:2]) - set(plain.ranking[:2])) <= 2
@@ -163,11 +170,11 @@ def test_a_block_that_costs_more_goes_first_at_equal_importance(
     dense: LlamaForCausalLM, ids_NT: Tensor
 ) -> None:
     settings = replace(SETTINGS, count=1, swaps=0)
-    cheap = train_gates(dense, ids_NT, settings, block_macs=ONES).ranking
+    cheap = train_gates(dense, as_tokens(ids_NT), settings, block_macs=ONES).ranking
     last = cheap[-1]
     macs = [1.0] * NUM_BLOCKS
     macs[last] = 1e6
-    assert train_gates(dense, ids_NT, settings, block_macs=macs).ranking[0] == last
+    assert train_gates(dense, as_tokens(ids_NT), settings, block_macs=macs).ranking[0] == last
 
 
 @pytest.mark.parametrize(
@@ -187,11 +194,11 @@ def test_settings_out_of_range_are_refused(change: dict[str, float], match: str)
 
 def test_bad_input_is_refused(dense: LlamaForCausalLM, ids_NT: Tensor) -> None:
     with pytest.raises(InputError, match="From 1 to 5 of 6 blocks"):
-        train_gates(dense, ids_NT, replace(SETTINGS, count=6), block_macs=ONES)
+        train_gates(dense, as_tokens(ids_NT), replace(SETTINGS, count=6), block_macs=ONES)
     with pytest.raises(InputError, match="one positive cost a block"):
-        train_gates(dense, ids_NT, SETTINGS, block_macs=[1.0])
+        train_gates(dense, as_tokens(ids_NT), SETTINGS, block_macs=[1.0])
     with pytest.raises(InputError, match="Give more recovery text"):
-        train_gates(dense, ids_NT[:0], SETTINGS, block_macs=ONES)
+        train_gates(dense, as_tokens(ids_NT[:0]), SETTINGS, block_macs=ONES)
 
 
 def test_one_wild_slope_does_not_decide() -> None:

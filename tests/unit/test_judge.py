@@ -27,6 +27,10 @@ from tests.tiny import NUM_BLOCKS, VOCABULARY, WIDTH, LogitRows, dense_model, to
 NAMES = ("llama", "gemma2", "gpt2", "opt")
 TEXT = "0 1=3 3-4"
 TOKENS = token_set(sequences=7, length=30)  # 203 predicting positions: three chunks and a rest
+# Two tokens in front of each sequence, and others here and there that are of no text: documents differ in their number.
+_OF_TEXT = torch.rand(7, 30, generator=torch.Generator().manual_seed(3)) < 0.7
+_OF_TEXT[:, :2] = False
+PARTLY_TEXT = TokenSet("search", TOKENS.ids_NT, TOKENS.document_N, TOKENS.documents, _OF_TEXT)
 
 
 def folded(name: str, text: str = TEXT):
@@ -39,24 +43,29 @@ def log_probabilities(model, ids_NT: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids_NT, use_cache=False).logits[:, :-1].double().log_softmax(-1)
 
 
+@pytest.mark.parametrize("tokens", [TOKENS, PARTLY_TEXT], ids=["text", "partly text"])
 @pytest.mark.parametrize("name", NAMES)
-def test_quality_is_what_full_logits_say(name):
+def test_quality_is_what_full_logits_say(name, tokens):
+    """Means over the positions whose next token is of the text, whatever stands at the positions themselves."""
     dense, model = dense_model(name), folded(name)
-    p, q = log_probabilities(dense, TOKENS.ids_NT), log_probabilities(model, TOKENS.ids_NT)
-    kl = (p.exp() * (p - q)).sum(-1)
-    following = TOKENS.ids_NT[:, 1:, None]
-    loss, dense_loss = -q.gather(-1, following), -p.gather(-1, following)
-    found = judge(model, TOKENS, ask_dense(dense, TOKENS))
+    p, q = log_probabilities(dense, tokens.ids_NT), log_probabilities(model, tokens.ids_NT)
+    scored = tokens.text_NT[:, 1:]
+    all_kl = (p.exp() * (p - q)).sum(-1)
+    following = tokens.ids_NT[:, 1:, None]
+    all_loss = -q.gather(-1, following)[..., 0]
+    kl, loss, dense_loss = all_kl[scored], all_loss[scored], -p.gather(-1, following)[..., 0][scored]
+    found = judge(model, tokens, ask_dense(dense, tokens))
     assert found.kl == pytest.approx(kl.mean().item(), rel=1e-4, abs=1e-6)
     assert found.kl > 0.01  # there is something to see
     assert found.perplexity == pytest.approx(math.exp(loss.mean()), rel=1e-5)
     assert found.dense_perplexity == pytest.approx(math.exp(dense_loss.mean()), rel=1e-5)
-    assert found.agreement == (p.argmax(-1) == q.argmax(-1)).double().mean()
+    assert found.agreement == pytest.approx((p.argmax(-1) == q.argmax(-1))[scored].double().mean().item())
     assert 0 < found.agreement < 1
-    assert found.tokens == 7 * 29
-    assert found.kl_se == pytest.approx(clustered_error(kl, TOKENS.document_N), rel=1e-3)
+    assert found.tokens == len(kl)
+    assert found.tokens == 7 * 29 or (tokens is PARTLY_TEXT and found.tokens < 7 * 28)
+    assert found.kl_se == pytest.approx(clustered_error(all_kl, tokens.document_N, scored), rel=1e-3)
     assert found.perplexity_se == pytest.approx(
-        found.perplexity * clustered_error(loss[..., 0], TOKENS.document_N), rel=1e-4
+        found.perplexity * clustered_error(all_loss, tokens.document_N, scored), rel=1e-4
     )
 
 
@@ -117,6 +126,8 @@ values = st.integers(1, 12).flatmap(
     lambda n: st.tuples(
         st.lists(st.lists(st.floats(-5, 5), min_size=3, max_size=3), min_size=n, max_size=n),
         st.lists(st.integers(0, 3), min_size=n, max_size=n),
+        # of the three values of a sequence at least one counts, as every sequence has some text
+        st.lists(st.sampled_from([(1, 1, 1), (0, 1, 1), (0, 0, 1), (1, 0, 1)]), min_size=n, max_size=n),
     )
 )
 
@@ -124,13 +135,16 @@ values = st.integers(1, 12).flatmap(
 @given(values)
 def test_clustered_error_is_the_sandwich(drawn):
     """The variance of a mean as a sum over all pairs of values of the same document, times G / (G − 1)."""
-    rows, documents = np.array(drawn[0]), np.repeat(drawn[1], 3)
-    found = clustered_error(torch.tensor(rows), torch.tensor(drawn[1]))
+    rows, scored = np.array(drawn[0]), np.array(drawn[2], dtype=bool)
+    found = clustered_error(torch.tensor(rows), torch.tensor(drawn[1]), torch.tensor(scored))
+    if scored.all():
+        assert found == clustered_error(torch.tensor(rows), torch.tensor(drawn[1]))
     groups = len(set(drawn[1]))
     if groups < 2:
         assert found == math.inf
         return
-    residual = rows.ravel() - rows.mean()
+    rows, documents = rows[scored], np.repeat(drawn[1], 3)[scored.ravel()]
+    residual = rows - rows.mean()
     same = documents[:, None] == documents[None, :]
     variance = (np.outer(residual, residual) * same).sum() / rows.size**2 * groups / (groups - 1)
     assert found == pytest.approx(math.sqrt(max(variance, 0)), rel=1e-6, abs=1e-7)
@@ -167,7 +181,7 @@ def test_targets_are_kept_by_content(name, tmp_path, monkeypatch):
     monkeypatch.setattr(judging, "ask_dense", never)
     renamed = TokenSet("renamed", TOKENS.ids_NT, TOKENS.document_N, TOKENS.documents)
     again = dense_targets(dense, renamed, model_hash="m", cache_dir=tmp_path)
-    for field in ("hidden_NPD", "mean_row_NPD", "negentropy_NP", "loss_NP", "likeliest_NP"):
+    for field in ("hidden_NPD", "mean_row_NPD", "negentropy_NP", "loss_NP", "likeliest_NP", "scored_NP"):
         assert torch.equal(getattr(again, field), getattr(asked, field))
         assert torch.equal(getattr(first, field), getattr(asked, field))
     assert judge(folded(name), TOKENS, again) == judge(folded(name), TOKENS, asked)

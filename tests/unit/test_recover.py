@@ -30,8 +30,9 @@ from foldsearch.model.recover import (
     load_trained,
     merge,
 )
+from foldsearch.model.tokens import TokenSet
 from foldsearch.plan.plan import FoldPlan, Slot
-from tests.tiny import NUM_BLOCKS, dense_model, token_set
+from tests.tiny import NUM_BLOCKS, as_tokens, dense_model, token_set
 
 NAMES = ("llama", "gemma2", "gpt2")  # plain, soft-capped with four norms, Conv1D with biases
 TEXT = "0 1=0+r3+n 2a 3 3=3+r2"
@@ -47,9 +48,13 @@ def folded(name: str = "llama", text: str = TEXT):
 
 
 def recovery(
-    name: str = "llama", settings: RecoverySettings = SETTINGS, total: int = 6 * STEP, text: str = TEXT
+    name: str = "llama",
+    settings: RecoverySettings = SETTINGS,
+    total: int = 6 * STEP,
+    text: str = TEXT,
+    tokens: TokenSet = TOKENS,
 ):
-    return Recovery(folded(name, text), settings, TOKENS, ask_dense(dense_model(name), TOKENS), total)
+    return Recovery(folded(name, text), settings, tokens, ask_dense(dense_model(name), tokens), total)
 
 
 @torch.no_grad()
@@ -256,13 +261,17 @@ def test_children_follow_their_owner():
 # ---- the loss
 
 
+@pytest.mark.parametrize("front", [0, 3])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 @pytest.mark.parametrize("weights", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0.3, 0.7, 0.1)])
-def test_the_gradient_is_that_of_the_plain_loss(name, weights, monkeypatch):
-    """Chunked over positions and without full logits, against autograd through full logits."""
+def test_the_gradient_is_that_of_the_plain_loss(name, weights, front, monkeypatch):
+    """Chunked over positions and without full logits, against autograd through full logits.
+
+    Of what stands in front of a text only the last token is trained on: it predicts how the text begins.
+    """
     next_token, kl, tail = weights
     settings = RecoverySettings(delta_rank=2, next_token=next_token, kl=kl, tail=tail, clip=1e9)
-    ours = recovery(name, settings)
+    ours = recovery(name, settings, tokens=as_tokens(TOKENS.ids_NT, front))
     scatter(ours.trained, scale=0.03)
     rows = list(range(len(TOKENS.ids_NT)))
     random.Random(settings.seed).shuffle(rows)
@@ -280,8 +289,10 @@ def test_the_gradient_is_that_of_the_plain_loss(name, weights, monkeypatch):
         h_dense = dense.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].double()
     q = model(input_ids=ids, use_cache=False).logits[:, :-1].double().log_softmax(-1)
     h = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].double()
+    following, scored = ids[:, 1:, None], slice(max(front - 1, 0), None)
+    p, q, h, h_dense, following = (value[:, scored] for value in (p, q, h, h_dense, following))
     losses = (
-        -q.gather(-1, ids[:, 1:, None]).mean(),
+        -q.gather(-1, following).mean(),
         (p.exp() * (p - q)).sum(-1).mean(),
         (h - h_dense).square().mean() / h_dense.square().mean(),
     )

@@ -20,6 +20,8 @@ from foldsearch.model.tokens import (
     SPLITS,
     Splits,
     TokenSet,
+    begun,
+    front_of,
     make_splits,
     split_of,
 )
@@ -35,15 +37,24 @@ class Counting(PreTrainedTokenizerFast):
         return super().__call__(*args, **kwargs)
 
 
-@pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Token i is the word "wi"; it would put <s> first, if it were allowed to."""
+def words_tokenizer(around: str = "$A") -> PreTrainedTokenizerFast:
+    """Token i is the word "wi"; around a text it puts what the template says."""
     vocabulary = {"<unk>": 0, "<s>": 1} | {f"w{index}": index for index in range(2, 500)}
+    vocabulary |= {"</s>": 500, "<b>": 501}
     built = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     built.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    built.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    specials = [(token, vocabulary[token]) for token in ("<s>", "</s>", "<b>")]
+    built.post_processor = processors.TemplateProcessing(around, special_tokens=specials)
     Counting.num_calls = 0
-    return Counting(tokenizer_object=built, unk_token="<unk>", bos_token="<s>", model_max_length=8)
+    return Counting(
+        tokenizer_object=built, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=8
+    )
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """It has a <s>, but does not begin a text with it."""
+    return words_tokenizer()
 
 
 def document(index: int, num_words: int = 20) -> str:
@@ -106,8 +117,11 @@ def test_chunks_from_the_documents_start_in_hash_order(tmp_path: Path, tokenizer
 
 def test_only_what_is_needed_is_tokenised(tmp_path: Path, tokenizer) -> None:
     folder = write_folder(tmp_path / "d", [document(index) for index in range(60)])
+    make_splits(folder, tokenizer, sequence_length=8, num_sequences=numbers(0, 0, 0))
+    asked, Counting.num_calls = Counting.num_calls, 0
     make_splits(folder, tokenizer, sequence_length=8, num_sequences=numbers(4, 4, 3))
-    assert Counting.num_calls == 2 + 2 + 2
+    # and what the tokenizer is asked to find out how it begins a text
+    assert Counting.num_calls == asked + 2 + 2 + 2
 
 
 def test_short_documents_are_passed_over(tmp_path: Path, tokenizer) -> None:
@@ -234,6 +248,81 @@ def test_arguments_are_checked(tokenizer, changes: dict, message: str) -> None:
         make_splits(arguments.pop("references"), tokenizer, **arguments)
 
 
+# ------------------------------------------------------------------------------------------------ how a text begins
+
+
+@pytest.mark.parametrize(
+    ("around", "front"),
+    [
+        ("$A", ()),
+        ("<s> $A", (1,)),  # Gemma, Llama, Mistral
+        ("</s> $A", (500,)),  # OPT begins with its end token
+        ("$A </s>", ()),  # what comes after a text is not how it begins
+        ("<s> $A </s>", (1,)),
+        ("<b> <s> $A", (501, 1)),
+    ],
+)
+def test_the_front_is_what_the_tokenizer_puts_before_a_text(around: str, front: tuple[int, ...]) -> None:
+    tokenizer = words_tokenizer(around)
+    assert front_of(tokenizer) == front
+    assert begun(tokenizer, "w5 w6") == [*front, 5, 6]
+
+
+def test_a_text_that_is_begun_already_is_not_begun_twice() -> None:
+    """As a chat template writes it."""
+    tokenizer = words_tokenizer("<s> $A")
+    assert begun(tokenizer, "<s> w5 w6") == begun(tokenizer, "w5 w6") == [1, 5, 6]
+    assert begun(words_tokenizer(), "<s> w5") == [
+        1,
+        5,
+    ]  # text like any other, where the tokenizer has no such habit
+
+
+@pytest.mark.parametrize(("around", "front"), [("<s> $A", [1]), ("<b> <s> $A </s>", [501, 1])])
+def test_every_sequence_begins_as_the_tokenizer_begins_one(
+    tmp_path: Path, around: str, front: list[int]
+) -> None:
+    texts = [document(index, num_words=20 + index) for index in range(40)]
+    folder = write_folder(tmp_path / "d", texts)
+    splits = make_splits(folder, words_tokenizer(around), sequence_length=8, num_sequences=numbers(6, 9, 5))
+    size = 8 - len(front)
+    for name, wanted in numbers(6, 9, 5).items():
+        found: TokenSet = getattr(splits, name)
+        chosen = sorted((sha(text), text) for text in texts if split_of(sha(text)) == name)
+        expected = [
+            [*front, *(int(word[1:]) for word in text.split()[start : start + size])]
+            for _, text in chosen
+            for start in (0, size)
+        ][:wanted]
+        assert found.ids_NT.tolist() == expected
+        assert found.num_in_front == len(front)
+        # not scored: what the tokens in front before the last predict, which is the rest of them
+        assert found.scored.tolist() == [[False] * (len(front) - 1) + [True] * size] * wanted
+
+
+def test_a_sequence_holds_more_than_its_front(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "d", [document(index) for index in range(30)])
+    tokenizer = words_tokenizer("<b> <s> $A")
+    with pytest.raises(DataError, match=r"sequence_length must be above 2, .*in front of a text; got 2"):
+        make_splits(folder, tokenizer, sequence_length=2, num_sequences=numbers(1, 1, 1))
+    splits = make_splits(folder, tokenizer, sequence_length=3, num_sequences=numbers(1, 1, 1))
+    assert splits.search.scored.tolist() == [[False, True]]
+
+
+def test_pieces_of_sequences_begin_as_these_do() -> None:
+    ids_NT = torch.tensor([[1, 10, 11, 12, 13, 14], [1, 20, 21, 22, 23, 24]])
+    text_NT = ids_NT != 1
+    tokens = TokenSet("search", ids_NT, torch.tensor([0, 1]), ("a", "b"), text_NT)
+    pieces = tokens.cut(3)
+    assert pieces.ids_NT.tolist() == [[1, 10, 11], [1, 12, 13], [1, 20, 21], [1, 22, 23]]
+    assert pieces.document_N.tolist() == [0, 0, 1, 1]
+    assert pieces.text_NT.tolist() == [[False, True, True]] * 4
+    assert tokens.cut(99).ids_NT.tolist() == ids_NT.tolist()
+    plain = TokenSet("search", ids_NT, torch.tensor([0, 1]), ("a", "b"))
+    assert plain.cut(3).ids_NT.tolist() == ids_NT.reshape(4, 3).tolist()
+    assert plain.cut(4).ids_NT.tolist() == ids_NT[:, :4].tolist()
+
+
 # ----------------------------------------------------------------------------------------------------------- values
 
 
@@ -259,9 +348,16 @@ def test_content_hash_depends_on_tokens_shape_and_documents() -> None:
     assert one.content_hash == token_set("report", ("a", "b")).content_hash  # the name is no content
     reshaped = TokenSet("search", one.ids_NT.reshape(1, 8), torch.tensor([0]), ("a", "b"))
     moved = TokenSet("search", one.ids_NT, torch.tensor([0, 0]), ("a", "b"))
-    others = [token_set("search", ("a", "b"), first=1), token_set("search", ("a", "c")), reshaped, moved]
+    fewer = TokenSet("search", one.ids_NT, one.document_N, ("a", "b"), one.ids_NT > 0)
+    others = [
+        token_set("search", ("a", "b"), first=1),
+        token_set("search", ("a", "c")),
+        reshaped,
+        moved,
+        fewer,
+    ]
     hashes = {one.content_hash, *(other.content_hash for other in others)}
-    assert len(hashes) == 5
+    assert len(hashes) == 6
 
 
 @pytest.mark.parametrize(
