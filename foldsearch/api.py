@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foldsearch.errors import InputError, RunError, quote_error
-from foldsearch.files import write_json
+from foldsearch.files import replace_atomically, write_json
 from foldsearch.paths import command, printable
 from foldsearch.plan.cost import CostTable
 from foldsearch.plan.plan import FoldPlan, check_ranks
@@ -209,12 +209,14 @@ def open_run(path: Path | str) -> RunView:
 
 def write_report(run: RunView) -> Path:
     """Write front.png and index.html into the run's report folder; returns the page."""
-    from foldsearch.report.page import draw_front, write_page
+    from foldsearch.report.page import write_page
+    from foldsearch.report.picture import front_png
 
     page = run.folder.report / "index.html"
-    write_page(run, page)
-    if run.finished:
-        draw_front(run, run.folder.report / "front.png")
+    picture = front_png(run) if run.finished else b""
+    write_page(run, page, picture)
+    if picture:
+        replace_atomically(run.folder.report / "front.png", lambda path: path.write_bytes(picture))
     return page
 
 

@@ -622,7 +622,7 @@ def _price(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     from foldsearch.api import inspect_model
-    from foldsearch.report.page import draw_evidence
+    from foldsearch.report.picture import draw_evidence
     from foldsearch.report.terminal import console, evidence_table
 
     study = _study(args)

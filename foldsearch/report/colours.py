@@ -11,6 +11,7 @@ from typing import NamedTuple
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.strip import Cell, cells
 
+INK, FAINT = "#1f2430", "#8b93a1"  # words; what is there to be found, not to be read
 KEPT = ("#78839a", "#99a3b5")  # five blocks dark, five light: a block's number can be read off
 DROPPED = "#c9ced6"
 REPLACED = "#d01c8b"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import xml.etree.ElementTree
@@ -16,11 +17,11 @@ from rich.console import Console
 
 from foldsearch.errors import RunError
 from foldsearch.plan.front import dominates
-from foldsearch.plan.plan import FoldPlan
+from foldsearch.plan.plan import FoldPlan, Slot
 from foldsearch.plan.proposal import Criterion, Proposal
 from foldsearch.plan.result import Setback, TrialResult
 from foldsearch.plan.strip import LEGEND, cells, strip
-from foldsearch.report import page, terminal
+from foldsearch.report import page, picture, terminal
 from foldsearch.report.colours import DROPPED, KEPT, PAIRS, REPLACED, paint
 from foldsearch.report.live import RunDisplay
 from foldsearch.report.view import NO_ERROR, Entry, RunView, author, counted
@@ -41,8 +42,8 @@ def text_of(renderable: object, width: int = 200) -> str:
 
 def test_every_baseline_has_a_name_and_a_marker_of_its_own() -> None:
     criteria = set(get_args(Criterion)) - {"gate", "given", "none"}  # none: no block is removed
-    assert set(page.BASELINES) == criteria
-    assert len({marker for _, marker in page.BASELINES.values()}) == len(criteria)
+    assert set(picture.BASELINES) == criteria
+    assert len({marker for _, marker in picture.BASELINES.values()}) == len(criteria)
 
 
 def test_who_stopped_because_another_trial_measured_the_plan_is_among_its_authors(view: RunView) -> None:
@@ -199,7 +200,7 @@ def test_all_reports_together_look_for_the_front_once(
     monkeypatch.setattr("foldsearch.report.view.Entry", counted_entry)
     text_of(terminal.front_report(view, width=80, every=True))
     page.write_page(view, tmp_path / "index.html")
-    page.draw_front(view, tmp_path / "front.png")
+    picture.draw_front(view, tmp_path / "front.png")
     view.pick()
     assert calls == {"front": 1, "entry": len(view.finished)}
 
@@ -363,7 +364,7 @@ class _Reader(HTMLParser):
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_shows_every_trial(view: RunView, tmp_path: Path) -> None:
-    page.write_page(view, tmp_path / "new" / "index.html")
+    page.write_page(view, tmp_path / "new" / "index.html", picture.front_png(view))
     written = (tmp_path / "new" / "index.html").read_text()
     reader = _Reader()
     reader.feed(written)
@@ -383,15 +384,147 @@ def test_the_svg_of_a_plan_is_well_formed() -> None:
     assert sum(child.tag == "rect" for child in drawn) == 2 * 5 + 1  # five whole blocks, one attention
 
 
+# ---- the picture
+
+
 def test_pictures_are_png_files_of_a_size_to_look_at(view: RunView, tmp_path: Path) -> None:
     from PIL import Image
 
-    page.draw_front(view, tmp_path / "front.png")
-    with Image.open(tmp_path / "front.png") as picture:
-        assert picture.width >= 1600
-        assert picture.height >= 600
-        assert len(picture.convert("RGB").resize((200, 80)).getcolors(20_000)) > 50
+    picture.draw_front(view, tmp_path / "front.png")
+    with Image.open(tmp_path / "front.png") as drawn:
+        assert drawn.width >= 1600
+        assert drawn.height >= 600
+        assert len(drawn.convert("RGB").resize((200, 80)).getcolors(20_000)) > 50
     assert list(tmp_path.glob(".front*")) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "most", "shown"),
+    [
+        ([0.0, 0.4, 0.5, 8.0], 1, (0.0, 0.5)),
+        ([0.0, 0.4, 0.5, 1.9], 1, (0.0, 1.9)),  # the others have a quarter of the axis
+        ([0.0, 0.5, 8.0, 9.0], 1, (0.0, 9.0)),  # two are not one
+        ([0.0, 0.5, 8.0, 9.0], 2, (0.0, 0.5)),
+        ([0.001, 0.10, 0.11, 0.12, 0.27], 2, (0.10, 0.12)),  # both ends
+        ([0.001, 0.10, 0.11, 0.12], 2, (0.10, 0.12)),
+        ([0.5, 0.5, 0.5, 8.0], 1, (0.5, 8.0)),  # equal values measure nothing
+        ([0.1200, 0.1201, 0.27], 1, (0.12, 0.27)),
+        ([3.0], 1, (3.0, 3.0)),
+        ([0.0, 0.4, 0.5, math.inf], 1, (0.0, 0.5)),
+    ],
+)
+def test_the_range_of_an_axis_leaves_out_few_far_values(
+    values: list[float], most: int, shown: tuple[float, float]
+) -> None:
+    assert picture.shown_range(values, most) == shown
+    assert picture.shown_range(values[::-1], most) == shown
+
+
+def test_the_range_of_an_axis_keeps_what_it_is_told_to_keep() -> None:
+    assert picture.shown_range([0.0, 0.48, 0.5], 1) == (0.0, 0.5)  # hardly differ
+    assert picture.shown_range([0.0, 0.4, 0.5], 1) == (0.4, 0.5)
+    assert picture.shown_range([0.0, 0.4, 0.5], 1, always=0.0) == (0.0, 0.5)
+
+
+@pytest.mark.parametrize("far", [8.0, 40.0, 1e6])
+@pytest.mark.parametrize("number", [3, 7, 14])
+def test_one_far_point_does_not_flatten_the_picture(view: RunView, far: float, number: int) -> None:
+    """KL from 0.3 to 0.6, and one trial far above: the others keep a fifth of the height, and all are inside."""
+    entries = view.finished[:number]
+    kls = [0.3 + 0.3 * i / (len(entries) - 2) for i in range(len(entries) - 1)]
+    axes = _drawn(_with_kls(view, dict(zip([e.number for e in entries], [far, *kls], strict=True))))
+    heights = _heights(axes)
+    assert len(heights) == len(entries)
+    assert 0 <= min(heights) < max(heights) <= 1
+    assert heights[-2] - heights[0] >= 0.2
+    shown = axes.get_ylim()[1] >= far
+    assert shown or f"↑ KL {far:.3g}" in [text.get_text() for text in axes.texts]
+
+
+def test_without_a_far_point_the_axis_is_linear_and_nothing_is_said(view: RunView) -> None:
+    numbers = [entry.number for entry in view.finished]
+    axes = _drawn(_with_kls(view, {number: 0.3 + 0.1 * i for i, number in enumerate(numbers)}))
+    assert axes.get_yscale() == "linear"
+    assert not [text for text in axes.texts if "KL" in text.get_text()]
+
+
+def test_a_long_tail_is_drawn_on_a_logarithmic_axis_with_the_dense_model_at_0(view: RunView) -> None:
+    numbers = [entry.number for entry in view.finished]
+    axes = _drawn(_with_kls(view, {number: 0.02 * 2.2**i for i, number in enumerate(numbers)}))
+    heights = _heights(axes)
+    assert axes.get_yscale() == "asinh"
+    assert heights[len(heights) // 2] > 0.25
+    assert axes.get_ylim()[0] <= 0 < axes.get_ylim()[1]
+
+
+def test_a_dense_model_far_from_all_plans_does_not_flatten_them(view: RunView) -> None:
+    """Its star stands at the edge, with its size."""
+    table = replace(view.folder.table, fixed_weights=10**9)
+    large = replace(view, folder=replace(view.folder, table=table))
+    axes = _drawn(large)
+    assert [text for text in axes.texts if "GB →" in text.get_text()]
+    low, high = axes.get_xlim()
+    memory = sorted(entry.cost.memory_bytes / 1e9 for entry in view.finished)
+    assert low < memory[len(memory) // 2] < memory[-1] < high < 2 * memory[-1]
+
+
+def test_a_picture_of_more_trials_has_no_more_parts(view: RunView) -> None:
+    """So it takes no time for each trial; the legend and the numbered plans are bounded."""
+    more = [
+        replace(record, number=record.number + 100 * copy) for copy in range(1, 30) for record in view.records
+    ]
+    long = replace(view, records=(*view.records, *(_moved(record, i) for i, record in enumerate(more))))
+    few, many = _drawn(view), _drawn(long)
+    assert len(many.collections) <= len(few.collections) + 4  # a marker that none had before
+    assert len(long.front) > picture.MOST_STRIPS
+    assert len(many.texts) <= picture.MOST_STRIPS + picture.MOST_WORDS + 2
+    assert len(_heights(many)) == len(long.finished)
+    strips = picture._front_figure(long).axes[1]
+    assert f"{picture.MOST_STRIPS} of {len(long.front)} plans" in strips.get_xlabel()
+    assert long.knee in picture._drawn(long)
+
+
+def _moved(record: Record, index: int) -> Record:
+    """Another plan of less memory and more KL, so that the front is long."""
+    plans = itertools.combinations(range(1, 12), 3)
+    plan = FoldPlan.dropping(next(itertools.islice(plans, index % 165, None)), 12)
+    plan = FoldPlan((*plan.slots, *(Slot(0, 0, 0) for _ in range(index // 165))), 12)
+
+    def move(result: TrialResult) -> TrialResult:
+        cost = replace(result.cost, weight_bytes=result.cost.weight_bytes - 100 * index)
+        quality = result.quality and replace(result.quality, kl=1 + 0.01 * index)
+        return replace(result, plan=plan, cost=cost, quality=quality)
+
+    return replace(record, results=tuple(map(move, record.results)))
+
+
+def _with_kls(view: RunView, kls: dict[int, float]) -> RunView:
+    """The run with these trials only, at these KLs."""
+
+    def change(result: TrialResult, kl: float) -> TrialResult:
+        return replace(result, quality=result.quality and replace(result.quality, kl=kl, kl_se=kl / 50))
+
+    kept = [record for record in view.records if record.number in kls]
+    return replace(
+        view,
+        records=tuple(
+            replace(record, results=tuple(change(result, kls[record.number]) for result in record.results))
+            for record in kept
+        ),
+    )
+
+
+def _drawn(view: RunView) -> Any:
+    """The axes that the trials are drawn on."""
+    return picture._front_figure(view).axes[0]
+
+
+def _heights(axes: Any) -> list[float]:
+    """Where the trials stand between the lower edge of the axes, 0, and the upper one, 1."""
+    axes.figure.canvas.draw()
+    trials = [c for c in axes.collections if c.get_zorder() in (3, 4)]
+    points = [point for c in trials for point in c.get_offsets()]
+    return sorted(float((axes.transScale + axes.transLimits).transform(point)[1]) for point in points)
 
 
 def test_a_page_that_cannot_be_written_leaves_the_old_one(
