@@ -1,0 +1,163 @@
+"""Rotary positions of a GGUF file in transformers' words.
+
+llama.cpp turns pair i of a head by position * base^(-2i/d) / factor / divisors[i], and multiplies queries and keys by
+an attention factor. Everything but YaRN is a list of divisors, which transformers has too under the name "longrope";
+the simpler name is taken wherever it says exactly the same, since exports are read by programs that know it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from foldsearch.model.gguf.keys import ModelKeys
+from foldsearch.model.gguf.weights import TensorReader
+
+__all__ = ["rope_parameters"]
+
+FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+_SAME = 1e-5  # relative; the divisors are stored in 32 bits, which is 6e-8
+
+
+def rope_parameters(
+    keys: ModelKeys, tensors: TensorReader, *, num_rotated: int, context_length: int
+) -> dict[str, Any]:
+    """The `rope_parameters` of a config: how queries and keys turn with their position.
+
+    Args:
+        keys: the file's metadata; everything under "rope.scaling." is asked for.
+        tensors: the file's tensors; those with divisors are read.
+        num_rotated: dimensions of a head that turn, d.
+        context_length: of the model, for what the file leaves out.
+
+    Raises:
+        ModelError: the scaling is of a kind that is not known, or its parts do not fit together.
+    """
+    base = keys.number("rope.freq_base", 10_000.0)
+    kind = keys.text("rope.scaling.type", "linear")
+    legacy = keys.number("rope.scale_linear", 0.0)
+    factor = keys.number("rope.scaling.factor", legacy) or 1.0  # 0 says: none
+    original = keys.integer("rope.scaling.original_context_length", context_length)
+    attention = keys.number("rope.scaling.attn_factor", 1.0)
+    if factor < 0 or attention <= 0 or base <= 0 or original <= 0:
+        raise keys.error("rope.scaling.factor", "the numbers of a scaling must be above 0")
+    plain: dict[str, Any] = {"rope_theta": base}
+    frequencies, long, short = (
+        _divisors(keys, tensors, name, num_rotated) for name in (FREQUENCIES, LONG, SHORT)
+    )
+    if kind == "none":
+        factor = 1.0
+    elif kind == "yarn":
+        if frequencies or long or short:
+            raise keys.error("rope.scaling.type", f"with it the file must not hold {FREQUENCIES} or {LONG}")
+        return plain | _yarn(keys, factor, original, attention)
+    elif kind not in ("linear", "longrope"):
+        raise keys.error("rope.scaling.type", "it must be none, linear, yarn or longrope")
+    if (long is None) != (short is None) or (kind == "longrope" and long is None):
+        raise keys.error("rope.scaling.type", f"the file must hold both {LONG} and {SHORT}, or none of them")
+    if long and short:
+        if frequencies:
+            raise keys.error("rope.scaling.type", f"the file holds both {LONG} and {FREQUENCIES}")
+        return plain | _longrope(long, short, factor, original, attention)
+    if attention == 1.0 and not frequencies:
+        return plain | (
+            {"rope_type": "default"} if factor == 1 else {"rope_type": "linear", "factor": factor}
+        )
+    frequencies = frequencies or [1.0] * (num_rotated // 2)
+    if attention == 1.0 and factor == 1.0:
+        if max(abs(divisor - 1) for divisor in frequencies) < _SAME:
+            return plain | {"rope_type": "default"}
+        if llama3 := _llama3(frequencies, base):
+            return plain | llama3
+    return plain | _longrope(frequencies, frequencies, factor, context_length, attention)
+
+
+def _divisors(keys: ModelKeys, tensors: TensorReader, name: str, num_rotated: int) -> list[float] | None:
+    if name not in tensors:
+        return None
+    values = [float(value) for value in tensors.read(name).reshape(-1)]
+    if len(values) != num_rotated // 2 or not all(math.isfinite(value) and value > 0 for value in values):
+        raise keys.error(
+            "rope.dimension_count",
+            f"the tensor {name} must hold {num_rotated // 2} numbers above 0, one for each pair that turns; it holds "
+            f"{len(values)}",
+        )
+    return values
+
+
+def _longrope(
+    long: list[float], short: list[float], factor: float, original: int, attention: float
+) -> dict[str, Any]:
+    return {
+        "rope_type": "longrope",
+        "long_factor": [divisor * factor for divisor in long],
+        "short_factor": [divisor * factor for divisor in short],
+        "original_max_position_embeddings": original,
+        "attention_factor": attention,
+    }
+
+
+def _yarn(keys: ModelKeys, factor: float, original: int, attention: float) -> dict[str, Any]:
+    keys.must_equal("rope.scaling.yarn_ext_factor", 1.0, "transformers has only the whole of YaRN's mixture")
+    suggested = 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1  # as in the paper
+    # Converters write transformers' attention_factor here, which stands for the whole; llama.cpp does not read it.
+    whole = keys.number("rope.scaling.yarn_attn_factor", suggested)
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": original,
+        "attention_factor": float(whole * attention),
+        "beta_fast": keys.number("rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": keys.number("rope.scaling.yarn_beta_slow", 1.0),
+    }
+
+
+def _llama3(divisors: list[float], base: float) -> dict[str, Any] | None:
+    """The parameters of Llama 3.1's scaling that give these divisors; None if none do.
+
+    The largest divisor is the factor. Between the two bounds 1 / divisor is a straight line over the frequency, which
+    two points fix. The bounds are known only as ratios to the original context, so the low one is 1, as published.
+    """
+    factor = float(max(divisors))
+    if factor <= 1:
+        return None
+    num_pairs = len(divisors)
+    frequencies = [base ** (-pair / num_pairs) for pair in range(num_pairs)]
+    points = [
+        (frequency, (1 / divisor - 1 / factor) / (1 - 1 / factor))
+        for frequency, divisor in zip(frequencies, divisors, strict=True)
+        if 1 + _SAME < divisor < factor * (1 - _SAME)
+    ]
+    candidates = [(4.0, 2**power) for power in range(5, 18)]  # the published bounds, and usual contexts
+    if len(points) > 1 and points[0][0] != points[-1][0]:
+        (x0, y0), (x1, y1) = points[0], points[-1]
+        slope = (y0 - y1) / (x0 - x1)
+        offset = y0 - slope * x0
+        if slope > 0 and offset < 0:
+            high = 1 - 1 / offset
+            for digits in (0, 1, 4):
+                rounded = round(high, digits)
+                candidates.insert(0, (rounded, round(slope * 2 * math.pi * (rounded - 1))))
+    for high, original in candidates:
+        if high <= 1 or original <= 0:
+            continue
+        found = [_llama3_divisor(frequency, factor, high, original) for frequency in frequencies]
+        if all(abs(a / b - 1) < _SAME for a, b in zip(found, divisors, strict=True)):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": original,
+            }
+    return None
+
+
+def _llama3_divisor(frequency: float, factor: float, high: float, original: int) -> float:
+    wavelength = 2 * math.pi / frequency
+    if wavelength < original / high:
+        return 1.0
+    if wavelength > original:
+        return factor
+    smooth = (original / wavelength - 1) / (high - 1)
+    return 1 / ((1 - smooth) / factor + smooth)
