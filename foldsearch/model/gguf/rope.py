@@ -116,7 +116,8 @@ def _llama3(divisors: list[float], base: float) -> dict[str, Any] | None:
     """The parameters of Llama 3.1's scaling that give these divisors; None if none do.
 
     The largest divisor is the factor. Between the two bounds 1 / divisor is a straight line over the frequency, which
-    two points fix. The bounds are known only as ratios to the original context, so the low one is 1, as published.
+    two points fix, or one where the bounds are the published ones, 1 and 4. The bounds are known only as ratios to the
+    original context, so the low one is always 1.
     """
     factor = float(max(divisors))
     if factor <= 1:
@@ -128,7 +129,11 @@ def _llama3(divisors: list[float], base: float) -> dict[str, Any] | None:
         for frequency, divisor in zip(frequencies, divisors, strict=True)
         if 1 + _SAME < divisor < factor * (1 - _SAME)
     ]
-    candidates = [(4.0, 2**power) for power in range(5, 18)]  # the published bounds, and usual contexts
+    first_scaled = frequencies[divisors.index(factor)]
+    candidates = [(4.0, 2**power) for power in range(5, 18)]  # usual contexts
+    candidates.append((4.0, math.floor(2 * math.pi / first_scaled)))
+    if points:
+        candidates.append((4.0, round((3 * points[0][1] + 1) * 2 * math.pi / points[0][0])))
     if len(points) > 1 and points[0][0] != points[-1][0]:
         (x0, y0), (x1, y1) = points[0], points[-1]
         slope = (y0 - y1) / (x0 - x1)

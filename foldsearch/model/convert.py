@@ -1,0 +1,217 @@
+"""Write a model as a folder that can be mapped: one safetensors file under the module's own names, in one dtype."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from foldsearch.errors import ModelError, quote_error
+from foldsearch.files import disk_is_full
+from foldsearch.model.blocks import family_of
+from foldsearch.model.gguf.config import architecture_of, build_config
+from foldsearch.model.gguf.file import GgufFile, read_gguf
+from foldsearch.model.gguf.tokenizer import build_tokenizer
+from foldsearch.model.gguf.weights import TensorReader, read_weights
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from foldsearch.model.source import ModelSource
+
+__all__ = ["DTYPES", "RECORD", "convert", "name_some", "quiet", "write_error", "write_gguf_tokenizer"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+RECORD = "foldsearch.json"  # written last into a converted folder
+
+Say = Callable[[str], None]
+
+
+def convert(source: ModelSource, target: Path, dtype: str, say: Say) -> None:
+    """Write `target` from `source`; the caller holds the lock of `target`.
+
+    Raises:
+        ModelError: the weights cannot be read, do not fill the model, are no numbers, or do not fit on the disk.
+    """
+    # Under the lock nobody else works on this target: what a killed process left behind can go.
+    for stale in target.parent.glob(f".{target.name}.*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)
+    say(f"converting {source.reference} to {dtype} (once; kept in {target})")
+    file = read_gguf(source.weights) if source.gguf_file else None
+    config, tensors = _read_gguf(file, dtype, say) if file else _read_checkpoint(source, dtype, say)
+    _check_finite(source.reference, tensors)
+    num_bytes = sum(value.numel() * value.element_size() for value in tensors.values())
+    free_bytes = shutil.disk_usage(target.parent).free
+    if num_bytes > free_bytes:
+        raise ModelError(
+            f"{source.reference}: its weights in {dtype} need {num_bytes / 1e9:.2f} GB, but {target.parent} has "
+            f"{free_bytes / 1e9:.2f} GB free. Make room, or set FOLDSEARCH_CACHE to another disk."
+        )
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        _write_folder(source, config, tensors, temporary, say)
+        record = {"note": _quantisation_note(file) if file else "", "reference": source.reference}
+        (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        temporary.chmod(0o755)  # mkdtemp makes it private, but a cache may be shared
+        if target.exists():  # without its record: not ours, or damaged by hand
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise write_error(target.parent, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_gguf_tokenizer(weights: tuple[Path, ...], folder: Path) -> bool:
+    """Write the tokenizer files of a GGUF into a folder; False if it holds no tokenizer."""
+    tokenizer = build_tokenizer(read_gguf(weights))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return tokenizer is not None
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def _read_gguf(file: GgufFile, dtype: str, say: Say) -> tuple[PretrainedConfig, dict[str, torch.Tensor]]:
+    reader = TensorReader(file)
+    config = build_config(file, reader)
+    tensors = read_weights(reader, config, architecture_of(file).names, DTYPES[dtype], say)
+    config.architectures = [family_of(config).stock]
+    return config, tensors
+
+
+def _read_checkpoint(
+    source: ModelSource, dtype: str, say: Say
+) -> tuple[PretrainedConfig, dict[str, torch.Tensor]]:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet():
+            # annotated as a model, but with output_loading_info it is a pair
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                dtype=DTYPES[dtype],
+                trust_remote_code=source.trust_remote_code,
+                output_loading_info=True,
+            )
+    except Exception as error:
+        what = f"{source.reference}: its weights cannot be read"
+        raise ModelError(quote_error(what, error, "If a file is damaged, fetch it again.")) from error
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
+    if info["missing_keys"] or info["mismatched_keys"]:
+        lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        raise ModelError(
+            f"{source.reference}: the weights do not fill the model: {name_some(lacking)} are missing or have "
+            "another shape. A file is damaged or incomplete, or it is not a language model (no "
+            "output layer): fetch it again, or give another model."
+        )
+    if info["unexpected_keys"]:
+        say(
+            f"{source.reference}: not part of the model, left out: {name_some(sorted(info['unexpected_keys']))}"
+        )
+    tied = model.all_tied_weights_keys
+    if getattr(model.config, "tie_word_embeddings", False) and not tied:
+        model.config.tie_word_embeddings = (
+            False  # the checkpoint's two matrices differ, whatever its config said
+        )
+    model.config.architectures = [type(model).__name__]
+    tensors = {name: value for name, value in model.state_dict().items() if name not in tied}
+    return model.config, tensors
+
+
+def _check_finite(reference: str, tensors: dict[str, torch.Tensor]) -> None:
+    broken = [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
+    if broken:
+        raise ModelError(
+            f"{reference}: NaN or infinity in {name_some(broken)}. The file is damaged: fetch it again."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def _write_folder(
+    source: ModelSource,
+    config: PretrainedConfig,
+    tensors: dict[str, torch.Tensor],
+    folder: Path,
+    say: Say,
+) -> None:
+    from safetensors.torch import save_file
+
+    # Not by save_pretrained, which would rename tensors back to the checkpoint's names: mapping needs the module's own
+    # names, each storage once.
+    contiguous = {name: value.contiguous() for name, value in tensors.items()}
+    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+    for path in source.small:
+        generated = path.name == "config.json" or path.name.endswith(".index.json")
+        if not generated and (path.suffix != ".py" or source.trust_remote_code):
+            shutil.copyfile(path, folder / path.name)
+    config.save_pretrained(folder)
+    if source.gguf_file and not write_gguf_tokenizer(source.weights, folder):
+        say(f"{source.reference}: the GGUF file holds no tokenizer")
+    (folder / "model.safetensors").chmod(0o644)
+
+
+def _quantisation_note(file: GgufFile) -> str:
+    """Which of the weights were quantised, by number of values: "4-bit (Q4_1) weights, de-quantised"."""
+    from math import prod
+
+    from gguf.constants import GGMLQuantizationType
+
+    num_values: dict[str, int] = {}
+    for tensor in file.tensors.values():
+        kind = GGMLQuantizationType(tensor.kind).name
+        num_values[kind] = num_values.get(kind, 0) + prod(tensor.shape)
+    main = max(num_values, key=lambda kind: num_values[kind])
+    bits = re.match(r"I?T?Q(\d)", main)
+    return f"{bits[1]}-bit ({main}) weights, de-quantised" if bits else ""
+
+
+# ------------------------------------------------------------------------------------------------------------ words
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No bars and no warnings of the libraries on the terminal: what matters is raised, or told to `progress`."""
+    from transformers.utils import logging
+
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
+
+
+def write_error(folder: Path, error: BaseException) -> ModelError:
+    """What could not be written under a folder, and what to do."""
+    if disk_is_full(error):
+        return ModelError(
+            f"The disk that holds {folder} is full; nothing half-written was kept. Make room, or set FOLDSEARCH_CACHE "
+            "(for downloads HF_HOME) to a folder on another disk."
+        )
+    remedy = "Choose another place with FOLDSEARCH_CACHE (for downloads HF_HOME)."
+    return ModelError(quote_error(f"The model could not be written under {folder}", error, remedy))
+
+
+def name_some(names: list[str], limit: int = 3) -> str:
+    """The first names, and how many more there are."""
+    if not names:
+        return "nothing"
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
