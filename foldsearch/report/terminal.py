@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from math import ceil, isfinite
+from itertools import groupby
+from math import isfinite
 from statistics import median
 from typing import TYPE_CHECKING, get_args
 
@@ -18,8 +19,9 @@ from foldsearch.plan.cost import GB, Cost, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan, Slot
 from foldsearch.plan.proposal import Criterion
 from foldsearch.plan.result import TrialResult
-from foldsearch.plan.strip import LEGEND, cells
+from foldsearch.plan.strip import LEGEND, Cell, cells
 from foldsearch.report.colours import DROPPED, PAIRS, paint
+from foldsearch.report.grid import GAP, Column, Grid, fold_size
 from foldsearch.report.view import (
     NO_ERROR,
     Entry,
@@ -59,14 +61,19 @@ def console(*, stderr: bool = False) -> Console:
 def strip_text(plan: FoldPlan) -> Text:
     """A plan as one coloured character a block (see `foldsearch.plan.strip`)."""
     text = Text(no_wrap=True)
-    for cell, attention, mlp in paint(plan):
-        if attention is None and mlp is None:
-            text.append("·", style=DROPPED)
-        elif attention is not None and mlp is not None and attention != mlp:
-            text.append("▀", style=f"{attention} on {mlp}")
-        else:
-            text.append(cell.glyph, style=attention or mlp or "")
+    drawn = (_draw(*cell) for cell in paint(plan))
+    for style, run in groupby(drawn, key=lambda glyph_style: glyph_style[1]):
+        text.append("".join(glyph for glyph, _ in run), style=style)
     return text
+
+
+def _draw(cell: Cell, attention: str | None, mlp: str | None) -> tuple[str, str]:
+    """Glyph and style of a cell with the colours of its two units."""
+    if attention is None and mlp is None:
+        return "·", DROPPED
+    if attention is not None and mlp is not None and attention != mlp:
+        return "▀", f"{attention} on {mlp}"
+    return cell.glyph, attention or mlp or ""
 
 
 def ruler(num_blocks: int) -> str:
@@ -113,8 +120,8 @@ def front_report(view: RunView, *, width: int, every: bool = False) -> Group:
             Text("No trial has reached the last rung yet; a front compares trials of one rung only.")
         )
         return Group(*parts)
-    for table in _front_tables(view, every, width):
-        parts += [table, Text()]
+    for grid in _front_tables(view, every, width):
+        parts += [grid, Text()]
     parts += [legend(), _footnote(view), *_setbacks(view, every)]
     if criteria := view.by_count():
         parts += [Text(), Text("report KL by criterion, plans that only drop blocks", style="bold")]
@@ -144,21 +151,39 @@ _LAYOUTS: tuple[tuple[tuple[str, ...], ...], ...] = (
 _AUTHORS_WIDTH = 12  # characters that a folded strip leaves for who chose the blocks
 
 
-def _front_tables(view: RunView, every: bool, width: int) -> list[Table]:
+def _front_tables(view: RunView, every: bool, width: int) -> list[Grid]:
     """The front in as few tables as fit the width: no number, mark, strip or figure is cut."""
-    rows = _front_rows(view, every)
-    unit, _ = flops_unit(view.folder.dense)
-    blocks = ruler(view.folder.num_blocks)
-    heads = {"plan": Text(blocks), "prefill": Text(f"prefill {unit}F"), "decode": Text(f"decode {unit}F")}
-    tables: list[Table] = []
+    columns = _front_columns(view, every)
+    key = tuple(columns[name] for name in _KEY)
+    tables: list[Grid] = []
     for layout in _LAYOUTS:
         tables = [
-            _plans_table(heads, rows, width) if names == _PLAN else _part(heads, rows, names)
+            _plans_table(key, columns, width)
+            if names == _PLAN
+            else Grid((*key, *(columns[name] for name in names)))
             for names in layout
         ]
-        if all(_wanted(table) <= width for table in tables):
+        if all(table.width <= width for table in tables):
             break
     return tables
+
+
+def _front_columns(view: RunView, every: bool) -> dict[str, Column]:
+    """The columns of the front by name: the dense model, then the trials."""
+    rows = _front_rows(view, every)
+    unit, _ = flops_unit(view.folder.dense)
+    heads = {
+        "plan": ruler(view.folder.num_blocks),
+        "prefill": f"prefill {unit}F",
+        "decode": f"decode {unit}F",
+    }
+    columns = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        cells = (row.get(name, "") for row in rows)
+        texts = tuple(Text(cell) if isinstance(cell, str) else cell for cell in cells)
+        right = name not in ("", *_PLAN)  # all others are figures
+        columns[name] = Column(Text(heads.get(name, name)), texts, right)
+    return columns
 
 
 def _front_rows(view: RunView, every: bool) -> list[dict[str, str | Text]]:
@@ -195,38 +220,17 @@ def _front_rows(view: RunView, every: bool) -> list[dict[str, str | Text]]:
     return rows
 
 
-def _part(heads: Mapping[str, Text], rows: Sequence[Mapping[str, str | Text]], names: Sequence[str]) -> Table:
-    """Some columns of the front, beside mark and number; the first row is the dense model's."""
-    table = _plain_table()
-    for name in (*_KEY, *names):
-        right = name not in ("", *_PLAN)  # all others are figures
-        table.add_column(heads.get(name, name), justify="right" if right else "left", no_wrap=True)
-    for number, row in enumerate(rows):
-        table.add_row(*(row.get(name, "") for name in (*_KEY, *names)), style=None if number else "dim")
-    return table
-
-
-def _plans_table(heads: Mapping[str, Text], rows: Sequence[Mapping[str, str | Text]], width: int) -> Table:
+def _plans_table(key: tuple[Column, ...], columns: Mapping[str, Column], width: int) -> Grid:
     """Strips and who chose them, both on as many lines as the width needs."""
-    room = width - _wanted(_part(heads, rows, ())) - 4  # two gaps
-    strips = [row["plan"] for row in rows]
-    longest = max(map(len, strips))
+    plan, authors = (columns[name] for name in _PLAN)
+    room = width - Grid(key).width - 2 * GAP
+    longest = plan.width
     if longest > room - _AUTHORS_WIDTH:
-        most = max(1, (room - _AUTHORS_WIDTH) // 5)  # five blocks at a time, as the ruler counts them
-        lines = ceil(longest / (5 * most))
-        longest = 5 * ceil(longest / (5 * lines))
-        heads = {**heads, "plan": _fold(heads["plan"], longest)}
-        rows = [{**row, "plan": _fold(strip, longest)} for row, strip in zip(rows, strips, strict=True)]
-    table = _part(heads, rows, _PLAN)
-    authors = table.columns[-1]
-    authors.no_wrap, authors.max_width = False, max(1, room - longest)
-    return table
-
-
-def _fold(line: str | Text, size: int) -> Text:
-    """The line on lines of at most `size` characters."""
-    text = Text(line) if isinstance(line, str) else line
-    return Text("\n").join(text.divide(range(size, len(text), size)))
+        longest = fold_size(
+            longest, room - _AUTHORS_WIDTH, 5
+        )  # five blocks at a time, as the ruler counts them
+        plan = plan.folded(longest)
+    return Grid((*key, plan, authors.wrapped(max(1, room - longest))))
 
 
 def _wanted(table: Table) -> int:
