@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from foldsearch.plan.front import Point, hypervolume, normalise, ranks
+from foldsearch.plan.front import Point, hypervolume, non_dominated, normalise, ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,7 +59,9 @@ def decide(
     rivals = [i for i, other in enumerate(scaled) if _near(other, scaled[0], band)]
     # Costs have a far reference, so that small differences of cost count little beside quality.
     reference = (1.1, *(2.0 for _ in scaled[0][1:]))
-    elsewhere = [other for i, other in enumerate(scaled) if i not in rivals]
+    near = set(rivals)
+    elsewhere = [other for i, other in enumerate(scaled) if i not in near]
+    elsewhere = [elsewhere[i] for i in non_dominated(elsewhere)]  # the others add no volume
     without = hypervolume(elsewhere, reference)
     adds = {i: hypervolume([*elsewhere, scaled[i]], reference) - without for i in rivals}
     place = sum((-adds[i], scaled[i]) < (-adds[0], scaled[0]) for i in rivals)
