@@ -9,7 +9,8 @@ result worse:
     trials/00012/start.safetensors      fitted replacements and adapters, where the plan has any
     trials/00012/recovered.safetensors  what recovery trained, at the trial's best state; none where that is untrained
     trials/00012/optimizer.safetensors  its latest state, to go on from; until the last rung
-    plans/<plan id>.json                which trial measures the plan: no plan is trained twice
+    plans/<plan id>.json                which trial measures the plan: no plan is trained twice; plans whose adapters
+                                        start in different ways are different ones
     tokens.safetensors                  the three token sets
 """
 
@@ -522,14 +523,26 @@ class _Record:
     plan: FoldPlan
     learning_rate: float
     delta_rank: int
-    adapter_start: AdapterStart | None  # None where no child carries an adapter
+    adapter_start: AdapterStart | None  # None where nothing starts in one way or another
     gates: dict[str, Any] | None
     results: tuple[TrialResult, ...]
 
     @property
-    def training_diverged(self) -> bool:
-        """Whether its training ended in a divergence, so that other settings may do better on the same plan."""
-        return bool(self.results) and self.results[-1].training_diverged
+    def has_trained(self) -> bool:
+        """Whether any of its results is of a trained model."""
+        return bool(self.results) and self.results[-1].recovery_tokens > 0
+
+    def worth(self, other: _Record) -> tuple[TrialResult, ...]:
+        """Its results, as far as they hold for another trial of the same plan.
+
+        All of them where that one would train in the same way, and where this one has reached the last rung: no plan
+        is trained twice. Else (it was stopped, or its training diverged) only those of the untrained model.
+        """
+        same = (self.learning_rate, self.delta_rank) == (other.learning_rate, other.delta_rank)
+        last = self.results[-1]
+        if same or (last.is_last_rung and not last.training_diverged):
+            return self.results
+        return tuple(result for result in self.results if not result.recovery_tokens)
 
     def write(self, folder: Path) -> None:
         value = {
@@ -562,9 +575,10 @@ def run_trial(
 
     A trial whose folder holds earlier rungs goes on after the last of them and yields only what is new. A plan that
     another trial has measured is not trained again: its results are yielded as "known", and if that trial was stopped
-    early, this one goes on from where it stopped, unless its training diverged: then this one trains with its own
-    settings. What cannot fit or runs out of memory ends the trial with a result that says so. Where the training
-    diverges, the best state before it is the trial's result; where there is none, the result says so.
+    early, or its training diverged, this one goes on: from where that one stopped if it would train in the same way,
+    else from the untrained model, with its own settings. What cannot fit or runs out of memory ends the trial with a
+    result that says so. Where the training diverges, the best state before it is the trial's result; where there is
+    none, the result says so.
 
     Args:
         proposal: what to try. number: of the trial; names its folder.
@@ -582,22 +596,19 @@ def run_trial(
             return
         record = drafted
     cost = price(record.plan, context.table, context.target)
-    with _plan_alone(context, record.plan) as (free, owner):
+    with _plan_alone(_plan_path(context, record), context) as (free, owner):
         if owner is not None and owner != number:
             known = _Record.read(context.trial_folder(owner))
-            given_up = free and known is not None and known.training_diverged
-            if known is not None and known.results and not given_up:
-                for result in known.results:
+            if known is not None and known.results:
+                told = known.results if not free else known.worth(record)
+                for result in told:
                     yield replace(result, state="known", known_from=owner, gates=record.gates)
-                if not free or known.results[-1].is_last_rung:
+                if not free or (told and told[-1].is_last_rung):
                     return
-                if known.results[-1].recovery_tokens:
-                    record = replace(known, gates=record.gates)
-                    _copy_state(context.trial_folder(owner), folder)
-                else:
-                    record = replace(record, results=known.results)
+                record = replace(record, results=told)
+                _copy_state(context.trial_folder(owner), folder, trained=record.has_trained)
         if free:
-            write_json(_plan_path(context, record.plan), {"trial": number, "plan": str(record.plan)})
+            write_json(_plan_path(context, record), {"trial": number, "plan": str(record.plan)})
         if record.results and record.results[-1].is_last_rung:
             return  # nothing is left to do
         spent = record.results[-1].seconds if record.results else 0.0
@@ -808,24 +819,27 @@ def _started(record: _Record, context: TrialContext, folder: Path, say: StagePro
     return model
 
 
-def _copy_state(owner: Path, folder: Path) -> None:
-    for name in ("start.safetensors", "recovered.safetensors", "optimizer.safetensors"):
+def _copy_state(owner: Path, folder: Path, *, trained: bool) -> None:
+    """What another trial of the same plan starts from; and what it trained."""
+    names = ("start", "recovered", "optimizer") if trained else ("start",)
+    for name in (f"{name}.safetensors" for name in names):
         if not (owner / name).exists():
             continue  # not every plan has a start of its own
         replace_atomically(folder / name, lambda path, name=name: shutil.copyfile(owner / name, path))  # type: ignore[misc]
 
 
-def _plan_path(context: TrialContext, plan: FoldPlan) -> Path:
-    return context.run_folder / "plans" / f"{plan.id}.json"
+def _plan_path(context: TrialContext, record: _Record) -> Path:
+    """One file a plan and a start of its adapters: together they say what the untrained model is."""
+    start = "" if record.adapter_start is None else f"-{record.adapter_start}"
+    return context.run_folder / "plans" / f"{record.plan.id}{start}.json"
 
 
 @contextmanager
-def _plan_alone(context: TrialContext, plan: FoldPlan) -> Iterator[tuple[bool, int | None]]:
-    """Whether no other running trial measures this plan, and the number of the trial that does or did.
+def _plan_alone(path: Path, context: TrialContext) -> Iterator[tuple[bool, int | None]]:
+    """Whether no other running trial measures the plan of this path, and the number of the trial that does or did.
 
     Where another one has begun, this waits for its first result.
     """
-    path = _plan_path(context, plan)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(path.with_suffix(".lock"), os.O_CREAT | os.O_RDWR)
     try:

@@ -18,16 +18,7 @@ from foldsearch.plan.cost import DTYPE_BYTES, Cost, CostTable, Target, price, re
 from foldsearch.plan.plan import FoldPlan, Replacement, ReplacementKind, Slot
 
 Criterion = Literal[
-    "gate",
-    "block_influence",
-    "window",
-    "linear_window",
-    "greedy",
-    "uniform",
-    "random",
-    "evolution",
-    "given",
-    "none",
+    "gate", "block_influence", "window", "linear_window", "greedy", "uniform", "random", "evolution", "given"
 ]
 Fate = Literal["drop", "share", "replace"]
 AdapterStart = Literal["zero", "svd", "data"]
@@ -48,15 +39,15 @@ class Proposal:
     (FlexiGPT); "replace": a network takes the place of every run of them (LLM-Streamline).
     replacement: kind of that network, where the fate is "replace".
     group_size, group_start, num_groups: grouped sharing (see `fold_plan`); group_size 1 or num_groups 0 is none.
-    adapter_rank: of each child. adapter_start: how adapters start (see `foldsearch.model.children`); None exactly where
-    no child carries one. attention_removed: kept blocks that lose their attention only.
+    adapter_rank: of each child. adapter_start: how adapters and output norms start (see `foldsearch.model.children`);
+    None exactly where nothing carries one. attention_removed: kept blocks that lose their attention only.
     learning_rate, delta_rank: of the recovery training. origin: who proposed it.
 
     Raises:
         PlanError: a number is out of its range, or plan, gate_eps and criterion do not agree.
     """
 
-    criterion: Criterion
+    criterion: Criterion | Literal["none"]
     num_removed: int = 0
     gate_eps: float | None = None
     fate: Fate = "drop"
@@ -73,7 +64,7 @@ class Proposal:
     origin: Origin = "sampler"
 
     def __post_init__(self) -> None:
-        if self.criterion not in get_args(Criterion):
+        if self.criterion not in (*get_args(Criterion), "none"):
             known = ", ".join(get_args(Criterion))
             raise PlanError(f"a proposal's criterion is one of {known}; got '{self.criterion}'.")
         if (self.criterion == "given") != (self.plan is not None):
@@ -132,10 +123,14 @@ class Proposal:
             object.__setattr__(self, name, self.__dataclass_fields__[name].default)
         if self.plan is None and not self.num_removed:
             object.__setattr__(self, "criterion", "none")
-        if not self.adapter_rank and not (self.plan is not None and _carries_adapters(self.plan)):
-            object.__setattr__(self, "adapter_start", None)
-        elif self.adapter_start is None:
-            object.__setattr__(self, "adapter_start", "svd")
+        rank, norm = self.adapter_rank, self.fate == "share" or self.num_groups > 0
+        if self.plan is not None:
+            slots = [slot for slot in self.plan.slots if isinstance(slot, Slot)]
+            rank, norm = max((slot.rank for slot in slots), default=0), any(slot.norm for slot in slots)
+        start = self.adapter_start or "svd"
+        if not rank:  # without adapters, only "data" starts the output norms in a way of its own
+            start = "data" if start == "data" else "zero"
+        object.__setattr__(self, "adapter_start", start if rank or norm else None)
 
     @property
     def recovery(self) -> tuple[float, int]:
@@ -227,8 +222,17 @@ def _check_attention_left(proposal: Proposal, kept: int) -> None:
         )
 
 
-def _carries_adapters(plan: FoldPlan) -> bool:
-    return any(isinstance(slot, Slot) and slot.rank for slot in plan.slots)
+def removal(plan: FoldPlan, proposal: Proposal) -> tuple[tuple[int, ...], dict[int, int]]:
+    """What `fold_plan` made the plan of a proposal from: the blocks that were removed, and the base block of each that
+    came back as a child.
+    """
+    removed, bases = set(plan.dropped), {}
+    for slot in plan.slots:
+        if isinstance(slot, Replacement):
+            removed |= set(range(slot.first, slot.last + 1))
+        elif proposal.fate == "share" and slot.mlp is not None and slot.mlp != slot.home:
+            bases[slot.home] = slot.mlp
+    return tuple(sorted(removed | bases.keys())), bases
 
 
 def stretches(blocks: Iterable[int]) -> Iterator[tuple[int, int]]:

@@ -31,6 +31,7 @@ from foldsearch.search.events import (
     TrialFailed,
     TrialFinished,
     TrialProgress,
+    TrialRepeated,
     TrialRetried,
     TrialStarted,
     TrialStopped,
@@ -102,6 +103,8 @@ class RunDisplay:
                 self._end(
                     event.number, Text(f"stopped at rung {event.result.rung}: {event.reason}", style="dim")
                 )
+            case TrialRepeated():
+                self._end(event.number, Text(f"same plan as trial {event.other}", style="dim"))
             case TrialFailed():
                 self._end(event.number, Text(printable(event.reason), style="red"))
             case TrialRetried():
@@ -187,6 +190,8 @@ class RunDisplay:
 
     def _done(self, event: SearchDone) -> None:
         parts = [f"{counted(event.num_finished, 'trial')} finished", f"{event.num_stopped} stopped early"]
+        if event.num_repeated:
+            parts.append(f"{event.num_repeated} came to a plan that was known")
         if event.num_failed:
             parts.append(f"{event.num_failed} failed")
         self._print(

@@ -119,7 +119,7 @@ class RunView:
                 proposals.setdefault(result.plan, []).append(record.proposal)
             if record.state == "finished" and result.state == "measured":
                 known = measured.get(result.plan)
-                # Twice, where the training of the first diverged: the better one is the plan's.
+                # Twice, where the first was stopped or diverged, or where adapters start in two ways: the best counts.
                 if known is None or result.quality.kl < known[2].kl:
                     measured[result.plan] = (record.number, result, result.quality)
         return tuple(

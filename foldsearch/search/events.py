@@ -84,6 +84,14 @@ class TrialFinished(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class TrialRepeated(Event):
+    """A trial came to a plan that another one (`other`) measures or has measured with other recovery settings."""
+
+    number: int
+    other: int
+
+
+@dataclass(frozen=True, slots=True)
 class TrialFailed(Event):
     """A trial crashed, diverged, or turned out above the budget."""
 
@@ -116,6 +124,7 @@ class SearchDone(Event):
     folder: RunFolder
     num_finished: int
     num_stopped: int
+    num_repeated: int
     num_failed: int
     elapsed_seconds: float
     front: tuple[int, ...]

@@ -4,10 +4,11 @@ Every trial is a row, whatever became of it:
 
     COMPLETE   reached the last rung                        objectives: KL, memory in GB, FLOPs per token
     PRUNED     stopped at a rung (user attribute `stopped_at_rung`), or infeasible (its constraints say by how much)
-    FAIL       crashed, diverged, or no finite numbers: user attribute `reason`
+    FAIL       crashed, diverged, or no finite numbers: user attribute `reason`; or a repeat: another trial measures
+               its plan (`repeats`), and its figures belong to that one's parameters
     RUNNING    being run, or interrupted: run_search goes on with it first
 
-User attributes: `proposal`, `closing`, `plan`, `tune_id`, and `rung 0`, `rung 1`, ... (TrialResults).
+User attributes: `proposal`, `closing`, `plan`, `tune_id`, `repeats`, and `rung 0`, `rung 1`, ... (TrialResults).
 """
 
 from __future__ import annotations
@@ -29,7 +30,15 @@ from foldsearch.paths import printable
 from foldsearch.plan.cost import GB, Cost, price
 from foldsearch.plan.front import non_dominated
 from foldsearch.plan.plan import FoldPlan, is_foldable
-from foldsearch.plan.proposal import Criterion, Origin, Proposal, lower_bound, neighbour
+from foldsearch.plan.proposal import (
+    Criterion,
+    Origin,
+    Proposal,
+    fold_plan,
+    lower_bound,
+    neighbour,
+    removal,
+)
 from foldsearch.plan.result import TrialResult
 from foldsearch.plan.strip import strip
 from foldsearch.search.folder import RunFolder
@@ -44,14 +53,16 @@ METRIC_NAMES = {"kl": "KL to dense (nats per token)", "memory": "memory (GB)", "
 _NEIGHBOUR_TRIES = 20
 _WAIT_SECONDS = 60  # for another writer of the same file
 _REJECTS = 100
+_REDRAWS = 8  # suggestions in a row that would repeat a plan, before a neighbour is taken instead
 
-RecordState = Literal["waiting", "running", "finished", "stopped", "infeasible", "failed"]
+RecordState = Literal["waiting", "running", "finished", "stopped", "infeasible", "failed", "repeat"]
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """One trial as the study knows it.
 
+    state: "repeat": another trial measures its plan, with other recovery settings or at this moment.
     proposal: None until it is asked for. results: of its rungs so far, in order. reason: of a failure or a stop.
     closing: whether it was added when the search had spent its trials (see `foldsearch.search.proposer`).
     """
@@ -70,8 +81,8 @@ class Record:
 
     @property
     def is_trial(self) -> bool:
-        """Whether it counts as a trial: not those that were rejected by their price before anything ran."""
-        return self.state != "infeasible" or bool(self.results)
+        """Whether it counts as a trial: not those that were rejected, or known to be a repeat, before anything ran."""
+        return self.state not in ("infeasible", "repeat") or bool(self.results)
 
     @property
     def last(self) -> TrialResult | None:
@@ -89,7 +100,8 @@ def front(
 ) -> list[Record]:
     """The trials that no other dominates: feasible ones that reached the last rung, each plan once.
 
-    A plan was measured twice where the training of the first diverged: the better of the two counts.
+    A plan was measured twice where the training of the first diverged or was stopped, or where adapters start in two
+    ways: the best of its results counts.
     """
     best: dict[FoldPlan, tuple[float, Record]] = {}
     for record in records:
@@ -160,6 +172,7 @@ class Records:
         }
         self._interrupted = [record.number for record in self._records if record.state == "running"]
         self._elapsed = float(self.study.user_attrs.get("seconds", 0.0))
+        self._redraws = 0
         if not trials:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -236,7 +249,8 @@ class Records:
         """The next trial: one that was interrupted, a queued baseline, a neighbour of the front, or a suggestion.
 
         A proposal that cannot fit is repaired; if that fails it is told as infeasible, and the next one is asked
-        for.
+        for. So it is where the plan is one that a trial measures already, as far as that can be told; after
+        `_REDRAWS` of those a neighbour of the front is taken, and where there is none, the repeat.
 
         Raises:
             BudgetError: a hundred proposals in a row could not fit.
@@ -270,23 +284,71 @@ class Records:
             suggested = propose(_Suggest(trial), self.space, folder.num_blocks, origin=origin)
             drawn = repair(suggested, self.space, folder.table, folder.target, folder.budget)
             if drawn is None:
-                self._change(trial.number, proposal=suggested)
-                self._write(trial.number, proposal=suggested.to_json())
+                self._set_proposal(trial.number, suggested)
                 self._reject(trial.number, lower_bound(suggested, folder.table, folder.target))
                 return None
-        self._change(trial.number, proposal=drawn)
-        self._write(trial.number, proposal=drawn.to_json())
+            other = self.foretell(drawn) if origin == "sampler" else None
+            if other is not None and self._redraws <= _REDRAWS:  # one more, where there was no neighbour
+                self._redraws += 1
+                self._set_proposal(trial.number, drawn)
+                self.repeat(trial.number, other)
+                return None
+        self._redraws = 0
+        self._set_proposal(trial.number, drawn)
         return drawn
+
+    def _set_proposal(self, number: int, proposal: Proposal) -> None:
+        self._change(number, proposal=proposal)
+        self._write(number, proposal=proposal.to_json())
+
+    def foretell(self, proposal: Proposal) -> int | None:
+        """The trial that measures the plan which a proposal will come to, where that can be told before it is drafted.
+
+        Recovery settings aside: no plan is trained twice.
+        """
+        measured = [
+            record
+            for record in self._records
+            if record.proposal is not None and record.state not in ("failed", "infeasible")
+        ]
+        wanted = _without_recovery(proposal)
+        for record in measured:
+            if record.proposal is not None and _without_recovery(record.proposal) == wanted:
+                return record.number
+        plan = self._plan_of(proposal)
+        for record in measured:
+            same_start = (
+                record.proposal is not None and record.proposal.adapter_start == proposal.adapter_start
+            )
+            if plan is not None and record.last is not None and record.last.plan == plan and same_start:
+                return record.number
+        return None
+
+    def _plan_of(self, proposal: Proposal) -> FoldPlan | None:
+        """The plan of a proposal, where an earlier one tells which blocks its criterion removes."""
+        if proposal.plan is not None or not proposal.num_removed or proposal.attention_removed:
+            return proposal.plan
+        ranking = (proposal.criterion, proposal.num_removed, proposal.gate_eps)
+        for record in self._records:
+            other, result = record.proposal, record.last
+            if other is None or result is None or result.state == "infeasible":
+                continue
+            if (other.criterion, other.num_removed, other.gate_eps) == ranking:
+                removed, bases = removal(result.plan, other)
+                if proposal.fate != "share" or bases:
+                    return fold_plan(removed, proposal, self.folder.num_blocks, bases=bases or None)
+        return None
 
     def _neighbour(self, trial: optuna.Trial) -> Proposal | None:
         """With the space's probability, a plan near one of the front that fits and was never tried.
 
-        Never under NSGA-II: it crosses only the parameters that all trials have, and a neighbour has two.
+        In any case after too many suggestions that were repeats. Never under NSGA-II: it crosses only the parameters
+        that all trials have, and a neighbour has two.
         """
         if self.folder.study.sampler == "nsga2":
             return None
         rng = random.Random(f"{self.folder.study.seed} {trial.number}")
-        if rng.random() >= self.space.neighbour_share:
+        if rng.random() >= self.space.neighbour_share and self._redraws < _REDRAWS:
             return None
         records = self._records
         if not (parents := self.front()):
@@ -295,15 +357,21 @@ class Records:
         tried |= {record.proposal.plan for record in records if record.proposal and record.proposal.plan}
         tried.add(FoldPlan.identity(self.folder.num_blocks))
         for _ in range(_NEIGHBOUR_TRIES):
-            parent = rng.choice(parents).last
-            assert parent is not None
-            plan = neighbour(parent.plan, rng)
+            parent = rng.choice(parents)
+            assert parent.last is not None
+            assert parent.proposal is not None
+            plan = neighbour(parent.last.plan, rng)
             if plan is None or plan in tried or not is_foldable(plan, self.folder.table.width):
                 continue
             if self.folder.budget.admits(price(plan, self.folder.table, self.folder.target)):
                 learning_rate, delta_rank = propose_recovery(_Suggest(trial), self.space)
                 return Proposal(
-                    "given", learning_rate=learning_rate, delta_rank=delta_rank, plan=plan, origin="neighbour"
+                    "given",
+                    adapter_start=parent.proposal.adapter_start,
+                    learning_rate=learning_rate,
+                    delta_rank=delta_rank,
+                    plan=plan,
+                    origin="neighbour",
                 )
         return None
 
@@ -326,6 +394,7 @@ class Records:
         if result is None:
             return self.fail(number, "it gave no result")
         if result.state == "infeasible":
+            self._queue_one_more(number)
             self._reject(number, result.cost)
             return "infeasible"
         if result.state in ("diverged", "failed"):
@@ -336,6 +405,8 @@ class Records:
         self._note(number, result)
         if not result.is_last_rung:
             return self.fail(number, f"it ended after rung {result.rung}, before the last one")
+        if result.known_from is not None and self._trained_otherwise(number, result.known_from):
+            return self.repeat(number, result.known_from)
         self._end(number, "finished", TrialState.COMPLETE, values=point(result, self.objectives))
         return "finished"
 
@@ -347,6 +418,39 @@ class Records:
         self._note(number, result)
         self._write(number, stopped_at_rung=result.rung)
         self._end(number, "stopped", TrialState.PRUNED, reason)
+
+    def repeat(self, number: int, other: int, reason: str = "") -> RecordState:
+        """Tell the study that another trial measures, or has measured, the plan of this one.
+
+        FAIL: the figures are of the other one's recovery settings. A sampler that was told them beside the parameters
+        of this trial would learn what is not so, and PRUNED would be bad news where there is none.
+        """
+        self._write(number, repeats=other)
+        self._end(number, "repeat", TrialState.FAIL, reason or f"the plan of trial {other}")
+        return "repeat"
+
+    def _trained_otherwise(self, number: int, other: int) -> bool:
+        """Whether a plan was trained by `other`, in another way than trial `number` asks for."""
+        result, mine, theirs = self.get(number).last, self.get(number).proposal, self.get(other).proposal
+        assert result is not None
+        return (
+            bool(result.recovery_tokens)
+            and mine is not None
+            and theirs is not None
+            and (mine.recovery != theirs.recovery)
+        )
+
+    def _queue_one_more(self, number: int) -> None:
+        """A baseline must not be lost: blocks differ in price, and those that its criterion chose may be a hair too
+        cheap for the budget that their count was chosen for. Then it is tried with one block more.
+        """
+        record = self.get(number)
+        proposal = record.proposal
+        if proposal is None or proposal.origin not in ("baseline", "start") or record.closing:
+            return
+        assert proposal.criterion != "none", "a baseline removes blocks"
+        if proposal.num_removed < self.space.counts(self.folder.num_blocks)[1]:
+            self.queue(proposal.criterion, proposal.num_removed + 1, origin=proposal.origin)
 
     def fail(self, number: int, reason: str) -> RecordState:
         """Tell the study that a trial failed: a row with its reason."""
@@ -401,6 +505,11 @@ class Records:
         save_note(self._trials[number], note(result))
 
 
+def _without_recovery(proposal: Proposal) -> Proposal:
+    """What a proposal comes to before any training, whoever made it."""
+    return replace(proposal, learning_rate=1.0, delta_rank=0, origin="sampler")
+
+
 def ended(result: TrialResult) -> bool:
     """Whether no further rung follows, whatever halving says."""
     return result.is_last_rung or result.state in ("infeasible", "diverged", "failed")
@@ -447,7 +556,7 @@ def _record(trial: FrozenTrial) -> Record:
         TrialState.WAITING: "waiting",
         TrialState.RUNNING: "running",
         TrialState.COMPLETE: "finished",
-        TrialState.FAIL: "failed",
+        TrialState.FAIL: "repeat" if "repeats" in attributes else "failed",
         TrialState.PRUNED: "stopped" if "stopped_at_rung" in attributes else "infeasible",
     }
     return Record(

@@ -44,6 +44,7 @@ from foldsearch.search.events import (
     TrialFailed,
     TrialFinished,
     TrialProgress,
+    TrialRepeated,
     TrialRetried,
     TrialStarted,
     TrialStopped,
@@ -54,7 +55,7 @@ from foldsearch.search.halving import Halving, decide
 from foldsearch.search.proposer import Line, Proposer
 from foldsearch.search.records import Records, ended, point, read_records
 from foldsearch.search.worker import PROGRESS_SECONDS, TrialRunner, load_function
-from foldsearch.spec.study import Study
+from foldsearch.spec.study import OBJECTIVES, Study
 
 TRIAL = "foldsearch.trial:run_trial"
 PREPARE = "foldsearch.trial:prepare_context"
@@ -235,12 +236,14 @@ class Search:
                 raise self._error from None  # Tune wraps what `judge` raises into text
             raise
         self.records.note_elapsed(self.line.elapsed())
-        states = [record.state for record in self.records.all()]
+        known = self.records.all()
+        states = [record.state for record in known]
         self._tell(
             SearchDone(
                 self.folder,
                 num_finished=states.count("finished"),
                 num_stopped=states.count("stopped"),
+                num_repeated=sum(record.state == "repeat" and record.is_trial for record in known),
                 num_failed=states.count("failed"),
                 elapsed_seconds=self.line.elapsed(),
                 front=tuple(record.number for record in self.records.front()),
@@ -264,9 +267,11 @@ class Search:
         if reason := message.get("failed"):
             last = self.records.get(number).last
             if message.get("early") and last is not None and last.state == "known":
-                reason = f"trial {last.known_from} measures the same plan at this moment"
-                self.records.stop(number, reason)
-                self._ended(TrialStopped(number, last, reason))
+                assert last.known_from is not None
+                self.records.repeat(
+                    number, last.known_from, f"trial {last.known_from} measures the same plan at this moment"
+                )
+                self._ended(TrialRepeated(number, last.known_from))
                 return True
             self.records.fail(number, reason)
             self._ended(TrialFailed(number, reason))
@@ -278,14 +283,19 @@ class Search:
         self.records.record(number, result)
         self._tell(RungDone(number, result))
         if ended(result):
-            if self.records.finish(number) == "finished":
+            state = self.records.finish(number)
+            if state == "finished":
                 on_front = number in {record.number for record in self.records.front()}
                 self._ended(TrialFinished(number, result, on_front))
+            elif state == "repeat":
+                assert result.known_from is not None
+                self._ended(TrialRepeated(number, result.known_from))
             else:
                 self._ended(TrialFailed(number, self.records.get(number).reason))
             return True
         settings = self.folder.study.halving
-        objectives = self.records.objectives
+        # Halving wants quality first, in whichever order the study names its objectives.
+        objectives = sorted(self.records.objectives, key=OBJECTIVES.index)
         known = self.records.all()
         if known[number].exempt or result.quality is None:
             return False

@@ -241,8 +241,7 @@ def _propose_removal(suggest: Suggest, space: Space) -> dict[str, Any]:
     found["fate"] = suggest.choice("fate", space.fates) if len(space.fates) > 1 else space.fates[0]
     if found["fate"] == "share":
         found["adapter_rank"] = int(suggest.choice("child_rank", space.reinstate.ranks))
-        if found["adapter_rank"]:
-            found["adapter_start"] = suggest.choice("adapter_start", space.reinstate.starts)
+        found["adapter_start"] = suggest.choice("adapter_start", space.reinstate.starts)
     elif found["fate"] == "replace":
         found["replacement"] = suggest.choice("replacement", space.replace.kinds)
     return found
@@ -461,7 +460,9 @@ def size(space: Space, num_blocks: int) -> int:
     """Number of different proposals of the space, recovery settings and neighbour moves not counted."""
     fewest, most = space.counts(num_blocks)
     criteria = len(space.criteria) + ("gate" in space.criteria) * (len(space.gate_eps) - 1)
-    children = sum(len(space.reinstate.starts) if rank else 1 for rank in space.reinstate.ranks)
+    adapted = set(space.reinstate.starts)
+    bare = {start == "data" for start in adapted}  # without adapters, "zero" and "svd" start alike
+    children = sum(len(adapted) if rank else len(bare) for rank in space.reinstate.ranks)
     share, total = space.share, 0
     for count in range(fewest, most + 1):
         starts = _start(space, num_blocks - count, end=1) - _start(space, num_blocks - count) + 1

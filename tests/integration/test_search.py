@@ -150,7 +150,7 @@ def test_a_full_disk_ends_the_search_and_loses_nothing(shared_ray: None, tmp_pat
     faults = tmp_path / "faults.json"
     faults.write_text(json.dumps({"3:1": said}))
     run = tmp_path / "run"
-    with pytest.raises(RunError, match=r"No space left on device.*foldsearch resume"):
+    with pytest.raises(RunError, match=r"(?s)No space left on device.*foldsearch resume"):
         run_search(study(trials=4), run, **FAKES)
     states = [record.state for record in read_records(RunFolder.open(run))]
     assert states == ["finished", "finished", "finished", "running"]

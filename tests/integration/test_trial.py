@@ -216,6 +216,37 @@ def test_another_trial_goes_on_with_a_stopped_plan(context, tmp_path, steps, sto
     assert measured(third) == measured(whole)
 
 
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_stopped_plan_is_trained_anew_with_other_settings(context, tmp_path, steps, stop):
+    """Its untrained figures hold; what was trained with other settings is nobody else's."""
+    slower = replace(SHARING, learning_rate=1e-3)
+    alone = replace(context, run_folder=tmp_path / "alone")
+    shutil.copytree(context.run_folder, alone.run_folder)
+    whole = run(alone, 5, slower)
+    generator = run_trial(SHARING, context, number=0)
+    for _ in range(stop):
+        next(generator)
+    generator.close()
+    steps.clear()
+    results = run(context, 5, slower)
+    assert [result.state for result in results] == ["known", "measured", "measured"]
+    assert measured(results) == measured(whole)
+    assert len(steps) == 4  # 128 tokens at 32 a step
+    one, two = trained(alone, 5), trained(context, 5)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_plan_whose_adapters_start_in_another_way_is_another_one(context):
+    """Oracle: each alone in a run of its own would be measured."""
+    child = Proposal("random", 1, fate="share", adapter_rank=2, adapter_start="zero", delta_rank=2)
+    first, second = run(context, 0, child), run(context, 1, replace(child, adapter_start="data"))
+    assert first[0].plan == second[0].plan
+    assert {result.state for result in (*first, *second)} == {"measured"}
+    assert first[0].quality != second[0].quality
+    again = run(context, 2, replace(child, adapter_start="data"))
+    assert {(result.state, result.known_from) for result in again} == {("known", 1)}
+
+
 def test_two_trials_never_measure_a_plan_at_once(context):
     """While one holds the plan, another gets what is known so far and leaves the rest to it."""
     generator = run_trial(SHARING, context, number=0)
@@ -231,7 +262,8 @@ def test_a_trial_waits_for_the_first_result_of_one_that_measures_its_plan(contex
     whole = run(context, 0)
     folder, waits = context.trial_folder(0), []
     (folder / "trial.json").rename(folder / "later.json")
-    lock = (context.run_folder / "plans" / f"{whole[0].plan.id}.lock").open("w")
+    (held,) = (context.run_folder / "plans").glob(f"{whole[0].plan.id}*.lock")
+    lock = held.open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
 
     def measure_meanwhile(seconds):
@@ -251,7 +283,11 @@ def test_a_plan_whose_training_diverged_is_trained_with_other_settings(context):
     proposal = Proposal("given", plan=plan, learning_rate=1e30, delta_rank=2)
     assert run(context, 0, proposal)[-1].training_diverged
     results = run(context, 1, replace(proposal, learning_rate=1e-3))
-    assert [result.state for result in results] == ["measured"] * 3
+    assert [result.state for result in results] == [
+        "known",
+        "measured",
+        "measured",
+    ]  # the untrained model is the same
     assert results[-1].kept_tokens == 128
     # who did not diverge is who knows it now
     assert {result.known_from for result in run(context, 2, proposal)} == {1}

@@ -5,13 +5,24 @@ Oracle: the rule worked out by hand (the comments beside the curves), and laws t
 
 from __future__ import annotations
 
+import json
 import math
+from itertools import permutations
+from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from foldsearch.plan.front import dominates
+from foldsearch.search.folder import RunFolder
 from foldsearch.search.halving import decide
+from foldsearch.search.proposer import Line
+from foldsearch.search.records import Records
+from foldsearch.search.run import Search
+from foldsearch.spec.study import Objective
+from tests import fake_trial
+from tests.fake_driver import study
 
 # name: (memory GB, GFLOPs per token), KL at each of three rungs; in the order in which they were run, one at a time
 CURVES = {
@@ -113,3 +124,31 @@ def test_the_order_of_the_others_does_not_matter(
     shuffled = list(others)
     random.Random(seed).shuffle(shuffled)
     assert decide(point, others).goes_on == decide(point, shuffled).goes_on
+
+
+# ---- in a search
+
+
+def ends_of(folder: Path, objectives: tuple[Objective, ...]) -> dict[int, tuple[str, int]]:
+    """State and last rung of each trial, and what the front is, where the study names its objectives in this order."""
+    asked = study(trials=16, sampler="random", objectives=objectives)
+    with RunFolder.draft(folder) as draft:
+        run = RunFolder.create(folder, draft, asked, fake_trial.TABLE, {})
+    records = Records(run)
+    line = Line(records)
+    search = Search(records, line, lambda event: None)
+    while (trial := line.next(num_running=0)) is not None:
+        number, proposal = trial
+        context = fake_trial.FakeContext(asked, fake_trial.TABLE, run.path)
+        for result in fake_trial.run_trial(proposal, context, number=number):
+            if search.judge(number, json.dumps({"result": result.to_json()})):
+                break
+    ends = {record.number: (record.state, len(record.results)) for record in records.all()}
+    return ends | {-1 - i: ("front", record.number) for i, record in enumerate(records.front())}
+
+
+@pytest.mark.parametrize("names", [("kl", "memory", "flops"), ("kl", "memory"), ("kl", "flops")])
+def test_the_order_of_the_objectives_changes_nothing(tmp_path: Path, names: tuple[Objective, ...]) -> None:
+    found = [ends_of(tmp_path / "-".join(order), order) for order in permutations(names)]
+    assert any(state == "stopped" for state, _ in found[0].values())
+    assert all(ends == found[0] for ends in found)

@@ -205,8 +205,8 @@ def test_a_bound_needs_a_block_and_an_attention() -> None:
             {"num_removed": 2, "fate": "replace", "replacement": "linear", "adapter_start": "svd"},
         ),
         (
-            {"num_removed": 2, "fate": "share", "adapter_rank": 0, "adapter_start": "data"},
-            {"num_removed": 2, "fate": "share"},
+            {"num_removed": 2, "fate": "share", "adapter_rank": 0, "adapter_start": "zero"},
+            {"num_removed": 2, "fate": "share", "adapter_start": "svd"},
         ),
         # groups: none of them, or groups of one block
         ({"num_removed": 2, "group_size": 3, "group_start": 4}, {"num_removed": 2}),
@@ -249,6 +249,8 @@ def test_what_a_proposal_uses_makes_it_another() -> None:
     for proposal in (child, grouped, given):
         assert proposal.adapter_start is not None
         assert proposal != replace(proposal, adapter_start="svd" if proposal != grouped else "zero")
+    norms = replace(child, adapter_rank=0)  # without adapters, "data" still starts the output norms
+    assert norms != replace(norms, adapter_start="data")
     assert child != replace(child, adapter_rank=8)
     assert grouped != replace(grouped, group_start=1)
     assert child != replace(child, criterion="greedy")

@@ -22,7 +22,7 @@ from foldsearch.errors import BudgetError, RunError
 from foldsearch.plan.cost import price
 from foldsearch.plan.front import dominates
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.proposal import Proposal, fold_plan
+from foldsearch.plan.proposal import Proposal, fold_plan, removal
 from foldsearch.plan.result import TrialResult
 from foldsearch.search.dry_run import plan_search
 from foldsearch.search.folder import RunFolder
@@ -191,6 +191,7 @@ def test_infeasible_trials_are_pruned_with_their_constraints(records: Records, s
 
 
 def test_a_known_plan_is_complete_but_once_on_the_front(records: Records, study: Study) -> None:
+    Line(records)  # two baselines, whose recovery settings are the same
     (first, proposal), (second, _) = records.ask(), records.ask()
     run_whole(records, first, proposal)
     for result in records.get(first).results:
@@ -198,6 +199,145 @@ def test_a_known_plan_is_complete_but_once_on_the_front(records: Records, study:
     assert records.finish(second) == "finished"
     assert frozen(records, second).values == frozen(records, first).values
     assert [record.number for record in records.front()] == [first]
+
+
+def know(records: Records, number: int, other: int) -> None:
+    """As `run_trial` does where another trial has measured the plan."""
+    for result in records.get(other).results:
+        records.record(number, replace(result, state="known", known_from=other))
+
+
+def test_figures_are_told_of_the_settings_that_they_came_from(records: Records) -> None:
+    """A sampler learns nothing of a trial whose plan was trained with other settings than its own."""
+    Line(records)
+    for _ in range(4):
+        run_whole(records, *records.ask())
+    number, proposal = records.ask()
+    assert proposal.recovery != records.get(0).proposal.recovery
+    know(records, number, 0)
+    assert records.finish(number) == "repeat"
+    trial = frozen(records, number)
+    assert (trial.state, trial.values, trial.user_attrs["repeats"]) == (TrialState.FAIL, None, 0)
+    record = read_records(records.folder)[number]
+    assert record == records.get(number)
+    assert (record.state, record.reason, record.is_trial) == ("repeat", "the plan of trial 0", True)
+    assert number not in {one.number for one in records.front()}
+
+
+def test_untrained_figures_are_of_any_settings(tmp_path: Path, study: Study) -> None:
+    untrained = study.model_copy(update={"rungs": (0,)})
+    records = Records(new_run(tmp_path / "untrained", untrained))
+    for _ in range(4):
+        run_whole(records, *records.ask())
+    number, _ = records.ask()
+    know(records, number, 0)
+    assert records.finish(number) == "finished"
+
+
+def test_a_plan_counts_once_with_the_best_of_its_starts(tmp_path: Path) -> None:
+    space: Any = {
+        "fates": ["share"],
+        "criteria": ["window"],
+        "removal": [0.25, 0.25],
+        "neighbour_share": 0.0,
+        "reinstate": {"ranks": [4], "starts": ["zero", "data"]},
+    }
+    records = Records(new_run(tmp_path / "starts", small_study(space=space, budget={}, sampler="random")))
+    kl_of = {}
+    while len(kl_of) < 2:
+        number, proposal = records.ask()
+        for rung in range(3):
+            result = result_of(plan_of(proposal), records.folder.study, rung)
+            assert result.quality is not None
+            kl = result.quality.kl - (proposal.adapter_start == "data")
+            records.record(number, replace(result, quality=replace(result.quality, kl=kl)))
+        records.finish(number)
+        kl_of[proposal.adapter_start] = number
+    assert len({records.get(number).last.plan for number in kl_of.values()}) == 1
+    assert [record.number for record in records.front()] == [kl_of["data"]]
+
+
+# ---- no trial is spent on a plan that is known
+
+
+def small_space(**more: Any) -> Any:
+    space = {"criteria": ["window"], "removal": [0.2, 0.4], "neighbour_share": 0.0}
+    return {**space, "share": {"max_groups": 1, "adapter_ranks": [0]}, **more}
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "nsga2"])
+def test_suggestions_that_repeat_a_plan_are_drawn_again(tmp_path: Path, sampler: str) -> None:
+    """The book tells which blocks a criterion removes at a count, whatever becomes of them.
+
+    Three counts, dropped or replaced by one of two networks: nine plans in all, and nine trials. Oracle: the plans of
+    what was run, none of them twice; and what was drawn again is a row without a result.
+    """
+    space = small_space(fates=["drop", "replace"], replace={"kinds": ["linear", "ffn"]})
+    space["share"]["max_groups"] = 0
+    records = Records(
+        new_run(tmp_path / "run", small_study(space=space, budget={}, trials=9, sampler=sampler))
+    )
+    proposals = run_line(records)
+    plans = [plan_of(proposal) for proposal in proposals]
+    assert records.space.counts(NUM_BLOCKS) == (3, 4)
+    assert len(plans) - len(set(plans)) <= 9 - 6  # at two counts there are six plans only
+    drawn_again = [record for record in records.all() if record.state == "repeat"]
+    assert drawn_again
+    assert not any(record.is_trial or record.results for record in drawn_again)
+    for record in drawn_again:
+        assert record.proposal is not None
+        (of,) = {int(word) for word in record.reason.split() if word.isdigit()}
+        assert records.get(of).last.plan == plan_of(record.proposal)
+
+
+def test_what_a_criterion_removes_is_read_off_any_plan_of_it(records: Records) -> None:
+    """Children that came back with their bases, a replaced run, and groups over what is kept."""
+    Line(records)
+    number, proposal = records.ask()
+    run_whole(records, number, proposal)
+    count = proposal.num_removed
+    gate = replace(proposal, origin="sampler", learning_rate=2e-3)
+    assert records.foretell(gate) == number  # recovery settings aside
+    assert records.foretell(replace(gate, num_removed=count + 1)) is None
+    assert records.foretell(replace(gate, gate_eps=1.0)) is None  # other gates
+    given = Proposal("given", plan=plan_of(proposal))
+    assert records.foretell(given) == number
+    replaced = replace(gate, fate="replace", replacement="linear")
+    assert records.foretell(replaced) is None
+    for other in (
+        replaced,
+        replace(gate, fate="share", adapter_rank=8),
+        replace(gate, num_groups=1, group_size=2, group_start=1, adapter_rank=8),
+    ):
+        removed = ORDERS["gate"][:count]
+        bases = dict.fromkeys(removed, 0)
+        plan = fold_plan(removed, other, NUM_BLOCKS, bases=bases)
+        assert removal(plan, other) == (tuple(sorted(removed)), bases if other.fate == "share" else {})
+
+
+def test_after_many_repeats_a_neighbour_is_taken(tmp_path: Path) -> None:
+    """One plan in the whole space: the second trial is near it, although the space asks for no neighbours."""
+    space = small_space(removal=[0.25, 0.25])
+    space["share"]["max_groups"] = 0
+    records = Records(new_run(tmp_path / "run", small_study(space=space, budget={}, trials=3)))
+    first, *others = run_line(records)
+    assert first.origin == "baseline"
+    assert {proposal.origin for proposal in others} == {"neighbour"}
+    # where no neighbours are taken, repeats are run, cheaply, and the run ends
+    run = new_run(tmp_path / "nsga2", small_study(space=space, budget={}, trials=3, sampler="nsga2"))
+    assert len(run_line(Records(run))) == 3
+
+
+def test_a_neighbour_starts_its_adapters_as_its_parent_did(tmp_path: Path) -> None:
+    space = small_space(fates=["share"], reinstate={"ranks": [4], "starts": ["data"]}, neighbour_share=1.0)
+    records = Records(new_run(tmp_path / "run", small_study(space=space, budget={}, trials=12)))
+    proposals = run_line(records)
+    children = [p for p in proposals if p.plan is not None and "+r" in str(p.plan)]
+    assert children
+    assert {proposal.adapter_start for proposal in children} == {"data"}
+
+
+# ---- the front
 
 
 def test_the_front_is_what_nothing_dominates(records: Records, study: Study) -> None:
@@ -257,6 +397,38 @@ def test_the_line_ends_with_what_the_front_still_needs(records: Records, study: 
     assert all(record.exempt and record.state == "finished" for record in closing)
     assert missing_baselines(records) == [] or len(closing) == 16
     assert Line(records).next(num_running=0) is None
+
+
+@pytest.mark.parametrize("origin", ["baseline", "start"])
+def test_a_baseline_that_misses_the_budget_is_tried_with_one_block_more(tmp_path: Path, origin: str) -> None:
+    """Counts are chosen by a bound; blocks of other prices may not keep it."""
+    records = Records(new_run(tmp_path / "run", small_study(trials=1)))
+    Line(records)
+    count = baseline_count(records.space, TABLE, records.folder.target, records.folder.budget)
+    number, proposal = records.ask()
+    if origin == "start":
+        records._set_proposal(number, replace(proposal, origin="start"))
+    over = replace(result_of(FoldPlan.identity(NUM_BLOCKS), records.folder.study, 0), quality=None)
+    records.record(number, replace(over, state="infeasible"))
+    assert records.finish(number) == "infeasible"
+    proposals = [records.ask()[1] for _ in range(4)]
+    assert not records.anyone_waits
+    assert [(p.criterion, p.num_removed, p.origin) for p in proposals] == [
+        *((criterion, count, "baseline") for criterion in records.space.criteria[1:]),
+        (proposal.criterion, count + 1, origin),
+    ]
+
+
+def test_a_baseline_at_the_most_blocks_is_not_tried_with_more(tmp_path: Path) -> None:
+    records = Records(new_run(tmp_path / "run", small_study(budget={}, trials=1)))
+    most = records.space.counts(NUM_BLOCKS)[1]
+    Line(records)
+    asked = [records.ask() for _ in records.all()]
+    number = next(number for number, proposal in asked if proposal.num_removed == most)
+    over = replace(result_of(FoldPlan.identity(NUM_BLOCKS), records.folder.study, 0), quality=None)
+    records.record(number, replace(over, state="infeasible"))
+    assert records.finish(number) == "infeasible"
+    assert not records.anyone_waits
 
 
 def test_a_running_trial_may_still_bring_one(records: Records) -> None:

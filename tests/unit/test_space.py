@@ -49,7 +49,7 @@ def spaces(draw: st.DrawFn) -> Space:
         fates=tuple(draw(st.lists(st.sampled_from(FATES), min_size=1, unique=True))),
         attention=(thin[0], thin[1]),
         reinstate=Reinstate(
-            ranks=tuple(draw(st.sets(st.integers(0, 8), min_size=1))), starts=("zero", "svd")
+            ranks=tuple(draw(st.sets(st.integers(0, 8), min_size=1))), starts=("zero", "svd", "data")
         ),
         replace=Replace(kinds=tuple(draw(st.sets(st.sampled_from(KINDS), min_size=1)))),
         gate_eps=(0.1, 0.01),
