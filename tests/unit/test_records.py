@@ -119,13 +119,15 @@ def test_the_front_grows_by_one_trial_at_a_time(
 
     monkeypatch.setattr("foldsearch.search.records.front", counted)
     rng = random.Random(0)
-    for number in range(30):
-        records.ask()
+    numbers: list[int] = []
+    for count in range(30):
+        number, _ = records.ask()
+        numbers.append(number)
         removed = rng.sample(range(1, NUM_BLOCKS), rng.randint(3, 6))
         result = result_of(FoldPlan.dropping(removed, NUM_BLOCKS), study, 2)
-        if number % 5 == 4:  # the plan of another trial once more, now better and now worse
-            result = replace(result, plan=records.get(number - 1).results[-1].plan)
-            result = replace(result, cost=records.get(number - 1).results[-1].cost)
+        if count % 5 == 4:  # the plan of another trial once more, now better and now worse
+            other = records.get(numbers[-2]).results[-1]
+            result = replace(result, plan=other.plan, cost=other.cost)
         assert result.quality is not None
         result = replace(result, quality=replace(result.quality, kl=rng.random()))
         records.record(number, result)

@@ -480,7 +480,12 @@ def test_a_picture_of_more_trials_has_no_more_parts(view: RunView) -> None:
     assert len(many.texts) <= picture.MOST_STRIPS + picture.MOST_WORDS + 2
     assert len(_heights(many)) == len(long.finished)
     strips = picture._front_figure(long).axes[1]
-    assert f"{picture.MOST_STRIPS} of {len(long.front)} plans" in strips.get_xlabel()
+    drawn = len(picture._drawn(long))
+    assert drawn in (
+        picture.MOST_STRIPS - 1,
+        picture.MOST_STRIPS,
+    )  # the knee may be among those at equal steps
+    assert f"{drawn} of {len(long.front)} plans" in strips.get_xlabel()
     assert long.knee in picture._drawn(long)
 
 
