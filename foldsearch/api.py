@@ -45,20 +45,24 @@ _LARGE_NUMBER = re.compile(r"[0-9]{5}")  # which has no place in a model of that
 # ---- before a search
 
 
-def find_model(study: Study, progress: StageProgress = silent) -> DenseFiles:
+def find_model(
+    study: Study, progress: StageProgress = silent, *, run_folder: Path | None = None
+) -> DenseFiles:
     """The study's model as files that can be mapped; converted once if need be.
+
+    Args:
+        study: names the model.
+        progress: told what is being done.
+        run_folder: of a run that was made with the model.
 
     Raises:
         ModelError: it cannot be found, or is not a decoder.
+        RunError: it is another one than the run was made with.
     """
-    from foldsearch.model.source import prepare
-    from foldsearch.trial import choose_device, choose_precision, open_source
+    from foldsearch.trial import open_source, prepare_model
 
-    return prepare(
-        open_source(study, progress),
-        dtype=choose_precision(study.precision, choose_device(study.device)),
-        progress=lambda words: progress(words, 0.0),
-    )
+    found = open_source(study, progress, run_folder=run_folder)
+    return prepare_model(study, found, run_folder=run_folder, progress=progress)[0]
 
 
 def measure_model(study: Study, progress: StageProgress = silent) -> CostTable:
@@ -105,19 +109,15 @@ def inspect_model(study: Study, progress: StageProgress = silent) -> Evidence:
         ModelError, DataError: the model or the text cannot be used.
     """
     from foldsearch.model.evidence import measure_evidence
-    from foldsearch.model.source import open_config, open_dense, open_tokenizer, prepare
-    from foldsearch.trial import check_data, choose_device, choose_precision, make_study_splits, open_source
+    from foldsearch.model.source import open_config, open_dense, open_tokenizer
+    from foldsearch.trial import check_data, choose_device, make_study_splits, open_source, prepare_model
 
     device = choose_device(study.device)
     check_data(study)
     found = open_source(study, progress)
     open_config(found)  # refused before the text is read
     splits = make_study_splits(study, open_tokenizer(found), progress, search_only=True)
-    files = prepare(
-        found,
-        dtype=choose_precision(study.precision, device),
-        progress=lambda words: progress(words, 0.0),
-    )
+    files, _ = prepare_model(study, found, progress=progress)
     return measure_evidence(
         open_dense(files, device=device),
         splits.search,
@@ -357,8 +357,8 @@ def evaluate_trial(
         ModelError: the model is gone.
     """
     from foldsearch.model import choices, harness
-    from foldsearch.model.source import open_tokenizer
-    from foldsearch.trial import open_workbench, prepare_context, read_splits, recovered_model
+    from foldsearch.model.source import open_config, open_tokenizer
+    from foldsearch.trial import open_source, open_workbench, prepare_context, read_splits, recovered_model
 
     entry = run.pick(number=number)
     names = _evaluation_names(questions, tasks, limit)
@@ -372,13 +372,14 @@ def evaluate_trial(
 
     folder = run.folder
     splits = read_splits(folder.path)
-    files = find_model(folder.study, progress)
-    tokenizer = open_tokenizer(files)
+    source = open_source(folder.study, progress, run_folder=folder.path)
+    tokenizer = open_tokenizer(source)
+    longest = getattr(open_config(source), "max_position_embeddings", None)
     saw = (splits.search, splits.recovery)
     for path, items in asked.items():
         progress(f"comparing {printable(path)} with the run's texts", 0.0)
         _check_unseen(path, choices.seen(((item.line, item.text) for item in items), tokenizer, saw), "line")
-    encoded = {path: _encode(path, items, tokenizer, files) for path, items in asked.items()}
+    encoded = {path: _encode(path, items, tokenizer, longest) for path, items in asked.items()}
     for task in tasks:
         progress(f"loading {task}, and comparing it with the run's texts", 0.0)
         _check_unseen(
@@ -454,11 +455,14 @@ def _evaluation_names(questions: Sequence[Path], tasks: Sequence[str], limit: in
 
 def _check_source(path: Path, run: RunView) -> None:
     """Refuse a question file that is, or lies in, a source of the run's texts."""
+    from foldsearch.identity import Identity
     from foldsearch.model.text import local_path
+    from foldsearch.trial import sources_of
 
-    data = run.folder.study.data
-    for reference in [data] if isinstance(data, str) else data.model_dump().values():
-        source = local_path(reference)
+    made = Identity.read(run.folder.path)
+    for reference in sources_of(run.folder.study):
+        place = made.place_of(reference) if made else None
+        source = place.now(run.folder.path) if place else local_path(reference)
         if source is not None and path.resolve().is_relative_to(source.resolve()):
             raise InputError(
                 f"questions must be unseen, but {printable(path)} belongs to {printable(reference)}, which "
@@ -478,15 +482,14 @@ def _check_unseen(what: object, found: Sequence[tuple[int, str]], unit: str) -> 
 
 
 def _encode(
-    path: Path, items: Sequence[Question], tokenizer: PreTrainedTokenizerBase, files: DenseFiles
+    path: Path, items: Sequence[Question], tokenizer: PreTrainedTokenizerBase, longest: int | None
 ) -> list[tuple[EncodedOption, ...]]:
-    from transformers import AutoConfig
-
     from foldsearch.model.choices import encode_question
 
-    config = AutoConfig.from_pretrained(files.folder, trust_remote_code=files.trust_remote_code)
-    longest = getattr(config, "max_position_embeddings", None)
-    return [encode_question(item, tokenizer, f"{path}, line {item.line}", longest=longest) for item in items]
+    return [
+        encode_question(item, tokenizer, f"{printable(path)}, line {item.line}", longest=longest)
+        for item in items
+    ]
 
 
 def compare_words(run: RunView, folder: Path, prompt: str, *, num_tokens: int = 40) -> tuple[str, str]:
@@ -509,7 +512,7 @@ def compare_words(run: RunView, folder: Path, prompt: str, *, num_tokens: int = 
     from foldsearch.model.source import open_dense, open_tokenizer
     from foldsearch.model.tokens import begun
 
-    files = find_model(run.folder.study)
+    files = find_model(run.folder.study, run_folder=run.folder.path)
     tokenizer = open_tokenizer(files)
     ids_BT = torch.tensor([begun(tokenizer, prompt)])
 

@@ -31,15 +31,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from foldsearch.errors import InputError, RunError, describe_error
+from foldsearch.errors import InputError, RunError, describe_error, quote_error
 from foldsearch.files import once, replace_atomically, write_json
+from foldsearch.identity import Identity, Place
 from foldsearch.model import gates as gating
 from foldsearch.model import source
 from foldsearch.model.children import base_blocks, base_distances
+from foldsearch.model.content import ContentHashes
 from foldsearch.model.evidence import (
     Evidence,
     GreedyResult,
@@ -70,8 +72,9 @@ from foldsearch.model.starts import (
     new_values,
 )
 from foldsearch.model.states import residual_states
-from foldsearch.model.text import check_reference
+from foldsearch.model.text import check_reference, local_path
 from foldsearch.model.tokens import Splits, TokenSet, make_splits
+from foldsearch.paths import printable
 from foldsearch.plan.cost import Budget, Cost, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan, Replacement
 from foldsearch.plan.proposal import (
@@ -87,6 +90,7 @@ from foldsearch.progress import StageProgress, counting, silent
 from foldsearch.spec.study import Sources, Study
 
 BASE_RANK = 1 / 16  # of the base-block metric, in widths of the model: FlexiGPT's 256 for 4,096
+TOKENS = "tokens.safetensors"  # of a run: its three token sets
 WAIT_SECONDS = 0.2  # between looks at a trial that measures the same plan
 GREEDY_TOKENS = 1024  # SLEB calibrates on few; each of its hundreds of runs goes over them
 EVIDENCE_SCHEMA = 3
@@ -149,17 +153,66 @@ def choose_precision(wanted: str, device: str) -> str:
     return "bfloat16" if fast else "float32"
 
 
-def open_source(study: Study, progress: StageProgress = silent) -> source.ModelSource:
+def open_source(
+    study: Study, progress: StageProgress = silent, *, run_folder: Path | None = None
+) -> source.ModelSource:
     """The study's model as it is found: no weight is read, and of a hub model none is fetched.
+
+    Args:
+        study: names the model.
+        progress: told what is being done.
+        run_folder: of a run that was made with it: the model is looked for where it lay then, at its commit.
 
     Raises:
         ModelError: it cannot be found.
+        RunError: it is gone, or its config or its tokenizer is another one than the run was made with.
     """
-    return source.locate(
-        study.model,
+    made = Identity.read(run_folder) if run_folder else None
+    path = made.path_of(study.model, run_folder) if made and run_folder else None
+    found = source.locate(
+        str(path) if path else study.model,
+        revision=(made.commit if made else "") or study.revision,
         trust_remote_code=study.trust_remote_code,
         progress=lambda message: progress(message, 0.0),
     )
+    if made and run_folder:
+        made.check_model(source.identify(found, of_weights=False), found.place, run_folder)
+    return found
+
+
+def prepare_model(
+    study: Study,
+    found: source.ModelSource,
+    *,
+    run_folder: Path | None = None,
+    cache_dir: Path | None = None,
+    progress: StageProgress = silent,
+) -> tuple[source.DenseFiles, ContentHashes]:
+    """The study's model as files that can be mapped, and what it is made of; fetched and converted if need be.
+
+    Args:
+        study: says what is computed in.
+        found: what `open_source` found.
+        run_folder: of a run that was made with it: only that model will do, in that dtype.
+        cache_dir: of converted models; `default_cache_dir()` if None.
+        progress: told what is being done.
+
+    Raises:
+        ModelError: its weights cannot be used.
+        RunError: they are others than the run was made with.
+    """
+
+    def say(message: str) -> None:
+        progress(message, 0.0)
+
+    made = Identity.read(run_folder) if run_folder else None
+    found = source.with_weights(found, say)
+    say("reading the weights")
+    content = source.identify(found, cache_dir=cache_dir)
+    if made and run_folder:
+        made.check_model(content, found.place, run_folder)
+    dtype = made.dtype if made else choose_precision(study.precision, choose_device(study.device))
+    return source.prepare(found, dtype=dtype, cache_dir=cache_dir, content=content, progress=say), content
 
 
 def prepare_context(
@@ -169,11 +222,13 @@ def prepare_context(
     cache_dir: Path | None = None,
     check: Callable[[CostTable], object] = lambda table: None,
     progress: StageProgress = silent,
+    notice: Callable[[str], object] = lambda words: None,
 ) -> TrialContext:
     """Price the model, split the text, fetch and convert the weights, and ask the dense model once.
 
     In this order: what is cheap and may be refused comes before what is dear. Everything is kept: the model and its
-    answers in the cache by content, the token sets in the run folder.
+    answers in the cache by content; the token sets, and what the run was made of, in the run folder. Where the run
+    folder holds them already, only the same model and the same tokens will do.
 
     Args:
         study: what is to be run.
@@ -181,26 +236,27 @@ def prepare_context(
         cache_dir: of models and of all that is computed from them; `default_cache_dir()` if None.
         check: told what the blocks cost before the text is read; what it raises ends the preparation.
         progress: told what is being done.
+        notice: told what a person should know, in words.
 
     Raises:
         ModelError, DataError: the model or the text cannot be used.
+        RunError: they are others than the run was made with.
     """
     cache_dir = cache_dir or source.default_cache_dir()
     device = choose_device(study.device)
-    check_data(study)
-    found = open_source(study, progress)
+    made = Identity.read(run_folder)
+    if made is None:
+        check_data(study)
+    else:
+        _say_how_it_differs(study, made, device, notice)
+    found = open_source(study, progress, run_folder=run_folder)
     config = source.open_config(found)
     progress("pricing the dense model", 0.0)
     table = measure(config)
     check(table)
-    if not (run_folder / "tokens.safetensors").exists():
-        splits = make_study_splits(study, source.open_tokenizer(found), progress)
-        _write_splits(run_folder / "tokens.safetensors", splits)
-    files = source.prepare(
-        found,
-        dtype=choose_precision(study.precision, device),
-        cache_dir=cache_dir,
-        progress=lambda message: progress(message, 0.0),
+    splits = _splits_of(study, run_folder, found, made, progress)
+    files, content = prepare_model(
+        study, found, run_folder=run_folder, cache_dir=cache_dir, progress=progress
     )
     opened = AutoConfig.from_pretrained(files.folder, trust_remote_code=files.trust_remote_code)
     if opened.tie_word_embeddings != config.tie_word_embeddings:
@@ -209,8 +265,66 @@ def prepare_context(
         check(table)
     dense = price(FoldPlan.identity(len(table.blocks)), table, study.target.value())
     context = TrialContext(study, files, table, study.budget.value(dense), run_folder, cache_dir, device)
+    if made is None:
+        _identity_of(context, found, content, splits).write(run_folder)
     open_workbench(context, progress)
     return context
+
+
+def _say_how_it_differs(study: Study, made: Identity, device: str, notice: Callable[[str], object]) -> None:
+    """Tell where a run goes on otherwise than a new one of the same study would, or than it began."""
+    if device != made.device:
+        notice(
+            f"the run began on {made.device}, and goes on on {device}: its figures may differ by rounding."
+        )
+    if (here := choose_precision(study.precision, device)) != made.dtype:
+        notice(f"the run computes in {made.dtype}, as it began; a new run would compute in {here} here.")
+
+
+def _splits_of(
+    study: Study,
+    run_folder: Path,
+    found: source.ModelSource,
+    made: Identity | None,
+    progress: StageProgress,
+) -> Splits:
+    """The token sets of a run, cut where there are none yet.
+
+    Raises:
+        DataError: the text cannot be used. RunError: the token sets are not those that the run was made with.
+    """
+    path = run_folder / TOKENS
+    if path.exists():
+        splits = read_splits(run_folder)
+    else:
+        splits = make_study_splits(study, source.open_tokenizer(found), progress)
+    if made is not None:
+        made.check_tokens(_token_hashes(splits), run_folder)
+    if not path.exists():
+        _write_splits(path, splits)
+    return splits
+
+
+def _token_hashes(splits: Splits) -> dict[str, str]:
+    return {one.name: one.content_hash for one in (splits.search, splits.recovery, splits.report)}
+
+
+def _identity_of(
+    context: TrialContext, found: source.ModelSource, content: ContentHashes, splits: Splits
+) -> Identity:
+    study = context.study
+    here = [study.model] if not found.hub_id and source.local_path(study.model) else []
+    # what is in a package is found by the package's name, wherever that lies
+    here += [text for text in sources_of(study) if not text.startswith("package:") and local_path(text)]
+    return Identity(
+        model=study.model,
+        content=content,
+        commit=found.commit,
+        dtype=context.files.dtype,
+        device=context.device,
+        tokens=_token_hashes(splits),
+        places=tuple(Place.of(typed, context.run_folder) for typed in dict.fromkeys(here)),
+    )
 
 
 def sources_of(study: Study) -> tuple[str, ...]:
@@ -275,25 +389,29 @@ def read_splits(run_folder: Path) -> Splits:
     """The token sets of a run.
 
     Raises:
-        RunError: the run folder has none.
+        RunError: the run folder has none, or they are damaged.
     """
-    path = run_folder / "tokens.safetensors"
+    path = run_folder / TOKENS
     if not path.exists():
+        raise RunError(f"a run folder holds {TOKENS}, but {run_folder} does not. Start the run anew.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            sets = [
+                TokenSet(
+                    name,
+                    file.get_tensor(f"{name}.ids"),
+                    file.get_tensor(f"{name}.document"),
+                    tuple(json.loads(metadata[name])),
+                    file.get_tensor(f"{name}.text"),
+                )
+                for name in ("search", "recovery", "report")
+            ]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        remedy = "Put back a copy of it, or start a new run."
         raise RunError(
-            f"a run folder holds tokens.safetensors, but {run_folder} does not. Start the run anew."
-        )
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        sets = [
-            TokenSet(
-                name,
-                file.get_tensor(f"{name}.ids"),
-                file.get_tensor(f"{name}.document"),
-                tuple(json.loads(metadata[name])),
-                file.get_tensor(f"{name}.text"),
-            )
-            for name in ("search", "recovery", "report")
-        ]
+            quote_error(f"the token sets of a run, '{printable(path)}', cannot be read", error, remedy)
+        ) from error
     return Splits(*sets)
 
 

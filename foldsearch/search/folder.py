@@ -1,6 +1,7 @@
 """The run folder: where everything that a run learns lies.
 
-study.json    the resolved study, versions, data hashes, schema number     table.json   the dense model's costs
+study.json    the resolved study, versions, schema number                  table.json   the dense model's costs
+identity.json what the run was made of, see foldsearch.identity            tokens.safetensors  its three token sets
 storage.db    the Optuna study: the book of record                         plans/       results of measured plans
 trials/00012/ what one trial learnt                                        tune/        Ray's state (may vanish)
 report/       pictures and the final table                                 lock         held while somebody writes
@@ -139,7 +140,7 @@ class RunFolder:
         return cls(path, study, table, value["provenance"])
 
     def with_limits(self, study: Study) -> RunFolder:
-        """The same run with the trials, seconds and jobs of `study`, written down.
+        """The same run with the trials, seconds and jobs of `study`; `keep_limits` writes them down.
 
         Raises:
             RunError: `study` differs in anything else.
@@ -151,10 +152,12 @@ class RunFolder:
                 f"'{printable(self.path)}' is a run of another study: {shown}. A resumed run may change "
                 f"{', '.join(LIMITS)} only. Start a new run in another folder."
             )
-        folder = replace(self, study=study)
-        if study != self.study:
-            folder._write_study(self.path / "study.json")
-        return folder
+        return replace(self, study=study)
+
+    def keep_limits(self) -> None:
+        """Write the study down as it is now, so that the next `resume` finds these limits."""
+        if RunFolder.open(self.path).study != self.study:
+            self._write_study(self.path / "study.json")
 
     def _write_study(self, path: Path) -> None:
         value = {"schema": SCHEMA, "foldsearch": __version__, "provenance": dict(self.provenance)}

@@ -7,7 +7,6 @@ them: its own restore would bring back a second, older account of the same trial
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -28,6 +27,7 @@ from ray._private import worker as ray_worker
 
 from foldsearch.errors import RunError, describe_error, quote_error
 from foldsearch.files import disk_is_full
+from foldsearch.identity import Identity
 from foldsearch.paths import command, printable
 from foldsearch.plan.result import TrialResult
 from foldsearch.search.dry_run import dense_fits, num_cpus, num_gpus
@@ -100,21 +100,27 @@ def run_search(
         def say(stage: str, share: float) -> None:
             tell(Preparing(stage, share))
 
+        def note(words: str) -> None:
+            tell(Notice(words))
+
         if resume:
             run = RunFolder.open(folder)
             with _resumable(run, on_event):
                 run = run.with_limits(study or run.study)
-                context = load_function(prepare)(run.study, folder, check=run.study.narrowed, progress=say)
+                context = load_function(prepare)(
+                    run.study, folder, check=run.study.narrowed, progress=say, notice=note
+                )
                 if context.table != run.table:
                     raise RunError(
                         f"the model of '{printable(folder)}' is not the one it was started with. Start a new run."
                     )
+                run.keep_limits()  # not before: what is refused changes nothing
                 _search(run, context, trial, tell)
             return run
         if study is None:
             raise ValueError("a new run needs a study.")
         with RunFolder.draft(folder) as draft:
-            context = load_function(prepare)(study, draft, check=study.narrowed, progress=say)
+            context = load_function(prepare)(study, draft, check=study.narrowed, progress=say, notice=note)
             run = RunFolder.create(folder, draft, study, context.table, _provenance(context, draft))
         with _resumable(run, on_event):
             _search(run, replace(context, run_folder=folder), trial, tell)
@@ -185,10 +191,10 @@ def _provenance(context: Any, draft: Path) -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     if (files := getattr(context, "files", None)) is not None:
-        found |= {"model hash": files.content_hash, "model dtype": files.dtype, "model note": files.note}
-    tokens = draft / "tokens.safetensors"
-    if tokens.is_file():
-        found["tokens sha256"] = hashlib.sha256(tokens.read_bytes()).hexdigest()
+        found |= {"model hash": files.content_hash, "model note": files.note}
+    if (made := Identity.read(draft)) is not None:
+        found |= {"model commit": made.commit, "precision": made.dtype, "device": made.device}
+        found |= {f"{name} tokens": digest for name, digest in made.tokens.items()}
     return found
 
 

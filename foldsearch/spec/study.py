@@ -129,7 +129,8 @@ class Study(TomlTable):
     """Everything that makes a run, resolved.
 
     model, data: references, as `foldsearch.model.source` and `foldsearch.model.text` read them; data is one source,
-    split by document, or a table of three. text_column: key or column that holds the text.
+    split by document, or a table of three. text_column: key or column that holds the text. revision: branch, tag or
+    commit of a hub model.
     device: "auto" takes CUDA, then MPS, then the CPU. precision: what trials compute in; "auto" is bfloat16 where the
     device multiplies it fast (CUDA, CPUs with AMX), else float32. trust_remote_code: let a model's own code run.
     rungs: recovery tokens trained on when each rung is measured. trials, seconds: when the search ends, whichever
@@ -137,6 +138,7 @@ class Study(TomlTable):
     """
 
     model: str
+    revision: str | None = None
     data: str | Sources
     text_column: str | None = None
     trust_remote_code: bool = False

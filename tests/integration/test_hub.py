@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 import torch
 
-from foldsearch.model.source import open_dense, open_tokenizer, prepare
+from foldsearch.model.source import locate, open_dense, open_tokenizer, prepare
 from foldsearch.model.text import load_documents
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -34,6 +35,7 @@ class Hub:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.commit = COMMIT  # of every branch
         self.requests: list[str] = []
         hub = self
 
@@ -70,9 +72,11 @@ class Hub:
                 file = hub.folder(repo if repo.startswith("datasets/") else f"models/{repo}")
                 file = file / rest.partition("/")[2]
                 if not file.is_file():
-                    return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+                    return self._send(
+                        404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": hub.commit}
+                    )
                 data = file.read_bytes()
-                headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
+                headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": hub.commit}
                 headers["Accept-Ranges"] = "bytes"
                 status = 200
                 if wanted := self.headers.get("Range"):
@@ -99,7 +103,7 @@ class Hub:
                 info = {
                     "_id": "1",
                     "id": kind_and_repo.partition("/")[2],
-                    "sha": COMMIT,
+                    "sha": rest if rest == COMMIT else hub.commit,
                     "private": False,
                     "gated": False,
                     "disabled": False,
@@ -158,12 +162,12 @@ def hub(tmp_path_factory: pytest.TempPathFactory):
     thread.join()
 
 
-def _write_model(folder: Path) -> None:
+def _write_model(folder: Path, seed: int = 0) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     words = sorted({word for text in SENTENCES for word in text.replace(".", " .").split()})
     vocabulary = {word: index for index, word in enumerate(["<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -198,7 +202,9 @@ def _write_wikitext(path: Path) -> None:
     pq.write_table(pa.table({"text": rows}), path)
 
 
-def run(code: str, endpoint: str, home: Path, **extra: str) -> subprocess.CompletedProcess[str]:
+def run(
+    code: str, endpoint: str, home: Path, arguments: Sequence[str] = (), **extra: str
+) -> subprocess.CompletedProcess[str]:
     environment = {
         key: value for key, value in os.environ.items() if not key.startswith(("HF_", "FOLDSEARCH"))
     }
@@ -212,7 +218,7 @@ def run(code: str, endpoint: str, home: Path, **extra: str) -> subprocess.Comple
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *arguments],
         env=environment | extra,
         capture_output=True,
         text=True,
@@ -257,6 +263,71 @@ def test_a_hub_model_equals_the_same_files_on_disk(hub: Hub, tmp_path: Path) -> 
     assert output(run(OPEN, hub.endpoint, tmp_path, HF_HUB_OFFLINE="1")) == online
 
 
+PINNED = """
+import json, sys, torch
+from pathlib import Path
+from foldsearch.identity import Identity
+from foldsearch.model.source import locate, prepare
+from foldsearch.spec.space import Space
+from foldsearch.spec.study import SplitSettings, Study
+from foldsearch.trial import prepare_context
+torch.set_num_threads(1)
+work = Path(sys.argv[1])
+splits = SplitSettings(sequence_length=4, search=2, recovery=2, report=2)
+study = Study(model="tiny-org/moving", data=str(work / "texts"), space=Space(), device="cpu", splits=splits)
+context = prepare_context(study, work / "run")
+made = Identity.read(work / "run")
+branch = locate("tiny-org/moving")
+pinned = prepare("tiny-org/moving@" + made.commit, dtype="float32")
+print(json.dumps({
+    "run": [made.commit, context.files.content_hash],
+    "branch": [branch.commit, prepare(branch, dtype="float32").content_hash],
+    "pinned": pinned.content_hash,
+}))
+"""
+
+
+def test_a_run_stays_at_its_commit_when_the_branch_moves(hub: Hub, tmp_path: Path) -> None:
+    folder = hub.root / "models" / "tiny-org" / "moving"
+    _write_model(folder)
+    for index, text in enumerate(SENTENCES):
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / "texts" / f"{index}.txt").write_text(f"{text} {text}")
+    first = output(run(PINNED, hub.endpoint, tmp_path, arguments=[str(tmp_path)]))
+    assert first["run"] == first["branch"] == [COMMIT, first["pinned"]]
+    _write_model(folder, seed=1)
+    try:
+        hub.commit = COMMIT[::-1]
+        second = output(run(PINNED, hub.endpoint, tmp_path, arguments=[str(tmp_path)]))
+    finally:
+        hub.commit = COMMIT
+    assert second["run"] == first["run"]
+    assert second["pinned"] == first["pinned"]
+    commit, content = second["branch"]
+    assert commit == COMMIT[::-1]
+    assert content != first["pinned"]
+
+
+BEFORE_WEIGHTS = """
+import json
+from foldsearch.model.source import locate, open_config, open_tokenizer
+found = locate("tiny-org/tiny-llama")
+print(json.dumps([open_config(found).num_hidden_layers, open_tokenizer(found)("the sea is long").input_ids]))
+"""
+
+
+def test_a_hub_model_is_looked_at_before_its_weights_are_fetched(hub: Hub, tmp_path: Path) -> None:
+    hub.requests.clear()
+    layers, ids_T = json.loads(run(BEFORE_WEIGHTS, hub.endpoint, tmp_path).stdout)
+    assert layers == 2
+    assert (
+        ids_T
+        == open_tokenizer(locate(str(hub.root / "models/tiny-org/tiny-llama")))("the sea is long").input_ids
+    )
+    assert any("config.json" in request for request in hub.requests)
+    assert not any("safetensors" in request for request in hub.requests)
+
+
 LOAD = """
 import json
 from foldsearch.errors import DataError
@@ -288,12 +359,12 @@ def test_hub_data_sets_equal_the_same_files_on_disk(hub: Hub, tmp_path: Path) ->
 
 
 MISSING = """
-import sys, time
+import json, time
 from foldsearch.errors import DataError, ModelError
 from foldsearch.model.source import prepare
 from foldsearch.model.text import load_documents
 import huggingface_hub, transformers, datasets
-started = time.monotonic()
+started, answer = time.monotonic(), {}
 for error_type, call in (
     (ModelError, lambda: prepare("tiny-org/nothing", dtype="float32")),
     (DataError, lambda: load_documents("tiny-org/nothing:config")),
@@ -301,8 +372,8 @@ for error_type, call in (
     try:
         call()
     except error_type as error:
-        print(error)
-print(f"seconds {time.monotonic() - started:.1f}")
+        answer[error_type.__name__] = str(error)
+print(json.dumps(answer | {"seconds": time.monotonic() - started}))
 """
 
 
@@ -318,20 +389,20 @@ def closed_port():
 def test_an_unreachable_hub_is_a_quick_clear_error(tmp_path: Path) -> None:
     with closed_port() as endpoint:
         result = run(MISSING, endpoint, tmp_path)
-    model, data, seconds = result.stdout.splitlines()
-    for message in (model, data):
+    answer = output(result)
+    for message in (answer["ModelError"], answer["DataError"]):
         assert "tiny-org/nothing" in message
         assert f"the hub at {endpoint} could not be reached" in message
         assert "HF_ENDPOINT" in message
         assert "give a local folder" in message
-    assert float(seconds.split()[1]) < 20  # the clients' own retries take minutes
+    assert answer["seconds"] < 20  # the clients' own retries take minutes
     assert "Traceback" not in result.stderr
 
 
 def test_an_unknown_hub_name_is_a_clear_error(hub: Hub, tmp_path: Path) -> None:
-    model, data, _ = run(MISSING, hub.endpoint, tmp_path).stdout.splitlines()
-    assert "no such model at http://127.0.0.1" in model
-    assert "no such data set at http://127.0.0.1" in data
+    answer = output(run(MISSING, hub.endpoint, tmp_path))
+    assert "no such model at http://127.0.0.1" in answer["ModelError"]
+    assert "no such data set at http://127.0.0.1" in answer["DataError"]
 
 
 def test_the_server_serves_ranges(hub: Hub) -> None:

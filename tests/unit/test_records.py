@@ -576,7 +576,9 @@ def test_folders_that_are_taken_or_no_runs_are_refused(tmp_path: Path, study: St
 
 def test_a_resumed_run_may_change_its_limits_only(tmp_path: Path, study: Study) -> None:
     run = new_run(tmp_path / "run", study)
-    run.with_limits(study.model_copy(update={"trials": 50, "jobs": 2}))
+    changed = run.with_limits(study.model_copy(update={"trials": 50, "jobs": 2}))
+    assert RunFolder.open(run.path).study == study  # the run may yet be refused
+    changed.keep_limits()
     assert RunFolder.open(run.path).study.trials == 50
     with pytest.raises(RunError, match="seed was 0, is 1"):
         run.with_limits(study.model_copy(update={"seed": 1}))

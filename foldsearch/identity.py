@@ -1,0 +1,154 @@
+"""What a run was made of, kept beside its token sets: so that it goes on with that, or not at all.
+
+    identity.json   hashes of the model's parts and of the token sets, the dtype and the device that were chosen, the
+                    commit of a hub model, and where the files lay
+
+Files are looked for where they lay when the run began, whatever the current folder is by now; and, since a run folder
+and its model may have been moved together, at the same place as seen from the run folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from foldsearch.errors import RunError, quote_error
+from foldsearch.files import write_json
+from foldsearch.model.content import ContentHashes
+from foldsearch.paths import printable
+
+__all__ = ["FILE", "Identity", "Place"]
+
+FILE = "identity.json"
+SCHEMA = 1
+_PARTS = ("weights", "config", "tokenizer", "code")  # whose change is another model
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a file or folder lay when the run began.
+
+    typed: as a person wrote it. absolute: in full. beside: as seen from the run folder.
+    """
+
+    typed: str
+    absolute: str
+    beside: str
+
+    @classmethod
+    def of(cls, typed: str, run_folder: Path) -> Place:
+        """The place that a path names now."""
+        absolute = Path(typed).expanduser().absolute()
+        return cls(
+            typed, str(absolute), os.path.relpath(os.path.realpath(absolute), os.path.realpath(run_folder))
+        )
+
+    def now(self, run_folder: Path) -> Path | None:
+        """Where it is now; None if it is at neither place."""
+        there = (Path(self.absolute), Path(os.path.realpath(run_folder)) / self.beside)
+        return next((path for path in there if path.exists()), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a run was made of.
+
+    Attributes:
+        model: as it was typed.
+        content: hashes of the model's parts.
+        commit: of a hub model; else "".
+        dtype: "float32" or "bfloat16", that trials compute in; what "auto" stood for when the run began.
+        device: that the run began on.
+        tokens: hash of each token set by its name.
+        places: of the model and the texts that lie on this machine.
+    """
+
+    model: str
+    content: ContentHashes
+    commit: str
+    dtype: str
+    device: str
+    tokens: dict[str, str]
+    places: tuple[Place, ...]
+
+    def write(self, run_folder: Path) -> None:
+        """Keep it in the run folder."""
+        write_json(run_folder / FILE, {"schema": SCHEMA, **asdict(self)})
+
+    @classmethod
+    def read(cls, run_folder: Path) -> Identity | None:
+        """What `write` kept; None where a run has not come so far.
+
+        Raises:
+            RunError: it cannot be read.
+        """
+        path = run_folder / FILE
+        if not path.exists():
+            return None
+        try:
+            value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if value.pop("schema") != SCHEMA:
+                raise ValueError("it is of another version of foldsearch")
+            content = ContentHashes(**value.pop("content"))
+            places = tuple(Place(**place) for place in value.pop("places"))
+            return cls(content=content, places=places, **value)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            remedy = "Put back a copy of it, or start a new run."
+            raise RunError(quote_error(f"'{printable(path)}' cannot be read", error, remedy)) from error
+
+    def place_of(self, typed: str) -> Place | None:
+        """Where what a person typed lay; None for what is on the hub or in a package."""
+        return next((place for place in self.places if place.typed == typed), None)
+
+    def path_of(self, typed: str, run_folder: Path) -> Path | None:
+        """Where the file or folder that was typed is now; None for what never lay on this machine.
+
+        Raises:
+            RunError: it is gone.
+        """
+        place = self.place_of(typed)
+        if place is None:
+            return None
+        if (found := place.now(run_folder)) is None:
+            raise RunError(
+                f"'{printable(run_folder)}' was made with '{printable(place.absolute)}', which is not there any more. "
+                "Put it back, or start a new run."
+            )
+        return found
+
+    def check_model(self, found: ContentHashes, where: Path, run_folder: Path) -> None:
+        """Whether a model is the one of the run; parts that are not known yet are not compared.
+
+        Raises:
+            RunError: it is another one; the message says which part differs.
+        """
+        for part in _PARTS:
+            ours, theirs = getattr(self.content, part), getattr(found, part)
+            if ours == theirs or (part == "weights" and not theirs):
+                continue
+            raise RunError(
+                f"a run goes on only with the model that it was made with: '{printable(run_folder)}' was made with "
+                f"{part} {_short(ours)} (sha256), but '{printable(where)}' now holds {_short(theirs)}. "
+                "Put the old files back, or start a new run."
+            )
+
+    def check_tokens(self, found: dict[str, str], run_folder: Path) -> None:
+        """Whether token sets are those of the run.
+
+        Raises:
+            RunError: they are others; the message says which.
+        """
+        for name, ours in self.tokens.items():
+            if (theirs := found.get(name, "")) != ours:
+                raise RunError(
+                    "a run goes on only with the tokens that it was made with: "
+                    f"'{printable(run_folder)}' was made with {name} tokens {_short(ours)} (sha256), but they are now "
+                    f"{_short(theirs)}. Put the old tokens.safetensors back, or start a new run."
+                )
+
+
+def _short(digest: str) -> str:
+    return digest[:12] or "none"

@@ -1,0 +1,243 @@
+"""A run goes on only with what it was made of: weights, config, tokenizer, tokens, precision; from any folder.
+
+Oracles: files that are changed by hand between `run` and what follows, and the figures of the run itself.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from foldsearch import api, cli
+from foldsearch import trial as trials
+from foldsearch.errors import RunError
+from foldsearch.identity import Identity
+from foldsearch.search.folder import RunFolder
+from foldsearch.search.records import Records
+from foldsearch.spec.space import Space
+from foldsearch.spec.study import GateSettings, SplitSettings, Study
+from foldsearch.trial import close_workbench, open_workbench, prepare_context, run_trial
+from tests.tiny import save_model, write_corpus
+
+STUDY = Study(
+    model="m",
+    data="texts/corpus",
+    space=Space(),
+    device="cpu",
+    precision="float32",
+    rungs=(0, 64),
+    trials=1,
+    splits=SplitSettings(sequence_length=16, search=6, recovery=8, report=6),
+    gates=GateSettings(steps=2),
+)
+
+
+def make_run(study: Study, path: Path) -> None:
+    """A run of one finished trial, made without Ray."""
+    with RunFolder.draft(path) as draft:
+        made = prepare_context(study, draft)
+        folder = RunFolder.create(path, draft, study, made.table, {})
+    records = Records(folder)
+    records.queue("window", 1)
+    number, proposal = records.ask()
+    for result in run_trial(proposal, replace(made, run_folder=path), number=number):
+        records.record(number, result)
+    records.finish(number)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: a model `m`, texts, and the run `runs/r` that was made with both by relative paths."""
+    torch.set_num_threads(1)
+    project = tmp_path / "project"
+    save_model(project / "m")
+    write_corpus(project / "texts" / "corpus")
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("FOLDSEARCH_CACHE", str(tmp_path / "cache"))
+    make_run(STUDY, Path("runs/r"))
+    question = {"question": "w3 w9", "options": ["w4", "w5"], "answer": 1}
+    (tmp_path / "q.jsonl").write_text("\n".join([json.dumps(question)] * 3))
+    return project
+
+
+def shell(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code, and what was said on standard error."""
+    close_workbench()  # each command is a process of its own
+    code = cli.main(words)
+    return code, capsys.readouterr().err
+
+
+VERBS = {
+    "resume": ("resume", "runs/r"),
+    "export": ("export", "runs/r", "--out", "out"),
+    "evaluate": ("evaluate", "runs/r", "--questions", "../q.jsonl"),
+}
+
+
+# ---- another model, another text
+
+
+def retrain(project: Path) -> None:
+    tensors = load_file(project / "m" / "model.safetensors")
+    save_file({name: value + 0.01 for name, value in tensors.items()}, project / "m" / "model.safetensors")
+
+
+def patch_a_bit(project: Path) -> None:
+    data = bytearray((project / "m" / "model.safetensors").read_bytes())
+    data[len(data) // 2] ^= 1
+    (project / "m" / "model.safetensors").write_bytes(data)
+
+
+def change_config(project: Path) -> None:
+    path = project / "m" / "config.json"
+    path.write_text(path.read_text().replace("1e-06", "1e-05"))
+
+
+def change_tokenizer(project: Path) -> None:
+    path = project / "m" / "tokenizer.json"
+    text = path.read_text()
+    assert '"w3"' in text
+    path.write_text(text.replace('"w3"', '"w0"'))
+
+
+def change_tokens(project: Path) -> None:
+    path = project / "runs" / "r" / trials.TOKENS
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # no dict
+        metadata = file.metadata()
+    tensors["report.ids"][0, 3] += 1
+    save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (retrain, "weights"),
+        (patch_a_bit, "weights"),
+        (change_config, "config"),
+        (change_tokenizer, "tokenizer"),
+        (change_tokens, "report tokens"),
+    ],
+)
+def test_what_is_not_what_the_run_was_made_of_is_refused(
+    project: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Path], None], part: str
+) -> None:
+    change(project)
+    study = (project / "runs" / "r" / "study.json").read_bytes()
+    for words in VERBS.values():
+        code, said = shell(*words, capsys=capsys)
+        assert code == 2
+        assert "a run goes on only with the" in said
+        assert f"was made with {part} " in said
+        assert "start a new run" in said
+    assert not Path("out").exists()
+    assert not Path("runs/r/evaluations").exists()
+    assert (project / "runs" / "r" / "study.json").read_bytes() == study
+
+
+def test_an_extension_is_exported_from_the_model_that_it_was_trained_with(project: Path) -> None:
+    study = STUDY.model_copy(update={"rungs": (0,)})
+    list(api.try_plan("0-3", study, folder=Path("tried")))
+    retrain(project)
+    close_workbench()
+    with pytest.raises(RunError, match="'tried' was made with weights"):
+        api.export_tried(study, Path("tried"), Path("out"))
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("damage", ["", "not tensors"])
+def test_damaged_tokens_are_told(project: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+    (project / "runs" / "r" / trials.TOKENS).write_text(damage)
+    for words in VERBS.values():
+        code, said = shell(*words, capsys=capsys)
+        assert code == 2
+        assert "the token sets of a run, " in said
+        assert "Put back a copy of it" in said
+
+
+def test_tokens_that_are_gone_are_cut_again_from_the_same_text(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = project / "runs" / "r" / trials.TOKENS
+    before = trials.read_splits(path.parent)
+    path.unlink()
+    prepare_context(STUDY, path.parent)
+    assert trials.read_splits(path.parent).report.content_hash == before.report.content_hash
+    path.unlink()
+    shutil.rmtree("texts/corpus")
+    write_corpus(project / "texts" / "corpus", seed=1)
+    code, said = shell(*VERBS["export"], capsys=capsys)
+    assert code == 2
+    assert "was made with search tokens" in said
+    assert not path.exists()
+
+
+# ---- the same model, from elsewhere
+
+
+def test_a_run_is_used_from_any_folder_and_moved_with_its_model(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    save_model(other / "m", "mistral")  # what the relative path names here is not looked at
+    monkeypatch.chdir(other)
+
+    def evaluate(run: Path, questions: str = "../q.jsonl") -> tuple[int, str]:
+        return shell("evaluate", str(run), "--questions", questions, capsys=capsys)
+
+    run, moved = project / "runs" / "r", tmp_path / "moved" / "runs" / "r"
+    code, said = evaluate(run)
+    assert code == 0, said
+    written = json.loads((run / "evaluations" / "00000-q.json").read_text())
+    assert written["model"] == "m"  # as it was typed
+    shutil.copy(tmp_path / "q.jsonl", project / "texts" / "corpus")
+    code, said = evaluate(run, "../project/texts/corpus/q.jsonl")
+    assert code == 2
+    assert "belongs to texts/corpus" in said
+    project.rename(tmp_path / "moved")
+    code, said = evaluate(moved)
+    assert code == 0, said
+    assert json.loads((moved / "evaluations" / "00000-q.json").read_text()) == written
+    (tmp_path / "moved" / "m").rename(tmp_path / "gone")
+    code, said = evaluate(moved)
+    assert code == 2
+    assert f"was made with '{project / 'm'}', which is not there any more. Put it back" in said
+
+
+# ---- what "auto" stood for
+
+
+def test_auto_is_chosen_once(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = STUDY.model_copy(update={"precision": "auto"})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+        make_run(study, Path("runs/auto"))
+    made = Identity.read(Path("runs/auto"))
+    assert made is not None
+    assert (made.dtype, made.device) == ("bfloat16", "cpu")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    close_workbench()
+    noticed: list[str] = []
+    context = prepare_context(
+        RunFolder.open(Path("runs/auto")).study, Path("runs/auto"), notice=noticed.append
+    )
+    assert context.files.dtype == "bfloat16"
+    assert next(open_workbench(context).dense.parameters()).dtype == torch.bfloat16
+    assert noticed == ["the run computes in bfloat16, as it began; a new run would compute in float32 here."]
+
+
+def test_another_device_is_told(project: Path) -> None:
+    made = Identity.read(Path("runs/r"))
+    assert made is not None
+    replace(made, device="cuda").write(Path("runs/r"))
+    noticed: list[str] = []
+    prepare_context(STUDY, Path("runs/r"), notice=noticed.append)
+    assert noticed == ["the run began on cuda, and goes on on cpu: its figures may differ by rounding."]
