@@ -1,7 +1,8 @@
 """The `foldsearch` command: one function a verb.
 
 Heavy libraries are imported by the verb that needs them, so `foldsearch --help` answers at once.
-Exit codes: 0 done; 1 an export is not the model that was measured; 2 what was given cannot be used; 130 stopped.
+Exit codes: 0 done; 1 an export is not the model that was measured; 2 what was given cannot be used; 128 and the number
+of the signal that stopped it: 129 (SIGHUP), 130 (Ctrl-C), 141 (nobody reads on), 143 (SIGTERM).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,6 +26,7 @@ from foldsearch.errors import InputError, VerificationError
 from foldsearch.files import disk_is_full
 from foldsearch.paths import check_path, command, printable, stem_beside
 from foldsearch.plan.extend import DEFAULT_RANK, PATTERNS, extended, rank_of
+from foldsearch.signals import exit_code, ignore_stops, stops_raise, uninterrupted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,7 +105,9 @@ repeats alone: what is owed to them shows beside the same training without them,
 
 def entry() -> None:
     """The console script."""
-    sys.exit(main())
+    code = main()
+    ignore_stops()
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,6 +120,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     _print_everything()
     args = _parser().parse_args(words)
     try:
+        with stops_raise():
+            return _do(args, words)
+    except KeyboardInterrupt as stop:
+        with suppress(OSError):  # the terminal may be gone
+            _say("\nStopped." if sys.stderr.isatty() else "Stopped.")  # after the ^C that it echoes
+        return exit_code(stop)
+
+
+def _do(args: argparse.Namespace, words: Sequence[str]) -> int:
+    """Run one verb; what it was given that cannot be used is told in a sentence."""
+    try:
         _check_text(words)
         code: int = args.verb(args)
         sys.stdout.flush()
@@ -123,9 +139,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except InputError as error:
         return _fail(error, 2)
-    except KeyboardInterrupt:
-        print("\nStopped.", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # `foldsearch front RUN | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -489,10 +502,11 @@ def _search(study: Study | None, folder: Path, *, resume: bool) -> int:
     try:
         with RunDisplay(out) as display:
             run_search(study, folder, resume=resume, on_event=display)
-    except KeyboardInterrupt:
-        if not (folder / "study.json").is_file():
-            print("Stopped before the first trial; nothing was kept.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        with suppress(OSError):  # the terminal may be gone
+            if not (folder / "study.json").is_file():
+                _say("Stopped before the first trial; nothing was kept.")
+        return exit_code(stop)
     finally:
         with suppress(OSError):  # refused: the folder made for it is empty, and rmdir takes no other
             DEFAULT_PLACE.rmdir()
@@ -582,7 +596,8 @@ def _whole_or_absent(folder: Path | None) -> Iterator[None]:
         yield
     except BaseException:
         if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+            with uninterrupted():
+                shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
@@ -724,8 +739,9 @@ def _dashboard(args: argparse.Namespace) -> int:
             port=args.port,
             on_ready=lambda url: print(f"Dashboard: {url}  (Ctrl-C ends it)", flush=True),
         )
-    except KeyboardInterrupt:
-        return 0
+    except KeyboardInterrupt as stop:
+        code = exit_code(stop)
+        return 0 if code == 128 + signal.SIGINT else code  # Ctrl-C is how it is meant to end
     return 0
 
 

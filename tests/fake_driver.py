@@ -10,6 +10,7 @@ from pathlib import Path
 
 from foldsearch.search.events import Event
 from foldsearch.search.run import run_search
+from foldsearch.signals import Stopped, exit_code
 from foldsearch.spec.load import load_study
 from foldsearch.spec.study import Study
 
@@ -37,4 +38,7 @@ def say(event: Event) -> None:
 
 if __name__ == "__main__":
     resume = sys.argv[2] == "resume"
-    run_search(None if resume else study(), Path(sys.argv[1]), resume=resume, on_event=say, **FAKES)
+    try:
+        run_search(None if resume else study(), Path(sys.argv[1]), resume=resume, on_event=say, **FAKES)
+    except Stopped as stop:
+        sys.exit(exit_code(stop))

@@ -3,9 +3,8 @@
 study.json    the resolved study, versions, schema number                  table.json   the dense model's costs
 identity.json what the run was made of, see foldsearch.identity            tokens.safetensors  its three token sets
 storage.db    the Optuna study: the book of record                         plans/       results of measured plans
-trials/00012/ what one trial learnt                                        tune/        Ray's state (may vanish)
-report/       pictures and the final table                                 lock         held while somebody writes
-evaluations/  what `foldsearch evaluate` found
+trials/00012/ what one trial learnt                                        lock         held while somebody writes
+report/       pictures and the final table                                 evaluations/ what `evaluate` found
 """
 
 from __future__ import annotations
@@ -174,11 +173,6 @@ class RunFolder:
     def plans(self) -> Path:
         """Results of measured plans, one file a plan."""
         return self.path / "plans"
-
-    @property
-    def tune(self) -> Path:
-        """Ray Tune's own state; nothing here is needed again."""
-        return self.path / "tune"
 
     @property
     def report(self) -> Path:

@@ -8,22 +8,15 @@ them: its own restore would bring back a second, older account of the same trial
 from __future__ import annotations
 
 import json
-import logging
-import math
-import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
-from ray._private import worker as ray_worker
 
 from foldsearch.errors import RunError, describe_error, quote_error
 from foldsearch.files import disk_is_full
@@ -52,9 +45,11 @@ from foldsearch.search.events import (
 )
 from foldsearch.search.folder import RunFolder
 from foldsearch.search.halving import Halving, decide
+from foldsearch.search.machine import check_machine, gpu_share, own_ray
 from foldsearch.search.proposer import Line, Proposer
 from foldsearch.search.records import Records, ended, point, read_records
 from foldsearch.search.worker import PROGRESS_SECONDS, TrialRunner, load_function
+from foldsearch.signals import check_stopped, stops_raise, uninterrupted
 from foldsearch.spec.study import OBJECTIVES, Study
 
 TRIAL = "foldsearch.trial:run_trial"
@@ -89,12 +84,12 @@ def run_search(
     Raises:
         BudgetError: no plan of the space can keep the budget.
         RunError: the folder exists already, or is not the run it should be; or the disk is full.
-        KeyboardInterrupt: after Ctrl-C; the run can be resumed.
+        KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP (`foldsearch.signals.Stopped`); the run can be resumed.
     """
-    with _ctrl_c_is_remembered() as check:
+    with stops_raise():
 
         def tell(event: Event) -> None:
-            check()
+            check_stopped()
             on_event(event)
 
         def say(stage: str, share: float) -> None:
@@ -105,6 +100,7 @@ def run_search(
 
         if resume:
             run = RunFolder.open(folder)
+            check_machine()
             with _resumable(run, on_event):
                 run = run.with_limits(study or run.study)
                 context = load_function(prepare)(
@@ -119,6 +115,7 @@ def run_search(
             return run
         if study is None:
             raise ValueError("a new run needs a study.")
+        check_machine()
         with RunFolder.draft(folder) as draft:
             context = load_function(prepare)(study, draft, check=study.narrowed, progress=say, notice=note)
             run = RunFolder.create(folder, draft, study, context.table, _provenance(context, draft))
@@ -128,45 +125,16 @@ def run_search(
 
 
 @contextmanager
-def _ctrl_c_is_remembered() -> Iterator[Callable[[], None]]:
-    """Ctrl-C raises KeyboardInterrupt, as always; what is yielded raises it again where something dropped it.
-
-    Finalisers and callbacks of libraries do, and the search would go on as if nobody had asked it to stop.
-    """
-    pressed = False
-
-    def press(signum: int, frame: object) -> None:
-        nonlocal pressed
-        pressed = True
-        raise KeyboardInterrupt
-
-    def check() -> None:
-        if pressed:
-            raise KeyboardInterrupt
-
-    python_s = signal.default_int_handler
-    # Who ignores the signal (a job in the background) or handles it keeps that; only a main thread may ask.
-    ours = (
-        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is python_s
-    )
-    if ours:
-        signal.signal(signal.SIGINT, press)
-    try:
-        yield check
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, python_s)
-
-
-@contextmanager
 def _resumable(run: RunFolder, on_event: OnEvent) -> Iterator[None]:
     """Alone at work in a run's folder; from here on it can be resumed, and Ctrl-C says how."""
     try:
         with run.lock(), _disk_full_is_an_error(run):
             yield
     except KeyboardInterrupt:
-        running = sum(record.state == "running" for record in read_records(run))
-        on_event(SearchInterrupted(run, running, command("resume", run.path)))
+        with uninterrupted():
+            running = sum(record.state == "running" for record in read_records(run))
+            with suppress(OSError):  # whoever is told may be gone, as a terminal is after SIGHUP
+                on_event(SearchInterrupted(run, running, command("resume", run.path)))
         raise
 
 
@@ -218,11 +186,11 @@ class Search:
         cpus = max(num_cpus(), study.jobs)
         gpus = num_gpus() if context.device == "cuda" else 0
         try:
-            with _ray(cpus, gpus):
+            with own_ray(cpus, gpus) as workplace:
                 tune.run(
                     tune.with_parameters(TrialRunner, context=context, trial=trial, folder=self.folder),
                     name=time.strftime("%Y%m%d-%H%M%S"),
-                    storage_path=str(self.folder.tune.resolve()),
+                    storage_path=str(workplace),
                     search_alg=Proposer(self.line),
                     scheduler=Halving(self.judge),
                     callbacks=[Watcher(self)],
@@ -235,7 +203,8 @@ class Search:
                     verbose=0,
                 )
         except KeyboardInterrupt:
-            self.records.note_elapsed(self.line.elapsed())
+            with uninterrupted():
+                self.records.note_elapsed(self.line.elapsed())
             raise
         except Exception:
             if self._error is not None:
@@ -389,66 +358,6 @@ class Watcher(tune.Callback):
 def _reason(trial: Any) -> str:
     error = trial.get_pickled_error() or trial.get_error() or "the worker was lost"
     return f"crashed: {describe_error(error) if isinstance(error, BaseException) else error}"
-
-
-# ---- the machine
-
-
-def gpu_share(gpus: int, jobs: int) -> float:
-    """Of one GPU, for each of `jobs` trials at a time: a whole one where there are enough, and an equal part of one
-    where several trials have to share it.
-    """
-    return 1 / math.ceil(jobs / gpus) if gpus else 0.0
-
-
-@contextmanager
-def _ray(cpus: int, gpus: int) -> Iterator[None]:
-    """Ray of our own on this machine, quiet; whoever started Ray before us keeps theirs."""
-    quiet = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths stay what they were
-        "RAY_AIR_NEW_OUTPUT": "0",
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours
-        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-        "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-        "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # its state is never restored
-    }
-    before = {name: os.environ.get(name) for name in quiet}
-    os.environ.update(quiet)
-    logger = logging.getLogger("ray")
-    level = logger.level
-    ours = not ray.is_initialized()
-    # A thread of Ray prints a worker's death to stdout, whatever the log settings are; TrialRetried says it instead.
-    says_deaths = ray_worker.print_to_stdstream
-    try:
-        logger.setLevel(logging.CRITICAL)
-        ray_worker.print_to_stdstream = _say_nothing
-        if ours:
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                num_gpus=gpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.CRITICAL,
-                object_store_memory=100 * 10**6,  # bytes; nothing large goes through it
-            )
-        yield
-    finally:
-        if ours:
-            ray.shutdown()
-        logger.setLevel(level)
-        ray_worker.print_to_stdstream = says_deaths
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def _say_nothing(data: Any, ignore_prefix: bool = False) -> None:
-    pass
 
 
 @contextmanager

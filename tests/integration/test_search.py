@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import optuna
@@ -24,10 +22,12 @@ import ray
 from optuna.trial import TrialState
 
 from foldsearch.errors import BudgetError, RunError
+from foldsearch.paths import command
 from foldsearch.search import events
 from foldsearch.search.folder import RunFolder
+from foldsearch.search.machine import gpu_share
 from foldsearch.search.records import STUDY_NAME, Record, read_records
-from foldsearch.search.run import _ctrl_c_is_remembered, gpu_share, run_search
+from foldsearch.search.run import run_search
 from tests.fake_driver import FAKES, study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,16 +175,6 @@ def test_trials_share_a_gpu_only_where_there_are_too_few(gpus: int, jobs: int, s
     assert gpu_share(gpus, jobs) == share
 
 
-def test_a_ctrl_c_that_something_dropped_is_raised_again() -> None:
-    with _ctrl_c_is_remembered() as check:
-        check()
-        with suppress(KeyboardInterrupt):  # as a finaliser or a library's callback may
-            signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            check()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
 def test_ctrl_c_before_the_first_trial_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,27 +223,49 @@ def is_executing(run: Path, rung: int, least: int) -> bool:
     return len(lines) >= least and lines[-1].split()[0].endswith(f":{rung}")
 
 
-def test_interrupted_and_killed_drivers_lose_and_repeat_nothing(shared_ray: None, tmp_path: Path) -> None:
-    (tmp_path / "faults.json").write_text(json.dumps({"seconds": 0.25}))
-    run = tmp_path / "run"
+def processes_of(driver: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(driver.pid).children(recursive=True)
 
-    # Ctrl-C in the middle of a trial: it says how to go on, and its trial can
+
+def check_stopped(driver: subprocess.Popen[str], run: Path, signum: int, *, twice: bool = False) -> None:
+    """Laws of a driver that is asked to stop, as a terminal or a batch system asks: all of its process group."""
+    children = processes_of(driver)
+    os.killpg(driver.pid, signum)
+    if twice:
+        os.killpg(driver.pid, signum)
+    output, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 128 + signum
+    assert output.splitlines()[-1] == f"SearchInterrupted  {command('resume', run)}"
+    assert all(hasattr(events, line.split()[0]) for line in output.splitlines()), output  # Ray says nothing
+    assert psutil.wait_procs(children, timeout=0)[1] == []  # and none of its processes is left
+
+
+def test_interrupted_and_killed_drivers_lose_and_repeat_nothing(
+    shared_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "faults.json").write_text(json.dumps({"seconds": 0.25}))
+    (tmp_path / "tmp").mkdir()
+    run = tmp_path / "what? now"
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))  # too long a path for Ray's sockets
+
+    # SIGTERM in the middle of a trial, and again while it ends: it says how to go on, and its trial can
     first = driver(run, "run")
     wait_for(lambda: is_executing(run, rung=1, least=5), first)
-    first.send_signal(signal.SIGINT)
-    output, _ = first.communicate(timeout=60)
-    assert first.returncode != 0
-    assert re.search(rf"SearchInterrupted +foldsearch resume {run}", output)
-    ours, _, _ = output.partition("Traceback")
-    assert all(hasattr(events, line.split()[0]) for line in ours.splitlines()), ours  # Ray says nothing
+    check_stopped(first, run, signal.SIGTERM, twice=True)
     after_interrupt = read_records(RunFolder.open(run))
     assert [record.state for record in after_interrupt].count("running") == 1
+
+    # Ctrl-C while Ray starts
+    starting = driver(run, "resume")
+    wait_for(lambda: any(child.name() == "gcs_server" for child in processes_of(starting)), starting)
+    check_stopped(starting, run, signal.SIGINT)
+    assert read_records(RunFolder.open(run)) == after_interrupt
 
     # kill -9 in the middle of another one
     lines = len((run / "executed.log").read_text().splitlines())
     second = driver(run, "resume")
     wait_for(lambda: is_executing(run, rung=1, least=lines + 5), second)
-    children = [(child, child.name()) for child in psutil.Process(second.pid).children(recursive=True)]
+    children = [(child, child.name()) for child in processes_of(second)]
     second.kill()
     second.communicate(timeout=60)
     after_kill = read_records(RunFolder.open(run))
