@@ -18,7 +18,9 @@ from foldsearch.model import blocks as blocks_file
 from foldsearch.model import folded as folded_file
 from foldsearch.model import parts as parts_file
 from foldsearch.model.blocks import family_of
-from foldsearch.model.parts import AbsentAttention, AbsentMLP, Borrowed, OutputNorm, Replaced
+from foldsearch.model.parts import Borrowed
+from foldsearch.plan.expanded import unexpandable
+from foldsearch.plan.plan import FoldPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,24 +91,11 @@ def merged_weight(child: Borrowed, weight: Tensor) -> Tensor:
 
 def _check_expandable(model: PreTrainedModel) -> None:
     config: Any = model.config
-    modules = list(model.modules())
-    replaced = any(isinstance(module, Replaced) for module in modules)
-    for module in modules:
-        if replaced:
-            what, remedy = "a network in place of blocks (~)", "replace them by ~layer"
-        elif isinstance(module, OutputNorm):
-            what, remedy = "an output norm on a child (+n)", "leave +n out"
-        elif isinstance(module, (AbsentAttention, AbsentMLP)):
-            what, remedy = "a block without attention or without MLP", "drop or keep the whole block"
-        else:
-            continue
+    plan = FoldPlan.parse(config.fold["plan"], config.fold["num_blocks"])
+    by_position = getattr(config, "scale_attn_by_inverse_layer_idx", False)
+    if (found := unexpandable(plan, by_position=by_position)) is not None:
+        what, remedy = found
         raise PlanError(
-            f"an expanded export uses stock blocks only, but the plan '{config.fold['plan']}' has {what}, which stock "
-            f"blocks cannot do. Export it folded, or {remedy}."
-        )
-    homes = [slot["home"] for slot in config.fold["slots"]]
-    if getattr(config, "scale_attn_by_inverse_layer_idx", False) and homes != list(range(len(homes))):
-        raise PlanError(
-            "this model scales attention by a block's position (scale_attn_by_inverse_layer_idx), which a stock model "
-            f"cannot do by its original position, as the plan '{config.fold['plan']}' needs. Export it folded."
+            f"an expanded export uses stock blocks only, but the plan '{plan}' has {what}, which stock blocks cannot "
+            f"do. Export it folded, or {remedy}."
         )

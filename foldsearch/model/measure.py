@@ -156,6 +156,7 @@ def measure(config: PretrainedConfig) -> CostTable:
         activation_fixed=activation_fixed,
         vocabulary=config.vocab_size,
         blocks=blocks,
+        by_position=bool(getattr(config, "scale_attn_by_inverse_layer_idx", False)),
     )
 
 

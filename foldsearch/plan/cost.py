@@ -74,6 +74,7 @@ class CostTable:
     fixed_macs: MACs per token outside the blocks and the head. head_macs: of one token's logits.
     activation_width, activation_fixed: peak of live activation numbers while a block runs, per token that goes
     through at once, and the part that does not grow with them. vocabulary: logits of one token.
+    by_position: whether attention is scaled by a block's position (GPT-2's scale_attn_by_inverse_layer_idx).
     """
 
     width: int
@@ -84,6 +85,7 @@ class CostTable:
     activation_fixed: int
     vocabulary: int
     blocks: tuple[BlockCost, ...]
+    by_position: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""

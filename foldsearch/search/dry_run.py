@@ -9,7 +9,7 @@ from pathlib import Path
 from foldsearch.plan.cost import GB, Cost, CostTable
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.search.folder import RunFolder
-from foldsearch.spec.space import feasible_share, first_trials, narrow, size, smallest
+from foldsearch.spec.space import feasible_share, first_trials, for_runtime, narrow, size, smallest
 from foldsearch.spec.study import Study
 
 GATE_STEP_TOKENS = 512  # for estimates
@@ -102,7 +102,7 @@ def plan_search(
         * (num_blocks * table.activation_width + 2 * table.vocabulary)
     )
     return DryRun(
-        size=size(study.space, num_blocks),
+        size=size(for_runtime(study.space, table, target), num_blocks),
         feasible_share=feasible_share(study.space, table, target, budget, num_proposals=num_proposals),
         counts=space.counts(num_blocks),
         dense=run.dense,

@@ -29,7 +29,7 @@ from foldsearch.errors import BudgetError, RunError, quote_error
 from foldsearch.paths import printable
 from foldsearch.plan.cost import GB, Cost, price
 from foldsearch.plan.front import non_dominated
-from foldsearch.plan.plan import FoldPlan, is_foldable
+from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.proposal import (
     Criterion,
     Origin,
@@ -42,7 +42,7 @@ from foldsearch.plan.proposal import (
 from foldsearch.plan.result import TrialResult
 from foldsearch.plan.strip import strip
 from foldsearch.search.folder import RunFolder
-from foldsearch.spec.space import Option, Space, baseline, narrow, propose, propose_recovery, repair
+from foldsearch.spec.space import Option, Space, baseline, can_run, narrow, propose, propose_recovery, repair
 from foldsearch.spec.study import Objective, Study
 
 if TYPE_CHECKING:
@@ -361,7 +361,7 @@ class Records:
             assert parent.last is not None
             assert parent.proposal is not None
             plan = neighbour(parent.last.plan, rng)
-            if plan is None or plan in tried or not is_foldable(plan, self.folder.table.width):
+            if plan is None or plan in tried or not can_run(plan, self.folder.table, self.folder.target):
                 continue
             if self.folder.budget.admits(price(plan, self.folder.table, self.folder.target)):
                 learning_rate, delta_rank = propose_recovery(_Suggest(trial), self.space)

@@ -14,7 +14,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from foldsearch.errors import BudgetError, SpecError
 from foldsearch.plan.cost import GB, Budget, Cost, CostTable, Target, price
-from foldsearch.plan.plan import FoldPlan
+from foldsearch.plan.expanded import unexpandable
+from foldsearch.plan.plan import FoldPlan, is_foldable
 from foldsearch.plan.proposal import Criterion, Fate, Origin, Proposal, fold_plan, lower_bound
 
 RankingCriterion = Literal[
@@ -341,13 +342,60 @@ def propose_recovery(suggest: Suggest, space: Space) -> tuple[float, int]:
 # ---- what can fit
 
 
+def for_runtime(space: Space, table: CostTable, target: Target) -> Space:
+    """The part of the space that the runtime can hold, and its ranks as whole numbers.
+
+    A runtime that cannot share runs stock blocks (see `foldsearch.plan.expanded`). So blocks are dropped, or replaced
+    by `layer`: every child of a space has an output norm, and stored whole it would save nothing.
+
+    Raises:
+        SpecError: it can hold no plan of the space.
+    """
+    space = space.for_width(table.width)
+    if target.runtime != "expanded":
+        return space
+    kinds = tuple(kind for kind in space.replace.kinds if kind == "layer")
+    fates = tuple(fate for fate in space.fates if fate == "drop" or (fate == "replace" and kinds))
+    num_blocks = len(table.blocks)
+    lacks = (
+        ""
+        if fates and math.floor(space.removal[1] * num_blocks + 1e-9)
+        else f"the space '{space.name}' has none"
+    )
+    if table.by_position:
+        lacks = "this model scales attention by a block's position, so its blocks cannot move either"
+    if lacks:
+        raise SpecError(
+            "an expanded runtime runs stock blocks, so it can hold plans that drop whole blocks or replace them by "
+            f"'layer' only; but {lacks}. Let the space remove blocks (removal) and drop them (fates), or take the "
+            "folded runtime."
+        )
+    return space.model_copy(
+        update={
+            "fates": fates,
+            "replace": space.replace.model_copy(update={"kinds": kinds or space.replace.kinds}),
+            "attention": (0.0, 0.0),
+            "share": space.share.model_copy(update={"max_groups": 0}),
+        }
+    )
+
+
+def can_run(plan: FoldPlan, table: CostTable, target: Target) -> bool:
+    """Whether a lawful plan can be folded from the model of the table, and held by the runtime."""
+    held = target.runtime == "folded" or unexpandable(plan, by_position=table.by_position) is None
+    return held and is_foldable(plan, table.width)
+
+
 def narrow(space: Space, table: CostTable, target: Target, budget: Budget) -> Space:
-    """The space with its count range cut to the counts at which some proposal can fit, and its ranks whole numbers.
+    """The part of the space that the runtime can hold, its counts cut to those at which some proposal can fit.
+
+    Ranks are whole numbers in it.
 
     Raises:
         BudgetError: no proposal of the space can; the message says the smallest price and its plan.
+        SpecError: the runtime can hold no plan of the space.
     """
-    space = space.for_width(table.width)
+    space = for_runtime(space, table, target)
     num_blocks = len(table.blocks)
     fewest, most = space.counts(num_blocks)
     fitting = [
@@ -368,7 +416,7 @@ def smallest(space: Space, table: CostTable, target: Target) -> tuple[FoldPlan, 
 
     Where all blocks cost the same, which of them it drops is only an example.
     """
-    space = space.for_width(table.width)
+    space = for_runtime(space, table, target)
     num_blocks = len(table.blocks)
     fewest, most = space.counts(num_blocks)
     alone = [
@@ -448,7 +496,7 @@ def feasible_share(
     About 50 µs a proposal.
     """
     suggest = RandomSuggest(seed)
-    space = space.for_width(table.width)
+    space = for_runtime(space, table, target)
     fitting = sum(
         budget.admits(lower_bound(propose(suggest, space, len(table.blocks)), table, target))
         for _ in range(num_proposals)

@@ -7,12 +7,15 @@ model by AutoModelForCausalLM (for registration).
 import errno
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as tf
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from foldsearch.errors import InputError, ModelError, PlanError
@@ -21,7 +24,9 @@ from foldsearch.export.write import expand
 from foldsearch.model.blocks import decoder_blocks
 from foldsearch.model.fold import cast, fold
 from foldsearch.model.parts import AbsentMLP, Borrowed, OutputNorm
-from foldsearch.plan.plan import FoldPlan
+from foldsearch.plan.expanded import unexpandable
+from foldsearch.plan.plan import FoldPlan, Slot
+from tests.strategies import plans
 from tests.tolerances import REORDERED
 
 NUM_BLOCKS = 4
@@ -196,6 +201,26 @@ def test_expanded_gpt2_merges_conv1d():
 def test_expanded_refuses_what_stock_blocks_cannot_do(text, what):
     with pytest.raises(PlanError, match=what):
         expand(fold(dense_model(), plan(text)))
+
+
+@settings(max_examples=20, deadline=None, phases=[Phase.generate])
+@given(plan=plans(NUM_BLOCKS), stock=st.booleans())
+def test_what_is_not_refused_is_the_same_model(plan, stock):
+    """Oracle: the folded model. So the criterion that a search narrows its space by lets nothing wrong through."""
+    if stock:  # as many as possible pass
+        slots = [
+            replace(slot, norm=False) if isinstance(slot, Slot) else replace(slot, kind="layer", size=0)
+            for slot in plan.slots
+        ]
+        plan = FoldPlan(tuple(slots), NUM_BLOCKS)
+    model = fold(dense_model(), plan)
+    if unexpandable(plan) is not None:
+        with pytest.raises(PlanError, match="Export it folded, or "):
+            expand(model)
+        return
+    expanded = expand(model)
+    assert type(expanded) is tf.LlamaForCausalLM
+    torch.testing.assert_close(logits(expanded), logits(model), **REORDERED)
 
 
 def test_attention_types_of_the_expanded_form_follow_the_blocks():

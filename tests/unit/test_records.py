@@ -20,6 +20,7 @@ from optuna_dashboard._note import get_note
 
 from foldsearch.errors import BudgetError, RunError
 from foldsearch.plan.cost import price
+from foldsearch.plan.expanded import unexpandable
 from foldsearch.plan.front import dominates
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.proposal import Proposal, fold_plan, removal
@@ -651,6 +652,15 @@ def test_every_neighbour_can_be_folded(tmp_path: Path, monkeypatch: pytest.Monke
     )
     _, proposal = line.next(num_running=0)
     assert (proposal.origin, str(proposal.plan)) == ("neighbour", "0-10 11=9+r64+n")
+
+
+def test_neighbours_keep_what_the_runtime_can_hold(tmp_path: Path) -> None:
+    space = {**SPACE, "neighbour_share": 1.0, "fates": ["drop", "share"]}
+    target = {"runtime": "expanded"}
+    records = Records(new_run(tmp_path / "run", small_study(space=space, target=target, trials=24)))
+    proposals = run_line(records)
+    assert sum(proposal.origin == "neighbour" for proposal in proposals) > 10
+    assert all(unexpandable(plan_of(proposal)) is None for proposal in proposals)
 
 
 def test_nsga2_takes_no_neighbours(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from foldsearch.errors import BudgetError, SpecError
 from foldsearch.plan.cost import BlockCost, Budget, CostTable, Target, UnitCost, price
+from foldsearch.plan.expanded import unexpandable
 from foldsearch.plan.plan import FoldPlan, Slot
 from foldsearch.plan.proposal import Proposal, fold_plan, lower_bound
 from foldsearch.spec.load import load_space, shipped
@@ -218,6 +219,57 @@ def test_ranks_are_shares_of_the_width_or_whole_numbers_up_to_it() -> None:
     for wrong in (Space(reinstate=Reinstate(ranks=(65,))), Space(share=Share(adapter_ranks=(65,)))):
         with pytest.raises(SpecError, match="at most the model's width, 64"):
             narrow(wrong, TABLE, TARGET, Budget())
+
+
+# ---- a runtime that cannot share
+
+EXPANDED = replace(TARGET, runtime="expanded")
+
+
+@pytest.mark.parametrize("name", ["everything", "foldgpt", "streamline"])
+def test_an_expanded_runtime_is_offered_what_it_can_hold_only(name: str) -> None:
+    """Oracle: the criterion that the export refuses by, on the plan of every proposal; before, few passed."""
+
+    def held(space: Space) -> list[bool]:
+        suggest, found = RandomSuggest(0), []
+        for _ in range(200):
+            proposal = propose(suggest, space, N)
+            removed = range(1, 1 + proposal.num_removed)
+            plan = fold_plan(removed, proposal, N, bases=dict.fromkeys(removed, 0), attention_order=range(N))
+            found.append(unexpandable(plan) is None)
+        return found
+
+    space = load_space(name)
+    assert not all(held(space))
+    narrowed = narrow(space, TABLE, EXPANDED, Budget())
+    assert all(held(narrowed))
+    assert {
+        proposal.num_removed for proposal in (propose(RandomSuggest(i), narrowed, N) for i in range(99))
+    } == set(range(1, narrowed.counts(N)[1] + 1))
+    plan, _ = smallest(space, TABLE, EXPANDED)
+    assert unexpandable(plan) is None
+    # every plan of a folded runtime is as before
+    assert narrow(space, TABLE, TARGET, Budget()).fates == space.fates
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        load_space("flexigpt"),  # children only
+        Space(fates=("replace",), replace=Replace(kinds=("linear", "swiglu"))),
+        Space(removal=(0.0, 0.05), share=Share(max_groups=2)),  # groups only
+        Space(removal=(0.0, 0.0), attention=(0.1, 0.4)),
+    ],
+)
+def test_a_space_of_which_an_expanded_runtime_can_hold_nothing_is_refused(space: Space) -> None:
+    assert narrow(space, TABLE, TARGET, Budget())
+    with pytest.raises(SpecError, match=r"stock blocks.*has none.*or take the folded runtime"):
+        narrow(space, TABLE, EXPANDED, Budget())
+
+
+def test_a_model_that_scales_by_position_cannot_be_expanded_by_a_search() -> None:
+    with pytest.raises(SpecError, match="scales attention by a block's position"):
+        narrow(load_space("everything"), replace(TABLE, by_position=True), EXPANDED, Budget())
 
 
 def test_the_feasible_share_is_a_share() -> None:
