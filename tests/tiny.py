@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers as tf
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -70,20 +70,22 @@ def as_tokens(ids_NT: torch.Tensor, front: int = 0) -> TokenSet:
     return TokenSet("search", ids_NT, torch.zeros(len(ids_NT), dtype=torch.int64), ("",), text_NT)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Token i is the word "wi", for i of 3 and above."""
+def tokenizer(around: str = "$A") -> PreTrainedTokenizerFast:
+    """Token i is the word "wi", for i of 3 and above; around a text it puts what the template says ("<s> $A")."""
     words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{index}": index for index in range(3, VOCABULARY)}
     built = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     built.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    specials = [(token, words[token]) for token in ("<s>", "</s>")]
+    built.post_processor = processors.TemplateProcessing(around, special_tokens=specials)
     return PreTrainedTokenizerFast(
         tokenizer_object=built, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
 
 
-def save_model(folder: Path, name: str = "llama") -> str:
+def save_model(folder: Path, name: str = "llama", around: str = "$A") -> str:
     """The dense model and its tokenizer as a folder that a study can name."""
     dense_model(name).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    tokenizer(around).save_pretrained(folder)
     return str(folder)
 
 

@@ -5,6 +5,7 @@ The harness is an extra, `pip install 'foldsearch[eval]'`, and imported only whe
 
 from __future__ import annotations
 
+import copy
 import difflib
 import io
 import logging
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foldsearch.errors import DataError, InputError, quote_error
+from foldsearch.model.tokens import begun, front_of
 from foldsearch.progress import StageProgress, silent
 
 if TYPE_CHECKING:
@@ -141,11 +143,34 @@ def run_task(
         with _told(lambda stage, share, who=who: progress(f"{name}, {who}: {stage}", share)):  # type: ignore[misc]
             # The harness keeps the logits of a batch: on a CPU one sequence at a time is as fast, and small.
             size = 1 if model.device.type == "cpu" else 8
-            harnessed = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=size)
+            harnessed = HFLM(
+                pretrained=model, tokenizer=_without_end(tokenizer), backend="causal", batch_size=size
+            )
             with _loadable(name):
                 manager.load([name])
             found.append(simple_evaluate(model=harnessed, tasks=[name], task_manager=manager, limit=limit))
     return tuple(_scores(*found))
+
+
+def _without_end(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, or a copy of it that puts nothing after a text.
+
+    The harness asks for special tokens, as it should, so that a context begins as the tokenizer begins one. Some
+    tokenizers also put an end token after it, and then nothing could follow.
+    """
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    probe = "a"
+    asked = tokenizer(probe, verbose=False)["input_ids"]
+    if asked == begun(tokenizer, probe) or not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return tokenizer
+    names = {f"front{place}": token for place, token in enumerate(front_of(tokenizer))}
+    changed = copy.deepcopy(tokenizer)
+    changed.backend_tokenizer.post_processor = TemplateProcessing(
+        " ".join([*names, "$A"]), special_tokens=list(names.items())
+    )
+    return changed
 
 
 def _scores(dense: Any, folded: Any) -> Iterator[TaskScore]:

@@ -1,0 +1,177 @@
+"""A sequence begins as the model's tokenizer begins one, whatever runs it.
+
+Oracle: the ids that reach the embedding of any model in this process, watched from outside, against what a tokenizer
+of our own making puts in front of a text (two tokens, and an end token after it, which is no beginning).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from foldsearch import api
+from foldsearch import export as exporting
+from foldsearch.model.source import open_tokenizer
+from foldsearch.model.tokens import TokenSet
+from foldsearch.plan.plan import FoldPlan
+from foldsearch.plan.proposal import Proposal
+from foldsearch.search.folder import RunFolder
+from foldsearch.search.records import Records
+from foldsearch.spec.space import Space
+from foldsearch.spec.study import GateSettings, SplitSettings, Study
+from foldsearch.trial import (
+    TrialContext,
+    choose_blocks,
+    choose_plan,
+    open_workbench,
+    prepare_context,
+    read_splits,
+    run_trial,
+)
+from tests.tiny import VOCABULARY, save_model, write_corpus
+
+FRONT = [2, 1]  # </s> <s>: as odd as any tokenizer may be
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    place = tmp_path_factory.mktemp("begin")
+    save_model(place / "model", around="</s> <s> $A </s>")
+    write_corpus(place / "corpus")
+    return place
+
+
+@pytest.fixture(scope="module")
+def study(place: Path) -> Study:
+    return Study(
+        model=str(place / "model"),
+        data=str(place / "corpus"),
+        space=Space(),
+        device="cpu",
+        precision="float32",
+        rungs=(0, 64),
+        splits=SplitSettings(sequence_length=LENGTH, search=6, recovery=8, report=6),
+        gates=GateSettings(steps=2),
+    )
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[torch.Tensor]]:
+    """The first ids of every sequence that any model reads in here, and how often."""
+    begun: list[torch.Tensor] = []
+
+    def watch(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if not isinstance(module, nn.Embedding) or module.num_embeddings != VOCABULARY:
+            return
+        (ids_BT,) = args
+        # pricing runs on no data at all, and decoding goes on token by token
+        if not ids_BT.is_meta and ids_BT.shape[1] > 1:
+            begun.append(ids_BT[:, : len(FRONT)].clone())
+
+    handle = register_module_forward_pre_hook(watch)
+    try:
+        yield begun
+    finally:
+        handle.remove()
+    assert begun, "something was run"
+    for ids_BF in begun:
+        assert ids_BF.tolist() == [FRONT] * len(ids_BF)
+
+
+@pytest.fixture(scope="module")
+def context(place: Path, study: Study) -> TrialContext:
+    with watched(), RunFolder.draft(place / "run") as draft:
+        made = prepare_context(study, draft, cache_dir=place / "cache")
+        folder = RunFolder.create(place / "run", draft, study, made.table, {})
+    return prepare_context(study, folder.path, cache_dir=place / "cache")
+
+
+def test_the_token_sets_of_a_run_know_what_is_text(context: TrialContext) -> None:
+    splits = read_splits(context.run_folder)
+    for tokens in (splits.search, splits.recovery, splits.report):
+        assert isinstance(tokens, TokenSet)
+        assert tokens.ids_NT[:, : len(FRONT)].tolist() == [FRONT] * len(tokens.ids_NT)
+        assert tokens.text_NT.tolist() == [[False] * 2 + [True] * (LENGTH - 2)] * len(tokens.ids_NT)
+        assert not torch.isin(tokens.ids_NT[:, len(FRONT) :], torch.tensor([1, 2])).any()
+
+
+@pytest.mark.parametrize("criterion", ["gate", "block_influence", "linear_window", "greedy", "evolution"])
+def test_what_chooses_blocks(context: TrialContext, criterion: str) -> None:
+    proposal = Proposal(criterion, 1, gate_eps=0.5 if criterion == "gate" else None)  # type: ignore[arg-type]
+    with watched():
+        choose_blocks(proposal, context, lambda stage, share: None)
+
+
+@pytest.mark.parametrize(
+    "proposal",
+    [
+        Proposal("window", 1, fate="share", adapter_rank=2, adapter_start="data", delta_rank=2),
+        Proposal("window", 1, fate="replace", replacement="ffn", delta_rank=2),
+        Proposal("window", 1, attention_removed=1, delta_rank=2),
+    ],
+    ids=["children", "replacement", "attention"],
+)
+def test_what_starts_trains_and_measures(context: TrialContext, tmp_path: Path, proposal: Proposal) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tokens.safetensors").hardlink_to(context.run_folder / "tokens.safetensors")
+    with watched():
+        *_, last = run_trial(proposal, replace(context, run_folder=tmp_path / "run"), number=0)
+    # one position of each sequence predicts the second token in front of its text
+    assert last.quality is not None
+    assert last.quality.tokens == 6 * (LENGTH - 2)
+
+
+def test_what_is_inspected(study: Study, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOLDSEARCH_CACHE", str(place / "cache"))
+    with watched():
+        evidence = api.inspect_model(study)
+    assert evidence.tokens == 6 * (LENGTH - 2)
+
+
+def test_what_is_exported_prompted_and_evaluated(
+    context: TrialContext, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOLDSEARCH_CACHE", str(place / "cache"))
+    records = Records(RunFolder.open(place / "run"))
+    records.queue("window", 1)
+    number, proposal = records.ask()
+    for result in run_trial(proposal, context, number=number):
+        records.record(number, result)
+    records.finish(number)
+    run = api.open_run(place / "run")
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(exporting, "export", lambda *args, **settings: asked.update(settings))
+    monkeypatch.setattr(exporting, "load_exported", lambda folder: (open_workbench(context).dense, None))
+    with watched():
+        api.export_trial(run, number, place / "out")
+        api.compare_words(run, place / "out", "w5 w6", num_tokens=3)
+    # what the fresh processes of an export read is the report text (see test_export.py for what they make of it)
+    report = read_splits(context.run_folder).report
+    assert torch.equal(asked["ids_NT"], report.ids_NT)
+    assert torch.equal(asked["text_NT"], report.text_NT)
+
+    questions = [{"question": f"w{5 + i} w6", "options": ["w7 w8", "w9"], "answer": 0} for i in range(3)]
+    (place / "q.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    with watched():
+        api.evaluate_trial(run, number, questions=[place / "q.jsonl"])
+
+
+def test_a_plan_that_is_typed(context: TrialContext, study: Study, place: Path, monkeypatch) -> None:
+    monkeypatch.setenv("FOLDSEARCH_CACHE", str(place / "cache"))
+    with watched():
+        *_, last = api.try_plan("0-2 4", study)
+    assert last.plan == FoldPlan.parse("0-2 4", 5)
+    plan, _ = choose_plan(Proposal("window", 1), context, lambda stage, share: None)
+    assert plan.num_blocks == 5
+    assert open_tokenizer(context.files)("w5").input_ids == [*FRONT, 5, 2]
