@@ -1,8 +1,9 @@
 """The `foldsearch` command: one function a verb.
 
 Heavy libraries are imported by the verb that needs them, so `foldsearch --help` answers at once.
-Exit codes: 0 done; 1 an export is not the model that was measured; 2 what was given cannot be used; 128 and the number
-of the signal that stopped it: 129 (SIGHUP), 130 (Ctrl-C), 141 (nobody reads on), 143 (SIGTERM).
+Exit codes: 0 done; 1 an export is not the model that was measured; 2 what was given cannot be used; 3 a search ended
+without a front, as no trial reached the last rung; 128 and the number of the signal that stopped it: 129 (SIGHUP),
+130 (Ctrl-C), 141 (nobody reads on), 143 (SIGTERM).
 """
 
 from __future__ import annotations
@@ -215,7 +216,8 @@ def _parser() -> argparse.ArgumentParser:
     run = verb(
         "run", _run, "search for folded models within a budget",
         "Without a study: foldsearch.toml of the current folder, else the study `default`.\n"
-        "Options win over the study. Ctrl-C stops a run; `foldsearch resume` goes on with it.",
+        "Options win over the study. Ctrl-C stops a run; `foldsearch resume` goes on with it.\n"
+        "Exit codes: 0 done; 2 what was given cannot be used; 3 no trial reached the last rung, so there is no front.",
     )  # fmt: skip
     run.add_argument(
         "study", nargs="?", metavar="STUDY", help="a TOML file, or the name of a study that ships"
@@ -496,6 +498,7 @@ def _search(study: Study | None, folder: Path, *, resume: bool) -> int:
     from foldsearch.api import open_run, write_report
     from foldsearch.report.live import RunDisplay
     from foldsearch.report.terminal import console, front_report
+    from foldsearch.search.outcome import why_no_front
     from foldsearch.search.run import run_search
 
     out = console()
@@ -511,13 +514,19 @@ def _search(study: Study | None, folder: Path, *, resume: bool) -> int:
         with suppress(OSError):  # refused: the folder made for it is empty, and rmdir takes no other
             DEFAULT_PLACE.rmdir()
     view = open_run(folder)
+    page = write_report(view)
+    if not view.finished:
+        _print_line(out, f"\nPictures: {printable(page)}")
+        return _fail(
+            f"a search ends with a front of trials that reached the last rung, but this one has none: "
+            f"{why_no_front(view.records)}. Mend it in a new run, or go on with: {command('resume', folder)}",
+            3,
+        )
     out.print()
     out.print(front_report(view, width=out.width))
-    page = write_report(view)
     _print_line(out, f"\nPictures: {printable(page)}")
-    if view.finished:
-        _print_line(out, f"Choose:   {command('pick', folder, '--knee')}    (or --max-gb X, or --trial N)")
-        _print_line(out, f"Ship:     {command('export', folder, '--out', 'DIR')}")
+    _print_line(out, f"Choose:   {command('pick', folder, '--knee')}    (or --max-gb X, or --trial N)")
+    _print_line(out, f"Ship:     {command('export', folder, '--out', 'DIR')}")
     return 0
 
 

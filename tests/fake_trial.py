@@ -84,9 +84,9 @@ def run_trial(
     number: int,
     progress: Callable[[str, float], None] | None = None,
 ) -> Iterator[TrialResult]:
-    """`faults.json` beside the run folder says what goes wrong: {"3:1": "raise"} breaks trial 3 at rung 1; other words
-    are "kill" (this process, the first time), "disk full" and "wait for trial 1". {"seconds": 0.2} is how long a rung
-    takes.
+    """`faults.json` beside the run folder says what goes wrong: {"3:1": "raise"} breaks trial 3 at rung 1, and "*:1"
+    all trials; other words are "kill" (this process, the first time), "disk full" and "wait for trial 1".
+    {"seconds": 0.2} is how long a rung takes.
     """
     study = context.study
     place = context.run_folder / "trials" / f"{number:05}"
@@ -100,9 +100,9 @@ def run_trial(
         before = log.read_text() if log.is_file() else ""
         with log.open("a") as file:
             file.write(f"{number}:{rung} {os.getpid()}\n")
-        fault = faults.get(f"{number}:{rung}")
+        fault = faults.get(f"{number}:{rung}", faults.get(f"*:{rung}"))
         if fault == "raise":
-            raise RuntimeError("the fake breaks here")
+            raise RuntimeError(f"the fake breaks here, after {time.monotonic():.3f} s")
         if fault == "disk full":
             raise OSError(28, "No space left on device")
         if fault == "disk full, in words":  # safetensors

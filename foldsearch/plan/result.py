@@ -28,6 +28,16 @@ class Quality:
     tokens: int
 
 
+def rounded(value: float, form: str) -> str:
+    """A figure in a format such as ".3f" or "+.3f".
+
+    What rounds to zero is 0.000: the KL of a model that equals the dense one is often a rounding error below zero, and
+    -0.000 is no KL. A figure that is below zero by more than that is shown as it is.
+    """
+    sign = form[: len(form) - len(form.lstrip("+- "))]
+    return f"{value:{sign}z{form.removeprefix(sign)}}"
+
+
 def trained_for(plan: FoldPlan, quality: Quality) -> float:
     """What recovery is to lower, and by which the states of a trial are compared: KL to the dense model.
 
@@ -91,7 +101,7 @@ class TrialResult:
         if (latest := self.setback.latest) is None:
             return f"training diverged: kept {kept}"
         measure = "KL" if trained_for(self.plan, latest) == latest.kl else "perplexity"
-        return f"training hurt ({measure} {trained_for(self.plan, latest):.3f}): kept {kept}"
+        return f"training hurt ({measure} {rounded(trained_for(self.plan, latest), '.3f')}): kept {kept}"
 
     @property
     def training_diverged(self) -> bool:

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from foldsearch.paths import printable
-from foldsearch.plan.result import TrialResult
+from foldsearch.plan.result import TrialResult, rounded
 from foldsearch.report.terminal import budget_words, ruler, strip_text
 from foldsearch.report.view import author, counted, gb
 from foldsearch.search.events import (
@@ -181,7 +181,7 @@ class RunDisplay:
             measured = [result.quality.kl for result in results if result.quality]
             for rung, kl in enumerate(measured):
                 final = rung == len(measured) - 1
-                line.append(("" if rung == 0 else " → ") + f"{kl:.3f}", style="bold" if final else "")
+                line.append(("" if rung == 0 else " → ") + rounded(kl, ".3f"), style="bold" if final else "")
             line.append("  ")
         line.append_text(outcome)
         if results and (setback := results[-1].setback_words):
@@ -199,6 +199,8 @@ class RunDisplay:
         self._print(
             f"Done in {_duration(event.elapsed_seconds)}: {', '.join(parts)}, {len(event.front)} on the front."
         )
+        if event.words:
+            self._print(Text(printable(event.words), style="yellow"))
 
     # ---- the bottom of a terminal
 

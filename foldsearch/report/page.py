@@ -9,7 +9,7 @@ from pathlib import Path
 from foldsearch.files import replace_atomically
 from foldsearch.plan.cost import Cost
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.result import Quality
+from foldsearch.plan.result import Quality, rounded
 from foldsearch.report.colours import DROPPED, FAINT, INK, REPLACED, paint
 from foldsearch.report.terminal import budget_words
 from foldsearch.report.view import NO_ERROR, Entry, RunView, author, flops_unit, gb, has_errors, with_error
@@ -129,12 +129,12 @@ def _trial_table(view: RunView) -> str:
             by += " <span class=knee>◆ knee</span>"
         if setback := entry.result.setback_words:
             by += f" <span class=worse>{html.escape(setback)}</span>"
-        final = entry.final
+        final, change = entry.final, "—" if gain is None else rounded(gain, "+.3f")
         rows.append(
             f"<tr{' class=front' if entry.number in front else ''}><td>{entry.number}<td class=l>{_svg(entry.plan)}"
             f"<td>{_kl(entry.quality)}<td>{_kl(final)}"
             f"<td>{with_error(final.perplexity, final.perplexity_se, '.2f')}"
-            f"<td{shade}>{'—' if gain is None else f'{gain:+.3f}'}<td class=l>{by}{_cost_cells(entry.cost, dense)}"
+            f"<td{shade}>{change}<td class=l>{by}{_cost_cells(entry.cost, dense)}"
         )
     return f"<div class=wide><table>{''.join(rows)}</table></div>"
 
@@ -181,7 +181,7 @@ def _every_trial(view: RunView) -> str:
             state += f"; {html.escape(setback)}"
         row = f"<tr><td>{record.number}<td class=l>{by}<td class='l why'>{state}"
         if (result := record.last) is not None:
-            kl = "—" if result.quality is None else f"{result.quality.kl:.3f}"
+            kl = "—" if result.quality is None else rounded(result.quality.kl, ".3f")
             memory = gb(result.cost.memory_bytes, view.folder.dense)
             row += (
                 f"<td>{result.rung}<td>{result.recovery_tokens:,}<td>{kl}<td>{memory}<td>{result.seconds:.0f}"

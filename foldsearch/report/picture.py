@@ -11,6 +11,7 @@ from foldsearch.files import replace_atomically
 from foldsearch.paths import printable
 from foldsearch.plan.cost import GB
 from foldsearch.plan.plan import FoldPlan
+from foldsearch.plan.result import rounded
 from foldsearch.report.colours import DROPPED, FAINT, INK, PAIRS, REPLACED, paint
 from foldsearch.report.view import Entry, RunView, flops_unit, has_errors
 
@@ -355,7 +356,9 @@ def _draw_strips(view: RunView, axes: Axes, shown: Sequence[Entry]) -> None:
     rows: list[tuple[str, str, FoldPlan]] = [("dense", "", FoldPlan.identity(num_blocks))]
     for entry in shown:
         mark = " ◆" if entry == view.knee else ""
-        rows.append((f"{entry.number}{mark}", f"{entry.quality.kl:.3f}  {entry.authors[0]}", entry.plan))
+        rows.append(
+            (f"{entry.number}{mark}", f"{rounded(entry.quality.kl, '.3f')}  {entry.authors[0]}", entry.plan)
+        )
     cells: list[Rectangle] = []
     for row, (left, right, plan) in enumerate(rows):
         for column, (_, attention, mlp) in enumerate(paint(plan)):

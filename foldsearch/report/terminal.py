@@ -18,7 +18,7 @@ from foldsearch.paths import printable
 from foldsearch.plan.cost import GB, Cost, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan, Slot
 from foldsearch.plan.proposal import Criterion
-from foldsearch.plan.result import TrialResult
+from foldsearch.plan.result import TrialResult, rounded
 from foldsearch.plan.strip import LEGEND, Cell, cells
 from foldsearch.report.colours import DROPPED, PAIRS, paint
 from foldsearch.report.grid import GAP, Column, Grid, fold_size
@@ -267,7 +267,8 @@ def _gain(view: RunView, entry: Entry) -> Text:
     gain = view.gain(entry)
     if gain is None:
         return Text("—", style="dim")
-    return Text(f"{gain:+.3f}", style="green" if gain < 0 else "red" if gain > 0 else "dim")
+    words = rounded(gain, "+.3f")
+    return Text(words, style="dim" if words == "+0.000" else "green" if gain < 0 else "red")
 
 
 def _criteria_tables(criteria: Mapping[int, Mapping[str, Entry]], width: int) -> list[Table]:

@@ -13,7 +13,7 @@ from foldsearch.plan.cost import GB, Cost
 from foldsearch.plan.front import knee
 from foldsearch.plan.plan import FoldPlan, Slot
 from foldsearch.plan.proposal import Proposal
-from foldsearch.plan.result import Quality, TrialResult
+from foldsearch.plan.result import Quality, TrialResult, rounded
 from foldsearch.search.folder import RunFolder
 from foldsearch.search.records import Record, front, point, read_records
 
@@ -259,7 +259,7 @@ def flops_unit(dense: Cost) -> tuple[str, float]:
 
 def with_error(value: float, error: float, form: str) -> str:
     """A figure ± its standard error, both in the same format; ± — where it has none (see `NO_ERROR`)."""
-    return f"{value:{form}} ± " + (f"{error:{form}}" if isfinite(error) else "—")
+    return f"{rounded(value, form)} ± " + (f"{error:{form}}" if isfinite(error) else "—")
 
 
 def counted(number: int, noun: str) -> str:

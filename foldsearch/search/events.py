@@ -119,7 +119,9 @@ class Progress(Event):
 
 @dataclass(frozen=True, slots=True)
 class SearchDone(Event):
-    """The run is over. front: numbers of the trials that nothing dominates."""
+    """The run is over. front: numbers of the trials that nothing dominates. words: what else a person should know of
+    its end; empty where there is nothing.
+    """
 
     folder: RunFolder
     num_finished: int
@@ -128,6 +130,7 @@ class SearchDone(Event):
     num_failed: int
     elapsed_seconds: float
     front: tuple[int, ...]
+    words: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from ray.tune.search import Searcher
 from foldsearch.plan.front import contributions, knee, normalise
 from foldsearch.plan.plan import FoldPlan, Replacement, Slot
 from foldsearch.plan.proposal import Criterion, Fate, Proposal
+from foldsearch.search.outcome import ALIKE_FAILURES, failing_alike
 from foldsearch.search.records import Record, Records, front, point
 from foldsearch.spec.space import baseline_fits, first_trials, is_baseline
 
@@ -39,6 +40,7 @@ class Line:
         self.study = records.folder.study
         self._before = records.elapsed
         self._began = time.monotonic()
+        self._failed_before = {record.number for record in records.all() if record.state == "failed"}
         if not records.all():
             folder = records.folder
             begun_with = first_trials(records.space, folder.table, folder.target, folder.budget)
@@ -52,6 +54,8 @@ class Line:
     def next(self, *, num_running: int) -> tuple[int, Proposal] | None:
         """Number and proposal of the next trial; None if there is none, or none before a running one ends."""
         known = self.records.all()
+        if self._failing():
+            return None
         if self.records.anyone_waits or self._may_begin(known):
             return self.records.ask()
         if num_running:
@@ -82,6 +86,19 @@ class Line:
         begun = sum(record.is_trial for record in known if record.ended)
         expected = max(0, planned - begun) * sum(took) / len(took) / self.study.jobs
         return expected if left is None else min(expected, left)
+
+    def end_words(self) -> str:
+        """Why the search ended before its limits; empty where it did not."""
+        if reason := self._failing():
+            return (
+                f"The search was stopped, as the last {ALIKE_FAILURES} trials failed for the same reason: {reason}\n"
+                "Mend it before you go on."
+            )
+        return ""
+
+    def _failing(self) -> str:
+        """The reason for which trials of this process fail one after the other; earlier ones may have been mended."""
+        return failing_alike([r for r in self.records.all() if r.number not in self._failed_before])
 
     def _may_begin(self, known: list[Record]) -> bool:
         if self.study.trials is not None:

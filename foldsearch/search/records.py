@@ -39,7 +39,7 @@ from foldsearch.plan.proposal import (
     neighbour,
     removal,
 )
-from foldsearch.plan.result import TrialResult
+from foldsearch.plan.result import TrialResult, rounded
 from foldsearch.plan.strip import strip
 from foldsearch.search.folder import RunFolder
 from foldsearch.spec.space import Option, Space, baseline, can_run, narrow, propose, propose_recovery, repair
@@ -537,7 +537,7 @@ def note(result: TrialResult) -> str:
         rows.append(("recovery", result.setback_words))
     if quality := result.quality:
         rows += [
-            ("KL to dense", f"{quality.kl:.4f}{_error(quality.kl_se, '.4f')} nats per token"),
+            ("KL to dense", f"{rounded(quality.kl, '.4f')}{_error(quality.kl_se, '.4f')} nats per token"),
             (
                 "perplexity",
                 f"{quality.perplexity:.2f}{_error(quality.perplexity_se, '.2f')} "

@@ -222,6 +222,7 @@ class Search:
                 num_failed=states.count("failed"),
                 elapsed_seconds=self.line.elapsed(),
                 front=tuple(record.number for record in self.records.front()),
+                words=self.line.end_words(),
             )
         )
 

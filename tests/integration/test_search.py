@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -21,6 +23,7 @@ import pytest
 import ray
 from optuna.trial import TrialState
 
+from foldsearch import cli
 from foldsearch.errors import BudgetError, RunError
 from foldsearch.paths import command
 from foldsearch.search import events
@@ -83,7 +86,8 @@ def test_a_search_end_to_end_with_a_killed_worker_and_a_broken_trial(
     records = check_whole(run)
 
     # the trial that broke is a row with its reason, and was not tried again
-    assert (records[6].state, records[6].reason) == ("failed", "RuntimeError: the fake breaks here")
+    assert records[6].state == "failed"
+    assert records[6].reason.startswith("RuntimeError: the fake breaks here")
     assert "the fake breaks here" in (run / "trials" / "00006" / "error.txt").read_text()
     times = executed(run)
     assert times["6:1"] == 1
@@ -143,6 +147,28 @@ def test_two_at_a_time(shared_ray: None, tmp_path: Path) -> None:
     assert min(told.index(event) for event in told if isinstance(event, events.TrialFinished)) > next(
         i for i, event in enumerate(told) if isinstance(event, events.TrialStarted) and event.number == 1
     )
+
+
+def test_trials_that_all_fail_alike_end_the_search_with_a_code_of_its_own(
+    shared_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through the command line. The failures differ in a number only; a run that goes on may have been mended."""
+    faults, run = tmp_path / "faults.json", tmp_path / "run"
+    faults.write_text(json.dumps({"*:0": "raise"}))
+    monkeypatch.setattr("foldsearch.search.run.run_search", partial(run_search, **FAKES))
+    monkeypatch.setattr(cli, "_study", lambda args: study(trials=30))
+    assert cli.main(["run", "--out", str(run)]) == 3
+    records = check_whole(run)
+    assert [record.state for record in records] == ["failed"] * 10
+    told = capsys.readouterr()
+    assert "stopped, as the last 10 trials failed for the same reason: RuntimeError: the fake" in told.out
+    assert "10 failed, 0 on the front" in told.out
+    assert re.search(r"error: .* none: 10 of 10 trials failed, all alike: RuntimeError: the fake", told.err)
+    assert "foldsearch pick" not in told.out
+
+    faults.write_text("{}")
+    assert cli.main(["resume", str(run), "--trials", "12"]) == 0
+    assert [record.state for record in check_whole(run)[10:12]].count("failed") == 0
 
 
 @pytest.mark.parametrize("said", ["disk full", "disk full, in words"])
