@@ -26,7 +26,8 @@ USUAL: dict[str, dict[str, Any]] = {
     "qwen2": {"layer_types": None, "use_sliding_window": False, "sliding_window": None},
     "qwen3": {"layer_types": None, "use_sliding_window": False, "sliding_window": None, "head_dim": 8},
     "gemma2": {"layer_types": None, "query_pre_attn_scalar": 8},
-    "gemma3_text": {"layer_types": None, "query_pre_attn_scalar": 12},
+    # of the usual period of six, one block sees everything
+    "gemma3_text": {"layer_types": None, "query_pre_attn_scalar": 12, "num_hidden_layers": 7},
 }
 
 
@@ -237,8 +238,8 @@ def tensors_of(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
         yield f"{theirs}.{kind}", np.ascontiguousarray(values)
 
 
-def write_tokenizer(writer: gguf.GGUFWriter, vocabulary: int) -> None:
-    """Token i is the word "wi"; <unk>, <s> and </s> come first, then the bytes are one unused token each."""
+def write_words(writer: gguf.GGUFWriter, vocabulary: int) -> None:
+    """Token i is the word "wi"; <unk>, <s> and </s> come first."""
     words = ["<unk>", "<s>", "</s>"] + [f"w{index}" for index in range(3, vocabulary)]
     kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
     writer.add_tokenizer_model("llama")
@@ -258,7 +259,7 @@ def write_gguf(
     extra: dict[str, np.ndarray] | None = None,
     general: dict[str, Any] | None = None,
     leave_out: tuple[str, ...] = (),
-    tokenizer: bool = True,
+    tokenizer: Callable[[gguf.GGUFWriter, int], None] | None = write_words,
     tensors_a_file: int = 0,
 ) -> Path:
     """Write a tiny model.
@@ -270,7 +271,7 @@ def write_gguf(
         extra: tensors beside those of the model, or in their place.
         general: keys under "general.".
         leave_out: tensors that are not written.
-        tokenizer: whether the file has one.
+        tokenizer: writes that of the file, given the number of tokens; None writes none.
         tensors_a_file: more than 0 writes parts, name-00001-of-00003.gguf and so on.
     """
     family = FAMILIES[model.config.model_type]
@@ -281,8 +282,8 @@ def write_gguf(
     for name, value in (family.keys(model.config) | (keys or {})).items():
         if value is not None:
             _add(writer, f"{family.arch}.{name}", value)
-    if tokenizer:
-        write_tokenizer(writer, model.config.vocab_size)
+    if tokenizer is not None:
+        tokenizer(writer, model.config.vocab_size)
     for name, values in (dict(tensors_of(model)) | (extra or {})).items():
         if name not in leave_out:
             writer.add_tensor(name, values)

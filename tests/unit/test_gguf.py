@@ -85,14 +85,14 @@ def test_windows_by_a_list(tmp_path: Path) -> None:
         "full_attention",
         "sliding_attention",
     ]
-    model = build(tiny_config("gemma3_text", layer_types=types))
+    model = build(tiny_config("gemma3_text", num_hidden_layers=5, layer_types=types))
     keys = {"attention.sliding_window_pattern": [each == "sliding_attention" for each in types]}
     path = write_gguf(tmp_path / "m.gguf", model, keys=keys)
     torch.testing.assert_close(logits(opened(path, tmp_path / "cache")), logits(model), rtol=1e-4, atol=1e-4)
 
 
 def test_gemma_3_without_a_window(tmp_path: Path) -> None:
-    model = build(tiny_config("gemma3_text", layer_types=["full_attention"] * 5))
+    model = build(tiny_config("gemma3_text", layer_types=["full_attention"] * 7))
     path = write_gguf(tmp_path / "m.gguf", model, keys={"attention.sliding_window": None})
     torch.testing.assert_close(logits(opened(path, tmp_path / "cache")), logits(model), rtol=1e-4, atol=1e-4)
 
@@ -342,7 +342,7 @@ def test_llama_3_scaling_is_recognised(head_dim: int, original: int, base: float
         ("qwen2", {}, {"output.bias": tensor([0.0] * 96)}, r"output\.bias would be left out"),
         ("olmo2", {"attention.sliding_window": 9}, {}, "with a window it is OLMo 3"),
         ("gemma2", {"rope.freq_base_swa": 9.0}, {}, "all blocks of Gemma 2 have one base"),
-        ("gemma3_text", {"attention.sliding_window_pattern": [True]}, {}, "it must have 5 entries"),
+        ("gemma3_text", {"attention.sliding_window_pattern": [True]}, {}, "it must have 7 entries"),
         ("gpt_neox", {"attention.head_count_kv": 2}, {}, "keys must have as many heads as queries"),
     ],
 )
