@@ -25,7 +25,7 @@ from foldsearch.progress import StageProgress, silent
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from foldsearch.export.ship import ExportReport, Form
+    from foldsearch.export.figures import ExportReport, Form
     from foldsearch.model.choices import ChoiceQuality, EncodedOption, Question
     from foldsearch.model.evidence import Evidence
     from foldsearch.model.harness import TaskScore

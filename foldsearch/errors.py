@@ -78,6 +78,14 @@ def describe_error(error: BaseException) -> str:
     return "\n".join([lines[0], *(f"  {line}" for line in lines[1:])])
 
 
+def last_lines(text: str) -> str:
+    """The last `MOST_LINES` lines of what a process said, the first of them marked where there were more."""
+    lines = _clean(text)
+    more = len(lines) - MOST_LINES
+    shown = lines if more <= 0 else [f"... ({more + 1:,} more lines)", *lines[more + 1 :]]
+    return "\n".join(map(_cut, shown))
+
+
 def quote_error(what: str, error: BaseException, remedy: str = "") -> str:
     """A message: what happened, the words of the error that tells why, and the remedy.
 
@@ -122,8 +130,12 @@ def _words_of(error: BaseException) -> str:
     words = str(error)
     if isinstance(error, OSError) and error.strerror:
         words = f"{error.strerror}: {error.filename!r}" if error.filename else error.strerror
-    lines = "\n".join([words, *getattr(error, "__notes__", ())]).splitlines()
-    return "\n".join(line for line in (_CONTROL.sub("", line).rstrip() for line in lines) if line).lstrip()
+    return "\n".join(_clean("\n".join([words, *getattr(error, "__notes__", ())]))).lstrip()
+
+
+def _clean(text: str) -> list[str]:
+    """Lines that say something, without what a terminal would obey."""
+    return [line for line in (_CONTROL.sub("", line).rstrip() for line in text.splitlines()) if line]
 
 
 def _cut(line: str) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from foldsearch.export.ship import ExportReport, Form, ModelFigures, export, load_exported
+    from foldsearch.export.figures import ExportReport, Form, ModelFigures
+    from foldsearch.export.ship import export, load_exported
 
 __all__ = ["ExportReport", "Form", "ModelFigures", "export", "load_exported"]
 

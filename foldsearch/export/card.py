@@ -4,87 +4,58 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from pathlib import Path
 
+from foldsearch.export.figures import ExportReport
 from foldsearch.paths import printable
 
-_LOAD_FOLDED = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-"""
-_LOAD_EXPANDED = _LOAD_FOLDED.replace(", trust_remote_code=True", "")
+PROMPT = "The history of the world is"
 
 
-def model_card(report: dict[str, Any]) -> str:
-    """The card of an export, from `ExportReport.to_json()`: plan, cost, quality, checks, how to load."""
-    folded = report["form"] == "folded"
-    exported, dense = report["exported"], report["dense"]
-    rows = [
-        ("stored parameters", "parameters", "{:,}"),
-        ("weight files, MB", "disk_bytes", "{:.1f}"),
-        ("resident memory after the first forward, MB", "resident_bytes", "{:.0f}"),
-        (f"perplexity on {report['tokens']:,} tokens", "perplexity", "{:.2f}"),
-        ("prompt, tokens per second", "prefill_tokens_per_second", "{:.1f}"),
-        ("decoding, tokens per second", "decode_tokens_per_second", "{:.1f}"),
-    ]
+def model_card(report: ExportReport, folder: Path) -> str:
+    """The card of an export: plan, cost, quality, checks, how to load.
 
-    def cell(figures: dict[str, Any] | None, key: str, form: str) -> str:
-        value = None if figures is None else figures[key]
-        if value is None:
-            return "not taken"
-        return form.format(value / 1e6 if key.endswith("_bytes") else value)
-
-    table = "\n".join(
-        f"| {label} | {cell(exported, key, form)} | {cell(dense, key, form)} |" for label, key, form in rows
-    )
+    Args:
+        report: what was shipped.
+        folder: where it lies, as the loading lines name it.
+    """
+    folded = report.form == "folded"
+    table = "\n".join(f"| {' | '.join(row)} |" for row in report.rows)
+    notes = "\n\n".join([*(f"Speed of {words}." for words in report.unsteady), report.how_measured])
     how = (
-        "The folder holds the code that runs it (`folded.py`, `parts.py`, `blocks.py`, Apache-2.0): transformers asks "
-        "for `trust_remote_code=True`, and refuses without it. After `import foldsearch` it is not needed."
+        "The folder holds the code that runs it (`folded.py`, `parts.py`, `blocks.py`, Apache-2.0): transformers runs "
+        "it only where `trust_remote_code=True` allows it, for the model and for the tokenizer. After "
+        "`import foldsearch` it is not needed."
         if folded
         else "A stock transformers model: it needs nothing else."
     )
-    tolerance = (
-        f"tolerance {report['logits_tolerance']:g}" if report["logits_tolerance"] else "equal to the bit"
-    )
-    checks = [
-        "no weight missing, unexpected or of another shape",
-        f"logits against the measured model in {report['dtype']}: largest difference "
-        f"{report['logits_max_difference']:.3g}, {report['logits_difference']:.3g} of their RMS ({tolerance})",
-        "decoding token by token with the KV cache against one full forward: "
-        f"{report['decode_difference']:.3g} of the logits' RMS (tolerance {report['decode_tolerance']:g})",
-        f"perplexity {exported['perplexity']:.4f}, the measured model's {report['measured_perplexity']:.4f}",
-    ]
-    if folded:
-        checks.append("loaded where foldsearch cannot be imported, with the same logits")
     details = ""
-    if report["details"]:
-        details = f"\n## Details\n\n```json\n{json.dumps(report['details'], indent=1)}\n```\n"
-    base_model = _escaped(report["base_model"])
+    if report.details:
+        details = f"\n## Details\n\n```json\n{json.dumps(report.details, indent=1)}\n```\n"
+    base_model = _escaped(report.base_model)
     return f"""---
 library_name: transformers
 tags: [foldsearch, text-generation]
 ---
 # {base_model}, folded
 
-Made by foldsearch from **{base_model}** ({report["num_blocks"]} blocks). The weights derive from that model:
+Made by foldsearch from **{base_model}** ({report.num_blocks} blocks). The weights derive from that model:
 its licence and its terms of use apply to them.
 
-What runs at each depth, in {report["dtype"]}, shared weights {"stored once" if folded else "written out"}:
+What runs at each depth, in {report.dtype}, shared weights {"stored once" if folded else "written out"}:
 
-    {report["plan"]}
+    {report.plan}
 
-| | this model | dense |
-|---|---|---|
+| | this model | dense | this / dense |
+|---|--:|--:|--:|
 {table}
 
-Figures of fresh processes on the machine that exported, {report["threads"]} thread(s).
+{notes}
 
 ## Load
 
 ```python
-{_LOAD_FOLDED if folded else _LOAD_EXPANDED}```
+{loading_lines(report, folder)}```
 
 {how}
 
@@ -92,8 +63,50 @@ Figures of fresh processes on the machine that exported, {report["threads"]} thr
 
 Reloaded in a fresh process and compared with the model that was measured:
 
-{chr(10).join(f"- {check}" for check in checks)}
+{chr(10).join(f"- {check}" for check in _checks(report))}
 {details}"""
+
+
+def loading_lines(report: ExportReport, folder: Path) -> str:
+    """Python that loads an export and lets it write: it runs as it stands, and asks nothing."""
+    trust = ", trust_remote_code=True" if report.form == "folded" else ""
+    lines = [
+        "import torch",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"FOLDER = {str(folder)!r}  # where this file lies, or the name of the model on the hub",
+        f'model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto"{trust})',
+    ]
+    if report.has_tokenizer:
+        lines += [
+            f"tokenizer = AutoTokenizer.from_pretrained(FOLDER{trust})",
+            f'prompt = tokenizer("{PROMPT}", return_tensors="pt")',
+            "written = model.generate(prompt.input_ids, attention_mask=prompt.attention_mask, max_new_tokens=20)",
+            "print(tokenizer.decode(written[0], skip_special_tokens=True))",
+        ]
+        del lines[0]
+    else:
+        lines[1] = "from transformers import AutoModelForCausalLM"
+        lines += [
+            "prompt = torch.tensor([[1, 2, 3]])  # token ids: the model was exported without a tokenizer",
+            "print(model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20))",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _checks(report: ExportReport) -> list[str]:
+    tolerance = f"tolerance {report.logits_tolerance:g}" if report.logits_tolerance else "equal to the bit"
+    checks = [
+        "no weight missing, unexpected or of another shape",
+        f"logits against the measured model in {report.dtype}: largest difference "
+        f"{report.logits_max_difference:.3g}, {report.logits_difference:.3g} of their RMS ({tolerance})",
+        "decoding token by token with the KV cache against one full forward: "
+        f"{report.decode_difference:.3g} of the logits' RMS (tolerance {report.decode_tolerance:g})",
+        f"perplexity {report.exported.perplexity:.4f}, the measured model's {report.measured_perplexity:.4f}",
+    ]
+    if report.loads_without_foldsearch:
+        checks.append("loaded where foldsearch cannot be imported, with the same logits")
+    return checks
 
 
 def _escaped(name: str) -> str:

@@ -6,21 +6,31 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from foldsearch.errors import InputError, ModelError, PlanError, VerificationError, quote_error
+from foldsearch.errors import (
+    InputError,
+    ModelError,
+    PlanError,
+    VerificationError,
+    describe_error,
+    quote_error,
+)
 from foldsearch.export import verify
 from foldsearch.export.card import model_card
+from foldsearch.export.figures import ExportReport, Form, ModelFigures, Speed
+from foldsearch.export.process import ModelProcess, ProcessError
 from foldsearch.export.write import expand, write_folded
 from foldsearch.model.fold import cast
 from foldsearch.model.parts import Borrowed
@@ -31,67 +41,15 @@ from foldsearch.plan.plan import FoldPlan
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Form = Literal["folded", "expanded"]
-
 # What rounding alone may change, as a share of the logits' RMS. Equal weights in equal kernels give equal logits;
 # merging an adapter rounds a weight once more, and decoding with a cache sums in another order.
 ROUNDING = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 LOSS_ROUNDING = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 2e-2}  # of the mean next-token loss, in nats
 
-
-@dataclass(frozen=True, slots=True)
-class ModelFigures:
-    """A model folder, loaded in a fresh process.
-
-    parameters: stored numbers. weight_bytes: theirs. disk_bytes: of the weight files. resident_bytes: growth of the
-    process's resident memory from before loading to after the first forward pass. perplexity: on the given tokens.
-    *_tokens_per_second: reading a prompt; decoding one sequence with the KV cache.
-    """
-
-    parameters: int
-    weight_bytes: int
-    disk_bytes: int
-    resident_bytes: int | None
-    perplexity: float
-    prefill_tokens_per_second: float
-    decode_tokens_per_second: float
-
-
-@dataclass(frozen=True, slots=True)
-class ExportReport:
-    """What was shipped, and the checks it passed.
-
-    measured_perplexity: of the model that was measured, in the shipped dtype, on the same tokens.
-    logits_max_difference, logits_difference: to that model, largest and RMS over RMS; logits_tolerance bounds the
-    latter (0: equal to the bit). decode_difference: cached decoding to one full forward, RMS over RMS.
-    loads_without_foldsearch: with trust_remote_code, where foldsearch cannot be imported (None: a stock model).
-    refused_without_code: stock transformers refuses the folder instead of loading it wrong (None: a stock model).
-    threads: of the processor, for all timings.
-    """
-
-    form: Form
-    dtype: str
-    plan: str
-    num_blocks: int
-    base_model: str
-    exported: ModelFigures
-    dense: ModelFigures | None
-    measured_perplexity: float
-    tokens: int
-    logits_max_difference: float
-    logits_difference: float
-    logits_tolerance: float
-    decode_difference: float
-    decode_tolerance: float
-    loads_without_foldsearch: bool | None
-    refused_without_code: bool | None
-    threads: int
-    versions: dict[str, str]
-    details: dict[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain dicts, as in foldsearch.json."""
-        return asdict(self)
+# Rounds of timing, in which both models take a turn: at most so many, and no further one after so many seconds; the
+# fewest of which a spread can be told.
+MOST_ROUNDS, TIMED_SECONDS, FEWEST_ROUNDS = 9, 8.0, 3
+ROOM = 1.1  # of disk or memory, as a multiple of the weights
 
 
 def export(
@@ -139,49 +97,34 @@ def export(
     ids_NT = ids_NT.detach().to("cpu")
     text_NT = torch.ones_like(ids_NT, dtype=torch.bool) if text_NT is None else text_NT.to("cpu")
     measured = _as_shipped(model, dtype)
-    expanded = form == "expanded"
     # adapters are merged before weights are rounded: the sum is rounded once
-    shipped = _as_shipped(expand(model), dtype) if expanded else measured
+    shipped = _as_shipped(expand(model), dtype) if form == "expanded" else measured
+    merged = form == "expanded" and any(isinstance(part, Borrowed) and part.rank for part in model.modules())
     weight_bytes = _weight_bytes(shipped)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"the export goes into {printable(folder.parent)}, which cannot be made: {error.strerror}. "
-            "Choose another folder."
-        ) from error
-    if (free := shutil.disk_usage(folder.parent).free) < 1.1 * weight_bytes:
-        raise InputError(
-            f"the export needs {weight_bytes / GB:.2f} GB, but {printable(folder.parent)} has {free / GB:.2f} GB free. "
-            "Make room, or choose another folder."
-        )
+    _make_room(folder, weight_bytes)
     temporary = beside(folder, "partial")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        if expanded:
+        if form == "expanded":
             shipped.save_pretrained(temporary)
         else:
             write_folded(shipped, temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        merged = expanded and any(isinstance(part, Borrowed) and part.rank for part in model.modules())
         del shipped
-        report = _verify(
-            temporary,
-            measured,
-            {"ids_NT": ids_NT.contiguous(), "text_NT": text_NT.contiguous()},
-            plan=plan,
+        job = _Job(
+            folder=temporary,
+            measured=measured,
+            tokens={"ids_NT": ids_NT.contiguous(), "text_NT": text_NT.contiguous()},
             form=form,
             dtype=dtype,
             tolerance=ROUNDING[dtype] if merged else 0.0,
             weight_bytes=weight_bytes,
-            dense=dense,
-            base_model=base_model,
-            details=details,
         )
+        report = _report(job, dense, plan=plan, base_model=base_model, details=details)
         (temporary / "foldsearch.json").write_text(json.dumps(report.to_json(), indent=1))
-        (temporary / "README.md").write_text(model_card(report.to_json()), encoding="utf-8")
+        (temporary / "README.md").write_text(model_card(report, folder), encoding="utf-8")
         _rename(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise InputError(
@@ -194,6 +137,23 @@ def export(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return report
+
+
+def _make_room(folder: Path, weight_bytes: int) -> None:
+    """Make the folder that the export goes into, and refuse a disk that cannot hold it."""
+    parent = folder.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"the export goes into {printable(parent)}, which cannot be made: {error.strerror}. "
+            "Choose another folder."
+        ) from error
+    if (free := shutil.disk_usage(parent).free) < ROOM * weight_bytes:
+        raise InputError(
+            f"the export needs {weight_bytes / GB:.2f} GB, but {printable(parent)} has {free / GB:.2f} GB free. "
+            "Make room, or choose another folder."
+        )
 
 
 def load_exported(folder: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -258,79 +218,187 @@ def _check_arguments(
         raise InputError(f"{printable(folder)} exists already. Choose another folder, or move it away.")
 
 
-def _verify(
-    folder: Path,
-    measured: PreTrainedModel,
-    tokens: dict[str, Tensor],
-    *,
-    plan: FoldPlan,
-    form: Form,
-    dtype: str,
-    tolerance: float,
-    weight_bytes: int,
-    dense: PreTrainedModel | None,
-    base_model: str,
-    details: dict[str, Any],
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """An export that is written and not yet verified.
+
+    tokens: ids_NT and text_NT. tolerance: of the logits, as a share of their RMS. weight_bytes: that were written.
+    """
+
+    folder: Path
+    measured: PreTrainedModel
+    tokens: dict[str, Tensor]
+    form: Form
+    dtype: str
+    tolerance: float
+    weight_bytes: int
+
+    def loading(self, folder: Path, tensors: Path, *, own_code: bool = False) -> dict[str, Any]:
+        """How every process loads a folder: the same for all of them."""
+        return {
+            "folder": str(folder.resolve()),
+            "dtype": self.dtype,
+            "attention": self.measured.config._attn_implementation,
+            "threads": torch.get_num_threads(),
+            "tensors": str(tensors),
+            "own_code": own_code,
+        }
+
+
+def _report(
+    job: _Job, dense: PreTrainedModel | None, *, plan: FoldPlan, base_model: str, details: dict[str, Any]
 ) -> ExportReport:
-    """Load the folder in fresh processes and compare it with `measured`.
+    """Load the export in fresh processes, compare it with what was measured, and measure it beside the dense model.
 
     Raises:
         VerificationError: with every fault found.
     """
     import transformers
 
+    logits_BTV = verify.compared_logits(job.measured, job.tokens["ids_NT"])
+    measured_perplexity = verify.perplexity(job.measured, **job.tokens)
     with tempfile.TemporaryDirectory(prefix="foldsearch-verify-") as name:
         workplace = Path(name)
-        tensors = workplace / "tensors.safetensors"
-        logits_BTV = verify.compared_logits(measured, tokens["ids_NT"])
-        save_file({**tokens, "logits_BTV": logits_BTV.contiguous()}, tensors)
-        measured_perplexity = verify.perplexity(measured, **tokens)
-        request = {
-            "dtype": dtype,
-            "attention": measured.config._attn_implementation,
-            "threads": torch.get_num_threads(),
-            "tensors": str(tensors),
-        }
-        here = {**request, "folder": str(folder.resolve())}
-        answer = _fresh_process({**here, "measure": True}, workplace)
-        figures = _figures(answer, folder, weight_bytes)
-        _raise_for(_faults(answer, figures, dtype, tolerance, measured_perplexity), form)
-        alone = None
-        if form == "folded":
-            alone = _fresh_process({**here, "measure": False}, workplace, without_foldsearch=True)
-            faults = [f"without foldsearch: {fault}" for fault in _logit_faults(alone, tolerance)]
-            if not alone["refused_without_code"]:
-                faults.append(
-                    "stock transformers loads the folder without its code, which would run another model"
-                )
-            _raise_for(faults, form)
-        dense_figures = None
-        if dense is not None and (dense_folder := Path(str(dense.config.name_or_path))).is_dir():
-            save_file(tokens, tensors)
-            there = {**request, "folder": str(dense_folder.resolve()), "measure": True}
-            found = _fresh_process(there, workplace)
-            dense_figures = _figures(found, dense_folder, found["parameters"] * DTYPE_BYTES[dtype])
+        tensors = workplace / "with logits.safetensors"
+        save_file({**job.tokens, "logits_BTV": logits_BTV.contiguous()}, tensors)
+        with ModelProcess(workplace) as exported:
+            answer, figures = _verify(job, exported, tensors, measured_perplexity)
+            alone = _verify_alone(job, workplace, tensors) if job.form == "folded" else None
+            dense_figures, dense_note, speeds = _compare(job, exported, dense, workplace)
     return ExportReport(
-        form=form,
-        dtype=dtype,
+        form=job.form,
+        dtype=job.dtype,
         plan=str(plan),
         num_blocks=plan.num_blocks,
         base_model=base_model,
         exported=figures,
         dense=dense_figures,
+        dense_note=dense_note,
+        file_bytes=_file_bytes(job.folder),
+        prompt_tokens=min(verify.PROMPT_TOKENS, job.tokens["ids_NT"].shape[1]),
+        prompt=speeds["prompt"],
+        decode=speeds["decode"],
         measured_perplexity=measured_perplexity,
-        tokens=int(tokens["text_NT"].sum()),
+        tokens=int(job.tokens["text_NT"].sum()),
         logits_max_difference=answer["logits_max_difference"],
         logits_difference=answer["logits_difference"],
-        logits_tolerance=tolerance,
+        logits_tolerance=job.tolerance,
         decode_difference=answer["decode_difference"],
-        decode_tolerance=ROUNDING[dtype],
-        loads_without_foldsearch=None if alone is None else True,
-        refused_without_code=None if alone is None else alone["refused_without_code"],
+        decode_tolerance=ROUNDING[job.dtype],
+        loads_without_foldsearch=alone,
+        refused_without_code=alone,
+        has_tokenizer=(job.folder / "tokenizer_config.json").is_file(),
         threads=torch.get_num_threads(),
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
         details=details,
     )
+
+
+def _verify(
+    job: _Job, process: ModelProcess, tensors: Path, measured_perplexity: float
+) -> tuple[dict[str, Any], ModelFigures]:
+    """Load the export where foldsearch is, and hold it against what was measured."""
+    with _told(""):
+        answer = process.ask("load", **job.loading(job.folder, tensors)) | process.ask("quality")
+    figures = _figures(answer, job.dtype)
+    faults = _logit_faults(answer, job.tolerance) + _faults(job, answer, figures, measured_perplexity)
+    _raise_for(faults, job.form)
+    return answer, figures
+
+
+def _verify_alone(job: _Job, workplace: Path, tensors: Path) -> bool:
+    """Load the export where foldsearch is not: with its own code, and never without."""
+    with _told(" without foldsearch"), ModelProcess(workplace, without_foldsearch=True) as process:
+        refused = process.ask("is_refused", folder=str(job.folder.resolve()))["refused"]
+        answer = process.ask("load", **job.loading(job.folder, tensors, own_code=True))
+    faults = [f"without foldsearch: {fault}" for fault in _logit_faults(answer, job.tolerance)]
+    if not refused:
+        faults.append("stock transformers loads the folder without its code, which would run another model")
+    _raise_for(faults, job.form)
+    return True
+
+
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    try:
+        yield
+    except ProcessError as error:
+        remedy = "Nothing was exported."
+        what = f"the export could not be loaded in a fresh process{where}"
+        raise VerificationError(quote_error(what, error, remedy)) from error
+
+
+# ---- beside the dense model
+
+
+def _compare(
+    job: _Job, exported: ModelProcess, dense: PreTrainedModel | None, workplace: Path
+) -> tuple[ModelFigures | None, str, dict[str, Speed]]:
+    """Figures of the dense model, or why there are none; and the speeds of both.
+
+    The dense model is written anew in the dtype that ships, by the same writer: whatever it lies in, both models are
+    loaded alike. That an export is right does not depend on it, so no failure here is the export's.
+    """
+    note = ""
+    if dense is not None:
+        place = beside(job.folder, "dense")
+        try:
+            note = _lacks_room(job, dense)
+            if not note:
+                _as_shipped(dense, job.dtype).save_pretrained(place)
+                tensors = workplace / "tokens.safetensors"
+                save_file(job.tokens, tensors)
+                with ModelProcess(workplace) as process:
+                    answer = process.ask("load", **job.loading(place, tensors)) | process.ask("quality")
+                    return _figures(answer, job.dtype), "", _take_turns(exported, process)
+        except (ProcessError, OSError, SafetensorError) as error:
+            note = f"The dense model could not be measured: {describe_error(error)}."
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+    with _told(""):
+        return None, note, _take_turns(exported)
+
+
+def _lacks_room(job: _Job, dense: PreTrainedModel) -> str:
+    """Why the dense model cannot be measured beside the export; empty where it can."""
+    import psutil
+
+    needed = ROOM * sum(parameter.numel() for parameter in dense.parameters()) * DTYPE_BYTES[job.dtype]
+    for what, free in (
+        ("disk", shutil.disk_usage(job.folder.parent).free),
+        ("memory", psutil.virtual_memory().available),
+    ):
+        if free < needed:
+            return (
+                f"The dense model was not measured: it needs {needed / GB:.2f} GB of {what} beside the export, and "
+                f"{free / GB:.2f} GB are free."
+            )
+    return ""
+
+
+def _take_turns(*processes: ModelProcess) -> dict[str, Speed]:
+    """Speeds of one model, or of two in turns: first, second, first, second.
+
+    What the machine does besides then slows both of a round, and their ratio stays.
+    """
+    for process in processes:
+        process.ask("turn")  # caches are cold, memory is not yet given out
+    rounds: list[list[dict[str, float]]] = []
+    began = time.monotonic()
+    while len(rounds) < FEWEST_ROUNDS or (
+        len(rounds) < MOST_ROUNDS and time.monotonic() - began < TIMED_SECONDS
+    ):
+        rounds.append([process.ask("turn") for process in processes])
+    return {
+        what: Speed(
+            exported=tuple(turns[0][what] for turns in rounds),
+            dense=tuple(turns[1][what] for turns in rounds if len(turns) > 1),
+        )
+        for what in ("prompt", "decode")
+    }
+
+
+# ---- faults
 
 
 def _raise_for(faults: list[str], form: str) -> None:
@@ -342,27 +410,25 @@ def _raise_for(faults: list[str], form: str) -> None:
 
 
 def _faults(
-    answer: dict[str, Any], figures: ModelFigures, dtype: str, tolerance: float, measured_perplexity: float
+    job: _Job, answer: dict[str, Any], figures: ModelFigures, measured_perplexity: float
 ) -> list[str]:
-    faults = _logit_faults(answer, tolerance)
-    if not answer["decode_difference"] <= ROUNDING[dtype]:
+    faults = []
+    if not answer["decode_difference"] <= ROUNDING[job.dtype]:
         faults.append(
             f"decoding token by token with the KV cache is {answer['decode_difference']:.3g} of the logits' RMS away "
-            f"from one full forward (tolerance {ROUNDING[dtype]:g})"
+            f"from one full forward (tolerance {ROUNDING[job.dtype]:g})"
         )
-    bound = LOSS_ROUNDING[dtype] if tolerance else 0.0
+    bound = LOSS_ROUNDING[job.dtype] if job.tolerance else 0.0
     if not abs(math.log(figures.perplexity) - math.log(measured_perplexity)) <= bound:
         faults.append(
             f"its perplexity is {figures.perplexity:.6g}, the measured model's is {measured_perplexity:.6g} "
             f"(tolerance {bound:g} nats of loss)"
         )
-    if figures.parameters * DTYPE_BYTES[dtype] != figures.weight_bytes:
-        faults.append(f"it holds {figures.parameters} parameters, {figures.weight_bytes} bytes were written")
-    header = figures.disk_bytes - figures.weight_bytes
-    if not 0 <= header <= 1_000_000:  # names and shapes of the tensors
-        faults.append(
-            f"its files have {figures.disk_bytes} bytes for {figures.weight_bytes} bytes of weights"
-        )
+    if figures.weight_bytes != job.weight_bytes:
+        faults.append(f"it holds {figures.parameters} parameters, {job.weight_bytes} bytes were written")
+    file_bytes = _file_bytes(job.folder)
+    if not 0 <= file_bytes - job.weight_bytes <= 1_000_000:  # names and shapes of the tensors
+        faults.append(f"its files have {file_bytes} bytes for {job.weight_bytes} bytes of weights")
     return faults
 
 
@@ -378,58 +444,17 @@ def _logit_faults(answer: dict[str, Any], tolerance: float) -> list[str]:
     return faults
 
 
-def _figures(answer: dict[str, Any], folder: Path, weight_bytes: int) -> ModelFigures:
+def _figures(answer: dict[str, Any], dtype: str) -> ModelFigures:
     return ModelFigures(
         parameters=answer["parameters"],
-        weight_bytes=weight_bytes,
-        disk_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        weight_bytes=answer["parameters"] * DTYPE_BYTES[dtype],
         resident_bytes=answer["resident_bytes"],
         perplexity=answer["perplexity"],
-        prefill_tokens_per_second=answer["prefill_tokens_per_second"],
-        decode_tokens_per_second=answer["decode_tokens_per_second"],
     )
 
 
-def _fresh_process(
-    request: dict[str, Any], workplace: Path, *, without_foldsearch: bool = False
-) -> dict[str, Any]:
-    """Run export/verify.py on a request: as a module of foldsearch, or as a file that cannot import it.
-
-    Raises:
-        VerificationError: the process failed; the message ends with its last words.
-    """
-    request_file, answer_file, modules = (
-        workplace / name for name in ("request.json", "answer.json", "modules")
-    )
-    request |= {"answer": str(answer_file), "without_foldsearch": without_foldsearch}
-    request_file.write_text(json.dumps(request))
-    answer_file.unlink(missing_ok=True)
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(modules),  # the folder's code is copied there, not to the user's cache
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    # -I: neither this folder nor PYTHONPATH is searched, as on a machine that has transformers only
-    how = ["-I", str(verify.__file__)] if without_foldsearch else ["-m", verify.__name__]
-    done = subprocess.run(
-        [sys.executable, *how, str(request_file)],
-        cwd=workplace,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode or not answer_file.exists():
-        words = done.stderr.strip().rstrip(".").splitlines()
-        raise VerificationError(
-            f"the export could not be loaded in a fresh process{' without foldsearch' if without_foldsearch else ''} "
-            f"(exit code {done.returncode}): {words[-1] if words else 'it said nothing'}. Nothing was exported."
-        )
-    answer: dict[str, Any] = json.loads(answer_file.read_text())
-    return answer
+def _file_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _as_shipped(model: PreTrainedModel, dtype: str) -> PreTrainedModel:

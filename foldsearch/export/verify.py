@@ -1,7 +1,8 @@
-"""Load a model folder in this process and measure it: the fresh-process half of the verification.
+"""Load a model folder in this process and answer questions about it: the fresh-process half of the verification.
 
-It runs as a script of its own, `python verify.py REQUEST`, also where foldsearch is not installed: so it needs torch
-and transformers only. REQUEST is a JSON file; the answer is written beside it, under the name it gives. The process
+It runs as a script of its own, `python verify.py alone`, also where foldsearch is not installed: so it needs torch and
+transformers only. Each line on its standard input is a question in JSON, `{"what": name, ...}`, which a method of
+`Answers` of that name answers, in one line of JSON on its standard output. It ends when its input ends. The process
 that exports calls the same functions for its reference figures.
 
 Shapes: N sequences, B of them at once, T tokens, V vocabulary.
@@ -11,10 +12,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import sys
 import time
-from pathlib import Path
+import traceback
 from typing import Any
 
 import torch
@@ -24,7 +26,8 @@ from torch.nn import functional
 BATCH = 4  # sequences at once; the same on both sides, since kernels may round differently for another shape
 COMPARED_SEQUENCES, COMPARED_TOKENS = 2, 128  # whose logits are compared
 DECODED_TOKENS = 16  # decoded one by one
-TIMED_TOKENS, TIMED_SECONDS = 32, 4.0  # decoding is timed until either is reached
+PROMPT_TOKENS = 256  # that are read in a turn
+TURN_TOKENS, TURN_SECONDS = 6, 2.0  # that are written in a turn, until either is reached
 
 
 @torch.no_grad()
@@ -72,22 +75,20 @@ def perplexity(model: Any, ids_NT: Tensor, text_NT: Tensor) -> float:
 
 
 @torch.no_grad()
-def speed(model: Any, ids_NT: Tensor) -> tuple[float, float]:
-    """Tokens per second: reading a prompt (best of two), and decoding one sequence with the KV cache (the median)."""
-    prompt_BT = ids_NT[:1, :256]
-    prefill = math.inf
-    for _ in range(2):
-        start = time.perf_counter()
-        model(input_ids=prompt_BT, use_cache=True, logits_to_keep=1)
-        prefill = min(prefill, time.perf_counter() - start)
+def turn(model: Any, ids_NT: Tensor) -> tuple[float, float]:
+    """Tokens per second of a moment: reading a prompt, and writing one token after the other (the median token)."""
+    prompt_BT = ids_NT[:1, :PROMPT_TOKENS]
+    start = time.perf_counter()
+    model(input_ids=prompt_BT, use_cache=True, logits_to_keep=1)
+    prompt = prompt_BT.shape[1] / (time.perf_counter() - start)
     output = model(input_ids=prompt_BT[:, :DECODED_TOKENS], use_cache=True, logits_to_keep=1)
     seconds: list[float] = []
-    while len(seconds) < TIMED_TOKENS and sum(seconds) < TIMED_SECONDS:
+    while len(seconds) < TURN_TOKENS and sum(seconds) < TURN_SECONDS:
         next_BT = output.logits[:, -1:].argmax(-1)
         start = time.perf_counter()
         output = model(input_ids=next_BT, past_key_values=output.past_key_values, use_cache=True)
         seconds.append(time.perf_counter() - start)
-    return prompt_BT.shape[1] / prefill, 1 / statistics.median(seconds)
+    return prompt, 1 / statistics.median(seconds)
 
 
 def wrong_keys(info: dict[str, Any]) -> list[str]:
@@ -103,64 +104,106 @@ def _resident_bytes() -> int | None:
     return int(psutil.Process().memory_info().rss)
 
 
-def _check(request: dict[str, Any]) -> dict[str, Any]:
-    """Load the folder as the request says, and measure what it asks for."""
-    import transformers
-    from safetensors.torch import load_file
-    from transformers.utils import logging
+class Answers:
+    """A model folder, and the questions that are asked about it: each method takes and returns plain JSON."""
 
-    quiet: Any = logging
-    quiet.set_verbosity_error()
-    quiet.disable_progress_bar()
-    auto: Any = transformers.AutoModelForCausalLM
-    torch.set_num_threads(request["threads"])
-    answer: dict[str, Any] = {}
-    folder: str = request["folder"]
-    if request["without_foldsearch"]:
+    def __init__(self) -> None:
+        """Nothing is loaded yet."""
+        self._model: Any = None
+        self._given: dict[str, Tensor] = {}
+
+    def is_refused(self, folder: str) -> dict[str, Any]:
+        """Whether transformers refuses the folder when it may not run the folder's own code."""
+        import transformers
+
+        auto: Any = transformers.AutoModelForCausalLM
         try:
             auto.from_pretrained(folder, trust_remote_code=False)
-            answer["refused_without_code"] = False
         except (ValueError, KeyError, OSError):
-            answer["refused_without_code"] = True
-    given = load_file(request["tensors"])
-    ids_NT = given["ids_NT"]
-    before = _resident_bytes()
-    model, info = auto.from_pretrained(
-        folder,
-        dtype=getattr(torch, request["dtype"]),
-        attn_implementation=request["attention"],
-        trust_remote_code=request["without_foldsearch"],
-        output_loading_info=True,
-    )
-    model.eval()
-    answer["model_class"] = type(model).__name__
-    answer["wrong_keys"] = wrong_keys(info)
-    logits_BTV = compared_logits(model, ids_NT)
-    after = _resident_bytes()
-    answer["resident_bytes"] = None if before is None or after is None else after - before
-    answer["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    if "logits_BTV" in given:
-        answer["logits_max_difference"] = float(
-            (logits_BTV.float() - given["logits_BTV"].float()).abs().max()
+            return {"refused": True}
+        return {"refused": False}
+
+    def load(
+        self, folder: str, dtype: str, attention: str, threads: int, tensors: str, own_code: bool
+    ) -> dict[str, Any]:
+        """Load the model, let it read a few tokens, and compare its logits with those in the file `tensors`."""
+        import transformers
+        from safetensors.torch import load_file
+        from transformers.utils import logging
+
+        quiet: Any = logging
+        quiet.set_verbosity_error()
+        quiet.disable_progress_bar()
+        auto: Any = transformers.AutoModelForCausalLM
+        torch.set_num_threads(threads)
+        self._given = load_file(tensors)
+        before = _resident_bytes()
+        model, info = auto.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            trust_remote_code=own_code,
+            output_loading_info=True,
         )
-        answer["logits_difference"] = relative_rms(logits_BTV, given["logits_BTV"])
-    if request["measure"]:
-        answer["decode_difference"] = decode_difference(model, ids_NT)
-        answer["perplexity"] = perplexity(model, ids_NT, given["text_NT"])
-        answer["prefill_tokens_per_second"], answer["decode_tokens_per_second"] = speed(model, ids_NT)
-    return answer
+        self._model = model.eval()
+        logits_BTV = compared_logits(model, self._given["ids_NT"])
+        after = _resident_bytes()
+        given_BTV = self._given.pop("logits_BTV", logits_BTV)  # the dense model has none to be compared with
+        return {
+            "wrong_keys": wrong_keys(info),
+            "resident_bytes": None if before is None or after is None else after - before,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "logits_max_difference": float((logits_BTV.float() - given_BTV.float()).abs().max()),
+            "logits_difference": relative_rms(logits_BTV, given_BTV),
+        }
+
+    def quality(self) -> dict[str, Any]:
+        """How far decoding is from one full forward, and the perplexity."""
+        return {
+            "decode_difference": decode_difference(self._model, self._given["ids_NT"]),
+            "perplexity": perplexity(self._model, self._given["ids_NT"], self._given["text_NT"]),
+        }
+
+    def turn(self) -> dict[str, Any]:
+        """Tokens per second, measured now."""
+        prompt, decode = turn(self._model, self._given["ids_NT"])
+        return {"prompt": prompt, "decode": decode}
 
 
-def main(path: str) -> None:
-    """Do what the request in the file `path` asks, and write the answer where it says."""
-    request = json.loads(Path(path).read_text())
-    if request["without_foldsearch"]:
+def main(where: str) -> None:
+    """Answer until the input ends.
+
+    Args:
+        where: "alone": foldsearch cannot be imported, as where it is not installed.
+    """
+    if where == "alone":
         sys.modules["foldsearch"] = None  # type: ignore[assignment]  # an import of it now fails
     else:
         from foldsearch.model.register import register
 
         register()
-    Path(request["answer"]).write_text(json.dumps(_check(request)))
+    # The channel is ours alone: whatever a library prints goes to the log, and one that asks gets no answer.
+    questions = os.fdopen(os.dup(0), encoding="utf-8")
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    answers = Answers()
+    for line in questions:
+        question = json.loads(line)
+        try:
+            answer = getattr(answers, question.pop("what"))(**question)
+        except Exception as error:
+            answer = {"failed": _words(error)}
+        channel.write(json.dumps(answer) + "\n")
+        channel.flush()
+
+
+def _words(error: Exception) -> str:
+    try:
+        from foldsearch.errors import describe_error
+    except ImportError:
+        return "".join(traceback.format_exception(error)).strip()
+    return describe_error(error)
 
 
 if __name__ == "__main__":

@@ -40,9 +40,10 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Columns side by side; the first row is dim, as what the others are compared with."""
+    """Columns side by side. first_is_dim: the first row is what the others are compared with."""
 
     columns: tuple[Column, ...]
+    first_is_dim: bool = True
 
     @property
     def width(self) -> int:
@@ -58,7 +59,7 @@ class Grid:
         ]  # heads stand on their columns
         yield from self._row(low, widths, "bold")
         for number, cells in enumerate(zip(*(column.cells for column in self.columns), strict=True)):
-            yield from self._row(cells, widths, "" if number else "dim")
+            yield from self._row(cells, widths, "" if number or not self.first_is_dim else "dim")
 
     def _row(self, cells: Sequence[Text], widths: Sequence[int], style: str) -> Iterator[Text]:
         split = [_lines(cell) for cell in cells]

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from foldsearch.api import Evaluation
-    from foldsearch.export.ship import ExportReport
+    from foldsearch.export.figures import ExportReport
     from foldsearch.model.evidence import Evidence
     from foldsearch.search.dry_run import DryRun
     from foldsearch.spec.study import Study
@@ -475,36 +475,42 @@ def dry_run_table(study: Study, found: DryRun) -> Group:
 
 def export_table(report: ExportReport, folder: Path) -> Group:
     """What was shipped, beside dense: `foldsearch export`."""
-    ours, dense = report.exported, report.dense
-    table = _plain_table("", f"{report.form}>", "dense>", "ratio>")
-
-    def row(name: str, key: str, form: str, scale: float = 1.0) -> None:
-        mine = getattr(ours, key)
-        theirs = None if dense is None else getattr(dense, key)
-        shown = ["—" if value is None else f"{value / scale:{form}}" for value in (mine, theirs)]
-        table.add_row(name, *shown, f"{mine / theirs:.2f}" if mine and theirs else "")
-
-    row("parameters, millions", "parameters", ".1f", 1e6)
-    row("weight files, MB", "disk_bytes", ".1f", 1e6)
-    row("resident memory, MB", "resident_bytes", ".0f", 1e6)
-    row(f"perplexity, {report.tokens:,} report tokens", "perplexity", ".2f")
-    row("prompt, tokens per second", "prefill_tokens_per_second", ".0f")
-    row("decoding, tokens per second", "decode_tokens_per_second", ".1f")
+    names = ("", report.form, "dense", "ratio")
+    cells = zip(*report.rows, strict=True)
+    table = Grid(
+        tuple(
+            Column(Text(name), tuple(map(Text, column)), right=0 < number < 3)
+            for number, (name, column) in enumerate(zip(names, cells, strict=True))
+        ),
+        first_is_dim=False,
+    )
+    notes = [*(f"speed of {words}" for words in report.unsteady), report.how_measured]
     tolerance = f"at most {report.logits_tolerance:g} allowed" if report.logits_tolerance else "none allowed"
     checks = [
-        f"Verified in a fresh process, in {report.dtype}, against the model that was measured:",
-        "  no weight missing or unexpected",
-        f"  logits differ by {report.logits_difference:.2g} of their RMS ({tolerance})",
-        f"  cached decoding differs from a full forward by {report.decode_difference:.2g} of the logits' RMS "
+        "no weight missing or unexpected",
+        f"logits differ by {report.logits_difference:.2g} of their RMS ({tolerance})",
+        f"cached decoding differs from a full forward by {report.decode_difference:.2g} of the logits' RMS "
         f"(at most {report.decode_tolerance:g} allowed)",
-        f"  perplexity {ours.perplexity:.4f}, measured {report.measured_perplexity:.4f}",
+        f"perplexity {report.exported.perplexity:.4f}, measured {report.measured_perplexity:.4f}",
     ]
     if report.loads_without_foldsearch:
         checks.append(
-            "  loads where foldsearch is not installed, with trust_remote_code=True, to the same logits"
+            "loads where foldsearch is not installed, with trust_remote_code=True, to the same logits"
         )
-    lines = [Text(line, style="" if line[0] != " " else "green") for line in checks]
-    return Group(Text(printable(folder), style="bold"), Text(), table, Text(), *lines)
+    lines = Table.grid(padding=(0, 0, 0, 2))
+    for check in checks:
+        lines.add_row(Text(check, style="green"))
+    holds = "weights and a tokenizer" if report.has_tokenizer else "weights, no tokenizer"
+    return Group(
+        Text(f"{printable(folder)}", style="bold"),
+        Text(f"A {report.form} model for transformers: {holds}. How to load it stands in its README.md."),
+        Text(),
+        table,
+        *(Text(note, style="dim") for note in notes),
+        Text(),
+        Text(f"Verified in a fresh process, in {report.dtype}, against the model that was measured:"),
+        lines,
+    )
 
 
 def evaluation_table(found: Sequence[Evaluation]) -> Group:

@@ -6,6 +6,10 @@ the written weights are tampered with between writing and verifying.
 
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,9 +19,11 @@ from torch.nn import functional
 
 from foldsearch.errors import VerificationError
 from foldsearch.export import export, load_exported, ship
+from foldsearch.export.process import ModelProcess, ProcessError
 from foldsearch.model.fold import cast, fold
 from foldsearch.model.parts import Borrowed
 from foldsearch.plan.plan import FoldPlan
+from tests.tiny import tokenizer
 from tests.tolerances import OTHER_WAY
 
 NUM_BLOCKS = 6
@@ -62,14 +68,42 @@ def logits(model):
     return model(input_ids=IDS, use_cache=False).logits
 
 
-def test_folded_export(tmp_path):
+def run_card(out, tmp_path):
+    """What the card's Python prints, where foldsearch cannot be imported and nobody answers a question."""
+    (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    alone = f"import sys\nsys.modules['foldsearch'] = None\n{code}"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", alone],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[y/N]" not in done.stdout + done.stderr
+    return done.stdout
+
+
+def test_folded_export(tmp_path, monkeypatch):
     """bfloat16, with everything a plan can have; the dense model's figures beside."""
+    loaded = []
+
+    class Watched(ModelProcess):
+        def ask(self, what, **arguments):
+            if what == "load":
+                weights = load_file(next(ship.Path(arguments["folder"]).glob("*.safetensors")))
+                loaded.append(({tensor.dtype for tensor in weights.values()}, arguments["dtype"]))
+            return super().ask(what, **arguments)
+
+    monkeypatch.setattr(ship, "ModelProcess", Watched)
     dense = dense_model(tmp_path / "dense")
     model, plan = folded(dense, "0 1=3+r4+n 2a 3 4=3m 5m")
-    out = tmp_path / "new" / "out.v1"
+    out = tmp_path / "new" / """it's "out".v1 \\n"""
     report = export(
         model,
-        None,
+        tokenizer(),
         out,
         plan=plan,
         form="folded",
@@ -91,20 +125,28 @@ def test_folded_export(tmp_path):
     assert report.exported.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
     assert report.exported.weight_bytes == 2 * sum(p.numel() for p in model.parameters())
     assert report.dense is not None
-    assert report.exported.disk_bytes < report.dense.disk_bytes
-    assert report.exported.decode_tokens_per_second > 0
+    # like beside like: the dense model lies in float32, and is weighed in what ships
+    assert report.dense.parameters == sum(p.numel() for p in dense.parameters())
+    assert report.dense.weight_bytes == 2 * report.dense.parameters
+    assert len(report.decode.exported) == len(report.decode.dense) >= 3
+    assert min(report.decode.exported + report.decode.dense + report.prompt.exported) > 0
     assert json.loads((out / "foldsearch.json").read_text()) == report.to_json()
     card = (out / "README.md").read_text()
     assert "# tiny, folded" in card
     assert str(plan) in card
     assert '"kl": 0.5' in card
-    assert str(tmp_path) not in card + (out / "config.json").read_text()
+    # the export, the same where foldsearch is not, the dense model: all lie in what they are measured in
+    assert loaded == [({torch.bfloat16}, "bfloat16")] * 3
+    (line,) = (line for line in card.splitlines() if str(tmp_path) in line)
+    assert line.startswith("FOLDER = ")
+    assert str(tmp_path) not in (out / "config.json").read_text()
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
-    again, tokenizer = load_exported(out)
-    assert tokenizer is None
+    again, words = load_exported(out)
+    assert words.get_vocab() == tokenizer().get_vocab()
     assert again.dtype == torch.bfloat16
     assert torch.equal(logits(again), logits(cast(model, torch.bfloat16)))
+    assert 0 < len(run_card(out, tmp_path).split()) <= 20  # the prompt's words are unknown to this tokenizer
 
 
 def test_expanded_export(tmp_path):
@@ -123,6 +165,29 @@ def test_expanded_export(tmp_path):
     assert type(again) is tf.Gemma2ForCausalLM
     torch.testing.assert_close(logits(again), logits(model), **OTHER_WAY)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert run_card(out, tmp_path).startswith("tensor([[")
+
+
+def test_a_process_that_cannot_answer_says_all_of_it(tmp_path):
+    """Its error with the one that it came from; and where it dies, how."""
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "config.json").write_text("{no JSON")
+    with ModelProcess(tmp_path) as process:
+        with pytest.raises(ProcessError, match=r"Error: .*\n.*JSONDecodeError: Expecting"):
+            process.ask(
+                "load", folder=str(tmp_path / "x"), dtype="float32", attention="eager", threads=1, own_code=False,
+                tensors=str(save_tokens(tmp_path)),
+            )  # fmt: skip
+        process._child.kill()
+        with pytest.raises(ProcessError, match="exit code -9"):
+            process.ask("turn")
+
+
+def save_tokens(folder):
+    save_file(
+        {"ids_NT": IDS, "text_NT": torch.ones_like(IDS, dtype=torch.bool)}, folder / "tokens.safetensors"
+    )
+    return folder / "tokens.safetensors"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import pytest
 from foldsearch import cli
 from foldsearch.errors import InputError, RunError
 from foldsearch.export.card import model_card
+from foldsearch.export.figures import ExportReport, ModelFigures, Speed
 from foldsearch.files import replace_atomically
 from foldsearch.paths import MOST_NAME_BYTES, beside, check_path, command, printable
 from foldsearch.report.terminal import console
@@ -198,17 +199,16 @@ def test_a_name_that_is_too_long_is_told(words: str, here: Path, capsys: pytest.
 
 @pytest.mark.parametrize("name", [*NASTY, "org/Llama_3_8B", "_private_"])
 def test_a_card_shows_a_models_name_as_it_is(name: str) -> None:
-    figures = {
-        "perplexity": 3.0, "disk_bytes": 1, "resident_bytes": 1, "parameters": 1, "prefill_tokens_per_second": 1.0,
-        "decode_tokens_per_second": 1.0,
-    }  # fmt: skip
-    report = {
-        "form": "folded", "exported": figures, "dense": None, "tokens": 3, "dtype": "float32",
-        "logits_tolerance": 0.0, "logits_max_difference": 0.0, "logits_difference": 0.0, "decode_difference": 0.0,
-        "decode_tolerance": 1.0, "measured_perplexity": 3.0, "num_blocks": 3, "plan": "0-2", "threads": 1,
-        "base_model": name, "details": {"model": name},
-    }  # fmt: skip
-    card = model_card(report)
+    figures = ModelFigures(parameters=1, weight_bytes=1, resident_bytes=1, perplexity=3.0)
+    speed = Speed(exported=(1.0,), dense=())
+    report = ExportReport(
+        form="folded", exported=figures, dense=None, dense_note="", tokens=3, dtype="float32", logits_tolerance=0.0,
+        logits_max_difference=0.0, logits_difference=0.0, decode_difference=0.0, decode_tolerance=1.0,
+        measured_perplexity=3.0, num_blocks=3, plan="0-2", threads=1, base_model=name, details={"model": name},
+        file_bytes=1, prompt_tokens=1, prompt=speed, decode=speed, loads_without_foldsearch=True,
+        refused_without_code=True, has_tokenizer=True, versions={},
+    )  # fmt: skip
+    card = model_card(report, Path(name))
     _, front, body = card.split("---\n", 2)
     assert not name.strip() or name not in front  # YAML would have to quote it
     title = body.splitlines()[0]

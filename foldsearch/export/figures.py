@@ -1,0 +1,176 @@
+"""What an export is measured by, beside the dense model: values for the report, its table and the card."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+Form = Literal["folded", "expanded"]
+
+# Rounds that differ by more tell of the machine, not of the model: dropping a third of the blocks, which is a lot,
+# makes a model 1.5 times as fast.
+MOST_BUSY = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFigures:
+    """A model in the dtype that ships, loaded from files in that dtype in a fresh process.
+
+    parameters: stored numbers. weight_bytes: theirs. resident_bytes: growth of the process's resident memory from
+    before loading to after the first forward pass; None where it cannot be asked for. perplexity: on the given tokens.
+    """
+
+    parameters: int
+    weight_bytes: int
+    resident_bytes: int | None
+    perplexity: float
+
+
+class Spread(NamedTuple):
+    """The median of a figure over rounds, and the range of the middle half of the rounds."""
+
+    low: float
+    median: float
+    high: float
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the rounds agree well enough to quote the median (see `MOST_BUSY`)."""
+        return self.high <= MOST_BUSY * self.low
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Tokens per second, one figure a round; the dense model's were taken in turns with the exported model's.
+
+    A machine that is busy slows both models of a round, so their ratio says more than either of them.
+    """
+
+    exported: tuple[float, ...]
+    dense: tuple[float, ...]
+
+    @property
+    def ratio(self) -> Spread:
+        """Exported over dense, by round."""
+        return spread([ours / theirs for ours, theirs in zip(self.exported, self.dense, strict=True)])
+
+    @property
+    def unsteady(self) -> str:
+        """Why no speed is quoted; empty where the rounds agree."""
+        found = self.ratio if self.dense else spread(self.exported)
+        return (
+            ""
+            if found.is_steady
+            else f"not measured: the machine was busy ({found.low:.2g}–{found.high:.2g})"
+        )
+
+    @property
+    def words(self) -> tuple[str, str, str]:
+        """For a row of a table: exported, dense, and their ratio with its spread."""
+        if self.unsteady:
+            return "—", "—", ""
+        ours = f"{statistics.median(self.exported):,.3g}"
+        if not self.dense:
+            return ours, "—", ""
+        low, median, high = self.ratio
+        return ours, f"{statistics.median(self.dense):,.3g}", f"{median:.2f} ({low:.2f}–{high:.2f})"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and middle half: a quarter of the values is left out at either end, so one hiccup does no harm."""
+    ordered = sorted(values)
+    out = len(ordered) // 4
+    return Spread(ordered[out], statistics.median(ordered), ordered[-1 - out])
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """What was shipped, and the checks it passed.
+
+    dense: the model it was folded from, in the same dtype, loaded in the same way; None where there is none to
+    compare with, and `dense_note` says why. file_bytes: of the export's weight files.
+    prompt, decode: speed of reading a prompt of `prompt_tokens`, and of writing one token after the other with the KV
+    cache.
+    measured_perplexity: of the model that was measured, in the shipped dtype, on the same tokens.
+    logits_max_difference, logits_difference: to that model, largest and RMS over RMS; logits_tolerance bounds the
+    latter (0: equal to the bit). decode_difference: cached decoding to one full forward, RMS over RMS.
+    loads_without_foldsearch: with trust_remote_code, where foldsearch cannot be imported (None: a stock model).
+    refused_without_code: stock transformers refuses the folder instead of loading it wrong (None: a stock model).
+    has_tokenizer: whether the folder holds one. threads: of the processor, for all timings.
+    """
+
+    form: Form
+    dtype: str
+    plan: str
+    num_blocks: int
+    base_model: str
+    exported: ModelFigures
+    dense: ModelFigures | None
+    dense_note: str
+    file_bytes: int
+    prompt_tokens: int
+    prompt: Speed
+    decode: Speed
+    measured_perplexity: float
+    tokens: int
+    logits_max_difference: float
+    logits_difference: float
+    logits_tolerance: float
+    decode_difference: float
+    decode_tolerance: float
+    loads_without_foldsearch: bool | None
+    refused_without_code: bool | None
+    has_tokenizer: bool
+    threads: int
+    versions: dict[str, str]
+    details: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, as in foldsearch.json."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # lists, no tuples
+        return plain
+
+    @property
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """What a table shows: name, exported, dense, and the first as a share of the second."""
+        ours, theirs = self.exported, self.dense
+
+        def row(name: str, key: str, form: str, scale: float = 1.0) -> tuple[str, str, str, str]:
+            mine, other = getattr(ours, key), None if theirs is None else getattr(theirs, key)
+            shown = ["—" if value is None else format(value / scale, form) for value in (mine, other)]
+            return name, shown[0], shown[1], f"{mine / other:.2f}" if mine and other else ""
+
+        return [
+            row("parameters, millions", "parameters", ",.1f", 1e6),
+            row(f"weights in {self.dtype}, MB", "weight_bytes", ",.1f", 1e6),
+            row("resident memory, MB", "resident_bytes", ",.0f", 1e6),
+            row(f"perplexity, {self.tokens:,} tokens", "perplexity", ",.2f"),
+            ("reading, tokens per second", *self.prompt.words),
+            ("writing, tokens per second", *self.decode.words),
+        ]
+
+    @property
+    def unsteady(self) -> list[str]:
+        """The speeds that are not quoted, and why."""
+        named = (("reading", self.prompt), ("writing", self.decode))
+        return [f"{name}: {speed.unsteady}" for name, speed in named if speed.unsteady]
+
+    @property
+    def how_measured(self) -> str:
+        """What the figures are of, for the lines below the table."""
+        threads = f"{self.threads} thread{'' if self.threads == 1 else 's'}"
+        where = f"in a fresh process, {threads}"
+        what = (
+            f"Perplexity is of the report texts. Reading is of a prompt of {self.prompt_tokens} tokens, writing of one "
+            "token after the other with the KV cache:"
+        )
+        rounds = len(self.decode.exported)
+        if self.dense is None:
+            return f"Measured {where}. {what} the median of {rounds} rounds. {self.dense_note}".rstrip()
+        return (
+            f"Both models in {self.dtype}, each loaded from files in {self.dtype} {where}. {what} the median of "
+            f"{rounds} rounds in turns, and of the ratio the range of the middle half of the rounds."
+        )

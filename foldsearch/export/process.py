@@ -1,0 +1,86 @@
+"""A fresh process that holds a model folder and answers questions about it: the side of the one who asks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from foldsearch.errors import FoldsearchError, last_lines
+from foldsearch.export import verify
+
+
+class ProcessError(FoldsearchError):
+    """The process could not do what was asked; the message is its own words."""
+
+
+class ModelProcess:
+    """Runs export/verify.py until it is closed: as a module of foldsearch, or as a file that cannot import it."""
+
+    def __init__(self, workplace: Path, *, without_foldsearch: bool = False) -> None:
+        """`workplace`: a folder for what it writes, which is nothing that stays."""
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "HF_MODULES_CACHE": str(
+                workplace / "modules"
+            ),  # the folder's code is copied there, not to the user's cache
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        # -I: neither this folder nor PYTHONPATH is searched, as on a machine that has transformers only
+        how = ["-I", str(verify.__file__)] if without_foldsearch else ["-m", verify.__name__]
+        self._said = (workplace / f"{'alone' if without_foldsearch else id(self)}.log").open(
+            "w+", encoding="utf-8"
+        )
+        self._child = subprocess.Popen(
+            [sys.executable, *how, "alone" if without_foldsearch else "with foldsearch"],
+            cwd=workplace,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            text=True,
+        )
+
+    def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
+        """One question and its answer (see `foldsearch.export.verify.Answers`).
+
+        Raises:
+            ProcessError: it failed, or the process died.
+        """
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        try:
+            self._child.stdin.write(json.dumps({"what": what, **arguments}) + "\n")
+            self._child.stdin.flush()
+            line = self._child.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            code = self._child.wait()
+            self._said.seek(0)
+            words = last_lines(self._said.read()) or "it said nothing"
+            raise ProcessError(f"the process ended with exit code {code}: {words}")
+        answer: dict[str, Any] = json.loads(line)
+        if "failed" in answer:
+            raise ProcessError(last_lines(answer["failed"]))
+        return answer
+
+    def __enter__(self) -> ModelProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._child.kill()  # it holds nothing that has to be put away
+        self._child.wait()
+        for stream in (self._child.stdin, self._child.stdout, self._said):
+            if stream is not None:
+                with suppress(BrokenPipeError):  # a question that the process did not live to read
+                    stream.close()

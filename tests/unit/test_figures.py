@@ -1,0 +1,124 @@
+"""Speeds in turns, and when none is quoted. Oracles: processes whose speeds are known, cases by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from foldsearch.export import ship
+from foldsearch.export.figures import MOST_BUSY, Speed, spread
+from foldsearch.export.process import ProcessError
+
+
+class Fake:
+    """Answers turns with the speeds it is given, and writes down who was asked."""
+
+    def __init__(self, name: str, log: list[str], speeds: Iterator[float]) -> None:
+        self.name, self.log, self.speeds = name, log, speeds
+
+    def ask(self, what: str, **arguments: Any) -> dict[str, float]:
+        assert what == "turn"
+        self.log.append(self.name)
+        value = next(self.speeds)
+        return {"prompt": 10 * value, "decode": value}
+
+
+def fakes(ours: list[float], theirs: list[float]) -> tuple[list[str], Fake, Fake]:
+    log: list[str] = []
+    return log, Fake("folded", log, iter(ours)), Fake("dense", log, iter(theirs))
+
+
+def test_two_models_take_turns_and_the_first_round_warms_up() -> None:
+    log, ours, theirs = fakes([1000.0, *[6.0] * 9], [1.0, *[4.0] * 9])
+    speeds = ship._take_turns(ours, theirs)  # type: ignore[arg-type]
+    assert log == ["folded", "dense"] * 10
+    assert speeds["decode"] == Speed((6.0,) * 9, (4.0,) * 9)
+    assert speeds["prompt"] == Speed((60.0,) * 9, (40.0,) * 9)
+    assert speeds["decode"].words == ("6", "4", "1.50 (1.50–1.50)")
+
+
+def test_a_slow_machine_ends_the_turns_after_some_seconds_and_three_rounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter(range(0, 10_000, 100))
+    monkeypatch.setattr(ship, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    _, ours, theirs = fakes([6.0] * 10, [4.0] * 10)
+    assert len(ship._take_turns(ours, theirs)["decode"].dense) == ship.FEWEST_ROUNDS  # type: ignore[arg-type]
+
+
+def test_a_machine_that_slows_both_models_leaves_their_ratio() -> None:
+    """Speeds of a round halve and double; the ratio of neighbours stays."""
+    moments = [1.0, 0.5, 2.0, 0.25, 1.0, 3.0, 0.5]
+    speed = Speed(tuple(6.0 * m for m in moments), tuple(4.0 * m for m in moments))
+    assert speed.ratio == (1.5, 1.5, 1.5)
+    assert speed.unsteady == ""
+
+
+def test_one_hiccup_does_no_harm_and_a_busy_machine_is_told() -> None:
+    dense = (10.0,) * 7
+    assert Speed((11, 12, 12, 12, 13, 75, 12), dense).words[2] == "1.20 (1.20–1.30)"
+    busy = Speed((9, 75, 30, 10, 60, 12, 75), dense)
+    assert busy.words == ("—", "—", "")
+    assert busy.unsteady == "not measured: the machine was busy (1–7.5)"
+    alone = Speed((9, 75, 30, 10, 60, 12, 75), ())
+    assert alone.words == ("—", "—", "")
+    assert Speed((17.0, 17.5, 18.0), ()).words == ("17.5", "—", "")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([3.0], (3.0, 3.0, 3.0)),
+        ([1.0, 9.0, 2.0], (1.0, 2.0, 9.0)),  # of so few, none is left out
+        ([1.0, 2.0, 3.0, 99.0], (2.0, 2.5, 3.0)),
+        ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 99.0], (3.0, 5.0, 7.0)),
+    ],
+)
+def test_a_spread_is_of_the_middle_half(values: list[float], expected: tuple[float, ...]) -> None:
+    assert spread(values) == expected
+    assert spread(values[::-1]) == expected
+
+
+def test_the_rule_for_a_busy_machine() -> None:
+    assert spread([1.0, 1.2, 1.0 * MOST_BUSY]).is_steady
+    assert not spread([1.0, 1.2, 1.01 * MOST_BUSY]).is_steady
+
+
+class _Weights:
+    def parameters(self) -> list[Any]:
+        return [SimpleNamespace(numel=lambda: 10**9)]
+
+
+@pytest.mark.parametrize(("disk", "memory", "what"), [(1, 10**10, "disk"), (10**10, 1, "memory")])
+def test_where_there_is_no_room_for_the_dense_model_the_export_is_measured_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: int, memory: int, what: str
+) -> None:
+    monkeypatch.setattr(ship.shutil, "disk_usage", lambda path: SimpleNamespace(free=disk))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=memory))
+    _, ours, _ = fakes([6.0] * 10, [])
+    job = SimpleNamespace(folder=tmp_path / "out", dtype="bfloat16")
+    figures, note, speeds = ship._compare(job, ours, _Weights(), tmp_path)  # type: ignore[arg-type]
+    assert figures is None
+    assert f"needs 2.20 GB of {what} beside the export, and 0.00 GB are free" in note
+    assert speeds["decode"] == Speed((6.0,) * 9, ())
+
+
+def test_a_dense_model_that_cannot_be_measured_is_no_fault_of_the_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise ProcessError("the process ended with exit code -9: it said nothing")
+
+    monkeypatch.setattr(ship, "_lacks_room", lambda job, dense: "")
+    monkeypatch.setattr(ship, "_as_shipped", fail)
+    _, ours, _ = fakes([6.0] * 10, [])
+    job = SimpleNamespace(folder=tmp_path / "out", dtype="bfloat16")
+    figures, note, speeds = ship._compare(job, ours, _Weights(), tmp_path)  # type: ignore[arg-type]
+    assert figures is None
+    assert note.startswith("The dense model could not be measured: the process ended with exit code -9")
+    assert len(speeds["decode"].exported) == 9
