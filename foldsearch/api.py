@@ -90,12 +90,20 @@ def dry_run(study: Study, progress: StageProgress = silent) -> DryRun:
     from foldsearch.model.measure import measure
     from foldsearch.model.source import open_config, open_tokenizer
     from foldsearch.search.dry_run import plan_search
-    from foldsearch.trial import check_data, choose_device, make_study_splits, open_source
+    from foldsearch.trial import (
+        check_data,
+        check_study_lengths,
+        choose_device,
+        make_study_splits,
+        open_source,
+    )
 
     choose_device(study.device)
     check_data(study)
     found = open_source(study, progress)
-    table = measure(open_config(found))
+    config = open_config(found)
+    check_study_lengths(study, config)
+    table = measure(config)
     study.narrowed(table)  # refused before the text is read
     make_study_splits(study, open_tokenizer(found), progress)
     progress("counting proposals", 0.0)
@@ -108,15 +116,25 @@ def inspect_model(study: Study, progress: StageProgress = silent) -> Evidence:
     Raises:
         ModelError, DataError: the model or the text cannot be used.
     """
+    from foldsearch.model.checks import check_tokens
     from foldsearch.model.evidence import measure_evidence
     from foldsearch.model.source import open_config, open_dense, open_tokenizer
-    from foldsearch.trial import check_data, choose_device, make_study_splits, open_source, prepare_model
+    from foldsearch.trial import (
+        check_data,
+        check_study_lengths,
+        choose_device,
+        make_study_splits,
+        open_source,
+        prepare_model,
+    )
 
     device = choose_device(study.device)
     check_data(study)
     found = open_source(study, progress)
-    open_config(found)  # refused before the text is read
+    config = open_config(found)  # refused before the text is read
+    check_study_lengths(study, config)
     splits = make_study_splits(study, open_tokenizer(found), progress, search_only=True)
+    check_tokens(study.model, config.vocab_size, [splits.search.ids_NT])
     files, _ = prepare_model(study, found, progress=progress)
     return measure_evidence(
         open_dense(files, device=device),

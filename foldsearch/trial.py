@@ -33,13 +33,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from foldsearch.errors import InputError, RunError, describe_error, quote_error
 from foldsearch.files import once, replace_atomically, write_json
 from foldsearch.identity import Identity, Place
 from foldsearch.model import gates as gating
 from foldsearch.model import source
+from foldsearch.model.checks import check_lengths, check_tokens
 from foldsearch.model.children import base_blocks, base_distances
 from foldsearch.model.content import ContentHashes
 from foldsearch.model.evidence import (
@@ -251,10 +252,14 @@ def prepare_context(
         _say_how_it_differs(study, made, device, notice)
     found = open_source(study, progress, run_folder=run_folder)
     config = source.open_config(found)
+    if words := check_study_lengths(study, config):
+        notice(words)
     progress("pricing the dense model", 0.0)
     table = measure(config)
     check(table)
     splits = _splits_of(study, run_folder, found, made, progress)
+    sets = (splits.search, splits.recovery, splits.report)
+    check_tokens(study.model, config.vocab_size, (one.ids_NT for one in sets))
     files, content = prepare_model(
         study, found, run_folder=run_folder, cache_dir=cache_dir, progress=progress
     )
@@ -269,6 +274,21 @@ def prepare_context(
         _identity_of(context, found, content, splits).write(run_folder)
     open_workbench(context, progress)
     return context
+
+
+def check_study_lengths(study: Study, config: PretrainedConfig) -> str:
+    """Whether the study's sequences and its target's context suit the model; what a person should know, or "".
+
+    Raises:
+        ModelError: they are longer than what the model was made for.
+    """
+    return check_lengths(
+        study.model,
+        config,
+        sequence_length=study.splits.sequence_length,
+        # the default is nobody's wish
+        context=study.target.context if "context" in study.target.model_fields_set else 0,
+    )
 
 
 def _say_how_it_differs(study: Study, made: Identity, device: str, notice: Callable[[str], object]) -> None:

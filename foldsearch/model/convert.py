@@ -17,6 +17,7 @@ import torch
 from foldsearch.errors import ModelError, quote_error
 from foldsearch.files import disk_is_full
 from foldsearch.model.blocks import family_of
+from foldsearch.model.checks import check_finite
 from foldsearch.model.gguf.config import architecture_of, build_config
 from foldsearch.model.gguf.file import GgufFile, read_gguf
 from foldsearch.model.gguf.tokenizer import build_tokenizer
@@ -47,7 +48,7 @@ def convert(source: ModelSource, target: Path, dtype: str, say: Say) -> None:
     say(f"converting {source.reference} to {dtype} (once; kept in {target})")
     file = read_gguf(source.weights) if source.gguf_file else None
     config, tensors = _read_gguf(file, dtype, say) if file else _read_checkpoint(source, dtype, say)
-    _check_finite(source.reference, tensors)
+    check_finite(source.reference, tensors.items())
     num_bytes = sum(value.numel() * value.element_size() for value in tensors.values())
     free_bytes = shutil.disk_usage(target.parent).free
     if num_bytes > free_bytes:
@@ -129,14 +130,6 @@ def _read_checkpoint(
     model.config.architectures = [type(model).__name__]
     tensors = {name: value for name, value in model.state_dict().items() if name not in tied}
     return model.config, tensors
-
-
-def _check_finite(reference: str, tensors: dict[str, torch.Tensor]) -> None:
-    broken = [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
-    if broken:
-        raise ModelError(
-            f"{reference}: NaN or infinity in {name_some(broken)}. The file is damaged: fetch it again."
-        )
 
 
 # ---------------------------------------------------------------------------------------------------------- writing

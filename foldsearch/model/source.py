@@ -35,6 +35,14 @@ import torch
 
 from foldsearch.errors import ModelError, quote_error
 from foldsearch.model.blocks import family_of
+from foldsearch.model.checks import (
+    check_no_adapter,
+    check_not_folded,
+    check_special_ids,
+    check_stored,
+    check_tokenizer,
+    find_missing_shards,
+)
 from foldsearch.model.content import ContentHashes, content_of
 from foldsearch.model.convert import (
     DTYPES,
@@ -175,7 +183,10 @@ def open_config(source: ModelSource) -> PretrainedConfig:
             another way than GGUF.
     """
     config = _load_config(source)
+    check_not_folded(source.reference, config)
     _check_decoder(source.reference, config)
+    generation = None if source.gguf_file else source.folder / "generation_config.json"
+    check_special_ids(source.reference, config, generation)
     return config
 
 
@@ -264,6 +275,9 @@ def prepare(
         with _BUILDING:
             in_place = _usable_in_place(source, config, dtype)
         if in_place:
+            say("looking at the weights")
+            checked = (cache_dir or default_cache_dir()) / "checked" / content_hash
+            check_stored(reference, source.weights, checked)
             return DenseFiles(reference, source.folder, dtype, content_hash, "", trust_remote_code)
 
     models_dir = (cache_dir or default_cache_dir()) / "models"
@@ -349,7 +363,17 @@ def open_tokenizer(files: DenseFiles | ModelSource) -> PreTrainedTokenizerBase:
         remedy = "Text is measured in the model's own tokens: put its tokenizer files (tokenizer.json) beside them."
         raise ModelError(quote_error(what, error, remedy)) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    check_tokenizer(files.reference, _vocab_size(files), tokenizer)
     return tokenizer
+
+
+def _vocab_size(files: DenseFiles | ModelSource) -> int:
+    from transformers import AutoConfig
+
+    if isinstance(files, ModelSource):
+        return int(_load_config(files).vocab_size)
+    config = AutoConfig.from_pretrained(files.folder, trust_remote_code=files.trust_remote_code)
+    return int(config.vocab_size)
 
 
 # ---------------------------------------------------------------------------------------------------------- finding
@@ -391,10 +415,18 @@ def _find_local(reference: str, path: Path) -> ModelSource:
     ggufs = sorted(path.glob("*.gguf"))
     # consolidated.safetensors is a second copy of the same weights, under the names of another library
     tensors = [
-        file for file in sorted(path.glob("*.safetensors")) if not file.name.startswith("consolidated")
+        file
+        for file in sorted(path.glob("*.safetensors"))
+        if not file.name.startswith(("consolidated", "adapter_model"))
     ]
     weights = tensors or sorted(path.glob("pytorch_model*.bin"))
     has_config = (path / "config.json").is_file()
+    check_no_adapter(reference, path, has_model=bool(weights or ggufs))
+    if weights and (missing := find_missing_shards(path)):
+        raise ModelError(
+            f"{reference}: the folder must hold every file that the index of its weights lists; missing "
+            f"{name_some(missing)}. Fetch the model again."
+        )
     if weights and not has_config:
         raise ModelError(f"{reference}: the folder has weights but no config.json, which says what they are.")
     if weights or (has_config and not ggufs):

@@ -98,7 +98,11 @@ def entries(cache: Path) -> list[str]:
     [
         lambda: LlamaForCausalLM(llama_config(tie_word_embeddings=True)),
         lambda: LlamaForCausalLM(llama_config(tie_word_embeddings=False)),
-        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=4)),
+        lambda: GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+            )
+        ),
         lambda: Gemma3ForCausalLM(  # has scaled embeddings and two kinds of RoPE: buffers that no file holds
             Gemma3TextConfig(
                 vocab_size=96,
