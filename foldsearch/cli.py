@@ -236,7 +236,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="stop after N trials (a baseline a criterion is run in any case)",
     )
-    run.add_argument("--time", type=_seconds, metavar="T", help="stop after T: 90s, 15m, 2h")
+    run.add_argument(
+        "--time",
+        type=_seconds,
+        metavar="T",
+        help="stop T (90s, 15m, 2h) after the dense model is asked first",
+    )
     run.add_argument("--jobs", type=int, metavar="N", help="trials at a time")
     run.add_argument("--out", type=Path, metavar="DIR", help="the run's folder, new (default: runs/STUDY)")
     run.add_argument(

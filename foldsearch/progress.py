@@ -7,6 +7,14 @@ from collections.abc import Callable
 StageProgress = Callable[[str, float], None]
 """Called with the name of the stage and the share of it that is done, 0 to 1."""
 
+
+class TimeUp(Exception):
+    """The time of a run is up: raised by a listener out of the work that told it where it is.
+
+    Whoever works keeps what it has, and lets it through.
+    """
+
+
 CountProgress = Callable[[int, int], None]
 """Called with how many are done, and of how many."""
 

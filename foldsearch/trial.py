@@ -26,7 +26,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ from foldsearch.plan.proposal import (
     uniform_drop,
 )
 from foldsearch.plan.result import Quality, Setback, TrialResult, trained_for
-from foldsearch.progress import StageProgress, counting, silent
+from foldsearch.progress import StageProgress, TimeUp, counting, silent
 from foldsearch.spec.study import Sources, Study
 
 BASE_RANK = 1 / 16  # of the base-block metric, in widths of the model: FlexiGPT's 256 for 4,096
@@ -102,6 +102,8 @@ class TrialContext:
     """All that trials of a run share: paths and plain values, so that it can be sent to another process.
 
     budget: resolved against the dense model's price. threads: torch threads of a trial; 0 leaves them alone.
+    asking_seconds: how long it took to ask the dense model. token_seconds: one token of that, with all threads; 0 where
+    the cache had the answers.
     """
 
     study: Study
@@ -112,6 +114,8 @@ class TrialContext:
     cache_dir: Path
     device: str
     threads: int = 0
+    asking_seconds: float = field(default=0.0, compare=False)
+    token_seconds: float = field(default=0.0, compare=False)
 
     @property
     def target(self) -> Target:
@@ -272,8 +276,24 @@ def prepare_context(
     context = TrialContext(study, files, table, study.budget.value(dense), run_folder, cache_dir, device)
     if made is None:
         _identity_of(context, found, content, splits).write(run_folder)
-    open_workbench(context, progress)
-    return context
+    return _asked(context, progress)
+
+
+def _asked(context: TrialContext, progress: StageProgress) -> TrialContext:
+    """Ask the dense model, and note how long it took: it is part of a run's time, and the first measure of the pace."""
+    began, asked = time.monotonic(), 0.0
+
+    def say(stage: str, share: float) -> None:
+        nonlocal asked
+        asked = asked or share  # nothing is told where the answers are in the cache
+        progress(stage, share)
+
+    bench = open_workbench(context, say)
+    seconds = time.monotonic() - began
+    tokens = sum(
+        one.ids_NT.numel() for one in (bench.splits.search, bench.splits.recovery, bench.splits.report)
+    )
+    return replace(context, asking_seconds=seconds, token_seconds=seconds / tokens if asked else 0.0)
 
 
 def check_study_lengths(study: Study, config: PretrainedConfig) -> str:
@@ -910,9 +930,13 @@ class _Course:
             self._recovery = Recovery(
                 self._model, settings, bench.splits.recovery, bench.recovery, study.rungs[-1]
             )
-            if record.results and record.results[-1].recovery_tokens:
-                self._recovery.load(self._folder)  # it may be one rung ahead of the record
-        self._recovery.train(tokens, lambda share: self._say("recovery", share))
+            if (self._folder / "optimizer.safetensors").exists():
+                self._recovery.load(self._folder)  # it may be ahead of the record
+        try:
+            self._recovery.train(tokens, lambda share: self._say("recovery", share))
+        except TimeUp:  # in the middle of a rung: a resumed run goes on from here
+            self._recovery.save(self._folder)
+            raise
         self._recovery.save(self._folder)
 
     def _measure(self) -> Quality:

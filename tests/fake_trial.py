@@ -114,7 +114,11 @@ def run_trial(
             os.kill(os.getpid(), 9)
         if progress is not None:
             progress("recovery", 0.5)
-        time.sleep(faults.get("seconds", 0.0))
+        until = time.monotonic() + faults.get("seconds", 0.0)
+        while (left := until - time.monotonic()) > 0:
+            time.sleep(min(0.1, left))
+            if progress is not None:
+                progress("recovery", 0.5)
         result = result_of(plan, study, rung, proposal.learning_rate)
         known.append(result.to_json())
         write_json(path, {"results": known})

@@ -29,6 +29,7 @@ from foldsearch.search.events import (
     SearchDone,
     SearchInterrupted,
     SearchStarted,
+    TrialCut,
     TrialFailed,
     TrialFinished,
     TrialProgress,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from foldsearch.plan.cost import Cost
     from foldsearch.plan.proposal import Proposal
 
+QUIET_SECONDS = 30  # in a log file, a line at least so often
 _BY_WIDTH = 12  # characters for who proposed a trial
 
 
@@ -60,7 +62,7 @@ class RunDisplay:
         self._proposals: dict[int, Proposal] = {}
         self._results: dict[int, list[TrialResult]] = {}
         self._progress = Progress(0, None, 0.0, None)
-        self._progress_at = self._began
+        self._progress_at = self._said_at = self._began
 
     def __enter__(self) -> RunDisplay:
         if self._console.is_terminal:
@@ -116,9 +118,14 @@ class RunDisplay:
                         style="yellow",
                     )
                 )
+            case TrialCut():
+                self._end(event.number, Text(event.reason, style="dim"))
             case Progress():
+                ended = event.num_ended != self._progress.num_ended
                 self._progress, self._progress_at = event, time.monotonic()
-                if self._live is None:
+                quiet = time.monotonic() - self._said_at >= QUIET_SECONDS
+                if self._live is None and (ended or quiet):
+                    self._said_at = time.monotonic()
                     self._print(Text(f"      {self._overall()}", style="dim"))
             case SearchInterrupted():
                 under_way = counted(event.num_running, "trial") + (
@@ -211,7 +218,8 @@ class RunDisplay:
         parts = [of_all + counted(p.num_ended if p.planned is None else p.planned, "trial")]
         parts.append(_duration(p.elapsed_seconds + since))
         if p.remaining_seconds is not None:
-            parts.append(f"about {_duration(max(0.0, p.remaining_seconds - since))} left")
+            left = max(0.0, p.remaining_seconds - since)
+            parts.append(f"about {_duration(left)} left" if left >= 1 else "ending")
         return " · ".join(parts)
 
     def _bottom(self) -> RenderableType:

@@ -13,6 +13,7 @@ from foldsearch.spec.space import feasible_share, first_trials, for_runtime, nar
 from foldsearch.spec.study import Study
 
 GATE_STEP_TOKENS = 512  # for estimates
+MACS_PER_SECOND = 3e10  # of a CPU in a forward pass, where nothing is known of it
 
 
 def num_cpus() -> int:
@@ -80,7 +81,7 @@ def plan_search(
     space = narrow(study.space, table, target, budget)
     plan, cost = smallest(study.space, table, target)
     trials = max(study.trials or 0, len(first_trials(space, table, target, budget)))
-    rate = macs_per_second or 3e10 * num_cpus()
+    rate = macs_per_second or MACS_PER_SECOND * num_cpus()
     splits = study.splits
     # A training token costs about three forward passes; gates are trained once a count and a value of gate_eps.
     search_tokens = splits.search * splits.sequence_length
@@ -89,7 +90,7 @@ def plan_search(
     gates = "gate" in space.criteria and min(trials, (most - fewest + 1) * len(space.gate_eps))
     gate_tokens = 3 * gates * study.gates.steps * GATE_STEP_TOKENS
     forward = run.dense.prefill_macs + table.head_macs
-    seconds = forward * (trials * tokens + gate_tokens) / min(study.jobs, num_cpus()) / rate
+    seconds = forward * (trials * tokens + gate_tokens) / rate  # trials at a time share the processor
     if study.seconds is not None:
         seconds = min(seconds, study.seconds) if study.trials else study.seconds
     rank = max(space.recover.delta_ranks)

@@ -75,6 +75,14 @@ class TrialStopped(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class TrialCut(Event):
+    """The time of the run was up; a run that goes on begins with this trial. reason: in words."""
+
+    number: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class TrialFinished(Event):
     """A trial reached the last rung. on_front: whether nothing dominates it so far."""
 

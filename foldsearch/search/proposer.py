@@ -12,17 +12,21 @@ not reached the last rung gets a trial beyond those asked for, and it is not hal
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
 from ray.tune.search import Searcher
 
+from foldsearch.paths import command
 from foldsearch.plan.front import contributions, knee, normalise
 from foldsearch.plan.plan import FoldPlan, Replacement, Slot
 from foldsearch.plan.proposal import Criterion, Fate, Proposal
+from foldsearch.search.dry_run import MACS_PER_SECOND, num_cpus
 from foldsearch.search.outcome import ALIKE_FAILURES, failing_alike
+from foldsearch.search.pace import Pace
 from foldsearch.search.records import Record, Records, front, point
-from foldsearch.spec.space import baseline_fits, first_trials, is_baseline
+from foldsearch.spec.space import baseline, baseline_count, baseline_fits, first_trials, is_baseline
 
 CLOSING_COUNTS = 2
 CLOSING_ROUNDS = 2  # closing trials may move the front to other counts: look again, where time allows
@@ -31,41 +35,99 @@ CLOSING_ROUNDS = 2  # closing trials may move the front to other counts: look ag
 class Line:
     """The line of trials of one run: hands out the next one until the search is over.
 
-    Limits count what earlier processes of the same run did.
+    Limits count what earlier processes of the same run did. The time is that of asking the dense model and of all that
+    comes after it.
     """
 
-    def __init__(self, records: Records) -> None:
-        """Queues the baselines where the run is new."""
+    def __init__(self, records: Records, *, spent: float = 0.0, token_seconds: float = 0.0) -> None:
+        """Queues the baselines where the run is new.
+
+        Args:
+            records: of the run.
+            spent: seconds of its time that this process has spent already.
+            token_seconds: see `Pace`; 0 where it is not known.
+        """
         self.records = records
-        self.study = records.folder.study
+        folder = records.folder
+        self.study = folder.study
         self._before = records.elapsed
-        self._began = time.monotonic()
+        self._began = time.monotonic() - spent
         self._failed_before = {record.number for record in records.all() if record.state == "failed"}
+        self.is_over = False  # a trial was cut: its next step would have ended after the time is up
+        self._since: dict[int, float] = {}  # trials that run: when they began, or ended their latest rung
+        job_macs = MACS_PER_SECOND * max(1.0, num_cpus() / self.study.jobs)
+        self.pace = Pace(
+            folder, token_seconds or (folder.dense.prefill_macs + folder.table.head_macs) / job_macs
+        )
+        self.pace.look_at(records.all())
         if not records.all():
-            folder = records.folder
             begun_with = first_trials(records.space, folder.table, folder.target, folder.budget)
             for criterion, count, origin in begun_with:
                 records.queue(criterion, count, origin=origin)
+
+    # ---- the clock
 
     def elapsed(self) -> float:
         """Seconds of this run so far, over all its processes."""
         return self._before + time.monotonic() - self._began
 
+    @property
+    def left(self) -> float:
+        """Seconds until the time is up."""
+        return math.inf if self.study.seconds is None else self.study.seconds - self.elapsed()
+
+    @property
+    def deadline(self) -> float | None:
+        """When the time is up, in seconds since the epoch, which workers share with this process."""
+        return None if self.study.seconds is None else time.time() + self.left
+
+    def began(self, number: int) -> None:
+        """A trial begins, or has ended a rung."""
+        self._since[number] = time.monotonic()
+        self.pace.look_at(self.records.all())
+
+    # ---- who is next
+
     def next(self, *, num_running: int) -> tuple[int, Proposal] | None:
-        """Number and proposal of the next trial; None if there is none, or none before a running one ends."""
+        """Number and proposal of the next trial; None if there is none, or none before a running one ends.
+
+        A trial begins if it can reach the last rung in the time that is left. The first ones begin in any case: what
+        they measure until the time is up is better than nothing.
+        """
         known = self.records.all()
-        if self._failing():
+        if self.is_over or self.left <= 0 or self._failing():
             return None
-        if self.records.anyone_waits or self._may_begin(known):
+        first = not any(record.state == "finished" for record in known)
+        if self.records.anyone_waits:
+            return self.records.ask() if first or self._typical() <= self.left else None
+        if self._may_begin(known, first=first):
             return self.records.ask()
-        if num_running:
-            return None
-        late = self.study.seconds is not None and self.elapsed() >= self.study.seconds
-        most = (1 if late else CLOSING_ROUNDS) * CLOSING_COUNTS * len(self.records.space.criteria)
-        missing = missing_baselines(self.records)[: max(0, most - sum(record.closing for record in known))]
+        if num_running and self.study.seconds is None:
+            return None  # it may still move the front; where time is short, nobody waits for it
+        missing = self._closing(known)
+        if self.study.seconds is not None:
+            missing = [one for one in missing if self._baseline_seconds(*one) <= self.left][:1]
         for criterion, count in missing:
             self.records.queue(criterion, count, closing=True)
         return self.records.ask() if missing else None
+
+    def _closing(self, known: list[Record]) -> list[tuple[Criterion, int]]:
+        most = CLOSING_ROUNDS * CLOSING_COUNTS * len(self.records.space.criteria)
+        return missing_baselines(self.records)[: max(0, most - sum(record.closing for record in known))]
+
+    def _may_begin(self, known: list[Record], *, first: bool) -> bool:
+        if self.study.trials is not None:
+            begun = sum(record.is_trial and not record.closing for record in known)
+            if begun >= self.study.trials:
+                return False
+        if self.study.seconds is None or first:
+            return True
+        # This trial, what runs, and what closing would take if the search ended after it, are to fit the time left.
+        mine = self._typical()
+        work = mine + self._under_way() + sum(self._baseline_seconds(*one) for one in self._closing(known))
+        return mine <= self.left and work / self.study.jobs <= self.left
+
+    # ---- how long it takes
 
     def planned(self) -> int | None:
         """Trials this run will have, as far as is known now; None where only seconds (or nothing) end it."""
@@ -76,44 +138,97 @@ class Line:
         return closing + max(self.study.trials, len(known) - closing)  # queued baselines are run in any case
 
     def remaining(self) -> float | None:
-        """Seconds to the end of the search, from the mean of the trials that ended; None before the first one."""
-        known = self.records.all()
-        took = [record.last.seconds for record in known if record.ended and record.last is not None]
-        left = None if self.study.seconds is None else max(0.0, self.study.seconds - self.elapsed())
+        """Seconds to the end of the search, at the pace measured so far; None where only Ctrl-C ends it."""
         planned = self.planned()
-        if planned is None or not took:
-            return left
-        begun = sum(record.is_trial for record in known if record.ended)
-        expected = max(0, planned - begun) * sum(took) / len(took) / self.study.jobs
-        return expected if left is None else min(expected, left)
+        if planned is None:
+            return None if self.study.seconds is None else max(0.0, self.left)
+        known = self.records.all()
+        under_way = self._under_way()
+        running = sum(record.state == "running" for record in known)
+        to_begin = max(0, planned - running - sum(record.is_trial and record.ended for record in known))
+        expected = (under_way + to_begin * self._typical()) / self.study.jobs
+        return max(0.0, min(max(expected, under_way / max(1, running)), self.left))
+
+    def _typical(self) -> float:
+        """Seconds of a trial that nobody stops: of a baseline, with its share of the gates that are trained."""
+        space, folder = self.records.space, self.records.folder
+        count = baseline_count(space, folder.table, folder.target, folder.budget)
+        count = max(1, space.counts(folder.num_blocks)[0]) if count is None else count
+        criteria = space.criteria
+        every = [self.pace.whole(baseline(space, name, count, folder.num_blocks)) for name in criteria]
+        return sum(every) / len(every)
+
+    def _baseline_seconds(self, criterion: Criterion, count: int) -> float:
+        """Of a closing trial; a plan that is known takes no time."""
+        plain = baseline(self.records.space, criterion, count, self.records.folder.num_blocks)
+        return 0.0 if self.records.foretell(plain) is not None else self.pace.whole(plain)
+
+    def _under_way(self) -> float:
+        """Seconds that the running trials have before them."""
+        total = 0.0
+        for record in self.records.all():
+            if record.state == "running" and record.proposal is not None:
+                whole = self.pace.whole(record.proposal, first_rung=len(record.results))
+                since = time.monotonic() - self._since.get(record.number, time.monotonic())
+                total += max(whole - since, 0.1 * whole)  # longer than expected: something is still to come
+        return total
+
+    # ---- in words
+
+    def begin_words(self) -> str:
+        """What cannot be done in the time, before it begins; empty where all can."""
+        seconds, again = self.study.seconds, command("resume", self.records.folder.path, "--time")
+        if seconds is None:
+            return ""
+        if self.left <= 0:
+            return f"the {clock(seconds)} of this run are spent, so nothing begins. Give it more: {again} T"
+        one, rungs = self._typical(), f"{self.study.rungs[-1]:,} tokens"
+        if one > self.left:
+            return (
+                f"a whole trial takes about {clock(one)} here, but {clock(self.left)} are left: no trial is likely to "
+                f"reach the last rung ({rungs}). What is measured until then is kept; give it more time ({again} T), "
+                "or take smaller rungs."
+            )
+        fitting = int(self.left * self.study.jobs / one)
+        if self.study.trials is not None and fitting < self.study.trials:
+            return (
+                f"a whole trial takes about {clock(one)} here, so about {fitting} of {self.study.trials} reach the "
+                f"last rung in {clock(self.left)}."
+            )
+        return ""
 
     def end_words(self) -> str:
-        """Why the search ended before its limits; empty where it did not."""
+        """Why the search ended before its limits, and what the time left out; empty where neither is so."""
         if reason := self._failing():
             return (
                 f"The search was stopped, as the last {ALIKE_FAILURES} trials failed for the same reason: {reason}\n"
                 "Mend it before you go on."
             )
-        return ""
+        if self.study.seconds is None:
+            return ""
+        known = self.records.all()
+        words = []
+        if cut := [str(record.number) for record in known if record.cut]:
+            words.append(f"trial {', '.join(cut)} did not end")
+        if waiting := sum(record.state == "waiting" for record in known):
+            words.append(f"{waiting} of those to begin with did not begin")
+        elif left_out := self._closing(known):
+            shown = ", ".join(f"{name.replace('_', ' ')} at {count} blocks" for name, count in left_out)
+            words.append(f"of the comparison at the end this was left out: {shown}")
+        if not words:
+            return ""
+        again = command("resume", self.records.folder.path, "--time")
+        return f"The time of {clock(self.study.seconds)} was up: {'; '.join(words)}. Go on with: {again} T"
 
     def _failing(self) -> str:
         """The reason for which trials of this process fail one after the other; earlier ones may have been mended."""
         return failing_alike([r for r in self.records.all() if r.number not in self._failed_before])
 
-    def _may_begin(self, known: list[Record]) -> bool:
-        if self.study.trials is not None:
-            begun = sum(record.is_trial and not record.closing for record in known)
-            if begun >= self.study.trials:
-                return False
-        if self.study.seconds is None:
-            return True
-        whole = [
-            record.last.seconds for record in known if record.state == "finished" and record.last is not None
-        ]
-        mean = sum(whole) / len(whole) if whole else 0.0
-        # This trial, and what closing would take if the search ended after it, are to fit the time that is left.
-        reserve = (1 + len(missing_baselines(self.records))) * mean / self.study.jobs
-        return self.elapsed() + reserve < self.study.seconds
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, 1:05."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02}"
 
 
 def missing_baselines(records: Records) -> list[tuple[Criterion, int]]:

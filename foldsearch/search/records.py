@@ -6,7 +6,7 @@ Every trial is a row, whatever became of it:
     PRUNED     stopped at a rung (user attribute `stopped_at_rung`), or infeasible (its constraints say by how much)
     FAIL       crashed, diverged, or no finite numbers: user attribute `reason`; or a repeat: another trial measures
                its plan (`repeats`), and its figures belong to that one's parameters
-    RUNNING    being run, or interrupted: run_search goes on with it first
+    RUNNING    being run, or interrupted, also by the time limit (`cut` says where): run_search goes on with it first
 
 User attributes: `proposal`, `closing`, `plan`, `tune_id`, `repeats`, and `rung 0`, `rung 1`, ... (TrialResults).
 """
@@ -64,6 +64,7 @@ class Record:
 
     state: "repeat": another trial measures its plan, with other recovery settings or at this moment.
     proposal: None until it is asked for. results: of its rungs so far, in order. reason: of a failure or a stop.
+    cut: whether the time limit stopped it, so that a run that goes on begins with it.
     closing: whether it was added when the search had spent its trials (see `foldsearch.search.proposer`).
     """
 
@@ -73,6 +74,7 @@ class Record:
     results: tuple[TrialResult, ...]
     reason: str = ""
     closing: bool = False
+    cut: bool = False
 
     @property
     def ended(self) -> bool:
@@ -170,7 +172,7 @@ class Records:
             for trial in trials
             if trial.state == TrialState.RUNNING
         }
-        self._interrupted = [record.number for record in self._records if record.state == "running"]
+        self._interrupted = list(self._trials)
         self._elapsed = float(self.study.user_attrs.get("seconds", 0.0))
         self._redraws = 0
         if not trials:
@@ -257,6 +259,8 @@ class Records:
         """
         while self._interrupted:
             number = self._interrupted.pop(0)
+            self._change(number, state="running", reason="", cut=False)
+            self._write(number, cut="")
             record = self.get(number)
             if record.results and ended(record.results[-1]):
                 self.finish(number)  # only the telling was interrupted
@@ -452,6 +456,11 @@ class Records:
         if proposal.num_removed < self.space.counts(self.folder.num_blocks)[1]:
             self.queue(proposal.criterion, proposal.num_removed + 1, origin=proposal.origin)
 
+    def cut(self, number: int, reason: str) -> None:
+        """Write down that the time limit ended a trial; a run that goes on begins with it. It is on no front."""
+        self._write(number, cut=reason)
+        self._change(number, state="stopped", reason=reason, cut=True)
+
     def fail(self, number: int, reason: str) -> RecordState:
         """Tell the study that a trial failed: a row with its reason."""
         self._end(number, "failed", TrialState.FAIL, reason)
@@ -559,13 +568,15 @@ def _record(trial: FrozenTrial) -> Record:
         TrialState.FAIL: "repeat" if "repeats" in attributes else "failed",
         TrialState.PRUNED: "stopped" if "stopped_at_rung" in attributes else "infeasible",
     }
+    state, cut = states[trial.state], attributes.get("cut", "") if trial.state == TrialState.RUNNING else ""
     return Record(
         trial.number,
-        states[trial.state],
+        "stopped" if cut else state,
         Proposal.from_json(attributes["proposal"]) if "proposal" in attributes else None,
         tuple(TrialResult.from_json(attributes[name]) for name in rungs),
-        attributes.get("reason", ""),
+        cut or attributes.get("reason", ""),
         attributes.get("closing", False),
+        bool(cut),
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from ray import tune
 
-from foldsearch.errors import RunError, describe_error, quote_error
+from foldsearch.errors import RunError, SpecError, describe_error, quote_error
 from foldsearch.files import disk_is_full
 from foldsearch.identity import Identity
 from foldsearch.paths import command, printable
@@ -34,6 +34,7 @@ from foldsearch.search.events import (
     SearchDone,
     SearchInterrupted,
     SearchStarted,
+    TrialCut,
     TrialFailed,
     TrialFinished,
     TrialProgress,
@@ -92,7 +93,10 @@ def run_search(
             check_stopped()
             on_event(event)
 
+        asking = _Asking(study.seconds if study is not None else None)
+
         def say(stage: str, share: float) -> None:
+            asking.check(stage, share)
             tell(Preparing(stage, share))
 
         def note(words: str) -> None:
@@ -124,6 +128,37 @@ def run_search(
         return run
 
 
+class _Asking:
+    """Refuses to ask the dense model for longer than the whole run may take."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self._began: float | None = None
+        self._stage = ("", 0.0, 0.0)  # its name, and when it was first told of, at which share
+
+    def check(self, stage: str, share: float) -> None:
+        """Told where the preparation is.
+
+        Raises:
+            SpecError: what is asked now takes more than the time of the run.
+        """
+        if self._seconds is None or not stage.startswith("asking the dense model"):
+            return
+        now = time.monotonic()
+        if self._began is None:
+            self._began = now
+        if self._stage[0] != stage:
+            self._stage = (stage, now, share)
+        _, then, first = self._stage
+        to_come = (now - then) * (1 - share) / (share - first) if share > first else 0.0
+        if (takes := now - self._began + to_come) > self._seconds:
+            raise SpecError(
+                "the time of a run holds asking the dense model and all trials, but asking it takes at least "
+                f"{takes:.0f} s here, and the time is {self._seconds:g} s. Give it more (--time), or take fewer "
+                "sequences ([splits])."
+            )
+
+
 @contextmanager
 def _resumable(run: RunFolder, on_event: OnEvent) -> Iterator[None]:
     """Alone at work in a run's folder; from here on it can be resumed, and Ctrl-C says how."""
@@ -147,7 +182,14 @@ def _search(run: RunFolder, context: Any, trial: str, on_event: OnEvent) -> None
         close_workbench()  # the workers open their own: the driver's copy would take their room
     records = Records(run)
     threads = max(1, num_cpus() // run.study.jobs)
-    Search(records, Line(records), on_event).run(replace(context, threads=threads), trial)
+    line = Line(
+        records,
+        spent=getattr(context, "asking_seconds", 0.0),
+        token_seconds=getattr(context, "token_seconds", 0.0) * run.study.jobs,  # they share the processor
+    )
+    if words := line.begin_words():
+        on_event(Notice(words))
+    Search(records, line, on_event).run(replace(context, threads=threads), trial)
 
 
 def _provenance(context: Any, draft: Path) -> dict[str, str]:
@@ -188,7 +230,13 @@ class Search:
         try:
             with own_ray(cpus, gpus) as workplace:
                 tune.run(
-                    tune.with_parameters(TrialRunner, context=context, trial=trial, folder=self.folder),
+                    tune.with_parameters(
+                        TrialRunner,
+                        context=context,
+                        trial=trial,
+                        folder=self.folder,
+                        deadline=self.line.deadline,
+                    ),
                     name=time.strftime("%Y%m%d-%H%M%S"),
                     storage_path=str(workplace),
                     search_alg=Proposer(self.line),
@@ -240,6 +288,11 @@ class Search:
                 f"trial {number} could not be written: {reason}\nFree some space; nothing that was finished is lost. "
                 f"Go on with: {command('resume', self.folder.path)}"
             )
+        if reason := message.get("time up"):
+            self.line.is_over = True
+            self.records.cut(number, reason)
+            self._ended(TrialCut(number, reason))
+            return True
         if reason := message.get("failed"):
             last = self.records.get(number).last
             if message.get("early") and last is not None and last.state == "known":
@@ -257,6 +310,7 @@ class Search:
         if message.get("again") and result.rung in known_rungs and not ended(result):
             return False  # it went on from here before it was interrupted
         self.records.record(number, result)
+        self.line.began(number)
         self._tell(RungDone(number, result))
         if ended(result):
             state = self.records.finish(number)
@@ -301,6 +355,7 @@ class Search:
         record = self.records.get(number)
         assert record.proposal is not None
         (self.folder.trial(number) / "progress.json").unlink(missing_ok=True)  # of an earlier process
+        self.line.began(number)
         self._tell(TrialStarted(number, record.proposal, resumed=bool(record.results)))
 
     def retried(self, number: int, reason: str) -> None:
@@ -323,6 +378,10 @@ class Search:
     def _ended(self, event: Event) -> None:
         self._tell(event)
         self.records.note_elapsed(self.line.elapsed())
+        self.tell_progress()
+
+    def tell_progress(self) -> None:
+        """How far the whole run is."""
         num_ended = sum(record.ended and record.is_trial for record in self.records.all())
         self._tell(Progress(num_ended, self.line.planned(), self.line.elapsed(), self.line.remaining()))
 
@@ -351,6 +410,7 @@ class Watcher(tune.Callback):
         """Look where the running trials are, about once a second."""
         if time.monotonic() - self._looked >= PROGRESS_SECONDS:
             self._looked = time.monotonic()
+            self._search.tell_progress()
             for trial in trials:
                 if trial.status == "RUNNING":
                     self._search.progress(trial.config["number"])

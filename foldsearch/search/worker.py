@@ -19,6 +19,7 @@ from foldsearch.errors import describe_error
 from foldsearch.files import alone, disk_is_full, write_json
 from foldsearch.plan.proposal import Proposal
 from foldsearch.plan.result import TrialResult
+from foldsearch.progress import TimeUp
 from foldsearch.search.folder import RunFolder
 
 PROGRESS_SECONDS = 1.0
@@ -39,14 +40,18 @@ class TrialRunner(tune.Trainable):
     """
 
     def setup(  # type: ignore[override]  # tune.with_parameters adds the others
-        self, config: dict[str, Any], context: Any, trial: str, folder: RunFolder
+        self, config: dict[str, Any], context: Any, trial: str, folder: RunFolder, deadline: float | None
     ) -> None:
-        """`config`: number and proposal of the trial; the others are the same for all trials of a run."""
+        """`config`: number and proposal of the trial; the others are the same for all trials of a run.
+
+        deadline: when the time of the run is up, in seconds since the epoch; None: never.
+        """
         # Ray sets 1, and torch reads it when it is first imported.
         os.environ["OMP_NUM_THREADS"] = str(context.threads)
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(context.threads)
         self._context, self._trial, self._folder = context, load_function(trial), folder
+        self._deadline = deadline
         self._held = ExitStack()
         self._begin(config)
 
@@ -88,6 +93,8 @@ class TrialRunner(tune.Trainable):
                 if (known := self._known()) is not None:
                     return {"result": json.dumps({"result": known, "again": True})}
             message = {"result": next(self._results).to_json()}
+        except TimeUp as stop:
+            message = {"time up": str(stop)}
         except StopIteration:
             message = {"failed": "it ended before the last rung", "early": True}
         except Exception as error:
@@ -102,7 +109,7 @@ class TrialRunner(tune.Trainable):
         place = self._folder.trial(self._number)
         # The worker of a driver that was killed may live a moment longer: wait until it let go.
         self._held.enter_context(alone(place / "lock"))
-        progress = _ProgressFile(place / "progress.json")
+        progress = _ProgressFile(place / "progress.json", self._deadline)
         results: Iterator[TrialResult] = self._trial(
             self._proposal, self._context, number=self._number, progress=progress
         )
@@ -120,14 +127,29 @@ class TrialRunner(tune.Trainable):
 
 
 class _ProgressFile:
-    """Where a trial is, for the driver to read; written about once a second."""
+    """Where a trial is, for the driver to read; written about once a second. It ends a trial whose time is up.
 
-    def __init__(self, path: Path) -> None:
+    A trial says where it is after every step, so it ends within a step. What measures is let finish: a result is what
+    the time was spent for.
+    """
+
+    def __init__(self, path: Path, deadline: float | None) -> None:
         self._path = path
+        self._deadline = deadline
         self._last = ("", -1.0)
+        self._called = ("", time.time())
 
     def __call__(self, phase: str, share: float) -> None:
+        self._check_time(phase, share)
         now = time.monotonic()
         if phase != self._last[0] or now - self._last[1] >= PROGRESS_SECONDS:
             self._last = (phase, now)
             write_json(self._path, {"phase": phase, "share": share})
+
+    def _check_time(self, phase: str, share: float) -> None:
+        """The time is up where the next step, if it takes as long as this one, would end after it."""
+        (before, then), now = self._called, time.time()
+        self._called = (phase, now)
+        step = now - then if phase == before else 0.0
+        if self._deadline is not None and share < 1 and now + step > self._deadline:
+            raise TimeUp(f"the time was up in its {phase}")

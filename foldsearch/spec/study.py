@@ -134,7 +134,8 @@ class Study(TomlTable):
     device: "auto" takes CUDA, then MPS, then the CPU. precision: what trials compute in; "auto" is bfloat16 where the
     device multiplies it fast (CUDA, CPUs with AMX), else float32. trust_remote_code: let a model's own code run.
     rungs: recovery tokens trained on when each rung is measured. trials, seconds: when the search ends, whichever
-    comes first; absent is no limit. jobs: trials at a time. seed: of everything random.
+    comes first; absent is no limit; the seconds are those of asking the dense model and of all trials. jobs: trials
+    at a time. seed: of everything random.
     """
 
     model: str

@@ -171,6 +171,31 @@ def test_trials_that_all_fail_alike_end_the_search_with_a_code_of_its_own(
     assert [record.state for record in check_whole(run)[10:12]].count("failed") == 0
 
 
+def test_a_trial_that_the_time_cuts_is_on_no_front_and_goes_on_with_more_time(
+    shared_ray: None, tmp_path: Path
+) -> None:
+    """Its first rung would take a minute; the run has six seconds."""
+    (tmp_path / "faults.json").write_text(json.dumps({"seconds": 60}))
+    run = tmp_path / "run"
+    told: list[events.Event] = []
+    run_search(study(seconds=6.0, trials=4), run, on_event=told.append, **FAKES)
+    done = told[-1]
+    assert isinstance(done, events.SearchDone)
+    assert (done.num_finished, done.front) == (0, ())
+    assert (
+        "The time of 0:06 was up: trial 0 did not end; 3 of those to begin with did not begin" in done.words
+    )
+    assert [event.number for event in told if isinstance(event, events.TrialCut)] == [0]
+    record = read_records(RunFolder.open(run))[0]
+    assert (record.state, record.cut, record.results) == ("stopped", True, ())
+    assert "the time was up in its recovery" in record.reason
+
+    (tmp_path / "faults.json").write_text("{}")
+    run_search(study(seconds=1000.0, trials=4), run, resume=True, **FAKES)
+    records = check_whole(run)
+    assert [record.state for record in records[:4]] == ["finished"] * 4
+
+
 @pytest.mark.parametrize("said", ["disk full", "disk full, in words"])
 def test_a_full_disk_ends_the_search_and_loses_nothing(shared_ray: None, tmp_path: Path, said: str) -> None:
     faults = tmp_path / "faults.json"

@@ -25,6 +25,7 @@ from foldsearch.plan.cost import Budget, price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.proposal import Proposal
 from foldsearch.plan.result import TrialResult
+from foldsearch.progress import TimeUp
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import GateSettings, SplitSettings, Study
 from foldsearch.trial import (
@@ -177,6 +178,28 @@ def test_a_trial_killed_while_measuring_goes_on(context, tmp_path, monkeypatch, 
             recovered_model(other, 0)
     assert measured(first + run(other)) == measured(whole)
     assert len(steps) == 2 * 4
+    one, two = trained(context, 0), trained(other, 0)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("cut_after", [1, 3])
+def test_a_trial_cut_in_the_middle_of_a_rung_goes_on_from_there(context, tmp_path, steps, cut_after):
+    whole = run(context)
+    other = replace(context, run_folder=tmp_path / "other")
+    shutil.copytree(context.run_folder, other.run_folder, ignore=shutil.ignore_patterns("plans", "trials"))
+    steps.clear()
+
+    def say(stage, share):
+        if stage == "recovery" and len(steps) == cut_after:
+            raise TimeUp("the time was up")
+
+    with pytest.raises(TimeUp):
+        list(run_trial(SHARING, other, number=0, progress=say))
+    done = len(json.loads((other.trial_folder(0) / "trial.json").read_text())["results"])
+    assert done == (1 if cut_after == 1 else 2)
+    rest = run(other)
+    assert measured(rest) == measured(whole)[done:]
+    assert len(steps) == 4  # nothing was trained again
     one, two = trained(context, 0), trained(other, 0)
     assert all(torch.equal(one[name], two[name]) for name in one)
 

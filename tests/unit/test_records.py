@@ -444,10 +444,9 @@ def test_a_running_trial_may_still_bring_one(records: Records) -> None:
 
 def test_seconds_end_the_search(tmp_path: Path, study: Study) -> None:
     records = Records(new_run(tmp_path / "timed", study.model_copy(update={"trials": None, "seconds": 50.0})))
-    records.note_elapsed(49.99)
-    proposals = run_line(records)
-    assert proposals
-    assert {proposal.origin for proposal in proposals} == {"baseline"}
+    records.note_elapsed(50.0)
+    assert run_line(records) == []
+    assert "are spent, so nothing begins" in Line(records).begin_words()
 
 
 def test_seconds_are_counted_over_processes(records: Records) -> None:

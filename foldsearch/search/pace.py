@@ -1,0 +1,99 @@
+"""How long trials take on this machine, from what this run has measured: for limits that are kept and ETAs that hold.
+
+All trials of a run train and measure on the same tokens; they differ in what a token costs in their plan. So each rung
+has one duration, that of the dense model, and a trial takes it times its plan's share of the dense model's MACs. Rungs
+that no trial has reached yet are reckoned from their tokens: at the pace of the others, before the first one at that of
+asking the dense model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from foldsearch.plan.cost import Cost
+from foldsearch.plan.proposal import Proposal, lower_bound
+from foldsearch.search.dry_run import GATE_STEP_TOKENS
+from foldsearch.search.folder import RunFolder
+from foldsearch.search.records import Record
+from foldsearch.spec.study import Study
+
+TRAINING = 3.0  # a token of training costs about three forward passes
+
+
+def rung_work(study: Study, rung: int) -> float:
+    """Tokens that a trial goes over from the rung before to the end of this one, in forward passes."""
+    length, splits = study.splits.sequence_length, study.splits
+    trained = study.rungs[rung] - (study.rungs[rung - 1] if rung else 0)
+    report = splits.report if rung == len(study.rungs) - 1 else 0
+    return TRAINING * trained + (splits.search + report) * length
+
+
+@dataclass(slots=True)
+class _Observed:
+    """Seconds, and what they were spent on."""
+
+    seconds: float = 0.0
+    shares: float = 0.0  # of the dense model's MACs, summed over trials
+    work: float = 0.0  # tokens times shares
+
+
+@dataclass(slots=True)
+class Pace:
+    """Durations of trials of one run.
+
+    token_seconds: a forward pass of the dense model over one token, in one of the run's jobs, before any trial has
+    measured it.
+    """
+
+    folder: RunFolder
+    token_seconds: float
+    _rungs: dict[int, _Observed] = field(default_factory=dict)
+    _gates: list[float] = field(default_factory=list)
+
+    def look_at(self, records: list[Record]) -> None:
+        """Learn from the results so far."""
+        self._rungs, self._gates = {}, []
+        study = self.folder.study
+        for record in records:
+            before = 0.0
+            for result in record.results:
+                took, before = result.seconds - before, result.seconds
+                if result.state != "measured" or result.quality is None:
+                    continue
+                if result.rung == 0 and result.gates is not None and not result.gates["from_cache"]:
+                    self._gates.append(result.gates["seconds"])
+                    took = max(0.0, took - result.gates["seconds"])
+                share = self._share(result.cost)
+                observed = self._rungs.setdefault(result.rung, _Observed())
+                observed.seconds += took
+                observed.shares += share
+                observed.work += share * rung_work(study, result.rung)
+
+    def rung(self, number: int, cost: Cost) -> float:
+        """Seconds from the rung before to the end of this one, of a plan of this cost."""
+        observed = self._rungs.get(number)
+        if observed is not None and observed.shares:
+            return observed.seconds / observed.shares * self._share(cost)
+        return self._token() * rung_work(self.folder.study, number) * self._share(cost)
+
+    def whole(self, proposal: Proposal, *, first_rung: int = 0, cached_gates: bool = False) -> float:
+        """Seconds that a trial of this proposal takes from a rung on, if nothing stops it."""
+        cost = lower_bound(proposal, self.folder.table, self.folder.target)
+        seconds = sum(self.rung(rung, cost) for rung in range(first_rung, len(self.folder.study.rungs)))
+        if proposal.criterion == "gate" and not first_rung and not cached_gates:
+            seconds += self._gate()
+        return seconds
+
+    def _gate(self) -> float:
+        if self._gates:
+            return sum(self._gates) / len(self._gates)
+        return self._token() * TRAINING * self.folder.study.gates.steps * GATE_STEP_TOKENS
+
+    def _token(self) -> float:
+        work = sum(observed.work for observed in self._rungs.values())
+        seconds = sum(observed.seconds for observed in self._rungs.values())
+        return seconds / work if work else self.token_seconds
+
+    def _share(self, cost: Cost) -> float:
+        head, dense = self.folder.table.head_macs, self.folder.dense
+        return (cost.prefill_macs + head) / (dense.prefill_macs + head)
