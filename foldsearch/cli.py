@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import foldsearch
 from foldsearch.errors import InputError, VerificationError
-from foldsearch.files import disk_is_full
+from foldsearch.files import check_writable, disk_is_full
 from foldsearch.paths import check_path, command, printable, stem_beside
 from foldsearch.plan.extend import DEFAULT_RANK, PATTERNS, extended, rank_of
 from foldsearch.signals import exit_code, ignore_stops, stops_raise, uninterrupted
@@ -144,17 +144,39 @@ def _do(args: argparse.Namespace, words: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if _is_out(getattr(error, "filename", None), getattr(args, "out", None)):
-            return _fail(f"'{error.filename}' cannot be written: {error.strerror}. Choose another --out.", 2)  # type: ignore[attr-defined]
-        where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
-        if isinstance(error, OSError) and error.errno in _REFUSED:
-            remedy = "Choose another place, or change its permissions."
-            return _fail(f"a file or folder{where} cannot be used: {error.strerror}. {remedy}", 2)
-        if not disk_is_full(error):
+        sentence = _of_the_machine(error, getattr(args, "out", None))
+        if sentence is None:
             raise  # ours: the traceback is wanted
-        return _fail(
-            f"the disk is full{where}. Nothing half-written was kept. Make room, then run it again.", 2
-        )
+        return _fail(sentence, 2)
+
+
+def _of_the_machine(error: Exception, out: Path | None) -> str | None:
+    """What a person can do about an error that is the machine's, wherever it was raised; None of another one."""
+    named = getattr(error, "filename", None)
+    where = f" '{printable(named)}'" if isinstance(error, OSError) and isinstance(named, str) else ""
+    if isinstance(error, OSError) and _is_out(named, out):
+        return f"{where.strip()} cannot be written: {error.strerror}. Choose another --out."
+    if disk_is_full(error):
+        of = where and f" ({where.strip()})"
+        return f"the disk is full{of}. Nothing half-written was kept. Make room, then run it again."
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        return f"a file or folder{where} cannot be used: {error.strerror}. {_remedy(named)}"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "the machine's memory is full. Nothing half-written was kept. Free some of it, or take a smaller model."
+    if isinstance(error, BlockingIOError) or "can't start new thread" in str(error):
+        return "the machine lets no further process or thread begin. End some, or raise the limit: ulimit -u 4096"
+    if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):
+        return "a folder for temporary files is needed, but there is none that can be written to. Set TMPDIR to one."
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # of Path.home
+        return "libraries keep settings in a home folder, but this user has none. Set HOME to a folder."
+    return None
+
+
+def _remedy(named: object) -> str:
+    """What helps where a file cannot be used: libraries let their own folders be elsewhere."""
+    if "huggingface" in str(named):
+        return "Set HF_HOME to a folder that can be written to."
+    return "Choose another place, or change its permissions."
 
 
 def _is_out(path: object, out: Path | None) -> bool:
@@ -586,20 +608,10 @@ def _check_new(args: argparse.Namespace) -> None:
             raise InputError(
                 f"{option} is a new folder, but '{printable(folder)}' is there already. Choose another."
             )
-        _check_place(option, folder)
+        check_writable(folder.parent, option)
     if args.out is not None and export is not None and args.out.resolve() == export.resolve():
         raise InputError(
             f"--out and --export are two folders, got '{printable(args.out)}' for both. Choose another."
-        )
-
-
-def _check_place(option: str, path: Path) -> None:
-    """Whether something can be written at a path, as far as can be known before."""
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        reason = "cannot be written to" if above.is_dir() else "is a file"
-        raise InputError(
-            f"{option} names a place in a folder that can be written, but '{printable(above)}' {reason}."
         )
 
 
@@ -660,7 +672,7 @@ def _inspect(args: argparse.Namespace) -> int:
     check_path(picture, "--out")
     if picture.is_dir():
         raise InputError(f"--out is a file, but '{printable(picture)}' is a folder. Give a name in it.")
-    _check_place("--out", picture)
+    check_writable(picture.parent, "--out")
     with _status() as progress:
         evidence = inspect_model(study, progress)
     out = console()

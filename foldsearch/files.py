@@ -7,13 +7,15 @@ import fcntl
 import glob
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from foldsearch.paths import beside, stem_beside
+from foldsearch.errors import InputError
+from foldsearch.paths import beside, printable, stem_beside
 
 ABANDONED_SECONDS = 24 * 3600
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -56,6 +58,32 @@ def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`value` as JSON, whole or not at all."""
     replace_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1)))
+
+
+def check_writable(place: Path, what: str, remedy: str = "Choose another place.") -> None:
+    """Whether something new can be written at a place, as far as can be known without leaving anything there.
+
+    Args:
+        place: a file or a folder, there or not.
+        what: it is, for the message.
+        remedy: the sentence that ends it.
+
+    Raises:
+        InputError: it cannot.
+    """
+    above = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
+    reason = "" if above.is_dir() else "is a file"
+    if not reason:
+        try:
+            tempfile.TemporaryFile(
+                dir=above
+            ).close()  # permission bits do not tell: root has none, file systems refuse
+        except OSError as error:
+            reason = f"cannot be written to ({error.strerror})"
+    if reason:
+        raise InputError(
+            f"{what} must be in a folder that can be written to, but '{printable(above)}' {reason}. {remedy}"
+        )
 
 
 @contextmanager

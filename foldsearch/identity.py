@@ -18,7 +18,7 @@ from typing import Any
 from foldsearch.errors import RunError, quote_error
 from foldsearch.files import write_json
 from foldsearch.model.content import ContentHashes
-from foldsearch.paths import printable
+from foldsearch.paths import local, printable
 
 __all__ = ["FILE", "Identity", "Place"]
 
@@ -41,7 +41,7 @@ class Place:
     @classmethod
     def of(cls, typed: str, run_folder: Path) -> Place:
         """The place that a path names now."""
-        absolute = Path(typed).expanduser().absolute()
+        absolute = local(typed).absolute()
         return cls(
             typed, str(absolute), os.path.relpath(os.path.realpath(absolute), os.path.realpath(run_folder))
         )

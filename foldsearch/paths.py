@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from contextlib import suppress
 from pathlib import Path
 
 from foldsearch.errors import InputError
@@ -54,6 +55,18 @@ def check_path(path: Path, what: str = "a path") -> None:
         raise InputError(
             f"{what} must have at most {most:,} bytes {part}; got {long:,}: '{start}...'. Choose a shorter one."
         )
+
+
+def local(text: str) -> Path:
+    """The path that a reference names on this machine: as it is, else with `~` for a home folder.
+
+    Quoted, as in a study, no shell has put the home folder in its place; but a folder may also be called `~x`.
+    """
+    path = Path(text)
+    if text.startswith("~") and not os.path.lexists(path):
+        with suppress(RuntimeError):  # nobody of this name, or no home
+            return path.expanduser()
+    return path
 
 
 def beside(path: Path, ending: str) -> Path:

@@ -246,8 +246,10 @@ def prepare_context(
     Raises:
         ModelError, DataError: the model or the text cannot be used.
         RunError: they are others than the run was made with.
+        InputError: the cache cannot be written to.
     """
     cache_dir = cache_dir or source.default_cache_dir()
+    source.check_cache(cache_dir)
     device = choose_device(study.device)
     made = Identity.read(run_folder)
     if made is None:

@@ -33,7 +33,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from foldsearch.errors import ModelError, quote_error
+from foldsearch.errors import InputError, ModelError, quote_error
+from foldsearch.files import check_writable
 from foldsearch.model.blocks import family_of
 from foldsearch.model.checks import (
     check_no_adapter,
@@ -56,6 +57,7 @@ from foldsearch.model.convert import (
 from foldsearch.model.gguf.config import build_config
 from foldsearch.model.gguf.file import model_parts, part_names, read_gguf
 from foldsearch.model.gguf.weights import TensorReader
+from foldsearch.paths import local, printable
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -144,12 +146,32 @@ class ModelSource:
 
 
 def default_cache_dir() -> Path:
-    """$FOLDSEARCH_CACHE, else $XDG_CACHE_HOME/foldsearch, else ~/.cache/foldsearch."""
+    """$FOLDSEARCH_CACHE, else $XDG_CACHE_HOME/foldsearch, else ~/.cache/foldsearch.
+
+    Raises:
+        InputError: none of them is known.
+    """
     if chosen := os.environ.get("FOLDSEARCH_CACHE"):
-        return Path(chosen).expanduser()
+        return local(chosen)
     if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg).expanduser() / "foldsearch"
-    return Path.home() / ".cache" / "foldsearch"
+        return local(xdg) / "foldsearch"
+    try:
+        return Path.home() / ".cache" / "foldsearch"
+    except RuntimeError as error:
+        raise InputError(
+            "models are kept in a folder of this machine, but this user has no home folder. "
+            "Set FOLDSEARCH_CACHE to a folder that can be written to."
+        ) from error
+
+
+def check_cache(cache_dir: Path) -> None:
+    """Whether models, and what is computed from them, can be kept there.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
+    remedy = "Set FOLDSEARCH_CACHE to a folder that can be."
+    check_writable(cache_dir, f"the cache of models '{printable(cache_dir)}'", remedy)
 
 
 def locate(
@@ -401,7 +423,7 @@ def local_path(reference: str) -> Path | None:
     """The file or folder on this machine that a reference names; None for what is in a package or on the hub."""
     if SHORT_NAMES.get(reference, reference).startswith("package:"):
         return None
-    path = Path(reference).expanduser()
+    path = local(reference)
     return path if path.exists() else None
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from foldsearch.errors import DataError, quote_error
+from foldsearch.paths import local
 
 __all__ = ["check_reference", "count_of", "load_documents", "local_path"]
 
@@ -101,7 +102,7 @@ def check_reference(reference: str) -> Path | None:
     named = SHORT_NAMES.get(reference, reference)
     if named.startswith("package:"):
         return _in_package(reference, named)
-    path = Path(named).expanduser()
+    path = local(named)
     if path.exists():
         return path
     if named.endswith(_FILE_SUFFIXES) or named.startswith((".", "/", "~")):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from typing import Any
 
 from foldsearch import __version__
 from foldsearch.errors import FoldsearchError, RunError, quote_error
-from foldsearch.files import disk_is_full, write_json
+from foldsearch.files import check_writable, disk_is_full, write_json
 from foldsearch.paths import beside, check_path, command, printable
 from foldsearch.plan.cost import Budget, Cost, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan
@@ -50,8 +49,8 @@ class RunFolder:
         """Whether a run can begin at `path`, as far as can be known before anything is written.
 
         Raises:
-            RunError: something is there already, or the folder above cannot be written.
-            InputError: `path` is no text, or too long.
+            RunError: something is there already.
+            InputError: `path` is no text, or too long, or the folder above cannot be written to.
         """
         check_path(path, "a run folder's path")
         if path.name in ("", ".."):
@@ -61,13 +60,7 @@ class RunFolder:
                 f"a run starts in a folder of its own, but '{printable(path)}' is there already. "
                 f"Choose another name, or go on with it: {command('resume', path)}"
             )
-        above = next(parent for parent in path.absolute().parents if parent.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-            reason = "cannot be written" if above.is_dir() else "is a file"
-            raise RunError(
-                f"the run folder '{printable(path)}' cannot be written: '{printable(above)}' {reason}. "
-                "Choose another place."
-            )
+        check_writable(path.parent, f"the run folder '{printable(path)}'")
 
     @classmethod
     @contextmanager

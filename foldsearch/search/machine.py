@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,6 @@ from foldsearch.paths import check_path, printable
 from foldsearch.signals import handlers_kept, uninterrupted
 
 MOST_SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # of the path of a Unix socket
-FEWEST_FILES = 256  # that may be open at a time; Ray alone starts with 64
-ENOUGH_FILES = 4096
 STORE_BYTES = 100 * 10**6  # of Ray's object store; nothing large goes through it
 _PREFIX = "fold-"
 _SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # the longest that Ray adds
@@ -69,7 +68,7 @@ def check_machine() -> None:
         InputError: the current folder's path is no text.
     """
     check_path(_current_folder(), "the current folder's path")
-    _raise_file_limit()
+    _check_limits()
     _choose_place()
     _choose_store()
 
@@ -83,21 +82,61 @@ def _current_folder() -> Path:
         ) from error
 
 
-def _raise_file_limit() -> None:
-    """Let the process open as many files as it may, where it begins with few."""
+@dataclass(frozen=True, slots=True)
+class _Limit:
+    """A limit of the system on a process. fewest: with less a run fails on its way. wanted: what is asked for, where
+    the process may. command: that raises it.
+    """
+
+    of: str
+    what: str
+    fewest: int
+    wanted: int
+    command: str
+
+
+# Measured on two processors: a run has up to 60 open files in a process and 250 threads, and Ray reserves 3 GB.
+_LIMITS = (
+    _Limit("RLIMIT_NOFILE", "files that are open at a time", 256, 4096, "ulimit -n 4096"),
+    _Limit("RLIMIT_NPROC", "processes and threads", 512, 4096, "ulimit -u 4096"),
+    _Limit("RLIMIT_AS", "bytes of address space", 6 * 10**9, 64 * 10**9, "ulimit -v unlimited"),
+)
+_CONTAINER_TASKS = Path("/sys/fs/cgroup/pids.max")
+
+
+def _check_limits() -> None:
+    """Let the process have as much as it may, where it begins with little; and look whether that is enough."""
+    for limit in _LIMITS:
+        if limit.of == "RLIMIT_NPROC" and os.geteuid() == 0:
+            continue  # of no meaning to root
+        if (most := _raised(limit)) is not None and most < limit.fewest:
+            raise RunError(
+                f"a run needs {limit.fewest:,} {limit.what}, but the limit is {most:,}. Raise it: {limit.command}"
+            )
+    tasks, most = _LIMITS[1], None
+    with suppress(OSError, ValueError):  # no such file, or "max"
+        most = int(_CONTAINER_TASKS.read_text())
+    if most is not None and most < tasks.fewest:
+        raise RunError(
+            f"a run needs {tasks.fewest:,} {tasks.what}, but this container may have {most:,}. "
+            f"Raise it (of a Docker container: --pids-limit={tasks.wanted})."
+        )
+
+
+def _raised(limit: _Limit) -> int | None:
+    """The limit, raised as far as the process may; None for no limit."""
     import resource
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = ENOUGH_FILES if hard == resource.RLIM_INFINITY else min(ENOUGH_FILES, hard)
+    number: int | None = getattr(resource, limit.of, None)  # not every system has each
+    if number is None:
+        return None
+    soft, hard = resource.getrlimit(number)
+    most = limit.wanted if hard == resource.RLIM_INFINITY else min(limit.wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
         with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            resource.setrlimit(number, (most, hard))
             soft = most
-    if soft != resource.RLIM_INFINITY and soft < FEWEST_FILES:
-        raise RunError(
-            f"a run opens up to {FEWEST_FILES} files at a time, but the limit is {soft}. "
-            f"Raise it: ulimit -n {ENOUGH_FILES}"
-        )
+    return None if soft == resource.RLIM_INFINITY else soft
 
 
 def _choose_place() -> Path:

@@ -90,7 +90,10 @@ def test_version(shell: Shell) -> None:
 @pytest.mark.parametrize(
     ("out", "said"),
     [
-        ("a-file/x", "--out names a place in a folder that can be written, but '{here}/a-file' is a file"),
+        (
+            "a-file/x",
+            "--out must be in a folder that can be written to, but '{here}/a-file' is a file. Choose",
+        ),
         ("/proc/x", "'/proc"),  # to root it says that it can be written to, and cannot
     ],
 )
