@@ -513,7 +513,7 @@ def _encode(
 def compare_words(run: RunView, folder: Path, prompt: str, *, num_tokens: int = 40) -> tuple[str, str]:
     """How an exported model and the dense one go on after a prompt.
 
-    Both take the likeliest token each time (greedy), with a repetition penalty of 1.2.
+    Both take the likeliest token each time (greedy), with a repetition penalty of 1.2, in the export's dtype.
 
     Args:
         run: the run that the export came from.
@@ -527,6 +527,7 @@ def compare_words(run: RunView, folder: Path, prompt: str, *, num_tokens: int = 
     import torch
 
     from foldsearch.export import load_exported
+    from foldsearch.model.fold import cast
     from foldsearch.model.source import open_dense, open_tokenizer
     from foldsearch.model.tokens import begun
 
@@ -545,4 +546,6 @@ def compare_words(run: RunView, folder: Path, prompt: str, *, num_tokens: int = 
         )
         return str(tokenizer.decode(made_BT[0, ids_BT.shape[1] :], skip_special_tokens=True)).strip()
 
-    return words(load_exported(folder)[0]), words(open_dense(files))
+    exported, _ = load_exported(folder)
+    # the dense model lies in the precision that trials compute in; both are to write in the one that ships
+    return words(exported), words(cast(open_dense(files), exported.dtype))

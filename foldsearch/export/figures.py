@@ -72,11 +72,15 @@ class Speed:
         """For a row of a table: exported, dense, and their ratio with its spread."""
         if self.unsteady:
             return "—", "—", ""
-        ours = f"{statistics.median(self.exported):,.3g}"
+        ours = _three_digits(statistics.median(self.exported))
         if not self.dense:
             return ours, "—", ""
         low, median, high = self.ratio
-        return ours, f"{statistics.median(self.dense):,.3g}", f"{median:.2f} ({low:.2f}–{high:.2f})"
+        return ours, _three_digits(statistics.median(self.dense)), f"{median:.2f} ({low:.2f}–{high:.2f})"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -148,8 +152,8 @@ class ExportReport:
             row(f"weights in {self.dtype}, MB", "weight_bytes", ",.1f", 1e6),
             row("resident memory, MB", "resident_bytes", ",.0f", 1e6),
             row(f"perplexity, {self.tokens:,} tokens", "perplexity", ",.2f"),
-            ("reading, tokens per second", *self.prompt.words),
-            ("writing, tokens per second", *self.decode.words),
+            ("reading, tokens/s", *self.prompt.words),
+            ("writing, tokens/s", *self.decode.words),
         ]
 
     @property

@@ -11,6 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING, get_args
 
 from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -497,19 +498,17 @@ def export_table(report: ExportReport, folder: Path) -> Group:
         checks.append(
             "loads where foldsearch is not installed, with trust_remote_code=True, to the same logits"
         )
-    lines = Table.grid(padding=(0, 0, 0, 2))
-    for check in checks:
-        lines.add_row(Text(check, style="green"))
-    holds = "weights and a tokenizer" if report.has_tokenizer else "weights, no tokenizer"
+    holds = "with a tokenizer" if report.has_tokenizer else "without a tokenizer"
     return Group(
         Text(f"{printable(folder)}", style="bold"),
-        Text(f"A {report.form} model for transformers: {holds}. How to load it stands in its README.md."),
+        Text(f"The {report.form} model for transformers, {holds}. How to load it stands in its README.md."),
         Text(),
         table,
+        Text(),
         *(Text(note, style="dim") for note in notes),
         Text(),
         Text(f"Verified in a fresh process, in {report.dtype}, against the model that was measured:"),
-        lines,
+        *(Padding(Text(check, style="green"), (0, 0, 0, 2)) for check in checks),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,10 +10,12 @@ from typing import Any
 
 import psutil
 import pytest
+from rich.console import Console
 
 from foldsearch.export import ship
-from foldsearch.export.figures import MOST_BUSY, Speed, spread
+from foldsearch.export.figures import MOST_BUSY, ExportReport, ModelFigures, Speed, spread
 from foldsearch.export.process import ProcessError
+from foldsearch.report.terminal import export_table
 
 
 class Fake:
@@ -87,6 +90,31 @@ def test_a_spread_is_of_the_middle_half(values: list[float], expected: tuple[flo
 def test_the_rule_for_a_busy_machine() -> None:
     assert spread([1.0, 1.2, 1.0 * MOST_BUSY]).is_steady
     assert not spread([1.0, 1.2, 1.01 * MOST_BUSY]).is_steady
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("ours", [(1313.0, 1320.0, 1290.0), (100.0, 1320.0, 1290.0)])
+def test_no_figure_of_the_table_is_cut_whatever_the_width(width: int, ours: tuple[float, ...]) -> None:
+    speed = Speed(ours, (1121.0, 1100.0, 1150.0))
+    report = ExportReport(
+        form="expanded", exported=ModelFigures(113_300_000, 226_600_000, 328_000_000, 41.63),
+        dense=ModelFigures(134_500_000, 269_000_000, 372_000_000, 30.71), dense_note="", tokens=4096,
+        dtype="bfloat16", logits_tolerance=0.0, logits_max_difference=0.0, logits_difference=0.0,
+        decode_difference=0.015, decode_tolerance=0.05, measured_perplexity=41.63, num_blocks=30, plan="0-12 19-29",
+        threads=2, base_model="x", details={}, file_bytes=1, prompt_tokens=256, prompt=speed, decode=speed,
+        loads_without_foldsearch=None, refused_without_code=None, has_tokenizer=True, versions={},
+    )  # fmt: skip
+    out = io.StringIO()
+    Console(file=out, width=width).print(export_table(report, Path("exports/demo")))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    words = " ".join(" ".join(lines).split())
+    assert "weights in bfloat16, MB 226.6 269.0 0.84" in words  # the ratio of the parameters
+    if speed.unsteady:
+        assert "speed of reading: not measured: the machine was busy (0.087–1.2)" in words
+        assert "reading, tokens/s — —" in words
+    else:
+        assert "reading, tokens/s 1,313 1,121 1.17 (1.12–1.20)" in words
 
 
 class _Weights:
