@@ -199,6 +199,8 @@ class RunDisplay:
 
     def _done(self, event: SearchDone) -> None:
         parts = [f"{counted(event.num_finished, 'trial')} finished", f"{event.num_stopped} stopped early"]
+        if event.num_cut:
+            parts.append(f"{event.num_cut} cut by the time limit")
         if event.num_repeated:
             parts.append(f"{event.num_repeated} came to a plan that was known")
         if event.num_failed:

@@ -134,6 +134,7 @@ class SearchDone(Event):
     folder: RunFolder
     num_finished: int
     num_stopped: int
+    num_cut: int
     num_repeated: int
     num_failed: int
     elapsed_seconds: float

@@ -265,7 +265,8 @@ class Search:
             SearchDone(
                 self.folder,
                 num_finished=states.count("finished"),
-                num_stopped=states.count("stopped"),
+                num_stopped=sum(record.state == "stopped" and not record.cut for record in known),
+                num_cut=sum(record.cut for record in known),
                 num_repeated=sum(record.state == "repeat" and record.is_trial for record in known),
                 num_failed=states.count("failed"),
                 elapsed_seconds=self.line.elapsed(),
