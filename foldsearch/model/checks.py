@@ -20,12 +20,12 @@ __all__ = [
     "check_finite",
     "check_lengths",
     "check_no_adapter",
-    "check_not_folded",
     "check_special_ids",
     "check_stored",
     "check_tokenizer",
     "check_tokens",
     "find_missing_shards",
+    "unfold_config",
 ]
 
 _LEARNED_POSITIONS = {"gpt2", "opt"}  # a position beyond the last has no embedding
@@ -65,20 +65,45 @@ def find_missing_shards(folder: Path) -> list[str]:
     return []
 
 
-def check_not_folded(reference: str, config: PretrainedConfig) -> None:
-    """Only a dense model can be folded.
+def unfold_config(reference: str, config: PretrainedConfig) -> PretrainedConfig:
+    """The config of the model as a stock one; the same if it is.
+
+    An export whose plan only drops whole blocks is a dense model with fewer blocks, and its tensors have the stock
+    names. Any other folded export shares or replaces weights, and only a dense model can be folded.
 
     Raises:
-        ModelError: the model is a folded export; the message says which plan made it.
+        ModelError: the model is such an export; the message says which plan made it.
     """
     if not str(config.model_type).startswith(FOLDED_PREFIX):
-        return
+        return config
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     fold = getattr(config, "fold", None) or {}
+    by_position = getattr(config, "scale_attn_by_inverse_layer_idx", False)
+    if not by_position and _only_drops(fold):
+        values = config.to_dict()
+        for key in ("model_type", "architectures", "fold", "auto_map", "kv_sharing_modes"):
+            values.pop(key, None)
+        return CONFIG_MAPPING[str(config.model_type).removeprefix(FOLDED_PREFIX)](**values)
     raise ModelError(
         f"{reference}: only a dense model can be folded, and this is a folded export: the plan "
         f"'{fold.get('plan', 'unknown')}' of a model of {fold.get('num_blocks', 'unknown')} blocks. Give that model, "
         "or export with --form expanded and give that folder."
     )
+
+
+def _only_drops(fold: dict[str, Any]) -> bool:
+    """Whether every position runs one block of the dense model whole, and no block twice."""
+    slots = fold.get("slots") or []
+    homes = [slot.get("home") for slot in slots]
+    whole = all(
+        slot.get("attention") == slot.get("mlp") == slot.get("home")
+        and not slot.get("rank")
+        and not slot.get("norm")
+        and not slot.get("replaced")
+        for slot in slots
+    )
+    return bool(slots) and whole and len(set(homes)) == len(homes)
 
 
 def check_special_ids(reference: str, config: PretrainedConfig, generation: Path | None = None) -> None:

@@ -36,8 +36,8 @@ RECORD = "foldsearch.json"  # written last into a converted folder
 Say = Callable[[str], None]
 
 
-def convert(source: ModelSource, target: Path, dtype: str, say: Say) -> None:
-    """Write `target` from `source`; the caller holds the lock of `target`.
+def convert(source: ModelSource, config: PretrainedConfig, target: Path, dtype: str, say: Say) -> None:
+    """Write `target` from `source`, a model of `config`; the caller holds the lock of `target`.
 
     Raises:
         ModelError: the weights cannot be read, do not fill the model, are no numbers, or do not fit on the disk.
@@ -47,7 +47,7 @@ def convert(source: ModelSource, target: Path, dtype: str, say: Say) -> None:
         shutil.rmtree(stale, ignore_errors=True)
     say(f"converting {source.reference} to {dtype} (once; kept in {target})")
     file = read_gguf(source.weights) if source.gguf_file else None
-    config, tensors = _read_gguf(file, dtype, say) if file else _read_checkpoint(source, dtype, say)
+    config, tensors = _read_gguf(file, dtype, say) if file else _read_checkpoint(source, config, dtype, say)
     check_finite(source.reference, tensors.items())
     num_bytes = sum(value.numel() * value.element_size() for value in tensors.values())
     free_bytes = shutil.disk_usage(target.parent).free
@@ -93,7 +93,7 @@ def _read_gguf(file: GgufFile, dtype: str, say: Say) -> tuple[PretrainedConfig, 
 
 
 def _read_checkpoint(
-    source: ModelSource, dtype: str, say: Say
+    source: ModelSource, config: PretrainedConfig, dtype: str, say: Say
 ) -> tuple[PretrainedConfig, dict[str, torch.Tensor]]:
     from transformers import AutoModelForCausalLM
 
@@ -102,6 +102,7 @@ def _read_checkpoint(
             # annotated as a model, but with output_loading_info it is a pair
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder,
+                config=config,
                 dtype=DTYPES[dtype],
                 trust_remote_code=source.trust_remote_code,
                 output_loading_info=True,

@@ -26,7 +26,7 @@ import re
 import tempfile
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,11 +38,11 @@ from foldsearch.files import check_writable
 from foldsearch.model.blocks import family_of
 from foldsearch.model.checks import (
     check_no_adapter,
-    check_not_folded,
     check_special_ids,
     check_stored,
     check_tokenizer,
     find_missing_shards,
+    unfold_config,
 )
 from foldsearch.model.content import ContentHashes, content_of
 from foldsearch.model.convert import (
@@ -205,7 +205,6 @@ def open_config(source: ModelSource) -> PretrainedConfig:
             another way than GGUF.
     """
     config = _load_config(source)
-    check_not_folded(source.reference, config)
     _check_decoder(source.reference, config)
     generation = None if source.gguf_file else source.folder / "generation_config.json"
     check_special_ids(source.reference, config, generation)
@@ -295,7 +294,7 @@ def prepare(
     content_hash = (content or identify(source, cache_dir=cache_dir)).short(_CONVERSION)
     if source.gguf_file is None:
         with _BUILDING:
-            in_place = _usable_in_place(source, config, dtype)
+            in_place = _says_what_it_is(source, config) and _usable_in_place(source, config, dtype)
         if in_place:
             say("looking at the weights")
             checked = (cache_dir or default_cache_dir()) / "checked" / content_hash
@@ -312,7 +311,7 @@ def prepare(
             lock = FileLock(models_dir / f".{target.name}.lock")
             with lock, _BUILDING:
                 if not (target / RECORD).is_file():
-                    convert(source, target, dtype, say)
+                    convert(source, config, target, dtype, say)
         except OSError as error:
             raise write_error(models_dir, error) from error
     note = json.loads((target / RECORD).read_text(encoding="utf-8"))["note"]
@@ -616,7 +615,7 @@ def _load_config(source: ModelSource) -> PretrainedConfig:
             "Give the model it was made from, or a GGUF file."
         )
     assert isinstance(config, _config_class())
-    return config
+    return unfold_config(source.reference, config)
 
 
 def _config_class() -> type[PretrainedConfig]:
@@ -651,6 +650,14 @@ def _check_decoder(reference: str, config: PretrainedConfig) -> None:
         f"{reference}: model type {config.model_type!r} is {what}; foldsearch folds decoder models only. "
         "Give a decoder, such as a Llama, Qwen or Gemma model."
     )
+
+
+def _says_what_it_is(source: ModelSource, config: PretrainedConfig) -> bool:
+    """Whether config.json is of the model as it is opened; an export that only drops blocks is opened as stock."""
+    with suppress(OSError, ValueError, AttributeError):
+        stored = json.loads((source.folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        return bool(stored == config.model_type)
+    return False
 
 
 def _usable_in_place(source: ModelSource, config: PretrainedConfig, dtype: str) -> bool:

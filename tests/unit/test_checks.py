@@ -199,6 +199,27 @@ def test_a_folded_export_is_refused_in_words(tmp_path: Path) -> None:
         open_config(locate(str(tmp_path / "m")))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "gpt2"])
+def test_an_export_that_only_drops_blocks_is_a_dense_model(name: str, dtype: str, tmp_path: Path) -> None:
+    """Oracle: the folded model itself, on a text longer than its windows."""
+    from foldsearch.export.write import write_folded
+    from foldsearch.model.fold import fold
+    from foldsearch.plan.plan import FoldPlan
+    from tests.tiny import dense_model
+
+    (tmp_path / "m").mkdir()
+    write_folded(fold(dense_model(name), FoldPlan.parse("0 2-4", 5)), tmp_path / "m")
+    expected = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=getattr(torch, dtype))
+    assert type(expected).__name__.startswith("Folded")
+    model = source.open_dense(prepare(str(tmp_path / "m"), dtype=dtype, cache_dir=tmp_path / "cache"))
+    assert type(model) is type(dense_model(name))
+    assert model.config.num_hidden_layers == 4
+    ids_BT = torch.randint(3, 96, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids_BT).logits, expected(ids_BT).logits)
+
+
 def test_the_tokenizer_of_a_gguf_is_looked_at_too(tmp_path: Path) -> None:
     model = build(tiny_config("llama", vocab_size=90))
     from tests.gguf_files import write_words
