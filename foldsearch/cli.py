@@ -254,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument(
         "--trials",
-        type=int,
+        type=_whole,
         metavar="N",
         help="stop after N trials (a baseline a criterion is run in any case)",
     )
@@ -264,7 +264,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="T",
         help="stop T (90s, 15m, 2h) after the dense model is asked first",
     )
-    run.add_argument("--jobs", type=int, metavar="N", help="trials at a time")
+    run.add_argument("--jobs", type=_whole, metavar="N", help="trials at a time")
     run.add_argument("--out", type=Path, metavar="DIR", help="the run's folder, new (default: runs/STUDY)")
     run.add_argument(
         "--dry-run", action="store_true", help="say what would be searched, its time and disk, and stop"
@@ -283,7 +283,7 @@ def _parser() -> argparse.ArgumentParser:
     attempt.add_argument("--study", metavar="STUDY", help="whose settings to use (default: as `run`)")
     _add_study_options(attempt)
     attempt.add_argument(
-        "--tokens", type=int, metavar="N", help="recovery tokens (default: the study's last rung)"
+        "--tokens", type=_whole, metavar="N", help="recovery tokens (default: the study's last rung)"
     )
     attempt.add_argument(
         "--out", type=Path, metavar="DIR", help="keep the trained parameters and results here"
@@ -300,7 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     extend.add_argument(
         "--to",
-        type=int,
+        type=_whole,
         required=True,
         metavar="N",
         help="executed positions, more than the model has blocks",
@@ -315,7 +315,7 @@ def _parser() -> argparse.ArgumentParser:
     extend.add_argument("--study", metavar="STUDY", help="whose settings to use (default: as `run`)")
     _add_study_options(extend, model=False)
     extend.add_argument(
-        "--tokens", type=int, metavar="N", help="tokens to train on (default: the study's last rung)"
+        "--tokens", type=_whole, metavar="N", help="tokens to train on (default: the study's last rung)"
     )
     extend.add_argument(
         "--out", type=Path, metavar="DIR", help="keep the trained parameters and results here, new"
@@ -373,12 +373,14 @@ def _parser() -> argparse.ArgumentParser:
         help="multiple-choice questions, JSONL; may be given more than once",
     )  # fmt: skip
     evaluate.add_argument("--tasks", default="", metavar="A,B", help="tasks of lm-evaluation-harness")
-    evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N items of each")
+    evaluate.add_argument("--limit", type=_whole, metavar="N", help="only the first N items of each")
     evaluate.add_argument("--include-path", type=Path, metavar="DIR", help="a folder of task YAML files")
 
     board = verb("dashboard", _dashboard, "serve the Optuna dashboard of a run, live, on this machine only")
     _add_run(board)
-    board.add_argument("--port", type=int, default=8080, metavar="P", help="default 8080; 0 takes a free one")
+    board.add_argument(
+        "--port", type=_whole, default=8080, metavar="P", help="default 8080; 0 takes a free one"
+    )
     return parser
 
 
@@ -389,8 +391,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 def _add_choice(parser: argparse.ArgumentParser) -> None:
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--knee", action="store_true", help="the compromise of the objectives")
-    choice.add_argument("--max-gb", type=float, metavar="X", help="the best quality within X GB")
-    choice.add_argument("--trial", type=int, metavar="N", help="trial N, as `foldsearch front` numbers it")
+    choice.add_argument("--max-gb", type=_number, metavar="X", help="the best quality within X GB")
+    choice.add_argument("--trial", type=_whole, metavar="N", help="trial N, as `foldsearch front` numbers it")
 
 
 def _add_model_option(parser: argparse.ArgumentParser) -> None:
@@ -408,8 +410,8 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
         choices=("bfloat16", "float16", "float32"),
         help="of the model that ships: bfloat16, float16, float32",
     )
-    parser.add_argument("--context", type=int, metavar="T", help="tokens in the KV cache")
-    parser.add_argument("--batch", type=int, metavar="B", help="sequences served at once")
+    parser.add_argument("--context", type=_whole, metavar="T", help="tokens in the KV cache")
+    parser.add_argument("--batch", type=_whole, metavar="B", help="sequences served at once")
     parser.add_argument(
         "--runtime", choices=("folded", "expanded"), help="whether the runtime can share weights"
     )
@@ -425,33 +427,51 @@ def _add_study_options(parser: argparse.ArgumentParser, *, model: bool = True) -
     parser.add_argument(
         "--device", choices=("cpu", "cuda", "mps"), help="to compute on (default: what is there)"
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="of everything random")
+    parser.add_argument("--seed", type=_whole, metavar="N", help="of everything random")
 
 
 def _add_budget_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--budget-gb", type=float, metavar="X", help="weights + adapters + KV cache + activations"
+        "--budget-gb", type=_number, metavar="X", help="weights + adapters + KV cache + activations"
     )
     parser.add_argument(
         "--budget-flops", metavar="F", help="FLOPs per token at decode: 2.5e8, or 0.8x of dense"
     )
 
 
+_NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+
+
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
+    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) == 0:
         raise argparse.ArgumentTypeError(f"a whole number above 0, got {text!r}")
     return int(text)
 
 
 def _seconds(text: str) -> float:
-    units = {"s": 1, "m": 60, "h": 3600}
-    try:
-        value = float(text.rstrip("smh")) * (units[text[-1]] if text[-1:] in units else 1)
-    except ValueError:
-        value = 0.0
+    if re.fullmatch(_NUMBER, text):
+        value = float(text)
+    else:  # 90s, 15m, 1h30m: each unit once, the largest first
+        parts = re.fullmatch(f"(?:({_NUMBER})h)?(?:({_NUMBER})m)?(?:({_NUMBER})s)?", text)
+        hours, minutes, seconds = (float(part or 0) for part in parts.groups()) if parts else (0.0, 0.0, 0.0)
+        value = 3600 * hours + 60 * minutes + seconds
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"a time is seconds, or 90s, 15m, 2h; got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"a time is seconds, or 90s, 15m, 2h; got {text!r}. Units are h, m and s, as in 1h30m."
+        )
     return value
+
+
+def _whole(text: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"a whole number, in digits and without a unit; got {text!r}")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    if not re.fullmatch(f"[+-]?{_NUMBER}", text):
+        raise argparse.ArgumentTypeError(f"a number, such as 2 or 0.28, without a unit; got {text!r}")
+    return float(text)
 
 
 def _run_of_blocks(text: str) -> tuple[int, int]:
@@ -793,21 +813,18 @@ def _print_line(out: Console, words: str) -> None:
 
 @contextmanager
 def _status() -> Iterator[StageProgress]:
-    """One line on the terminal that says what is being done; in a log file, a line a stage."""
+    """One line on the terminal that says what is being done; in a log file, lines (see `StageLines`)."""
     from rich.text import Text  # a stage may name a path, which is no mark-up
 
     from foldsearch.report.terminal import console
 
     err: Console = console(stderr=True)
     if not err.is_terminal:
-        said: list[str] = []
+        from foldsearch.report.live import StageLines
 
-        def tell(stage: str, share: float) -> None:
-            if said[-1:] != [stage]:
-                said.append(stage)
-                _say(f"{stage} ...")
-
-        yield tell
+        lines = StageLines(_say)
+        with lines.pulse:
+            yield lines
         return
     with err.status("starting") as line:
         yield lambda stage, share: line.update(

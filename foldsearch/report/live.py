@@ -5,7 +5,9 @@ On a terminal the running trials are bars at the bottom of the screen; in a log 
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -43,8 +45,73 @@ if TYPE_CHECKING:
     from foldsearch.plan.cost import Cost
     from foldsearch.plan.proposal import Proposal
 
-QUIET_SECONDS = 30  # in a log file, a line at least so often
+QUIET_SECONDS = 25  # in a log file, a line after so long without one: at least every half minute
+_LOOK_SECONDS = 1.0
+_SHARE_TO_ESTIMATE = 0.05  # of a stage, before its end is guessed
 _BY_WIDTH = 12  # characters for who proposed a trial
+
+
+class Pulse:
+    """Says where the work is when nothing was said for a while; a thread of its own looks, while it is entered."""
+
+    def __init__(
+        self,
+        say: Callable[[str], object],
+        words: Callable[[], str],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`say`: prints a line. `words`: where the work is now. `clock`: in seconds."""
+        self._say, self._words, self._clock = say, words, clock
+        self._said_at = clock()
+        self._over = threading.Event()
+
+    def __enter__(self) -> Pulse:
+        threading.Thread(target=self._run, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def said(self) -> None:
+        """A line was printed by somebody."""
+        self._said_at = self._clock()
+
+    def beat(self) -> None:
+        """Print a line if it is time."""
+        if self._clock() - self._said_at >= QUIET_SECONDS:
+            self.said()
+            self._say(self._words())
+
+    def _run(self) -> None:
+        while not self._over.wait(_LOOK_SECONDS):
+            with suppress(OSError, ValueError):  # nobody reads on: whoever prints the results finds out
+                self.beat()
+
+
+class StageLines:
+    """The stages of a verb as lines of a log: one when a stage begins, and at least one every half minute."""
+
+    def __init__(self, say: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
+        """`say`: prints a line. `clock`: in seconds."""
+        self._say, self._clock = say, clock
+        self._stage, self._share, self._began = "preparing", 0.0, clock()
+        self.pulse = Pulse(say, self.words, clock)
+
+    def __call__(self, stage: str, share: float) -> None:
+        """A stage is under way, and so much of it is done."""
+        if stage != self._stage:
+            self._stage, self._began = stage, self._clock()
+            self._say(f"{printable(stage)} ...")
+            self.pulse.said()
+        self._share = share
+
+    def words(self) -> str:
+        """Where the stage is: its share, how long it has taken, and about how long it will."""
+        took = self._clock() - self._began
+        parts = [printable(self._stage) + (f" {self._share:.0%}" if self._share else ""), _duration(took)]
+        if self._share >= _SHARE_TO_ESTIMATE:
+            parts.append(f"about {_duration(took * (1 - self._share) / self._share)} left")
+        return " · ".join(parts)
 
 
 class RunDisplay:
@@ -57,12 +124,14 @@ class RunDisplay:
         self._dense: Cost | None = None
         self._waiting = "preparing"
         self._waiting_share = 0.0
+        self._stages = StageLines(lambda words: self._print(Text(words, style="dim")))
+        self._pulse = Pulse(lambda words: self._print(Text(words, style="dim")), self._where)
         self._began = time.monotonic()
         self._running: dict[int, tuple[str, float]] = {}  # number: phase and share
         self._proposals: dict[int, Proposal] = {}
         self._results: dict[int, list[TrialResult]] = {}
         self._progress = Progress(0, None, 0.0, None)
-        self._progress_at = self._said_at = self._began
+        self._progress_at = self._began
 
     def __enter__(self) -> RunDisplay:
         if self._console.is_terminal:
@@ -70,11 +139,14 @@ class RunDisplay:
                 console=self._console, get_renderable=self._bottom, refresh_per_second=4, transient=True
             )
             self._live.start()
+        else:
+            self._pulse.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._pulse.__exit__()
         if self._live is not None:
             with suppress(OSError):  # the terminal may be gone
                 self._live.stop()
@@ -123,9 +195,7 @@ class RunDisplay:
             case Progress():
                 ended = event.num_ended != self._progress.num_ended
                 self._progress, self._progress_at = event, time.monotonic()
-                quiet = time.monotonic() - self._said_at >= QUIET_SECONDS
-                if self._live is None and (ended or quiet):
-                    self._said_at = time.monotonic()
+                if self._live is None and ended:
                     self._print(Text(f"      {self._overall()}", style="dim"))
             case SearchInterrupted():
                 under_way = counted(event.num_running, "trial") + (
@@ -141,11 +211,22 @@ class RunDisplay:
     # ---- lines
 
     def _print(self, what: RenderableType) -> None:
+        self._pulse.said()
         self._console.print(what)
 
+    def _where(self) -> str:
+        """Where the run is, on one line."""
+        if self._waiting:
+            return self._stages.words()
+        trials = [
+            f"trial {number}: {phase}" + (f" {share:.0%}" if share else "")
+            for number, (phase, share) in sorted(self._running.copy().items())
+        ]
+        return f"      {' · '.join([self._overall(), *trials])}"
+
     def _prepare(self, event: Preparing) -> None:
-        if self._live is None and event.stage != self._waiting:
-            self._print(Text(f"{printable(event.stage)} ...", style="dim"))
+        if self._live is None:
+            self._stages(event.stage, event.share)
         self._waiting = event.stage
         self._waiting_share = event.share
 

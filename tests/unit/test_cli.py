@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ import pytest
 import foldsearch
 from foldsearch import api, cli
 from foldsearch.errors import RunError, VerificationError
+from foldsearch.report import live
+from foldsearch.report.terminal import console
 from foldsearch.report.view import RunView
+from foldsearch.search import events
 from foldsearch.search.folder import RunFolder
 from foldsearch.search.records import read_records
 from foldsearch.spec.study import Study
@@ -145,11 +149,20 @@ def test_a_try_that_is_cut_short_leaves_no_folder(
         ("run missing.toml", "there is no file 'missing.toml'"),
         ("run --space foldgp", "Did you mean 'foldgpt'?"),
         ("run --budget-gb -1", "the command line: 1 fault\n  --budget-gb: must be above 0; got -1"),
-        ("run --budget-gb much", "--budget-gb: invalid float value: 'much'"),
+        ("run --budget-gb much", "--budget-gb: a number, such as 2 or 0.28, without a unit; got 'much'"),
         ("run --budget-flops 0.8y", "or a share of dense in quotes"),
         ("run --trials 0", "--trials: must be above 0; got 0"),
         ("run --time soon", "a time is seconds, or 90s, 15m, 2h; got 'soon'"),
         ("run --time 0m", "a time is seconds"),
+        ("run --time 5ms", "a time is seconds, or 90s, 15m, 2h; got '5ms'"),
+        ("run --time 2hours", "got '2hours'"),
+        ("run --time 5m1h", "got '5m1h'"),
+        ("run --time nan", "got 'nan'"),
+        ("resume no-run --time 1_0s", "got '1_0s'"),
+        ("run --budget-gb 2GB", "--budget-gb: a number, such as 2 or 0.28, without a unit; got '2GB'"),
+        ("run --budget-gb 1_0", "--budget-gb: a number"),
+        ("run --trials 3k", "--trials: a whole number, in digits and without a unit; got '3k'"),
+        ("pick no-run --max-gb inf", "--max-gb: a number"),
         ("run --time 1e30h", "--time: must be at most 1e+09; got 3.6e+33."),
         ("run --budget-gb 1e300", "--budget-gb: must be at most 1e+09; got 1e+300."),
         ("run --context 0 --batch -2", "  --batch: must be above 0; got -2"),
@@ -177,7 +190,7 @@ def test_a_try_that_is_cut_short_leaves_no_folder(
         ("pick no-run --knee", "there is no 'no-run/study.json'"),
         ("export no-run --out x", "there is no 'no-run/study.json'"),
         ("evaluate no-run --questions q.jsonl", "there is no 'no-run/study.json'"),
-        ("evaluate no-run --limit few", "--limit: invalid int value: 'few'"),
+        ("evaluate no-run --limit few", "--limit: a whole number, in digits and without a unit; got 'few'"),
         ("dashboard no-run", "there is no 'no-run/study.json'"),
         ("pick no-run --knee --trial 3", "not allowed with argument"),
     ],
@@ -370,3 +383,53 @@ def _snapshot(folder: Path) -> dict[str, tuple[int, float]]:
         for path in folder.rglob("*")
         if path.is_file()
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 90),
+        ("1.5", 1.5),
+        ("90s", 90),
+        ("15m", 900),
+        ("2h", 7200),
+        ("1h30m", 5400),
+        ("1m.5s", 60.5),
+        ("1e2s", 100),
+    ],
+)
+def test_times_are_seconds_or_have_units(text: str, seconds: float) -> None:
+    assert cli._seconds(text) == seconds
+
+
+# ---- in a pipe
+
+
+def test_a_log_has_a_line_at_least_every_half_minute() -> None:
+    """Nothing happens but time: a second a beat, as the thread beats."""
+    now, said = 0.0, []
+    lines = live.StageLines(lambda words: said.append((now, words)), clock=lambda: now)
+    lines("asking the dense model", 0.0)
+    lines("asking the dense model", 0.0)
+    assert said == [(0.0, "asking the dense model ...")]
+    for second in range(1, 301):
+        now = float(second)
+        lines.pulse.beat()
+        lines("asking the dense model", second / 600)
+    times = [at for at, _ in said]
+    assert 5 < max(b - a for a, b in pairwise(times)) <= 30
+    assert said[-1][1].startswith("asking the dense model 50% · 5:00 · about 5:0")
+    lines("pricing", 0.0)
+    assert said[-1] == (300.0, "pricing ...")
+
+
+def test_a_run_in_a_pipe_says_where_its_trials_are(capsys: pytest.CaptureFixture[str]) -> None:
+    display = live.RunDisplay(console())
+    display(events.Preparing("reading the text", 0.5))
+    assert display._where().startswith("reading the text 50% · 0:00")
+    display._waiting = ""
+    display._progress = events.Progress(2, 14, 60.0, 120.0)
+    display._running[3] = ("recovery", 0.25)
+    said = display._where().strip()
+    assert said.startswith("2 of 14 trials · 1:0")
+    assert said.endswith("left · trial 3: recovery 25%")
