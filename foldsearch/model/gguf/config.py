@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from foldsearch.errors import ModelError
+from foldsearch.errors import ModelError, quote_error
 from foldsearch.model.gguf.file import GgufFile
 from foldsearch.model.gguf.keys import ModelKeys
 from foldsearch.model.gguf.rope import rope_parameters
@@ -120,7 +120,8 @@ def build_config(file: GgufFile, tensors: TensorReader) -> PretrainedConfig:
     try:
         config = AutoConfig.for_model(model_type, **settings)
     except Exception as error:  # its checks raise plain exceptions
-        raise ModelError(f"{file.path}: the metadata make no {model_type} model: {error}") from error
+        what = f"{file.path}: the metadata make no {model_type} model"
+        raise ModelError(quote_error(what, error)) from error
     assert config.model_type == model_type
     return config
 

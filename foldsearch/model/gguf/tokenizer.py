@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from foldsearch.errors import ModelError
+from foldsearch.errors import ModelError, quote_error
 from foldsearch.model.gguf.file import GgufFile
 
 if TYPE_CHECKING:
@@ -93,9 +93,8 @@ def build_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast | None:
     except ModelError:
         raise
     except Exception as error:  # the library raises plain exceptions
-        raise ModelError(
-            f"{file.path}: its tokenizer cannot be built: {error}. Fetch the file again."
-        ) from error
+        what = f"{file.path}: its tokenizer cannot be built"
+        raise ModelError(quote_error(what, error, "Fetch the file again.")) from error
     special = _special_tokens(file, words)
     _mark_tokens(backend, metadata.get("tokenizer.ggml.token_type"), words, special.values())
     _frame_texts(file, backend, special)
