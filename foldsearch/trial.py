@@ -258,7 +258,8 @@ def prepare_context(
         _say_how_it_differs(study, made, device, notice)
     found = open_source(study, progress, run_folder=run_folder)
     config = source.open_config(found)
-    if words := check_study_lengths(study, config):
+    # A run's own study has all defaults written out, and was looked at when the run began.
+    if made is None and (words := check_study_lengths(study, config)):
         notice(words)
     progress("pricing the dense model", 0.0)
     table = measure(config)
