@@ -552,6 +552,11 @@ def _search(study: Study | None, folder: Path, *, resume: bool) -> int:
     try:
         with RunDisplay(out) as display:
             run_search(study, folder, resume=resume, on_event=display)
+    except BrokenPipeError:  # what it was piped into has ended: not the end of a run
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if (folder / "study.json").is_file():
+            _say(f"Stopped, as nobody reads on. Go on with: {command('resume', folder)}")
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt as stop:
         with suppress(OSError):  # the terminal may be gone
             if not (folder / "study.json").is_file():

@@ -48,12 +48,18 @@ if TYPE_CHECKING:
 WIDTH_OF_LOGS = 120  # characters of a line where the output is no terminal
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave to the command line what becomes of a command whose reader ended; rich would end it with code 1."""
+        raise BrokenPipeError
+
+
 def console(*, stderr: bool = False) -> Console:
     """A console that fits its terminal; in a log file lines are wide enough for every column."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else WIDTH_OF_LOGS
     # No mark-up: a folder may be called [red] or :smile:. What is styled is a `Text`.
-    return Console(stderr=stderr, width=width, highlight=False, soft_wrap=False, markup=False, emoji=False)
+    return _Console(stderr=stderr, width=width, highlight=False, soft_wrap=False, markup=False, emoji=False)
 
 
 # ---- a plan as a strip

@@ -6,7 +6,10 @@ Oracles: the exit codes that the README promises, folders listed before and afte
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -433,3 +436,23 @@ def test_a_run_in_a_pipe_says_where_its_trials_are(capsys: pytest.CaptureFixture
     said = display._where().strip()
     assert said.startswith("2 of 14 trials · 1:0")
     assert said.endswith("left · trial 3: recovery 25%")
+
+
+def test_a_run_whose_reader_ended_is_not_done(run_path: Path) -> None:
+    """`foldsearch run | head -1`: a shell's code for SIGPIPE, and how to go on."""
+    script = (
+        "import sys; from foldsearch import cli; import foldsearch.search.run as run\n"
+        "from foldsearch.search.events import Notice\n"
+        "def told(*args, on_event, **kwargs): [on_event(Notice('x' * 200_000)) for _ in range(50)]\n"
+        "run.run_search = told; cli.entry()"
+    )
+    command = f"{sys.executable} -c \"$SCRIPT\" resume '{run_path}' | head -c 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        env={**os.environ, "SCRIPT": script},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 141
+    assert done.stderr == f"Stopped, as nobody reads on. Go on with: foldsearch resume {run_path}\n"
