@@ -20,7 +20,7 @@ from foldsearch.plan.cost import CostTable
 from foldsearch.plan.plan import FoldPlan, check_ranks
 from foldsearch.plan.proposal import Proposal
 from foldsearch.plan.result import TrialResult
-from foldsearch.progress import StageProgress, silent
+from foldsearch.progress import Notice, StageProgress, silent, unheard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,10 +78,11 @@ def measure_model(study: Study, progress: StageProgress = silent) -> CostTable:
     return measure(open_config(open_source(study, progress)))
 
 
-def dry_run(study: Study, progress: StageProgress = silent) -> DryRun:
+def dry_run(study: Study, progress: StageProgress = silent, notice: Notice = unheard) -> DryRun:
     """What a search would do: size of the space, feasible share, estimated seconds, disk and memory in bytes.
 
-    The model's config and tokenizer and the text are read, no weight.
+    The model's config and tokenizer and the text are read, no weight; `notice` is told where the text is not as it was
+    asked for.
 
     Raises:
         BudgetError: no plan of the space can keep the budget.
@@ -105,13 +106,18 @@ def dry_run(study: Study, progress: StageProgress = silent) -> DryRun:
     check_study_lengths(study, config)
     table = measure(config)
     study.narrowed(table)  # refused before the text is read
-    make_study_splits(study, open_tokenizer(found), progress)
+    make_study_splits(study, open_tokenizer(found), progress, notice=notice)
     progress("counting proposals", 0.0)
     return plan_search(study, table)
 
 
-def inspect_model(study: Study, progress: StageProgress = silent) -> Evidence:
+def inspect_model(study: Study, progress: StageProgress = silent, notice: Notice = unheard) -> Evidence:
     """How redundant the blocks of the study's model are on its search texts (FoldGPT, Fig. 2).
+
+    Args:
+        study: model and text.
+        progress: told what is being done.
+        notice: told, in words, where the text is not as it was asked for.
 
     Raises:
         ModelError, DataError: the model or the text cannot be used.
@@ -133,7 +139,7 @@ def inspect_model(study: Study, progress: StageProgress = silent) -> Evidence:
     found = open_source(study, progress)
     config = open_config(found)  # refused before the text is read
     check_study_lengths(study, config)
-    splits = make_study_splits(study, open_tokenizer(found), progress, search_only=True)
+    splits = make_study_splits(study, open_tokenizer(found), progress, search_only=True, notice=notice)
     check_tokens(study.model, config.vocab_size, [splits.search.ids_NT])
     files, _ = prepare_model(study, found, progress=progress)
     return measure_evidence(
@@ -156,7 +162,12 @@ def check_plan_text(text: str) -> None:
 
 
 def try_plan(
-    plan: FoldPlan | str, study: Study, *, folder: Path | None = None, progress: StageProgress = silent
+    plan: FoldPlan | str,
+    study: Study,
+    *,
+    folder: Path | None = None,
+    progress: StageProgress = silent,
+    notice: Notice = unheard,
 ) -> Iterator[TrialResult]:
     """Fold, recover and measure one plan in this process; yields a result per rung of the study.
 
@@ -167,6 +178,7 @@ def try_plan(
         study: model, text, target, rungs and recovery settings.
         folder: where to keep token sets and trained parameters; a temporary folder if None.
         progress: told what is being done.
+        notice: told, in words, what a person should know.
 
     Raises:
         PlanError: the plan cannot be read, breaks a law, or is for another number of blocks.
@@ -184,6 +196,7 @@ def try_plan(
             folder,
             check=lambda table: check_ranks(FoldPlan.parse(text, len(table.blocks)), table.width),
             progress=progress,
+            notice=notice,
         )
         recover = study.space.recover
         proposal = Proposal(

@@ -337,7 +337,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     inspect.add_argument("model", nargs="?", metavar="MODEL", help="default: the study's")
     inspect.add_argument("--study", metavar="STUDY", help="whose data to use (default: as `run`)")
-    inspect.add_argument("--data", metavar="D", help="text to run through the model")
+    _add_data_options(inspect)
     inspect.add_argument("--out", type=Path, metavar="PNG", help="the picture (default: inspect-MODEL.png)")
 
     front = verb("front", _front, "the Pareto front of a run, its plans and every cost")
@@ -417,12 +417,28 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", metavar="D", action="append",
+        help="text: hub data set, folder, package:NAME, or file (.txt, .jsonl, .json, .csv, .parquet, ...); "
+        "may be given more than once",
+    )  # fmt: skip
+    parser.add_argument(
+        "--text-column",
+        metavar="C",
+        help="the column that holds the text, a.b where it is nested (default: text)",
+    )
+    parser.add_argument(
+        "--sample-by",
+        choices=("line", "paragraph"),
+        help="what a document of a .txt file is, if not all of it",
+    )
+
+
 def _add_study_options(parser: argparse.ArgumentParser, *, model: bool = True) -> None:
     if model:
         _add_model_option(parser)
-    parser.add_argument(
-        "--data", metavar="D", help="text: hub data set, folder, .txt, .jsonl, .parquet, package:NAME"
-    )
+    _add_data_options(parser)
     _add_target_options(parser)
     parser.add_argument(
         "--device", choices=("cpu", "cuda", "mps"), help="to compute on (default: what is there)"
@@ -496,7 +512,8 @@ def _rank(text: str) -> float:
 
 
 _OVERRIDES = {
-    "model": "model", "data": "data", "space": "space", "sampler": "sampler", "trials": "trials", "time": "seconds",
+    "model": "model", "data": "data", "text_column": "text_column", "sample_by": "sample_by", "space": "space",
+    "sampler": "sampler", "trials": "trials", "time": "seconds",
     "jobs": "jobs", "seed": "seed", "device": "device", "budget_gb": "budget.gb", "budget_flops": "budget.flops",
     "dtype": "target.dtype", "context": "target.context", "batch": "target.batch", "runtime": "target.runtime",
 }  # fmt: skip
@@ -508,6 +525,8 @@ def _study(args: argparse.Namespace, **more: Any) -> Study:
 
     given = vars(args)
     overrides = {key: given.get(option) for option, key in _OVERRIDES.items()}
+    if (data := given.get("data")) and len(data) == 1:
+        overrides["data"] = data[0]  # one source is not a list of them
     options = {key: f"--{option.replace('_', '-')}" for option, key in _OVERRIDES.items()}
     options["rungs"] = "--tokens"
     if args.verb in (_extend, _inspect):
@@ -526,7 +545,7 @@ def _run(args: argparse.Namespace) -> int:
 
         RunFolder.check_new(args.out or _new_folder(args.study))
         with _status() as progress:
-            found = dry_run(study, progress)
+            found = dry_run(study, progress, _say)
         _print_dry_run(study, found)
         return 0
     return _search(study, args.out or _new_folder(args.study), resume=False)
@@ -588,7 +607,7 @@ def _try(args: argparse.Namespace) -> int:
     _check_new(args)
     study = _tried_study(args)
     with _whole_or_absent(args.out), _status() as progress:
-        results = list(try_plan(args.plan, study, folder=args.out, progress=progress))
+        results = list(try_plan(args.plan, study, folder=args.out, progress=progress, notice=_say))
     return _show_results(results)
 
 
@@ -610,7 +629,7 @@ def _extend(args: argparse.Namespace) -> int:
     with TemporaryDirectory(prefix="foldsearch-extend-") as elsewhere:
         folder = args.out or Path(elsewhere)
         with _whole_or_absent(args.out), _status() as progress:
-            results = list(try_plan(plan, study, folder=folder, progress=progress))
+            results = list(try_plan(plan, study, folder=folder, progress=progress, notice=_say))
         code = _show_results(results)
         if args.export is None or code:
             return code
@@ -699,7 +718,7 @@ def _inspect(args: argparse.Namespace) -> int:
         raise InputError(f"--out is a file, but '{printable(picture)}' is a folder. Give a name in it.")
     check_writable(picture.parent, "--out")
     with _status() as progress:
-        evidence = inspect_model(study, progress)
+        evidence = inspect_model(study, progress, _say)
     out = console()
     out.print(evidence_table(evidence))
     draw_evidence(evidence, picture, title=f"{study.model}: cosines of hidden states")

@@ -19,8 +19,16 @@ CountProgress = Callable[[int, int], None]
 """Called with how many are done, and of how many."""
 
 
+Notice = Callable[[str], object]
+"""Told, in words, what a person should know."""
+
+
 def silent(stage: str, share: float) -> None:
     """A listener to whom nothing matters."""
+
+
+def unheard(words: str) -> None:
+    """Nobody is told."""
 
 
 def counting(say: StageProgress, stage: str) -> CountProgress:

@@ -65,6 +65,7 @@ from foldsearch.model.recover import (
     merge,
     saved_tokens,
 )
+from foldsearch.model.splits import make_splits
 from foldsearch.model.starts import (
     StartSettings,
     fitting_tokens,
@@ -73,8 +74,8 @@ from foldsearch.model.starts import (
     new_values,
 )
 from foldsearch.model.states import residual_states
-from foldsearch.model.text import check_reference, local_path
-from foldsearch.model.tokens import Splits, TokenSet, make_splits
+from foldsearch.model.text import Source, check_reference, local_path
+from foldsearch.model.tokens import Splits, TokenSet
 from foldsearch.paths import printable
 from foldsearch.plan.cost import Budget, Cost, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan, Replacement
@@ -87,8 +88,8 @@ from foldsearch.plan.proposal import (
     uniform_drop,
 )
 from foldsearch.plan.result import Quality, Setback, TrialResult, trained_for
-from foldsearch.progress import StageProgress, TimeUp, counting, silent
-from foldsearch.spec.study import Sources, Study
+from foldsearch.progress import Notice, StageProgress, TimeUp, counting, silent, unheard
+from foldsearch.spec.study import SourceSettings, Study
 
 BASE_RANK = 1 / 16  # of the base-block metric, in widths of the model: FlexiGPT's 256 for 4,096
 TOKENS = "tokens.safetensors"  # of a run: its three token sets
@@ -227,7 +228,7 @@ def prepare_context(
     cache_dir: Path | None = None,
     check: Callable[[CostTable], object] = lambda table: None,
     progress: StageProgress = silent,
-    notice: Callable[[str], object] = lambda words: None,
+    notice: Notice = unheard,
 ) -> TrialContext:
     """Price the model, split the text, fetch and convert the weights, and ask the dense model once.
 
@@ -264,7 +265,7 @@ def prepare_context(
     progress("pricing the dense model", 0.0)
     table = measure(config)
     check(table)
-    splits = _splits_of(study, run_folder, found, made, progress)
+    splits = _splits_of(study, run_folder, found, made, progress, notice)
     sets = (splits.search, splits.recovery, splits.report)
     check_tokens(study.model, config.vocab_size, (one.ids_NT for one in sets))
     files, content = prepare_model(
@@ -314,7 +315,7 @@ def check_study_lengths(study: Study, config: PretrainedConfig) -> str:
     )
 
 
-def _say_how_it_differs(study: Study, made: Identity, device: str, notice: Callable[[str], object]) -> None:
+def _say_how_it_differs(study: Study, made: Identity, device: str, notice: Notice) -> None:
     """Tell where a run goes on otherwise than a new one of the same study would, or than it began."""
     if device != made.device:
         notice(
@@ -330,6 +331,7 @@ def _splits_of(
     found: source.ModelSource,
     made: Identity | None,
     progress: StageProgress,
+    notice: Notice,
 ) -> Splits:
     """The token sets of a run, cut where there are none yet.
 
@@ -340,7 +342,7 @@ def _splits_of(
     if path.exists():
         splits = read_splits(run_folder)
     else:
-        splits = make_study_splits(study, source.open_tokenizer(found), progress)
+        splits = make_study_splits(study, source.open_tokenizer(found), progress, notice=notice)
     if made is not None:
         made.check_tokens(_token_hashes(splits), run_folder)
     if not path.exists():
@@ -371,8 +373,8 @@ def _identity_of(
 
 
 def sources_of(study: Study) -> tuple[str, ...]:
-    """The references of the study's text: one, or one a split."""
-    return (study.data,) if isinstance(study.data, str) else tuple(study.data.model_dump().values())
+    """The references of the study's text, each once."""
+    return tuple(dict.fromkeys(one.source for one in study.all_sources()))
 
 
 def check_data(study: Study) -> None:
@@ -381,7 +383,7 @@ def check_data(study: Study) -> None:
     Raises:
         DataError: a file, a folder or a package is not there.
     """
-    for reference in dict.fromkeys(sources_of(study)):
+    for reference in sources_of(study):
         check_reference(reference)
 
 
@@ -391,6 +393,7 @@ def make_study_splits(
     progress: StageProgress = silent,
     *,
     search_only: bool = False,
+    notice: Notice = unheard,
 ) -> Splits:
     """The token sets of a study.
 
@@ -399,24 +402,31 @@ def make_study_splits(
         tokenizer: the dense model's.
         progress: told what is being done.
         search_only: leave the recovery and the report set empty.
+        notice: told where a set is not as the study asks for it.
 
     Raises:
         DataError: the text cannot be read, or there is too little of it.
     """
     progress("reading the text", 0.0)
-    references = study.data.model_dump() if isinstance(study.data, Sources) else study.data
+    sources = study.sources()
     sizes = study.splits
     num_sequences = {"search": sizes.search, "recovery": sizes.recovery, "report": sizes.report}
     if search_only:
         num_sequences |= {"recovery": 0, "report": 0}
     return make_splits(
-        references,
+        [_source(one) for one in sources]
+        if isinstance(sources, tuple)
+        else {split: [_source(one) for one in of] for split, of in sources.items()},
         tokenizer,
         sequence_length=sizes.sequence_length,
         num_sequences=num_sequences,
-        text_column=study.text_column,
         progress=lambda message: progress(message, 0.0),
+        notice=notice,
     )
+
+
+def _source(settings: SourceSettings) -> Source:
+    return Source(settings.source, settings.text_column, settings.sample_by, settings.weight)
 
 
 def _write_splits(path: Path, splits: Splits) -> None:

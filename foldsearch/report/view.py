@@ -94,8 +94,7 @@ class RunView:
     @property
     def data(self) -> str:
         """The texts, as the study names them; for messages and reports."""
-        data = self.folder.study.data
-        names = [data] if isinstance(data, str) else dict.fromkeys(data.model_dump().values())
+        names = dict.fromkeys(one.source for one in self.folder.study.all_sources())
         return ", ".join(map(printable, names))
 
     @property

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from foldsearch.errors import SpecError
 from foldsearch.paths import printable
 from foldsearch.spec.space import Space
-from foldsearch.spec.study import Study
+from foldsearch.spec.study import EACH, NAME, SEVERAL, SOURCE, Sources, SourceSettings, Study
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -223,23 +223,12 @@ def _faults(model: type[BaseModel], error: ValidationError) -> Iterator[_Fault]:
     for detail in details:
         if detail["type"] == "too_short" and any(_inside(other["loc"], detail["loc"]) for other in details):
             continue  # short only because its wrong members were left out
-        if (
-            detail["type"] == "string_type"
-            and isinstance(detail["input"], dict)
-            and detail["loc"][-1] == "str"
-        ):
-            continue  # a table where text may stand too: what is wrong is in the table
-        keys = [key for key in detail["loc"] if not _is_union_branch(key)]
+        keys = [key for key in detail["loc"] if key not in _WAYS]
         yield keys, _fault(model, keys, detail)
 
 
 def _inside(inner: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
     return len(inner) > len(outer) and inner[: len(outer)] == outer
-
-
-def _is_union_branch(key: int | str) -> bool:
-    """Whether pydantic put a key there itself: the type it tried of a union."""
-    return key in ("str", "Sources")
 
 
 def _dotted(keys: list[int | str]) -> str:
@@ -262,15 +251,24 @@ _EXPECTED = {
     "bool_type": "true or false",
 }
 _EITHER = {  # where text and a table may stand
-    "data": "one source in quotes, or a table of search, recovery and report",
+    "data": "a source in quotes, a list of sources, or a table of search, recovery and report",
     "space": "a name or a path in quotes, or a table of keys",
+}
+
+
+# Keys that pydantic puts in itself: the way of naming text that a value is written in, and its table.
+_WAYS: dict[int | str, type[BaseModel] | None] = {
+    NAME: None,
+    SOURCE: SourceSettings,
+    SEVERAL: None,
+    EACH: Sources,
 }
 
 
 def _fault(model: type[BaseModel], keys: list[int | str], detail: ErrorDetails) -> str:
     kind, got, context = detail["type"], detail["input"], detail.get("ctx", {})
     if kind == "extra_forbidden":
-        known = list(_fields_at(model, keys[:-1]))
+        known = list(_fields_at(model, detail["loc"][:-1]))
         return "unknown key." + (_suggest(str(keys[-1]), known) or f" Known here: {', '.join(known)}.")
     if kind == "missing":
         return "a value is needed, but there is none." + (
@@ -299,11 +297,13 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _fields_at(model: type[BaseModel], keys: list[int | str]) -> Iterator[str]:
+def _fields_at(model: type[BaseModel], keys: tuple[int | str, ...]) -> Iterator[str]:
     """Names of the fields at a place of the file."""
     for key in keys:
-        if isinstance(key, str):
+        if key in _WAYS:
+            model = _WAYS[key] or model
+        elif isinstance(key, str):
             annotation = model.model_fields[key].annotation
             tables = (kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
-            model = next(kind for kind in tables if issubclass(kind, BaseModel))
+            model = next((kind for kind in tables if issubclass(kind, BaseModel)), model)
     yield from model.model_fields

@@ -8,7 +8,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from foldsearch.plan.cost import DTYPE_BYTES, Budget, Cost, CostTable, Target, parse_flops, price
 from foldsearch.plan.plan import FoldPlan
@@ -117,20 +117,79 @@ class HalvingSettings(TomlTable):
     band: Share01 = 0.25
 
 
-class Sources(TomlTable):
-    """One source of text a split, where the study does not split a single one."""
+def _reference(value: str) -> str:
+    if not value.strip():
+        raise ValueError("a reference is not empty; write a hub id, a folder or a file")
+    return value
 
-    search: str
-    recovery: str
-    report: str
+
+Reference = Annotated[str, AfterValidator(_reference)]
+SampleBy = Literal["line", "paragraph"]
+
+
+class SourceSettings(TomlTable):
+    """A source of text, and how it is read (see `foldsearch.model.text.Source`).
+
+    source: a reference. text_column, sample_by: if they differ from the study's. weight: its share of the sequences of
+    every split, relative to the other sources'; either each of them has one or none.
+    """
+
+    source: Reference
+    text_column: str | None = None
+    sample_by: SampleBy | None = None
+    weight: Annotated[float, Field(gt=0, le=MOST)] | None = None
+
+
+def _shape(value: Any) -> str:
+    """Which way of naming text a value is written in."""
+    if isinstance(value, dict):
+        return EACH if any(split in value for split in Sources.model_fields) else SOURCE
+    if isinstance(value, list | tuple):
+        return SEVERAL
+    if isinstance(value, Sources):
+        return EACH
+    return SOURCE if isinstance(value, SourceSettings) else NAME
+
+
+# Spaces keep these tags of pydantic's apart from the keys of a study.
+NAME, SOURCE, SEVERAL, EACH = "a name", "a source", "several sources", "a source a split"
+OneSource = Annotated[
+    Annotated[Reference, Tag(NAME)] | Annotated[SourceSettings, Tag(SOURCE)], Discriminator(_shape)
+]
+SeveralSources = Annotated[tuple[OneSource, ...], Field(min_length=1)]
+AnySources = Annotated[
+    Annotated[Reference, Tag(NAME)]
+    | Annotated[SourceSettings, Tag(SOURCE)]
+    | Annotated[SeveralSources, Tag(SEVERAL)],
+    Discriminator(_shape),
+]
+
+
+class Sources(TomlTable):
+    """Text of its own for each split, where the study does not split one text."""
+
+    search: AnySources
+    recovery: AnySources
+    report: AnySources
+
+
+Data = Annotated[
+    Annotated[Reference, Tag(NAME)]
+    | Annotated[SourceSettings, Tag(SOURCE)]
+    | Annotated[SeveralSources, Tag(SEVERAL)]
+    | Annotated[Sources, Tag(EACH)],
+    Discriminator(_shape),
+]
 
 
 class Study(TomlTable):
     """Everything that makes a run, resolved.
 
-    model, data: references, as `foldsearch.model.source` and `foldsearch.model.text` read them; data is one source,
-    split by document, or a table of three. text_column: key or column that holds the text. revision: branch, tag or
-    commit of a hub model.
+    model: a reference, as `foldsearch.model.source` reads it. revision: branch, tag or commit of a hub model.
+    data: one source of text or a list of them, split by document, or a table of search, recovery and report. A source
+    is a reference, as `foldsearch.model.text` reads it, or a table of `SourceSettings`. text_column: key or column that
+    holds the text of a row, dotted where it is nested. sample_by: what a document of a plain text file is, if not what
+    stands between two blank lines or form feeds.
     device: "auto" takes CUDA, then MPS, then the CPU. precision: what trials compute in; "auto" is bfloat16 where the
     device multiplies it fast (CUDA, CPUs with AMX), else float32. trust_remote_code: let a model's own code run.
     rungs: recovery tokens trained on when each rung is measured. trials, seconds: when the search ends, whichever
@@ -138,10 +197,11 @@ class Study(TomlTable):
     at a time. seed: of everything random.
     """
 
-    model: str
+    model: Reference
     revision: str | None = None
-    data: str | Sources
+    data: Data
     text_column: str | None = None
+    sample_by: SampleBy | None = None
     trust_remote_code: bool = False
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -175,12 +235,45 @@ class Study(TomlTable):
             raise ValueError(f"each rung trains on more tokens than the one before; got {list(value)}")
         return value
 
-    @field_validator("model", "data")
+    @field_validator("data")
     @classmethod
-    def _named(cls, value: str | Sources) -> str | Sources:
-        if isinstance(value, str) and not value.strip():
-            raise ValueError("a reference is not empty; write a hub id, a folder or a file")
+    def _weighted(cls, value: Any) -> Any:
+        for given in value.model_dump().values() if isinstance(value, Sources) else (value,):
+            weights = [
+                one["weight"] if isinstance(one, dict) else getattr(one, "weight", None)
+                for one in (given if isinstance(given, list | tuple) else ())
+            ]
+            if weights.count(None) not in (0, len(weights)):
+                raise ValueError(
+                    f"either each source of a list has a weight or none; {weights.count(None)} of {len(weights)} have "
+                    "none"
+                )
         return value
+
+    def sources(self) -> tuple[SourceSettings, ...] | dict[str, tuple[SourceSettings, ...]]:
+        """The sources of the text, or those of each split, with the study's way of reading them."""
+        if isinstance(self.data, Sources):
+            return {split: self._settings(getattr(self.data, split)) for split in Sources.model_fields}
+        return self._settings(self.data)
+
+    def all_sources(self) -> tuple[SourceSettings, ...]:
+        """The sources of all splits, each once."""
+        found = self.sources()
+        every = found if isinstance(found, tuple) else [one for of in found.values() for one in of]
+        return tuple(dict.fromkeys(every))
+
+    def _settings(self, given: Any) -> tuple[SourceSettings, ...]:
+        every = given if isinstance(given, tuple) else (given,)
+        tables = (SourceSettings(source=one) if isinstance(one, str) else one for one in every)
+        return tuple(
+            one.model_copy(
+                update={
+                    "text_column": one.text_column or self.text_column,
+                    "sample_by": one.sample_by or self.sample_by,
+                }
+            )
+            for one in tables
+        )
 
     def narrowed(self, table: CostTable) -> Space:
         """The space, cut to what can keep the budget on a model of these costs.

@@ -36,7 +36,8 @@ from foldsearch.model.gates import GatedModel, GateSettings, kl_to_dense, train_
 from foldsearch.model.head import head_logits, last_hidden
 from foldsearch.model.judge import ask_dense
 from foldsearch.model.source import open_dense, open_tokenizer, prepare
-from foldsearch.model.tokens import TokenSet, make_splits
+from foldsearch.model.splits import make_splits
+from foldsearch.model.tokens import TokenSet
 
 COUNTS = (3, 6, 9)
 EPS = (0.1, 0.5, 1.0)  # of the picture

@@ -22,6 +22,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 import torch
+import zstandard
 
 from foldsearch.model.source import locate, open_dense, open_tokenizer, prepare
 from foldsearch.model.text import load_documents
@@ -146,6 +147,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory):
     data = root / "datasets" / "tiny-org" / "tiny-text"
     data.mkdir(parents=True)
     (data / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in SENTENCES))
+    packed = root / "datasets" / "tiny-org" / "tiny-packed"
+    packed.mkdir()
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in SENTENCES)
+    (packed / "train.jsonl.zst").write_bytes(zstandard.compress(rows.encode()))
     wiki = root / "datasets" / "Salesforce" / "wikitext" / "wikitext-2-raw-v1"
     wiki.mkdir(parents=True)
     _write_wikitext(wiki / "train-00000-of-00001.parquet")
@@ -331,12 +336,13 @@ def test_a_hub_model_is_looked_at_before_its_weights_are_fetched(hub: Hub, tmp_p
 LOAD = """
 import json
 from foldsearch.errors import DataError
-from foldsearch.model.text import load_documents
+from foldsearch.model.text import Source, load_documents
 answer = {"all": load_documents("tiny-org/tiny-text"), "three": load_documents("tiny-org/tiny-text", limit=3)}
+answer["packed"] = load_documents("tiny-org/tiny-packed")
 answer["wikitext"] = load_documents("wikitext:wikitext-2-raw-v1")
 for reference, column in (("tiny-org/tiny-text:default:nosuch", None), ("tiny-org/tiny-text", "body")):
     try:
-        load_documents(reference, text_column=column)
+        load_documents(Source(reference, column))
     except DataError as error:
         answer[str(column)] = str(error)
 print(json.dumps(answer))
@@ -348,6 +354,7 @@ def test_hub_data_sets_equal_the_same_files_on_disk(hub: Hub, tmp_path: Path) ->
     local = hub.root / "datasets" / "tiny-org" / "tiny-text" / "train.jsonl"
     assert online["all"] == load_documents(str(local)) == SENTENCES
     assert online["three"] == SENTENCES[:3]
+    assert online["packed"] == SENTENCES
     # the bare name is found under its owner; its rows are lines: a document starts at a top-level heading
     assert online["wikitext"] == [
         " = One = \n\n First . \n = = Part = = \n More . \n\n",
@@ -362,7 +369,7 @@ MISSING = """
 import json, time
 from foldsearch.errors import DataError, ModelError
 from foldsearch.model.source import prepare
-from foldsearch.model.text import load_documents
+from foldsearch.model.text import Source, load_documents
 import huggingface_hub, transformers, datasets
 started, answer = time.monotonic(), {}
 for error_type, call in (

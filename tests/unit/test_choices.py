@@ -215,6 +215,10 @@ def test_questions_are_read(tmp_path) -> None:
     assert (found[1].answer, found[1].line) == (1, 3)
     assert len(found) == 3
     assert read_questions(path, limit=2) == found[:2]
+    for encoding in ("utf-8-sig", "utf-16"):  # as some editors save them
+        again = tmp_path / f"{encoding}.jsonl"
+        again.write_text(path.read_text(), encoding=encoding)
+        assert read_questions(again) == found
 
 
 @pytest.mark.parametrize(

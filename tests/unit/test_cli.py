@@ -25,7 +25,7 @@ from foldsearch.report.view import RunView
 from foldsearch.search import events
 from foldsearch.search.folder import RunFolder
 from foldsearch.search.records import read_records
-from foldsearch.spec.study import Study
+from foldsearch.spec.study import SourceSettings, Study
 from tests.fake_trial import TABLE
 
 VERBS = (
@@ -126,13 +126,39 @@ def test_a_picture_is_not_a_folder(shell: Shell) -> None:
     assert "--out is a file, but '.' is a folder" in err
 
 
+@pytest.mark.parametrize("verb", ["try 0-3", "extend --blocks 1-3 --to 14", "inspect", "run --dry-run"])
+def test_every_verb_that_reads_text_takes_sources_and_how_to_read_them(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    asked: list[Study] = []
+
+    def stop(study: Study, *args: object, **rest: object) -> None:
+        asked.append(study)
+        raise RunError("enough")
+
+    for name in ("inspect_model", "dry_run", "measure_model"):
+        monkeypatch.setattr(api, name, stop)
+    monkeypatch.setattr(api, "try_plan", lambda plan, study, **rest: stop(study))
+    told = ["--data", "a.txt", "--data", "b.csv", "--text-column", "answer.text", "--sample-by", "line"]
+    assert shell(*verb.split(), *told)[0] == 2
+    assert shell(*verb.split(), "--data", "a.txt")[0] == 2
+    several, one = asked
+    expected = [
+        SourceSettings(source=name, text_column="answer.text", sample_by="line")
+        for name in ("a.txt", "b.csv")
+    ]
+    assert list(several.all_sources()) == expected
+    assert one.data == "a.txt"
+    assert one.text_column is None
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_a_try_that_is_cut_short_leaves_no_folder(
     shell: Shell, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     """Nothing could go on with it, and the same command would be refused."""
 
-    def try_plan(plan: str, study: object, *, folder: Path, progress: object) -> list[object]:
+    def try_plan(plan: str, study: object, *, folder: Path, progress: object, notice: object) -> list[object]:
         (folder / "trials").mkdir(parents=True)
         raise error
 

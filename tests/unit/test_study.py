@@ -15,7 +15,7 @@ from foldsearch.errors import SpecError
 from foldsearch.plan.cost import BlockCost, Budget, CostTable, Target, UnitCost, price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.spec.load import load_study, shipped, study_from_json
-from foldsearch.spec.study import BudgetSettings, Study
+from foldsearch.spec.study import BudgetSettings, SourceSettings, Study
 
 MINIMAL = 'model = "m"\ndata = "d"\nspace = "foldgpt"\n'
 
@@ -131,7 +131,7 @@ a = 1
     ]
     assert set(expected) <= set(found)
     assert set(found) - set(expected) == {
-        "data: must be one source in quotes, or a table of search, recovery and report; got 3."
+        "data: must be a source in quotes, a list of sources, or a table of search, recovery and report; got 3."
     }
 
 
@@ -170,7 +170,7 @@ space = ["a"]
 budget = { flops = true }
 """
     assert set(faults(text, tmp_path)) == {
-        "data: must be one source in quotes, or a table of search, recovery and report; got 5.",
+        "data: must be a source in quotes, a list of sources, or a table of search, recovery and report; got 5.",
         'space: must be a name or a path in quotes, or a table of keys; got ["a"].',
         'budget.flops: FLOPs per token (2.5e8) or a share of dense in quotes ("0.8x"); got true.',
     }
@@ -185,6 +185,74 @@ space = { reinstate = { ranks = [-1, 0, 0.5] } }
         "space.reinstate.ranks[0]: a rank is a whole number, 0 or more, or a share of the model's width below 1; "
         "got -1.",
     }
+
+
+ONE, TWO = SourceSettings(source="a"), SourceSettings(source="b", text_column="body", weight=0.3)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ('"a"', (ONE,)),
+        ('["a"]', (ONE,)),
+        ('{ source = "a" }', (ONE,)),
+        (
+            '[{ source = "a", weight = 1 }, { source = "b", text_column = "body", weight = 0.3 }]',
+            (ONE.model_copy(update={"weight": 1.0}), TWO),
+        ),
+        (
+            '{ search = "a", recovery = ["a", "c"], report = { source = "a", sample_by = "line" } }',
+            {
+                "search": (ONE,),
+                "recovery": (ONE, SourceSettings(source="c")),
+                "report": (SourceSettings(source="a", sample_by="line"),),
+            },
+        ),
+    ],
+)
+def test_ways_of_naming_text(tmp_path: Path, data: str, expected: object) -> None:
+    study = load_study(write(tmp_path, f'model = "m"\nspace = "foldgpt"\ndata = {data}\n'))
+    assert study.sources() == expected
+    assert study_from_json(study.model_dump(mode="json")) == study
+
+
+def test_sources_are_read_as_the_study_says_if_they_do_not_say_otherwise(tmp_path: Path) -> None:
+    text = 'model = "m"\nspace = "foldgpt"\ntext_column = "main"\nsample_by = "line"\n'
+    study = load_study(write(tmp_path, text + 'data = ["a", { source = "b", text_column = "body" }]\n'))
+    one, two = study.sources()
+    assert (one.text_column, one.sample_by) == ("main", "line")
+    assert (two.text_column, two.sample_by) == ("body", "line")
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ('" "', "data: a reference is not empty; write a hub id, a folder or a file."),
+        ("[]", "data: a list of at least 1; got []."),
+        ('["a", 3]', "data[1]: must be text in quotes; got 3."),
+        ('["a", { source = "b", wieght = 1 }]', "data[1].wieght: unknown key. Did you mean 'weight'?"),
+        ('[{ source = "b", weight = 0 }]', "data[0].weight: must be above 0; got 0."),
+        ("[{ weight = 1.0 }]", "data[0].source: a value is needed, but there is none. Add the key."),
+        (
+            '["a", { source = "b", weight = 1 }]',
+            "data: either each source of a list has a weight or none; 1 of 2 have none.",
+        ),
+        (
+            '{ search = "a", recovery = [{ source = "b", weight = 1 }, "c"], report = "d" }',
+            "data: either each source of a list has a weight or none; 1 of 2 have none.",
+        ),
+        (
+            '{ source = "a", sample_by = "sentence" }',
+            "data.sample_by: must be one of 'line' or 'paragraph'; got \"sentence\".",
+        ),
+        (
+            '{ search = "a", recovery = "b", report = { source = "c", lines = true } }',
+            "data.report.lines: unknown key. Known here: source, text_column, sample_by, weight.",
+        ),
+    ],
+)
+def test_faults_of_sources(tmp_path: Path, data: str, expected: str) -> None:
+    assert faults(f'model = "m"\nspace = "foldgpt"\ndata = {data}\n', tmp_path) == [expected]
 
 
 def test_overrides_files_and_spaces_are_told_apart_and_all_at_once(tmp_path: Path) -> None:

@@ -6,14 +6,23 @@ Oracles: the stated rules as literal documents.
 from __future__ import annotations
 
 import bz2
+import codecs
+import csv
+import gzip
+import io
 import json
+import lzma
 import re
+import shutil
 from pathlib import Path
 
+import datasets
+import pyarrow.feather
+import pyarrow.parquet
 import pytest
 
 from foldsearch.errors import DataError
-from foldsearch.model.text import load_documents, local_path
+from foldsearch.model.text import Source, load_documents, local_path
 
 
 def write_folder(folder: Path, texts: list[str]) -> str:
@@ -45,14 +54,14 @@ def test_jsonl(tmp_path: Path) -> None:
     file.write_text('{"text": "Ä\\nB", "id": 1}\n\n{"text": "half a pair: \\ud800"}\n{"text": null}\n')
     assert load_documents(str(file)) == ["Ä\nB", "half a pair: ?"]
     file.write_text('{"body": "C"}\n')
-    assert load_documents(str(file), text_column="body") == ["C"]
+    assert load_documents(Source(str(file), "body")) == ["C"]
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ('{"body": "x"}', r"data\.jsonl, line 2: there is no 'text', only 'body'\..*text_column"),
-        ('{"text": 3}', r"data\.jsonl, line 2: 'text' must hold text, not int"),
+        ('{"text": 3}', r"data\.jsonl, line 2: 'text' must hold text, or a chat .*, not int"),
         ("[1]", r"data\.jsonl, line 2: each line is one JSON object, not list"),
         ('{"text": ', r"data\.jsonl, line 2: each line is one JSON object, but"),
     ],
@@ -72,9 +81,9 @@ def test_parquet(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["A", "", None, "B\n"], "other": [1, 2, 3, 4]}), file)
     assert load_documents(str(file)) == ["A", "B\n"]
     with pytest.raises(DataError, match=r"there is no 'body', only 'text', 'other'"):
-        load_documents(str(file), text_column="body")
-    with pytest.raises(DataError, match=r"row 1: 'other' must hold text, not int"):
-        load_documents(str(file), text_column="other")
+        load_documents(Source(str(file), "body"))
+    with pytest.raises(DataError, match=r"row 1: 'other' must hold text, or a chat .*, not int"):
+        load_documents(Source(str(file), "other"))
     file.write_bytes(b"PAR1 no more")
     with pytest.raises(DataError, match="not a readable Parquet file") as error:
         load_documents(str(file))
@@ -168,7 +177,7 @@ def test_a_bad_file_of_a_folder_is_named(tmp_path: Path) -> None:
 def test_unreadable_references(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("Grün".encode("latin-1"))
     (tmp_path / "empty.txt").write_text(" \n")
-    (tmp_path / "table.csv").write_text("a,b")
+    (tmp_path / "page.html").write_text("a")
     (tmp_path / "dump.bz2").write_bytes(b"not bz2")
     (tmp_path / "none").mkdir()
     for reference, message in {
@@ -178,7 +187,7 @@ def test_unreadable_references(tmp_path: Path) -> None:
         "package:no_such_package_here": "pip install --no-deps no-such-package-here",
         str(tmp_path / "latin.txt"): "text must be UTF-8, but the byte at 2",
         str(tmp_path / "empty.txt"): "no document with any text",
-        str(tmp_path / "table.csv"): r"\.csv is not a known kind of text; known are \.txt, \.jsonl",
+        str(tmp_path / "page.html"): r"\.html is not a known kind of text; known are \.txt, \.jsonl",
         str(tmp_path / "dump.bz2"): "cannot be read",
         str(tmp_path / "none"): "the folder holds no text",
     }.items():
@@ -193,3 +202,246 @@ def test_where_a_reference_lies(tmp_path):
     assert local_path("package:tests_of_nothing") is None
     assert local_path("org/name:config") is None
     assert local_path("package:json/decoder.py") == Path(json.__file__).parent / "decoder.py"
+
+
+# ------------------------------------------------------------------------------------------ every format, every packing
+
+TEXTS = ["Ä first\nof two lines", 'with "quotes", a comma\tand a tab', "last"]
+ROWS = [{"text": text, "id": index} for index, text in enumerate(TEXTS)]
+
+
+def as_csv(separator: str) -> str:
+    made = io.StringIO()
+    writer = csv.writer(made, delimiter=separator)
+    writer.writerows([["id", "text"], *([row["id"], row["text"]] for row in ROWS)])
+    return made.getvalue()
+
+
+TABLES = {
+    "rows.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS),
+    "rows.ndjson": "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS),
+    "list.json": json.dumps(ROWS, indent=1),
+    "lines.json": "\n".join(json.dumps(row) for row in ROWS),
+    "by_name.json": json.dumps({f"row {row['id']}": row for row in ROWS}),
+    "inside.json": json.dumps({"version": "1.1", "data": ROWS}),
+    "columns.json": json.dumps({"text": TEXTS, "id": [0, 1, 2]}),
+    "pandas.json": json.dumps(
+        {"text": {str(i): text for i, text in enumerate(TEXTS)}, "id": {"0": 0, "1": 1, "2": 2}}
+    ),
+    "alone.json": json.dumps(TEXTS),
+    "comma.csv": as_csv(","),
+    "semicolon.csv": as_csv(";"),
+    "tab.tsv": as_csv("\t"),
+    "UPPER.CSV": as_csv(","),
+}
+PACKERS = {
+    "": lambda data: data,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: bytes(pyarrow.compress(data, codec="zstd", asbytes=True)),
+}
+
+
+@pytest.mark.parametrize("packed", PACKERS)
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_however_it_is_stored(tmp_path: Path, name: str, packed: str) -> None:
+    file = tmp_path / f"{name}{packed}"
+    file.write_bytes(PACKERS[packed](TABLES[name].encode()))
+    assert load_documents(str(file)) == TEXTS
+    file.write_bytes(PACKERS[packed](TABLES[name].encode("utf-8-sig")))
+    assert load_documents(str(file)) == TEXTS
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "list.json", "comma.csv", "tab.tsv", "book.txt"])
+def test_a_text_however_it_is_encoded(tmp_path: Path, name: str, encoding: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(TABLES.get(name, "\n\n\n".join(TEXTS)).encode(encoding))
+    assert load_documents(str(file)) == TEXTS
+    for mark, order in ((codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be")):
+        file.write_bytes(mark + TABLES.get(name, "\n\n\n".join(TEXTS)).encode(order))
+        assert load_documents(str(file)) == TEXTS
+
+
+def test_a_byte_order_mark_is_no_text_wherever_it_stands(tmp_path: Path) -> None:
+    """Files that were joined have one inside, and a table may have kept that of each text."""
+    file = tmp_path / "joined.txt"
+    file.write_text("\ufeffA\n\n\n\ufeffB\ufeff b")
+    assert load_documents(str(file)) == ["A", "B b"]
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "\\ufeffA\\r\\nB"}')
+    assert load_documents(str(file)) == ["A\nB"]
+    with_mark = tmp_path / "marked.csv"
+    with_mark.write_text("\ufefftext\nA\n")  # the first column is not called "\ufefftext"
+    assert load_documents(str(with_mark)) == ["A"]
+
+
+def test_arrow_and_what_datasets_saved(tmp_path: Path) -> None:
+    """Nothing is left in the user's home, and no network is asked (conftest.py forbids it)."""
+    made = datasets.Dataset.from_dict(
+        {"text": TEXTS, "id": [0, 1, 2], "meta": [{"body": t.upper()} for t in TEXTS]}
+    )
+    made.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"test": made.select([0]), "train": made}).save_to_disk(str(tmp_path / "splits"))
+    datasets.DatasetDict({"a": made, "b": made}).save_to_disk(str(tmp_path / "named"))
+    assert load_documents(str(tmp_path / "one")) == TEXTS
+    assert load_documents(Source(str(tmp_path / "one"), "meta.body")) == [text.upper() for text in TEXTS]
+    assert load_documents(str(tmp_path / "splits")) == TEXTS
+    assert load_documents(str(tmp_path / "splits" / "test")) == TEXTS[:1]
+    with pytest.raises(
+        DataError, match=r"it holds the splits 'a', 'b', and none is called train\. Name .*named/a\."
+    ):
+        load_documents(str(tmp_path / "named"))
+    (arrow,) = (tmp_path / "one").glob("*.arrow")
+    shutil.copy(arrow, tmp_path / "stream.arrow")
+    assert load_documents(str(tmp_path / "stream.arrow")) == TEXTS
+    pyarrow.feather.write_feather(
+        pyarrow.table({"text": TEXTS}), tmp_path / "file.arrow", compression="uncompressed"
+    )
+    assert load_documents(str(tmp_path / "file.arrow")) == TEXTS
+    (tmp_path / "one" / "state.json").write_text("{")
+    with pytest.raises(DataError, match="not a readable data set of `save_to_disk`"):
+        load_documents(str(tmp_path / "one"))
+
+
+def test_a_folder_of_files_of_every_kind(tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    (folder / "deeper").mkdir(parents=True)
+    (folder / ".cache").mkdir()
+    (folder / "a.txt").write_text("A\n\n\nstill A")
+    (folder / "b.txt.gz").write_bytes(gzip.compress(b"B"))
+    (folder / "c.jsonl").write_text('{"text": "C"}')
+    (folder / "deeper" / "d.csv").write_text("text\nD\n")
+    (folder / ".cache" / "no.txt").write_text("hidden")
+    (folder / "dataset_infos.json").write_text("{}")  # about data
+    (folder / "README.md").write_text("no")
+    assert load_documents(str(folder)) == ["A\n\n\nstill A", "B", "C", "D"]
+
+
+@pytest.mark.parametrize(
+    ("sample_by", "expected"),
+    [(None, ["a\nb\n\nc", "d"]), ("paragraph", ["a\nb", "c", "d"]), ("line", ["a", "b", "c", "d"])],
+)
+def test_what_a_document_of_a_text_file_is(tmp_path: Path, sample_by, expected: list[str]) -> None:
+    (tmp_path / "folder").mkdir()
+    for file in (tmp_path / "book.txt", tmp_path / "folder" / "book.txt"):
+        file.write_text("a\nb\n\nc\n\n\nd")
+    assert load_documents(Source(str(tmp_path / "book.txt"), sample_by=sample_by)) == expected
+    in_folder = expected if sample_by else ["a\nb\n\nc\n\n\nd"]
+    assert load_documents(Source(str(tmp_path / "folder"), sample_by=sample_by)) == in_folder
+
+
+# ------------------------------------------------------------------------------------------------- the text of a row
+
+
+def write_rows(tmp_path: Path, *rows: object) -> str:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return str(file)
+
+
+def test_a_nested_column_has_a_dotted_name(tmp_path: Path) -> None:
+    row = {"doc": {"body": {"en": "A"}}, "doc.title": "B"}
+    assert load_documents(Source(write_rows(tmp_path, row), "doc.body.en")) == ["A"]
+    assert load_documents(Source(write_rows(tmp_path, row), "doc.title")) == [
+        "B"
+    ]  # the name as it stands is first
+    with pytest.raises(
+        DataError, match=r"line 1: there is no 'doc\.text', only 'doc\.body', 'doc\.title'\. .*--text-"
+    ):
+        load_documents(Source(write_rows(tmp_path, row), "doc.text"))
+    for name, made in (
+        ("rows.parquet", pyarrow.parquet.write_table),
+        ("rows.feather.arrow", pyarrow.feather.write_feather),
+    ):
+        made(pyarrow.table({"doc": [{"body": "A"}], "other": [1]}), str(tmp_path / name))
+        assert load_documents(Source(str(tmp_path / name), "doc.body")) == ["A"]
+
+
+def test_the_text_is_looked_for_under_its_usual_names(tmp_path: Path) -> None:
+    def write(messages):
+        return "|".join(f"{message['role']}: {message['content']}" for message in messages)
+
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "tool_calls": None}]
+    sharegpt = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    for row in (
+        {"messages": chat},
+        {"conversations": sharegpt, "id": 1},
+        {"prompt": chat[:1], "completion": chat[1:]},
+        {"text": "user: q|assistant: a", "messages": [{"role": "user", "content": "not this"}]},
+    ):
+        assert load_documents(write_rows(tmp_path, row), write_chat=write) == ["user: q|assistant: a"]
+    assert load_documents(write_rows(tmp_path, {"prompt": "q ", "completion": "a"})) == ["q a"]
+    assert load_documents(Source(write_rows(tmp_path, {"log": chat}), "log"), write_chat=write) == [
+        "user: q|assistant: a"
+    ]
+    (tmp_path / "chat.json").write_text(json.dumps({"messages": chat}))
+    assert load_documents(str(tmp_path / "chat.json"), write_chat=write) == ["user: q|assistant: a"]
+
+
+def test_a_chat_that_cannot_be_written_names_its_row(tmp_path: Path) -> None:
+    def refuse(messages):
+        raise ValueError("roles must alternate")
+
+    rows = write_rows(tmp_path, {"text": "fine"}, {"messages": [{"role": "user", "content": "q"}]})
+    with pytest.raises(
+        DataError, match=r"line 2: the model's chat template does not take this chat: .*alternate"
+    ):
+        load_documents(rows, write_chat=refuse)
+    with pytest.raises(
+        DataError, match=r"line 2: 'messages' holds a chat, but this model's tokenizer has no chat"
+    ):
+        load_documents(rows)
+    with pytest.raises(
+        DataError, match=r"line 1: 'messages' must hold text, or a chat .*, not an empty list"
+    ):
+        load_documents(write_rows(tmp_path, {"messages": []}))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"id,text\n1,fine\n2,one,two\n", r"line 3: a row must have the 2 fields .*'id', 'text'\); got 3"),
+        ("a.csv", b'text\n"open\n', r"a\.csv, line 2: not CSV: .*unexpected end"),
+        ("a.csv", b"id;body\n1;x\n", r"line 2: there is no 'text', only 'id', 'body'\. .*--text-column"),
+        ("a.json", b'[{"text": "x"},\n {"text": }]', r"a\.json: not JSON: .*line 2 column 11"),
+        ("a.json", b"[1]", r"a\.json, row 1: a row is an object, or a text alone, not int"),
+        ("a.json", b"3", r"a\.json: a JSON file of texts is a list of rows, .* got int"),
+        ("a.jsonl", b'{"text": "x"}\n\xff', r"the byte at 14 \(line 2\) is not"),
+        ("a.txt", b"ab\0c", r"text has no zero byte, but the byte at 2 \(line 1\) is one"),
+        ("a.txt", codecs.BOM_UTF16_LE + b"a\0b", r"text must be UTF-16, as its byte order .* but the byte at 4"),
+        ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], r"a\.txt\.gz: cannot be read: EOFError"),
+        ("a.txt.gz", b"text", r"a\.txt\.gz: cannot be read: .*Not a gzipped file"),
+        ("a.txt.xz", b"text", r"a\.txt\.xz: cannot be read: LZMAError"),
+        ("a.txt.zst", PACKERS[".zst"](b"text" * 99)[:-3], r"a\.txt\.zst: cannot be read: .*Truncated"),
+        ("a.arrow", b"no", r"a\.arrow: not a readable Arrow file"),
+        ("a.gz", b"", r"a file without a suffix is not a known kind of text"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_named_with_its_place(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as error:
+        load_documents(str(tmp_path / name))
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_only_the_column_that_is_wanted_is_read(tmp_path: Path) -> None:
+    """Pictures in a table of texts cost nothing: a column that cannot be decoded is not touched."""
+    table = pyarrow.table({"text": ["A"], "big": [list(range(1000))]})
+    file = tmp_path / "t.parquet"
+    pyarrow.parquet.write_table(table, file)
+    asked = []
+    read = pyarrow.parquet.ParquetFile.iter_batches
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            pyarrow.parquet.ParquetFile,
+            "iter_batches",
+            lambda self, *args, columns, **rest: (
+                asked.append(columns) or read(self, *args, columns=columns, **rest)
+            ),
+        )
+        load_documents(str(file))
+    assert asked == [["text"]]

@@ -1,0 +1,419 @@
+"""Documents become the search, recovery and report token sets: dealt to the splits, then cut or packed into sequences.
+
+**Dealing.** Of one source, or several together, the text of a document alone decides which set it belongs to
+(`split_of`), so it is the same in every run, and more data never moves a document to another set. Only where a set
+would get fewer than two documents so, the borders between the sets are moved just as far as that takes. A document
+that occurs twice counts once, white space around it aside.
+
+**Cutting.** A sequence is what the tokenizer puts in front of a text (see tokens.py), then as many tokens of a document
+as fill it. Documents are taken in ascending order of their hash (a fixed shuffle), from each the first `per_document`
+sequences, until there are enough. Where there are not, in this order:
+
+1. Documents too short for a sequence, which are passed over till then, are *packed*: one after the other, each begun as
+   the tokenizer begins a text, with its end token between two, until a sequence is full. The last one in it is cut, the
+   rest of that one is lost. So a document lies in one sequence only, and what is packed together is one cluster of the
+   standard errors. A document is read with those before it in view; what is between two of them is not scored.
+2. More sequences are taken of each document that has them.
+3. There are fewer sequences than asked for, at least two from different documents.
+
+Each of these is told. **Mixtures**: where sources have weights, each gives its share of the sequences of every set.
+
+Shapes: N sequences, T tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from foldsearch.errors import DataError
+from foldsearch.model.rows import WriteChat
+from foldsearch.model.text import Source, count_of, load_documents
+from foldsearch.model.tokens import SPLITS, Splits, TokenSet, check_disjoint, front_of, text_ids
+from foldsearch.paths import printable
+from foldsearch.progress import Notice, unheard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["LEAST", "Data", "make_splits", "split_of"]
+
+LEAST = 2  # sequences of a split, from different documents: one alone has no standard error
+Sources = str | Source | Sequence[str | Source]
+Data = Sources | Mapping[str, Sources]
+Pool = dict[str, str]  # texts by their hash, in ascending order of it
+
+
+def split_of(document_hash: str) -> str:
+    """The split of a document by the sha256 (hex) of its text: 1 in 5 search, 1 in 5 report, the rest recovery."""
+    u = int(document_hash[:16], 16) / 2**64
+    return "search" if u < 0.2 else "report" if u < 0.4 else "recovery"
+
+
+def make_splits(
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sequence_length: int,
+    num_sequences: Mapping[str, int],
+    per_document: int = 2,
+    limit: int | None = None,
+    progress: Notice = unheard,
+    notice: Notice = unheard,
+) -> Splits:
+    """Token sets for search, recovery and report, no document in two of them; see the module's docstring.
+
+    Sources of their own for each of the three are used whole. They have no document in common, used or not; one that is
+    too short for a sequence may be in several, and is then left to the first of search, report and recovery. Of a
+    source that is read in part (`limit`, a data set of the hub) only what was read is compared.
+
+    Args:
+        data: one source, or several, or those of each split by its name.
+        tokenizer: the dense model's.
+        sequence_length: T, tokens of a sequence.
+        num_sequences: N for each of the three splits; 0 gives an empty set.
+        per_document: at most this many sequences from one document, where there are documents enough.
+        limit: as in `load_documents`; for each source.
+        progress: told, in words, what takes time.
+        notice: told, in words, where a set is not as it was asked for.
+
+    Raises:
+        DataError: too few tokens, overlapping sources, or a source that cannot be read.
+    """
+    _check(data, sequence_length, num_sequences, per_document)
+    cutter = _Cutter(tokenizer, sequence_length)
+
+    def load(sources: Sources) -> list[_Part]:
+        return _load(sources, tokenizer, limit, progress)
+
+    if isinstance(data, Mapping):
+        parts = {name: load(data[name]) for name in SPLITS}
+        _part_from_others({name: of for name, of in parts.items() if num_sequences[name]}, cutter.size)
+    else:
+        dealt = [part.dealt(notice) for part in load(data)]
+        parts = {name: [part[name] for part in dealt] for name in SPLITS}
+    sets = {
+        name: _token_set(name, parts[name], cutter, num_sequences[name], per_document, notice)
+        for name in SPLITS
+    }
+    return Splits(sets["search"], sets["recovery"], sets["report"])
+
+
+def _check(data: Data, sequence_length: int, num_sequences: Mapping[str, int], per_document: int) -> None:
+    if sequence_length < 1 or per_document < 1:
+        raise DataError(
+            f"sequence_length and per_document are at least 1, not {sequence_length} and {per_document}."
+        )
+    for what, given in (("num_sequences", num_sequences), ("data", data)):
+        if isinstance(given, Mapping) and set(given) != set(SPLITS):
+            raise DataError(
+                f"{what} names exactly {', '.join(SPLITS)}, not {', '.join(sorted(given)) or 'nothing'}."
+            )
+    for name in SPLITS:
+        if num_sequences[name] < 0:
+            raise DataError(f"num_sequences of {name} is at least 0, not {num_sequences[name]}.")
+
+
+# ---------------------------------------------------------------------------------------------------------- dealing
+
+
+@dataclass(slots=True)
+class _Part:
+    """Documents that give sequences together: of a source with a weight, or of all sources.
+
+    left_out: how many were, because another split has them too.
+    """
+
+    name: str
+    weight: float
+    pool: Pool
+    left_out: int = 0
+
+    def dealt(self, tell: Notice) -> dict[str, _Part]:
+        """The documents of each split."""
+        keys = list(self.pool)  # ascending, so the splits follow one another
+        num = dict.fromkeys(SPLITS, 0)
+        for key in keys:
+            num[split_of(key)] += 1
+        if min(num.values()) < LEAST and len(keys) >= LEAST * len(SPLITS):
+            num["search"] = min(max(num["search"], LEAST), len(keys) - 2 * LEAST)
+            num["report"] = min(max(num["report"], LEAST), len(keys) - num["search"] - LEAST)
+            num["recovery"] = len(keys) - num["search"] - num["report"]
+            shown = ", ".join(f"{name} {num[name]}" for name in SPLITS)
+            tell(
+                f"{self.name}: by their hashes, a set would get fewer than {LEAST} of {count_of(len(keys))}, so "
+                f"they are dealt by number: {shown}."
+            )
+        found: dict[str, _Part] = {}
+        start = 0
+        for name in ("search", "report", "recovery"):
+            taken = keys[start : start + num[name]]
+            start += num[name]
+            found[name] = _Part(self.name, self.weight, {key: self.pool[key] for key in taken})
+        return found
+
+
+def _load(
+    sources: Sources, tokenizer: PreTrainedTokenizerBase, limit: int | None, progress: Notice
+) -> list[_Part]:
+    """One part for each source that has a weight, or one for all of them; no document is in two."""
+    given = [sources] if isinstance(sources, str | Source) else list(sources)
+    every = [Source(one) if isinstance(one, str) else one for one in given]
+    if not every:
+        raise DataError("data names at least one source of text, but the list is empty.")
+    weights = [source.weight for source in every if source.weight is not None]
+    if weights and len(weights) < len(every):
+        raise DataError(
+            f"either every source of a mixture has a weight or none, but {len(weights)} of {len(every)} have one. Give "
+            "the others a weight too."
+        )
+    known: set[str] = set()
+    parts = []
+    for source in every:
+        texts = load_documents(source, write_chat=_chat_writer(tokenizer), limit=limit, progress=progress)
+        pool = {key: text for key, text in _by_hash(texts).items() if key not in known}
+        known |= pool.keys()
+        parts.append(_Part(printable(source.reference), source.weight or 1.0, pool))
+    if weights or len(parts) == 1:
+        return parts
+    together = dict(sorted(item for part in parts for item in part.pool.items()))
+    return [_Part(", ".join(part.name for part in parts), 1.0, together)]
+
+
+def _by_hash(documents: Iterable[str]) -> Pool:
+    """Texts by the sha256 of their UTF-8, white space around them aside."""
+    found: Pool = {}
+    for text in documents:
+        same = unicodedata.normalize("NFC", text.strip())
+        found.setdefault(hashlib.sha256(same.encode()).hexdigest(), text)
+    return dict(sorted(found.items()))
+
+
+def _chat_writer(tokenizer: PreTrainedTokenizerBase) -> WriteChat | None:
+    if not tokenizer.chat_template:
+        return None
+    return lambda messages: str(tokenizer.apply_chat_template(messages, tokenize=False))
+
+
+def _part_from_others(parts: dict[str, list[_Part]], size: int) -> None:
+    """Refuse long documents that two splits have in common; leave short ones to the first split that has them."""
+    keys = {name: [key for part in of for key in part.pool] for name, of in parts.items()}
+    long = {
+        key
+        for of in parts.values()
+        for part in of
+        for key, text in part.pool.items()
+        if _may_fill(text, size)
+    }
+    check_disjoint({name: long.intersection(of) for name, of in keys.items()})
+    taken: set[str] = set()
+    for name in ("search", "report", "recovery"):
+        for part in parts.get(name, ()):
+            before = len(part.pool)
+            part.pool = {key: text for key, text in part.pool.items() if key not in taken}
+            part.left_out = before - len(part.pool)
+        taken.update(keys.get(name, ()))
+
+
+def _may_fill(text: str, size: int) -> bool:
+    """Whether a text may have so many tokens: each is a byte at least, but for a space that some put in front."""
+    return len(text.encode()) + 1 >= size
+
+
+# ---------------------------------------------------------------------------------------------------------- cutting
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A sequence: its ids, which of them are of a text, and the hashes of its documents."""
+
+    ids: list[int]
+    of_text: list[bool]
+    documents: tuple[str, ...]
+
+
+class _Cutter:
+    """Makes sequences of documents, for one tokenizer and one length."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+        self._tokenizer = tokenizer
+        self.length = length
+        self._front = front_of(tokenizer)
+        if length <= len(self._front):
+            raise DataError(
+                f"sequence_length must be above {len(self._front)}, the tokens that this model's tokenizer puts in "
+                f"front of a text; got {length}."
+            )
+        self.size = length - len(self._front)
+        self._end = _end_of(tokenizer, self._front)
+
+    def cut(self, pool: Pool, wanted: int, per_document: int) -> list[_Piece]:
+        """At most so many sequences, by the rules of the module."""
+        long: dict[str, list[int]] = {}
+        short: dict[str, str] = {}
+        count = 0
+        for key, text in pool.items():
+            if count >= wanted:
+                break
+            ids = self._ids(text) if _may_fill(text, self.size) else []
+            if len(ids) < self.size:
+                short[key] = text
+            else:
+                long[key] = ids[: wanted * self.size]
+                count += min(per_document, len(ids) // self.size)
+        packed = list(self._packed(short, wanted - count))
+        most, fullest = per_document, max((len(ids) // self.size for ids in long.values()), default=0)
+        while most < fullest and self._count(long, most) + len(packed) < wanted:
+            most += 1
+        cut = [
+            self._piece(ids[chunk * self.size : (chunk + 1) * self.size], key)
+            for key, ids in long.items()
+            for chunk in range(min(most, len(ids) // self.size))
+        ]
+        # in the order of their hashes, so that the first ones are of every kind
+        return sorted([*cut[: wanted - len(packed)], *packed], key=lambda piece: piece.documents[0])
+
+    def _count(self, long: Mapping[str, list[int]], most: int) -> int:
+        return sum(min(most, len(ids) // self.size) for ids in long.values())
+
+    def _ids(self, text: str) -> list[int]:
+        return text_ids(self._tokenizer, text, self._front)
+
+    def _piece(self, ids: list[int], key: str) -> _Piece:
+        front = list(self._front)
+        return _Piece(front + ids, [False] * len(front) + [True] * len(ids), (key,))
+
+    def _packed(self, short: Mapping[str, str], wanted: int) -> Iterator[_Piece]:
+        """At most so many full sequences of several short documents each."""
+        made, page = 0, _Page(self.length, self._front, self._end)
+        for key, text in short.items():
+            if made >= wanted:
+                return
+            ids = self._ids(text)
+            if not page.has_room:
+                yield page.piece()
+                made, page = made + 1, _Page(self.length, self._front, self._end)
+            page.add(key, ids)
+        if made < wanted and not page.has_room:
+            yield page.piece()
+
+
+@dataclass(slots=True)
+class _Page:
+    """A sequence that is being filled with short documents."""
+
+    length: int
+    front: tuple[int, ...]
+    end: tuple[int, ...]
+    ids: list[int] = field(default_factory=list)
+    of_text: list[bool] = field(default_factory=list)
+    documents: list[str] = field(default_factory=list)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a token of another document has a place."""
+        return len(self.ids) + len(self._between()) < self.length
+
+    def _between(self) -> tuple[int, ...]:
+        """What stands before the next document: the end of the one before, if it has not ended itself; the front."""
+        ended = not self.ids or tuple(self.ids[-len(self.end) :]) == self.end
+        return self.front if ended else (*self.end, *self.front)
+
+    def add(self, key: str, ids: list[int]) -> None:
+        """Put a document behind those that are here, as much of it as has a place."""
+        if ids:
+            self._extend(self._between(), of_text=False)
+            self._extend(ids, of_text=True)
+            self.documents.append(key)
+
+    def _extend(self, ids: Sequence[int], *, of_text: bool) -> None:
+        taken = ids[: self.length - len(self.ids)]
+        self.ids += taken
+        self.of_text += [of_text] * len(taken)
+
+    def piece(self) -> _Piece:
+        """The sequence; where a document ended just before, what would come before the next one fills it."""
+        self._extend(self._between(), of_text=False)
+        return _Piece(self.ids, self.of_text, tuple(self.documents))
+
+
+def _end_of(tokenizer: PreTrainedTokenizerBase, front: tuple[int, ...]) -> tuple[int, ...]:
+    """What stands between a document and the front of the next one: an end token, or an empty line if there is none."""
+    end = tokenizer.eos_token_id
+    if isinstance(end, int):
+        return () if end in front else (end,)
+    return () if front else tuple(text_ids(tokenizer, "\n\n", front))
+
+
+def _token_set(
+    name: str, parts: list[_Part], cutter: _Cutter, wanted: int, per_document: int, tell: Notice
+) -> TokenSet:
+    shares = _shares([part.weight for part in parts], wanted)
+    found = [cutter.cut(part.pool, share, per_document) for part, share in zip(parts, shares, strict=True)]
+    pieces = sorted((piece for of in found for piece in of), key=lambda piece: piece.documents[0])
+    # Pieces that share a document are of one cluster. A packed one shares none, so its first document stands for all.
+    clusters = {key: index for index, key in enumerate(dict.fromkeys(piece.documents[0] for piece in pieces))}
+    if len(clusters) < min(LEAST, math.ceil(wanted / per_document)):
+        raise DataError(_too_few(name, parts, cutter.length, len(pieces)))
+    for part, share, of in zip(parts, shares, found, strict=True):
+        for words in _told(name, part, of, share, per_document):
+            tell(words)
+    others = [key for piece in pieces for key in piece.documents[1:]]
+    return TokenSet(
+        name,
+        torch.tensor([piece.ids for piece in pieces], dtype=torch.int64).reshape(-1, cutter.length),
+        torch.tensor([clusters[piece.documents[0]] for piece in pieces], dtype=torch.int64),
+        (*clusters, *others),
+        torch.tensor([piece.of_text for piece in pieces], dtype=torch.bool).reshape(-1, cutter.length),
+    )
+
+
+def _shares(weights: Sequence[float], total: int) -> list[int]:
+    """Whole numbers with this sum, as near to the weights as can be: the largest remainders are rounded up."""
+    exact = [weight / sum(weights) * total for weight in weights]
+    found = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda index: found[index] - exact[index])
+    for index in by_remainder[: total - sum(found)]:
+        found[index] += 1
+    return found
+
+
+def _told(name: str, part: _Part, found: list[_Piece], wanted: int, per_document: int) -> Iterator[str]:
+    """What is not as it was asked for."""
+    alone = [piece.documents[0] for piece in found if len(piece.documents) == 1]
+    most = max((alone.count(key) for key in set(alone)), default=0)
+    how = []
+    if len(alone) < len(found):
+        number = f"{len(found) - len(alone)} of them" if alone else "all"
+        how.append(f"{number} packed from short documents")
+    if most > per_document:
+        how.append(f"up to {most} from one document")
+    if part.left_out:
+        how.append(f"without {count_of(part.left_out)} that another set has too")
+    if len(found) < wanted:
+        yield (
+            f"{name}: {len(found)} sequences instead of {wanted}{''.join(f', {words}' for words in how)}: {part.name} "
+            f"has no more text for it ({count_of(len(part.pool))})."
+        )
+    elif how:
+        yield f"{name}: {len(found)} sequences of {part.name}, {', '.join(how)}."
+
+
+def _too_few(name: str, parts: list[_Part], length: int, found: int) -> str:
+    documents = sum(len(part.pool) for part in parts)
+    source = ", ".join(part.name for part in parts)
+    left_out = sum(part.left_out for part in parts)
+    also = f" ({count_of(left_out)} more are in another set's source too)" if left_out else ""
+    return (
+        f"{name}: at least {LEAST} sequences of {length} tokens from different documents are needed, but {source} "
+        f"gives {found or 'none'}: it has {count_of(documents)} in this split{also}. Ask for shorter sequences "
+        "(splits.sequence_length), or give more documents or longer ones. In a single .txt file, two blank lines "
+        "separate documents; if each line or each paragraph is one, say --sample-by line or paragraph (sample_by in a "
+        "study)."
+    )
