@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from foldsearch.report.view import Entry, RunView
     from foldsearch.search.dry_run import DryRun
     from foldsearch.spec.study import Study
+    from foldsearch.trial import TrialContext
 
 PICK = "pick.json"
 EVALUATIONS = "evaluations"
@@ -91,19 +92,25 @@ def dry_run(study: Study, progress: StageProgress = silent, notice: Notice = unh
     from foldsearch.model.measure import measure
     from foldsearch.model.source import open_config, open_tokenizer
     from foldsearch.search.dry_run import plan_search
+    from foldsearch.spec.unused import unused_settings
     from foldsearch.trial import (
         check_data,
         check_study_lengths,
         choose_device,
         make_study_splits,
         open_source,
+        say_unused,
     )
 
+    for words in unused_settings(study):
+        notice(words)
     choose_device(study.device)
     check_data(study)
     found = open_source(study, progress)
+    say_unused(study, found, notice)
     config = open_config(found)
-    check_study_lengths(study, config)
+    if words := check_study_lengths(study, config):
+        notice(words)
     table = measure(config)
     study.narrowed(table)  # refused before the text is read
     make_study_splits(study, open_tokenizer(found), progress, notice=notice)
@@ -132,13 +139,16 @@ def inspect_model(study: Study, progress: StageProgress = silent, notice: Notice
         make_study_splits,
         open_source,
         prepare_model,
+        say_unused,
     )
 
     device = choose_device(study.device)
     check_data(study)
     found = open_source(study, progress)
+    say_unused(study, found, notice)
     config = open_config(found)  # refused before the text is read
-    check_study_lengths(study, config)
+    if words := check_study_lengths(study, config):
+        notice(words)
     splits = make_study_splits(study, open_tokenizer(found), progress, search_only=True, notice=notice)
     check_tokens(study.model, config.vocab_size, [splits.search.ids_NT])
     files, _ = prepare_model(study, found, progress=progress)
@@ -184,10 +194,13 @@ def try_plan(
         PlanError: the plan cannot be read, breaks a law, or is for another number of blocks.
         ModelError, DataError: the model or the text cannot be used.
     """
+    from foldsearch.spec.unused import unused_settings
     from foldsearch.trial import prepare_context, run_trial
 
     text = str(plan)
     check_plan_text(text)
+    for words in unused_settings(study, only=("recovery",)):
+        notice(words)
     with ExitStack() as held:
         if folder is None:
             folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="foldsearch-try-")))
@@ -221,7 +234,10 @@ def export_tried(
     Raises:
         RunError: nothing was measured there. Else as `export_trial`.
     """
-    return _export(study, folder, _TRIED, out, form, {}, progress)
+    from foldsearch.trial import prepare_context
+
+    context = prepare_context(study, folder, progress=progress)
+    return _export(context, _TRIED, out, form, {}, [], progress)
 
 
 # ---- after a search
@@ -287,9 +303,17 @@ def picked(run: RunView) -> Entry:
 
 
 def export_trial(
-    run: RunView, number: int, out: Path, *, form: Form = "folded", progress: StageProgress = silent
+    run: RunView,
+    number: int,
+    out: Path,
+    *,
+    form: Form = "folded",
+    progress: StageProgress = silent,
+    notice: Notice = unheard,
 ) -> ExportReport:
     """Write the model of a trial, as it was measured, and verify it in a fresh process.
+
+    The model is rebuilt from what the run kept, judged on the report tokens, and compared with what was recorded of it.
 
     Args:
         run: the run.
@@ -297,34 +321,42 @@ def export_trial(
         out: new folder; whole or absent.
         form: "folded" (shared weights once) or "expanded" (the stock architecture).
         progress: told what is being done.
+        notice: told what a person should know.
 
     Raises:
-        RunError: the trial was not measured. InputError: `out` exists, or the disk is full.
-        PlanError: the form cannot say what the plan needs. VerificationError: what was written differs.
+        RunError: the trial was not measured, or the model or the tokens are others than the run was made with.
+        InputError: `out` exists, or the disk is full. PlanError: the form cannot say what the plan needs.
+        VerificationError: the rebuilt model, or what was written, is not the model that was measured.
     """
+    from foldsearch.export import check_export
+    from foldsearch.trial import prepare_context
+
     entry = run.pick(number=number)
     folder = run.folder
+    check_export(out, entry.plan, form, by_position=folder.table.by_position)
+    context = prepare_context(folder.study, folder.path, progress=progress, notice=notice)
     details = {"trial": entry.number, "run": folder.path.name}
-    return _export(folder.study, folder.path, entry.number, out, form, details, progress)
+    return _export(context, entry.number, out, form, details, [entry.result], progress)
 
 
 def _export(
-    study: Study,
-    folder: Path,
+    context: TrialContext,
     number: int,
     out: Path,
     form: Form,
     details: dict[str, Any],
+    recorded: list[TrialResult],
     progress: StageProgress,
 ) -> ExportReport:
     """Rebuild a trial's model and ship it. details: what else goes into the card, beside model and result."""
     from foldsearch.export import export
     from foldsearch.model.source import open_tokenizer
-    from foldsearch.trial import open_workbench, prepare_context, recovered_model
+    from foldsearch.trial import check_rebuilt, open_workbench, recovered_model
 
-    context = prepare_context(study, folder, progress=progress)
     progress("rebuilding the model that was measured", 0.0)
     model, result = recovered_model(context, number)
+    progress("comparing it with what was recorded", 0.0)
+    rebuilt = check_rebuilt(context, number, model, recorded)
     bench = open_workbench(context)
     progress("writing and verifying in a fresh process", 0.0)
     return export(
@@ -338,9 +370,10 @@ def _export(
         text_NT=bench.splits.report.text_NT,
         dense=bench.dense,
         details={
-            "base_model": study.model,
+            "base_model": context.study.model,
             "note": context.files.note,
             **details,
+            "rebuilt": asdict(rebuilt),
             "result": result.to_json(),
         },
     )
@@ -368,6 +401,7 @@ def evaluate_trial(
     limit: int | None = None,
     include_path: Path | None = None,
     progress: StageProgress = silent,
+    notice: Notice = unheard,
 ) -> tuple[Evaluation, ...]:
     """What a trial's model still knows, beside the dense one: multiple-choice questions and harness tasks.
 
@@ -382,15 +416,28 @@ def evaluate_trial(
         limit: only the first so many items of each file and task, at least 2.
         include_path: a folder of task YAML files.
         progress: told what is being done.
+        notice: told what a person should know.
 
     Raises:
-        RunError: the trial was not measured. InputError: a question file or task cannot be used, or was seen.
-        ModelError: the model is gone.
+        RunError: the trial was not measured, or the model or the tokens are others than the run was made with.
+        InputError: a question file or task cannot be used, or was seen. ModelError: the model is gone.
+        VerificationError: the rebuilt model is not the one that was measured.
     """
     from foldsearch.model import choices, harness
     from foldsearch.model.source import open_config, open_tokenizer
-    from foldsearch.trial import open_source, open_workbench, prepare_context, read_splits, recovered_model
+    from foldsearch.trial import (
+        check_rebuilt,
+        open_source,
+        open_workbench,
+        prepare_context,
+        read_splits,
+        recovered_model,
+    )
 
+    if include_path is not None and not tasks:
+        notice(
+            "--include-path does not apply: no task is asked, and it holds tasks only. Name some with --tasks."
+        )
     entry = run.pick(number=number)
     names = _evaluation_names(questions, tasks, limit)
     asked = {path: choices.read_questions(path, limit=limit) for path in questions}
@@ -417,9 +464,10 @@ def evaluate_trial(
             task, choices.seen(harness.task_texts(manager, task, limit=limit), tokenizer, saw), "item"
         )
 
-    context = prepare_context(folder.study, folder.path, progress=progress)
+    context = prepare_context(folder.study, folder.path, progress=progress, notice=notice)
     progress("rebuilding the model that was measured", 0.0)
     folded, result = recovered_model(context, entry.number)
+    check_rebuilt(context, entry.number, folded, [entry.result])
     models = {"dense": open_workbench(context).dense, "folded": folded}
     about = {
         "trial": entry.number,

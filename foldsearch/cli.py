@@ -772,6 +772,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             limit=args.limit,
             include_path=args.include_path,
             progress=progress,
+            notice=_say,
         )
     out = console()
     out.print(evaluation_table(found))
@@ -788,7 +789,7 @@ def _export(args: argparse.Namespace) -> int:
     view = open_run(args.run)
     entry = _chosen(args, view)
     with _status() as progress:
-        report = export_trial(view, entry.number, args.out, form=args.form, progress=progress)
+        report = export_trial(view, entry.number, args.out, form=args.form, progress=progress, notice=_say)
     out = console()
     out.print(export_table(report, args.out))
     if args.prompt:

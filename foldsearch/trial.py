@@ -24,9 +24,9 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from foldsearch.errors import InputError, RunError, describe_error, quote_error
+from foldsearch.errors import InputError, ModelError, RunError, VerificationError, describe_error, quote_error
 from foldsearch.files import once, replace_atomically, write_json
-from foldsearch.identity import Identity, Place
+from foldsearch.identity import Identity, Machine, Place
 from foldsearch.model import gates as gating
 from foldsearch.model import source
 from foldsearch.model.checks import check_lengths, check_tokens
 from foldsearch.model.children import base_blocks, base_distances
-from foldsearch.model.content import ContentHashes
+from foldsearch.model.content import ContentHashes, file_hash
 from foldsearch.model.evidence import (
     Evidence,
     GreedyResult,
@@ -74,7 +74,7 @@ from foldsearch.model.starts import (
     new_values,
 )
 from foldsearch.model.states import residual_states
-from foldsearch.model.text import Source, check_reference, local_path
+from foldsearch.model.text import Source, check_reference, holds, local_path
 from foldsearch.model.tokens import Splits, TokenSet
 from foldsearch.paths import printable
 from foldsearch.plan.cost import Budget, Cost, CostTable, Target, price
@@ -173,6 +173,12 @@ def open_source(
         ModelError: it cannot be found.
         RunError: it is gone, or its config or its tokenizer is another one than the run was made with.
     """
+    typed = source.revision_of(study.model)
+    if study.revision and typed and typed != study.revision:
+        raise ModelError(
+            f"a revision is said once, but the model is '{printable(study.model)}' and the study's revision is "
+            f"'{printable(study.revision)}'. Leave one of them out."
+        )
     made = Identity.read(run_folder) if run_folder else None
     path = made.path_of(study.model, run_folder) if made and run_folder else None
     found = source.locate(
@@ -258,6 +264,8 @@ def prepare_context(
     else:
         _say_how_it_differs(study, made, device, notice)
     found = open_source(study, progress, run_folder=run_folder)
+    if made is None:
+        say_unused(study, found, notice)
     config = source.open_config(found)
     # A run's own study has all defaults written out, and was looked at when the run began.
     if made is None and (words := check_study_lengths(study, config)):
@@ -313,6 +321,21 @@ def check_study_lengths(study: Study, config: PretrainedConfig) -> str:
         # the default is nobody's wish
         context=study.target.context if "context" in study.target.model_fields_set else 0,
     )
+
+
+def say_unused(study: Study, found: source.ModelSource, notice: Notice) -> None:
+    """Tell of settings that do not apply to the model and the text as they were found."""
+    if study.revision and not found.hub_id:
+        notice(f"revision does not apply: '{printable(study.model)}' is not on the hub.")
+    sources = study.all_sources()
+    plain = [one for one in sources if one.sample_by and not holds(one.source)[0]]
+    rows = [one for one in sources if one.text_column and not holds(one.source)[1]]
+    for key, unused, why in (
+        ("sample_by", plain, "there are rows, each of which is a document"),
+        ("text_column", rows, "plain text has no columns"),
+    ):
+        for reference in dict.fromkeys(one.source for one in unused):
+            notice(f"{key} does not apply to '{printable(reference)}': {why}.")
 
 
 def _say_how_it_differs(study: Study, made: Identity, device: str, notice: Notice) -> None:
@@ -686,6 +709,9 @@ def _gate_ranking(
 
 # ---- the trial
 
+# What a trial's model is rebuilt from.
+_START, _RECOVERED = "start.safetensors", "recovered.safetensors"
+
 
 @dataclass(frozen=True, slots=True)
 class _Record:
@@ -697,6 +723,10 @@ class _Record:
     adapter_start: AdapterStart | None  # None where nothing starts in one way or another
     gates: dict[str, Any] | None
     results: tuple[TrialResult, ...]
+    machine: Machine | None = None  # that the last result was measured on
+    files: Mapping[str, str] = field(
+        default_factory=dict
+    )  # hashes of those that the last result was measured with
 
     @property
     def has_trained(self) -> bool:
@@ -715,7 +745,8 @@ class _Record:
             return self.results
         return tuple(result for result in self.results if not result.recovery_tokens)
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, machine: Machine) -> None:
+        files = {name: folder / name for name in (_START, _RECOVERED)}
         value = {
             "plan": str(self.plan),
             "num_blocks": self.plan.num_blocks,
@@ -724,6 +755,8 @@ class _Record:
             "adapter_start": self.adapter_start,
             "gates": self.gates,
             "results": [result.to_json() for result in self.results],
+            "machine": asdict(machine),
+            "files": {name: file_hash(path) for name, path in files.items() if path.exists()},
         }
         write_json(folder / "trial.json", value)
 
@@ -736,7 +769,7 @@ class _Record:
         plan = FoldPlan.parse(value["plan"], value["num_blocks"])
         results = tuple(TrialResult.from_json(result) for result in value["results"])
         settings = (value["learning_rate"], value["delta_rank"], value["adapter_start"])
-        return cls(plan, *settings, value["gates"], results)
+        return cls(plan, *settings, value["gates"], results, Machine(**value["machine"]), value["files"])
 
 
 def run_trial(
@@ -776,7 +809,7 @@ def run_trial(
                     yield replace(result, state="known", known_from=owner, gates=record.gates)
                 if not free or (told and told[-1].is_last_rung):
                     return
-                record = replace(record, results=told)
+                record = replace(record, results=told, files=known.files)
                 _copy_state(context.trial_folder(owner), folder, trained=record.has_trained)
         if free:
             write_json(_plan_path(context, record), {"trial": number, "plan": str(record.plan)})
@@ -793,7 +826,7 @@ def run_trial(
                     gates=record.gates,
                 )
                 record = replace(record, results=(*record.results, result))
-                record.write(folder)
+                record.write(folder, Machine.here(context.device))
                 if result.is_last_rung:
                     (folder / "optimizer.safetensors").unlink(missing_ok=True)
                 yield result
@@ -870,6 +903,7 @@ class _Course:
         self._kept_tokens = 0
         if record.results:
             self._best, self._kept_tokens = record.results[-1].quality, record.results[-1].kept_tokens
+            _check_state(record, folder)
         elif context.study.rungs[0] > 0:
             # No rung measures the untrained model, but training is not to end worse than it.
             untrained = self._measure()
@@ -972,12 +1006,37 @@ def _rebuilt(record: _Record, context: TrialContext, folder: Path, kept_tokens: 
     return model
 
 
+def _check_state(record: _Record, folder: Path) -> None:
+    """Whether the files that a trial's model is rebuilt from are as they were when its last result was measured.
+
+    Raises:
+        RunError: one was changed.
+    """
+    for name, ours in record.files.items():
+        path = folder / name
+        if name == _RECOVERED and _is_ahead(record, folder):
+            continue  # the trial was killed between its training and its result
+        if path.exists() and (theirs := file_hash(path)) != ours:
+            raise RunError(
+                f"a trial is rebuilt only from what it was measured with: '{printable(path)}' had the hash {ours[:12]} "
+                f"(sha256), but now has {theirs[:12]}. Put the old file back, or choose another trial."
+            )
+
+
+def _is_ahead(record: _Record, folder: Path) -> bool:
+    """Whether what recovery trained was trained on other tokens than the last result says."""
+    try:
+        return saved_tokens(folder / _RECOVERED) != record.results[-1].kept_tokens
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
+        return False  # it cannot be read at all
+
+
 def _started(record: _Record, context: TrialContext, folder: Path, say: StageProgress) -> PreTrainedModel:
     """The folded model before recovery; what was fitted for it is kept in the trial's folder."""
     bench = open_workbench(context, say)
     if not any(isinstance(slot, Replacement) or slot.rank or slot.norm for slot in record.plan.slots):
         return fold(bench.dense, record.plan)
-    path = folder / "start.safetensors"
+    path = folder / _START
     if path.exists():
         return fold(bench.dense, record.plan, load_file(path))
     model, found = folded_start(
@@ -1054,17 +1113,105 @@ def recovered_model(context: TrialContext, number: int) -> tuple[PreTrainedModel
         )
     result = record.results[-1]
     if result.kept_tokens:
-        if not (folder / "recovered.safetensors").exists():
-            raise RunError(
-                f"trial {number} was trained, but {folder / 'recovered.safetensors'} is gone. Run it again."
-            )
-        if saved_tokens(folder / "recovered.safetensors") != result.kept_tokens:
+        path = folder / _RECOVERED
+        if not path.exists():
+            raise RunError(f"trial {number} was trained, but {printable(path)} is gone. Run it again.")
+        if _is_ahead(record, folder):
             raise RunError(
                 f"trial {number} was stopped while rung {result.rung + 1} was measured: its weights are of that rung, "
                 f"its last result is of rung {result.rung}. Resume the run first."
             )
+    _check_state(record, folder)
     model = _rebuilt(record, context, folder, result.kept_tokens)
     return merge(model), result
+
+
+# What rounding alone may change in a mean over thousands of tokens, in nats, and as a share of a KL above 1: another
+# processor sums in another order. Measured on SmolLM2 between AVX512 and AVX2: 1e-7 in float32; in bfloat16 2e-4 of
+# the KL and 1e-3 of the loss.
+ROUNDING = {"float32": 1e-4, "bfloat16": 2e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilt:
+    """A rebuilt model beside what was recorded when it was measured, on the same tokens.
+
+    tokens: "report", or "search" where a trial was not measured on those. tolerance: of the KL and of the mean
+    next-token loss, in nats; 0 where the same machine computes both, which is to give the same numbers.
+    """
+
+    tokens: str
+    recorded_kl: float
+    found_kl: float
+    recorded_perplexity: float
+    found_perplexity: float
+    tolerance: float
+
+    def faults(self) -> Iterator[str]:
+        """What differs by more than rounding, in words."""
+        if not abs(self.found_kl - self.recorded_kl) <= self.tolerance * max(1.0, abs(self.recorded_kl)):
+            yield f"its KL is {self.found_kl:.6g}, recorded were {self.recorded_kl:.6g}"
+        if not abs(math.log(self.found_perplexity) - math.log(self.recorded_perplexity)) <= self.tolerance:
+            yield f"its perplexity is {self.found_perplexity:.6g}, recorded were {self.recorded_perplexity:.6g}"
+
+
+def check_rebuilt(
+    context: TrialContext, number: int, model: PreTrainedModel, recorded: Sequence[TrialResult] = ()
+) -> Rebuilt:
+    """Judge a rebuilt model, and compare it with the figures that were recorded when it was measured.
+
+    Args:
+        context: of the run.
+        number: of the trial.
+        model: what `recovered_model` rebuilt.
+        recorded: results of it that are kept elsewhere, such as in the study; they must say the same.
+
+    Raises:
+        VerificationError: the figures differ by more than rounding.
+        RunError: what is kept elsewhere differs from what the trial's folder holds.
+    """
+    folder = context.trial_folder(number)
+    record = _Record.read(folder)
+    assert record is not None
+    last = record.results[-1]
+    for other in recorded:
+        if (other.quality, other.report) != (last.quality, last.report):
+            raise RunError(
+                f"a trial has one result, but '{printable(folder / 'trial.json')}' says KL {_kl_of(last)}, and the "
+                f"run's study says KL {_kl_of(other)}. Put the old files back, or choose another trial."
+            )
+    bench = open_workbench(context)
+    tokens, told = ("report", last.report) if last.report else ("search", last.quality)
+    assert told is not None
+    here, threads = Machine.here(context.device), torch.get_num_threads()
+    if record.machine is not None and record.machine.kind == here.kind:
+        torch.set_num_threads(record.machine.threads)
+        here = replace(here, threads=record.machine.threads)
+    try:
+        found = judge(model, getattr(bench.splits, tokens), getattr(bench, tokens))
+    finally:
+        torch.set_num_threads(threads)
+    same = here == record.machine and context.device == "cpu"  # a GPU may sum in another order each time
+    rebuilt = Rebuilt(
+        tokens,
+        told.kl,
+        found.kl,
+        told.perplexity,
+        found.perplexity,
+        0.0 if same else ROUNDING[context.files.dtype],
+    )
+    if faults := list(rebuilt.faults()):
+        raise VerificationError(
+            f"the rebuilt model of trial {number} is not the one that was measured: on the {tokens} tokens "
+            f"{'; '.join(faults)} (tolerance {rebuilt.tolerance:g} nats). Nothing was written. If foldsearch, "
+            "torch and transformers are the versions that the run was made with, please report it with the plan."
+        )
+    return rebuilt
+
+
+def _kl_of(result: TrialResult) -> str:
+    quality = result.report or result.quality
+    return f"{quality.kl:.6g}" if quality else "none"
 
 
 def quality_of(context: TrialContext, model: PreTrainedModel) -> tuple[Quality, Quality]:

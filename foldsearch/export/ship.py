@@ -31,7 +31,8 @@ from foldsearch.export import verify
 from foldsearch.export.card import model_card
 from foldsearch.export.figures import ExportReport, Form, ModelFigures, Speed
 from foldsearch.export.process import ModelProcess, ProcessError
-from foldsearch.export.write import expand, write_folded
+from foldsearch.export.write import check_expandable, expand, write_folded
+from foldsearch.files import check_writable
 from foldsearch.model.fold import cast
 from foldsearch.model.parts import Borrowed
 from foldsearch.paths import beside, check_path, printable
@@ -156,6 +157,26 @@ def _make_room(folder: Path, weight_bytes: int) -> None:
         )
 
 
+def check_export(folder: Path, plan: FoldPlan, form: Form, *, by_position: bool = False) -> None:
+    """What can be refused before a model is opened.
+
+    Args:
+        folder: where to.
+        plan: of the model.
+        form: "folded" or "expanded".
+        by_position: whether the model scales attention by a block's position (`CostTable.by_position`).
+
+    Raises:
+        InputError: the folder exists, or cannot be written.
+        PlanError: the form cannot say what the plan needs.
+    """
+    check_path(folder, "an export's path")
+    _check_new(folder)
+    check_writable(folder.parent, "an export")
+    if form == "expanded":
+        check_expandable(plan, by_position=by_position)
+
+
 def load_exported(folder: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """An exported model, folded or expanded, in eval mode and its own dtype; and its tokenizer, where it has one.
 
@@ -214,7 +235,12 @@ def _check_arguments(
             f"verification needs token ids of shape (sequences, tokens ≥ 2), got {tuple(ids_NT.shape)}."
         )
     check_path(folder, "an export's path")
-    if folder.exists() and not overwrite:
+    if not overwrite:
+        _check_new(folder)
+
+
+def _check_new(folder: Path) -> None:
+    if folder.exists():
         raise InputError(f"{printable(folder)} exists already. Choose another folder, or move it away.")
 
 

@@ -51,7 +51,9 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
     """
     import transformers
 
-    _check_expandable(model)
+    config: Any = model.config
+    plan = FoldPlan.parse(config.fold["plan"], config.fold["num_blocks"])
+    check_expandable(plan, by_position=getattr(config, "scale_attn_by_inverse_layer_idx", False))
     stock_class: Any = getattr(transformers, family_of(model.config).stock)
     values = model.config.to_dict()
     for key in ("model_type", "architectures", "fold", "auto_map", "kv_sharing_modes"):
@@ -89,10 +91,16 @@ def merged_weight(child: Borrowed, weight: Tensor) -> Tensor:
     return (weight.float() + change).to(weight.dtype)
 
 
-def _check_expandable(model: PreTrainedModel) -> None:
-    config: Any = model.config
-    plan = FoldPlan.parse(config.fold["plan"], config.fold["num_blocks"])
-    by_position = getattr(config, "scale_attn_by_inverse_layer_idx", False)
+def check_expandable(plan: FoldPlan, *, by_position: bool) -> None:
+    """Whether stock blocks can do what a plan needs.
+
+    Args:
+        plan: of the folded model.
+        by_position: whether the model scales attention by a block's position (`CostTable.by_position`).
+
+    Raises:
+        PlanError: they cannot; the message says what.
+    """
     if (found := unexpandable(plan, by_position=by_position)) is not None:
         what, remedy = found
         raise PlanError(

@@ -73,6 +73,7 @@ __all__ = [
     "open_dense",
     "open_tokenizer",
     "prepare",
+    "revision_of",
     "with_weights",
 ]
 
@@ -424,6 +425,12 @@ def local_path(reference: str) -> Path | None:
         return None
     path = local(reference)
     return path if path.exists() else None
+
+
+def revision_of(reference: str) -> str | None:
+    """The revision in a reference to the hub, org/name@revision; None if it names none."""
+    match = None if local_path(reference) else _HUB_REFERENCE.fullmatch(reference)
+    return match["revision"] if match else None
 
 
 def _find_local(reference: str, path: Path) -> ModelSource:

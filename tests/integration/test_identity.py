@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from foldsearch import api, cli
 from foldsearch import trial as trials
-from foldsearch.errors import RunError
+from foldsearch.errors import RunError, VerificationError
 from foldsearch.identity import Identity
+from foldsearch.model.content import file_hash
 from foldsearch.search.folder import RunFolder
 from foldsearch.search.records import Records
 from foldsearch.spec.space import Space
@@ -178,6 +180,93 @@ def test_tokens_that_are_gone_are_cut_again_from_the_same_text(
     assert code == 2
     assert "was made with search tokens" in said
     assert not path.exists()
+
+
+# ---- the rebuilt model beside what was recorded of it
+
+
+def swap(project: Path) -> None:
+    """The trained parameters of the same plan after another training."""
+    path = project / "runs" / "r" / "trials" / "00000" / "recovered.safetensors"
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) * 1.5 for name in file.keys()}  # noqa: SIM118  # no dict
+        metadata = file.metadata()
+    save_file(tensors, path, metadata)
+
+
+def cut(project: Path) -> None:
+    path = project / "runs" / "r" / "trials" / "00000" / "recovered.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("change", [swap, cut])
+def test_changed_files_of_a_trial_are_told(
+    project: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Path], None]
+) -> None:
+    change(project)
+    for verb in ("export", "evaluate"):
+        code, said = shell(*VERBS[verb], capsys=capsys)
+        assert code == 2
+        assert "a trial is rebuilt only from what it was measured with" in said
+        assert "00000/recovered.safetensors' had the hash" in said
+    assert not Path("out").exists()
+
+
+def edit_trial(project: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = project / "runs" / "r" / "trials" / "00000" / "trial.json"
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def test_a_rebuilt_model_with_other_figures_is_no_export(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The trained parameters were swapped, and who did it knew of the hash."""
+    swap(project)
+    path = project / "runs" / "r" / "trials" / "00000" / "recovered.safetensors"
+    edit_trial(project, lambda value: value["files"].update({path.name: file_hash(path)}))
+    result = json.loads((path.parent / "trial.json").read_text())["results"][-1]["report"]
+    for verb in ("export", "evaluate"):
+        code, said = shell(*VERBS[verb], capsys=capsys)
+        assert code == 1
+        assert "the rebuilt model of trial 0 is not the one that was measured" in said
+        assert f"recorded were {result['kl']:.6g}" in said
+        assert f"recorded were {result['perplexity']:.6g}" in said
+        assert "(tolerance 0 nats)" in said  # this machine measured it
+    assert not Path("out").exists()
+
+
+def test_two_records_of_a_trial_say_the_same(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_trial(project, lambda value: value["results"][-1]["report"].update(kl=0.5))
+    code, said = shell(*VERBS["export"], capsys=capsys)
+    assert code == 2
+    assert "a trial has one result, but" in said
+    assert "says KL 0.5" in said
+
+
+@pytest.mark.parametrize(
+    ("machine", "off", "refused"),
+    [("this", 1e-5, True), ("another", 1e-5, False), ("another", 1e-3, True)],
+)
+def test_another_processor_may_round(project: Path, machine: str, off: float, refused: bool) -> None:
+    """What a processor measured that sums in another order; SmolLM2's KL differs by 1e-7 between AVX512 and AVX2."""
+
+    def change(value: dict[str, Any]) -> None:
+        value["results"][-1]["report"]["kl"] += off
+        if machine == "another":
+            value["machine"]["kind"] = "cpu of another make"
+
+    edit_trial(project, change)
+    context = prepare_context(STUDY, Path("runs/r"))
+    model, _ = trials.recovered_model(context, 0)
+    if refused:
+        with pytest.raises(VerificationError, match="its KL is"):
+            trials.check_rebuilt(context, 0, model)
+    else:
+        rebuilt = trials.check_rebuilt(context, 0, model)
+        assert rebuilt.tolerance == trials.ROUNDING["float32"]
+        assert rebuilt.recorded_kl - rebuilt.found_kl == pytest.approx(off, rel=1e-3)
 
 
 # ---- the same model, from elsewhere

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from foldsearch import cli
+from foldsearch import api, cli, trial
 from foldsearch.errors import ModelError
+from foldsearch.files import write_json
 from foldsearch.model.source import locate, open_config, open_tokenizer, prepare
 from tests.tiny import NUM_BLOCKS, save_model, write_corpus
 
@@ -113,6 +114,22 @@ def test_nothing_else_is_wrong_with_the_study(here: Path, capsys: pytest.Capture
     assert list(Path().iterdir()) == []
 
 
+def test_where_an_export_goes_is_looked_at_before_the_model(
+    run_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's model is a fake that cannot be opened at all."""
+    monkeypatch.setattr(trial, "prepare_context", lambda *args, **more: pytest.fail("the model was opened"))
+    monkeypatch.chdir(run_path)
+    assert cli.main(["export", ".", "--out", "report"]) == 2
+    assert "report exists already" in capsys.readouterr().err
+    assert cli.main(["export", ".", "--out", "study.json/x"]) == 2
+    assert "study.json' is a file" in capsys.readouterr().err
+    shared = next(entry.number for entry in api.open_run(run_path).finished if "=" in str(entry.plan))
+    write_json(run_path / "pick.json", {"trial": shared})
+    assert cli.main(["export", ".", "--out", "new", "--form", "expanded"]) == 2
+    assert "an expanded export uses stock blocks only" in capsys.readouterr().err
+
+
 def test_weights_that_are_not_there_are_told_when_they_are_needed(tmp_path: Path) -> None:
     model = Path(save_model(tmp_path / "model"))
     (model / "model.safetensors").unlink()
@@ -121,3 +138,33 @@ def test_weights_that_are_not_there_are_told_when_they_are_needed(tmp_path: Path
     assert open_tokenizer(found)("w5 w6").input_ids == [5, 6]
     with pytest.raises(ModelError, match="holds no weights"):
         prepare(found, dtype="float32", cache_dir=tmp_path / "cache")
+
+
+def test_settings_that_do_not_apply_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line each, on standard error, and the command goes on."""
+    study = STUDY.format(model=save_model(tmp_path / "model"), data=write_corpus(tmp_path / "corpus"))
+    head = 'text_column = "body"\nrevision = "main"\nsampler = "nsga2"\n'
+    (tmp_path / "study.toml").write_text(head + study + "[recovery]\nbatch = 4\n[halving]\nkeep = 0.3\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FOLDSEARCH_CACHE", str(tmp_path / "cache"))
+    of_files = [
+        f"revision does not apply: '{tmp_path / 'model'}' is not on the hub.",
+        f"text_column does not apply to '{tmp_path / 'corpus'}': plain text has no columns.",
+    ]
+    untrained = "recovery.batch does not apply: the only rung is 0, so nothing is trained."
+    of_search = [
+        untrained,
+        "halving.keep does not apply: there is one rung only, after which every trial ends.",
+        "space.neighbour_share does not apply: the sampler nsga2 takes no neighbours, as it crosses only what all "
+        "trials have in common.",
+    ]
+    for words, expected in (
+        (["run", "study.toml", "--dry-run"], of_search + of_files),
+        (["try", "0-3", "--study", "study.toml"], [untrained, *of_files]),
+        (["inspect", "--study", "study.toml"], of_files),
+    ):
+        assert cli.main(words) == 0
+        said = capsys.readouterr().err.splitlines()
+        assert [line for line in said if "not apply" in line] == expected

@@ -211,6 +211,16 @@ def test_a_full_disk_ends_the_search_and_loses_nothing(shared_ray: None, tmp_pat
     assert {name for name, count in executed(run).items() if count > 1} == {"3:1"}
 
 
+def test_settings_that_do_not_apply_are_told_first(tmp_path: Path) -> None:
+    told: list[events.Event] = []
+    with pytest.raises(BudgetError):
+        run_search(
+            study(**{"budget.gb": 0.001, "sampler": "nsga2"}), tmp_path / "run", on_event=told.append, **FAKES
+        )
+    assert isinstance(told[0], events.Notice)
+    assert told[0].text.startswith("space.neighbour_share does not apply")
+
+
 def test_what_cannot_begin_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(BudgetError, match="its smallest reaches"):
         run_search(study(**{"budget.gb": 0.001}), tmp_path / "run", **FAKES)

@@ -1,0 +1,138 @@
+"""Settings of a study that change nothing, told in a sentence each: whoever set them expects otherwise.
+
+A setting counts as set where it differs from its default, and one of a space only where that is a person's own: who
+copies `default.toml` whole, or takes a space that ships, is told of nothing that they did not touch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from foldsearch.spec.load import load_space, shipped
+from foldsearch.spec.study import Study
+
+__all__ = ["unused_settings"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """settings: dotted keys, or tables of them. applies: whether they do something in a study. why: if they do not."""
+
+    settings: tuple[str, ...]
+    applies: Callable[[Study], bool]
+    why: str
+
+
+def _trains(study: Study) -> bool:
+    return study.rungs[-1] > 0
+
+
+def _fits(study: Study) -> bool:
+    """Whether anything is fitted to text before training."""
+    space = study.space
+    return (
+        "replace" in space.fates
+        or "linear_window" in space.criteria
+        or ("share" in space.fates and "data" in space.reinstate.starts)
+    )
+
+
+_RULES = (
+    _Rule(
+        ("gates", "space.gate_eps"),
+        lambda study: "gate" in study.space.criteria,
+        "the space's criteria do not name 'gate'",
+    ),
+    _Rule(
+        ("space.share.group_sizes", "space.share.start", "space.share.adapter_ranks"),
+        lambda study: study.space.share.max_groups > 0,
+        "share.max_groups is 0, so no weights are shared in groups",
+    ),
+    _Rule(
+        ("space.reinstate",),
+        lambda study: "share" in study.space.fates,
+        "the space's fates do not name 'share', so no removed block comes back",
+    ),
+    _Rule(
+        ("space.replace",),
+        lambda study: "replace" in study.space.fates,
+        "the space's fates do not name 'replace', so no network takes the place of blocks",
+    ),
+    _Rule(("starts",), _fits, "nothing in the space is fitted to text"),
+    _Rule(
+        ("recovery", "space.recover"),
+        _trains,
+        "the only rung is 0, so nothing is trained",
+    ),
+    _Rule(
+        ("halving",),
+        lambda study: len(study.rungs) > 1,
+        "there is one rung only, after which every trial ends",
+    ),
+)
+
+
+def unused_settings(study: Study, *, only: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """A sentence for each reason why settings of a study change nothing.
+
+    Args:
+        study: as it is run.
+        only: tables whose settings are looked at; all if empty.
+    """
+    found = []
+    ships = study.space.name in shipped("spaces") and study.space == load_space(study.space.name)
+    for rule in _RULES:
+        names = [name for setting in rule.settings for name in _set(study, setting)]
+        if ships:
+            names = [name for name in names if not name.startswith("space.")]
+        if only:
+            names = [name for name in names if name.startswith(only)]
+        if names and not rule.applies(study):
+            found.append(f"{_listed(names)} {'do' if len(names) > 1 else 'does'} not apply: {rule.why}.")
+    if not only:
+        found += _left_out(study)
+    return tuple(found)
+
+
+def _left_out(study: Study) -> Iterator[str]:
+    """What the sampler or the runtime cannot do, and so leaves out of the space."""
+    space = study.space
+    if study.sampler == "nsga2" and space.neighbour_share > 0:
+        yield (
+            "space.neighbour_share does not apply: the sampler nsga2 takes no neighbours, as it crosses only what all "
+            "trials have in common."
+        )
+    if study.target.runtime == "expanded":
+        kinds = [kind for kind in space.replace.kinds if kind != "layer"] if "replace" in space.fates else []
+        lost = [
+            *(["space.fates 'share'"] if "share" in space.fates else []),
+            *([f"space.replace.kinds {', '.join(map(repr, kinds))}"] if kinds else []),
+            *(["space.attention"] if space.attention[1] > 0 else []),
+            *(["space.share.max_groups"] if space.share.max_groups else []),
+        ]
+        if lost:
+            yield (
+                f"{_listed(lost)} {'do' if len(lost) > 1 else 'does'} not apply: an expanded runtime runs stock blocks."
+            )
+
+
+def _set(study: Study, setting: str) -> Iterator[str]:
+    """Dotted names of the settings at a place that differ from their defaults."""
+    *tables, name = setting.split(".")
+    holder: Any = study
+    for table in tables:
+        holder = getattr(holder, table)
+    value = getattr(holder, name)
+    if isinstance(value, BaseModel):
+        for inner in type(value).model_fields:
+            yield from _set(study, f"{setting}.{inner}")
+    elif value != type(holder).model_fields[name].get_default(call_default_factory=True):
+        yield setting
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

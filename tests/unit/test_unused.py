@@ -1,0 +1,112 @@
+"""Settings that change nothing are told; what a person did not set is not.
+
+Oracles: sentences worked out by hand for each setting, and the studies and spaces that ship, whose settings all apply.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from foldsearch.spec.load import load_space, load_study, shipped
+from foldsearch.spec.unused import unused_settings
+
+DROPPING = {"criteria": ["window"], "neighbour_share": 0.0}
+WHY = {
+    "gate": "the space's criteria do not name 'gate'.",
+    "groups": "share.max_groups is 0, so no weights are shared in groups.",
+    "share": "the space's fates do not name 'share', so no removed block comes back.",
+    "replace": "the space's fates do not name 'replace', so no network takes the place of blocks.",
+    "fit": "nothing in the space is fitted to text.",
+    "train": "the only rung is 0, so nothing is trained.",
+    "rungs": "there is one rung only, after which every trial ends.",
+    "nsga2": "the sampler nsga2 takes no neighbours, as it crosses only what all trials have in common.",
+    "stock": "an expanded runtime runs stock blocks.",
+}
+
+
+@pytest.mark.parametrize(
+    ("space", "settings", "said"),
+    [
+        ({}, {"gates.steps": 4}, f"gates.steps does not apply: {WHY['gate']}"),
+        (
+            {"gate_eps": [0.1]},
+            {"gates.steps": 4},
+            f"gates.steps and space.gate_eps do not apply: {WHY['gate']}",
+        ),
+        (
+            {"share": {"max_groups": 0, "group_sizes": [3], "adapter_ranks": [8]}},
+            {},
+            f"space.share.group_sizes and space.share.adapter_ranks do not apply: {WHY['groups']}",
+        ),
+        (
+            {"reinstate": {"ranks": [4], "starts": ["zero"]}},
+            {},
+            f"space.reinstate.ranks and space.reinstate.starts do not apply: {WHY['share']}",
+        ),
+        ({"replace": {"kinds": ["ffn"]}}, {}, f"space.replace.kinds does not apply: {WHY['replace']}"),
+        ({}, {"starts.tokens": 64}, f"starts.tokens does not apply: {WHY['fit']}"),
+        (
+            {"recover": {"delta_ranks": [4]}},
+            {"rungs": [0], "recovery.batch": 4},
+            f"recovery.batch and space.recover.delta_ranks do not apply: {WHY['train']}",
+        ),
+        ({}, {"rungs": [0], "halving.keep": 0.3}, f"halving.keep does not apply: {WHY['rungs']}"),
+        (
+            {"neighbour_share": 0.25},
+            {"sampler": "nsga2"},
+            f"space.neighbour_share does not apply: {WHY['nsga2']}",
+        ),
+        (
+            {"fates": ["drop", "share", "replace"], "attention": [0.0, 0.2], "share": {"max_groups": 1}},
+            {"target.runtime": "expanded"},
+            "space.fates 'share', space.replace.kinds 'linear', space.attention and space.share.max_groups do not "
+            f"apply: {WHY['stock']}",
+        ),
+    ],
+)
+def test_what_does_not_apply_is_told_with_its_reason(
+    space: dict[str, Any], settings: dict[str, Any], said: str
+) -> None:
+    study = load_study("default", {"space": {**DROPPING, **space}, **settings})
+    assert unused_settings(study) == (said,)
+
+
+@pytest.mark.parametrize(
+    ("space", "settings"),
+    [
+        ({"criteria": ["window", "gate"], "gate_eps": [0.1]}, {"gates.steps": 4}),
+        ({"share": {"max_groups": 1, "group_sizes": [3], "adapter_ranks": [8]}}, {}),
+        ({"fates": ["share"], "reinstate": {"ranks": [4], "starts": ["data"]}}, {"starts.tokens": 64}),
+        ({"fates": ["replace"], "replace": {"kinds": ["ffn"]}}, {"starts.tokens": 64}),
+        ({"criteria": ["linear_window"]}, {"starts.tokens": 64}),
+        ({"recover": {"delta_ranks": [4]}}, {"rungs": [0, 64], "recovery.batch": 4, "halving.keep": 0.3}),
+        ({"neighbour_share": 0.25}, {"sampler": "tpe"}),
+        ({"fates": ["drop", "replace"], "replace": {"kinds": ["layer"]}}, {"target.runtime": "expanded"}),
+    ],
+)
+def test_what_applies_is_not_told(space: dict[str, Any], settings: dict[str, Any]) -> None:
+    assert unused_settings(load_study("default", {"space": {**DROPPING, **space}, **settings})) == ()
+
+
+def test_what_ships_has_no_setting_that_does_not_apply() -> None:
+    spaces = [None, *shipped("spaces")]
+    for name, space in product(shipped("studies"), spaces):
+        assert unused_settings(load_study(name, {"space": space})) == (), (name, space)
+        if space is not None:
+            assert unused_settings(load_study(name, {"space": space, "rungs": [0], "halving": {}})) == ()
+
+
+def test_one_plan_alone_has_settings_of_recovery_only() -> None:
+    study = load_study("default", {"space": DROPPING, "rungs": [0], "gates.steps": 4, "recovery.kl": 0.5})
+    assert unused_settings(study, only=("recovery",)) == (f"recovery.kl does not apply: {WHY['train']}",)
+
+
+def test_a_study_without_a_space_searches_everything(tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text('model = "m"\ndata = "d"\n')
+    assert load_study(path).space == load_space("everything")
+    assert load_study(path, {"space": "foldgpt"}).space == load_space("foldgpt")
