@@ -173,11 +173,11 @@ def test_a_model_that_cannot_be_read_says_all_of_it(tmp_path: Path, monkeypatch:
 def test_a_data_set_that_cannot_be_read_says_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    from foldsearch.model.tokens import _rows_of_hub
+    from foldsearch.model.text import _rows_of_hub
 
     monkeypatch.setattr(datasets, "load_dataset", two_lines)
     with pytest.raises(DataError) as found:
-        list(_rows_of_hub("org/name", "org/name", None, "train", "text"))
+        list(_rows_of_hub("org/name", "org/name", None, "train"))
     assert "\n    shard 2 is of another model" in str(found.value)
 
 
