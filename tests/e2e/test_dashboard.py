@@ -48,7 +48,7 @@ def test_the_dashboard_shows_trials_constraints_and_notes_live(board: str, run_p
     states = {record.number: record.state for record in records}
     shown = {trial["number"]: trial for trial in study["trials"]}
     assert set(shown) == set(states)
-    named = {"finished": "Complete", "stopped": "Pruned", "failed": "Fail"}
+    named = {"finished": "Complete", "stopped": "Pruned", "failed": "Fail", "repeat": "Fail"}
     assert {n: trial["state"] for n, trial in shown.items()} == {n: named[s] for n, s in states.items()}
 
     last = records[0].last
