@@ -95,9 +95,10 @@ So of 30 blocks, --blocks 3-18 --to 46 repeats each of the sixteen once, --to 36
 
 Output norms start small, so the extended model starts near the base model: rung 0 shows how
 near. Memory, KV cache and FLOPs all grow; the price is printed before anything is trained.
-Training is the study's. Its [recovery] weights kl and tail hold the model at the base model;
-a study with next_token = 1, kl = 0, tail = 0 lets it leave. All of the model is trained, not the
-repeats alone: what is owed to them shows beside the same training without them, the second line.
+Training is the study's, with 0.5 for [recovery] next_token where that is absent. The weights kl
+and tail hold the model at the base model; next_token = 1, kl = 0, tail = 0 let it leave. All of
+the model is trained, not the repeats alone: what is owed to them shows beside the same training
+without them, the second line, with next_token = 0.5 in its study.
 
   foldsearch extend --blocks 3-18 --to 36 --tokens 8192 --export exports/deeper
   foldsearch try "0-29" --tokens 8192

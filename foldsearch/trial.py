@@ -1,9 +1,9 @@
 """One trial, rung by rung: draft → gate → fold → measure → recover a little → measure → recover more.
 
 It knows neither Optuna nor Ray and can run alone in one process. What it learnt is on disk after every rung, under
-the run folder, so a trial that was stopped or killed goes on from its last rung when it is run again. Training goes on
-from the latest state; what is reported, rebuilt and exported is the best one so far, so that recovery never makes a
-result worse:
+the run folder, so a trial that was stopped or killed goes on from its last rung when it is run again. What is reported,
+rebuilt and exported is the best state so far, so that recovery never makes a result worse; and where it hurt, training
+goes on from that state too, at a lower learning rate:
 
     trials/00012/trial.json             plan, recovery settings, results so far
     trials/00012/start.safetensors      fitted replacements and adapters, where the plan has any
@@ -94,6 +94,8 @@ from foldsearch.spec.study import SourceSettings, Study
 BASE_RANK = 1 / 16  # of the base-block metric, in widths of the model: FlexiGPT's 256 for 4,096
 TOKENS = "tokens.safetensors"  # of a run: its three token sets
 WAIT_SECONDS = 0.2  # between looks at a trial that measures the same plan
+EXTENSION_NEXT_TOKEN = 0.5  # weight of the next-token loss for extensions, where the study does not say
+RATE_AFTER_SETBACK = 0.25  # of the learning rate, where training left the model worse than it was
 GREEDY_TOKENS = 1024  # SLEB calibrates on few; each of its hundreds of runs goes over them
 EVIDENCE_SCHEMA = 3
 
@@ -888,8 +890,10 @@ def _draft(proposal: Proposal, context: TrialContext, say: StageProgress) -> _Re
 class _Course:
     """The model of one trial on its way through the rungs: trained, measured, and the best of its states kept.
 
-    Best is by `trained_for`, on the search tokens; of equals the first. Training goes on from the latest state, which
-    `optimizer.safetensors` holds; `recovered.safetensors` holds the best one, unless that is untrained.
+    Best is by `trained_for`, on the search tokens; of equals the first. `recovered.safetensors` holds the best state,
+    unless that is untrained; `optimizer.safetensors` the latest, which training goes on from if it is the best. If it
+    is not, the learning rate was too high for this model: training goes on from the best state at a quarter of the
+    rate. (To go on from the worse one was worse in every case tried, and so was the old rate; see docs/decisions/0010.)
     """
 
     def __init__(self, record: _Record, context: TrialContext, folder: Path, say: StageProgress) -> None:
@@ -901,8 +905,9 @@ class _Course:
         self._recovery: Recovery | None = None
         self._best: Quality | None = None
         self._kept_tokens = 0
-        if record.results:
-            self._best, self._kept_tokens = record.results[-1].quality, record.results[-1].kept_tokens
+        self._results = list(record.results)
+        if self._results:
+            self._best, self._kept_tokens = self._results[-1].quality, self._results[-1].kept_tokens
             _check_state(record, folder)
         elif context.study.rungs[0] > 0:
             # No rung measures the untrained model, but training is not to end worse than it.
@@ -929,7 +934,7 @@ class _Course:
         if self._recovery is not None and self._kept_tokens == done:
             # Last, so that a trial killed before its result is noted can nearly always be rebuilt at the rung before.
             self._recovery.keep(self._folder)
-        return TrialResult(
+        result = TrialResult(
             plan=self._record.plan,
             cost=self._context.dense_cost,  # the caller knows the plan's
             quality=self._best,
@@ -941,6 +946,13 @@ class _Course:
             report=report,
             setback=None if self._kept_tokens == done else Setback(self._kept_tokens, latest),
         )
+        self._results.append(result)
+        return result
+
+    @property
+    def _rate(self) -> float:
+        """Share of the record's learning rate to train at: less with every rung that hurt."""
+        return RATE_AFTER_SETBACK ** sum(result.setback is not None for result in self._results)
 
     @property
     def _tokens_done(self) -> int:
@@ -964,10 +976,15 @@ class _Course:
     def _train(self, tokens: int) -> None:
         study, record = self._context.study, self._record
         if self._recovery is None:
+            wanted = study.recovery.next_token
+            if wanted is None:
+                # Text draws a model away from the dense one, most of all where that is at a loss: wrong for a folded
+                # model, which is to be like it, and right for an extension, which is to become better.
+                wanted = EXTENSION_NEXT_TOKEN if record.plan.is_extension else 0.0
             settings = RecoverySettings(
                 learning_rate=record.learning_rate,
                 delta_rank=record.delta_rank,
-                next_token=study.recovery.next_token,
+                next_token=wanted,
                 kl=study.recovery.kl,
                 tail=study.recovery.tail,
                 batch=study.recovery.batch,
@@ -979,12 +996,24 @@ class _Course:
             )
             if (self._folder / "optimizer.safetensors").exists():
                 self._recovery.load(self._folder)  # it may be ahead of the record
+            self._recovery.rate = self._rate
+        last = self._results[-1] if self._results else None
+        if last is not None and last.setback is not None and self._tokens_done == last.recovery_tokens:
+            self._go_back(self._recovery)
         try:
             self._recovery.train(tokens, lambda share: self._say("recovery", share))
         except TimeUp:  # in the middle of a rung: a resumed run goes on from here
             self._recovery.save(self._folder)
             raise
         self._recovery.save(self._folder)
+
+    def _go_back(self, recovery: Recovery) -> None:
+        """Take up the kept state: the untrained one as it is attached anew, another one as it was written."""
+        model = _started(self._record, self._context, self._folder, silent)
+        kept = attach(model, self._record.delta_rank, self._context.study.seed)
+        if self._kept_tokens:
+            load_trained(kept, self._folder)
+        recovery.go_back(kept, self._rate)
 
     def _measure(self) -> Quality:
         self._say("measuring", 0.0)

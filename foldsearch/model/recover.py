@@ -11,6 +11,10 @@ Loss, per scored position [ours, after the parts that FoldGPT's abstract names]:
 with h the hidden states after the final norm: the tail-layer distillation. Next-token loss and KL share their
 normaliser log Σ exp z, and their other terms are products of h with one row (see judge.py), so the head runs once.
 
+Steps are relative to what they change. AdamW moves every element by about the learning rate, whatever its size, and the
+weights of models differ fivefold (root mean squares of SmolLM2 0.2, of Gemma 3 0.04), their norms a hundredfold. So the
+learning rate counts in root mean squares (RMS) of the weights that a parameter changes; see `step_units`.
+
 Shapes: B sequences of a step, P predicting positions, M positions of a chunk, D width, R rank, I inputs, O outputs.
 """
 
@@ -18,7 +22,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +44,9 @@ from foldsearch.model.judge import DenseTargets, cross_terms
 from foldsearch.model.parts import Borrowed, OutputNorm, Replaced
 from foldsearch.model.tokens import TokenSet
 
+WHOLE = 8  # elements of a whole matrix's row, or of a vector, that may move as those of a low-rank factor do
+LEAST = 0.1  # RMS that is counted at least, as a share of a random start's
+
 
 class Diverged(FoldsearchError):
     """The recovery's loss is not a number any more."""
@@ -49,16 +56,15 @@ class Diverged(FoldsearchError):
 class RecoverySettings:
     """How a folded model is trained.
 
-    learning_rate: of AdamW at its peak, for deltas and adapters; norms and γ take a tenth of it [ours].
-    delta_rank: of the deltas; 0 trains norms and what children carry only. next_token, kl, tail: weights of the loss
-    (above). batch: sequences of a step. warmup: share of all tokens; then a cosine down to a tenth. clip: of the
-    gradient's norm.
+    learning_rate: of AdamW at its peak, in RMS of the weights that are changed (see `step_units`). delta_rank: of the
+    deltas; 0 trains norms and what children carry only. next_token, kl, tail: weights of the loss (above). batch:
+    sequences of a step. warmup: share of all tokens; then a cosine down to a tenth. clip: of the gradient's norm.
     """
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 0.05
     delta_rank: int = 8
-    next_token: float = 0.3
-    kl: float = 0.7
+    next_token: float = 0.0
+    kl: float = 1.0
     tail: float = 0.1
     batch: int = 2
     warmup: float = 0.1
@@ -108,6 +114,7 @@ class Shift(nn.Module):
 
     def __init__(self, like: Tensor) -> None:
         super().__init__()
+        self.rms = _rms(like)
         self.change = nn.Parameter(torch.zeros_like(like, dtype=torch.float32))
 
     def forward(self, frozen: Tensor) -> Tensor:
@@ -167,6 +174,37 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def step_units(model: PreTrainedModel) -> dict[str, float]:
+    """How far a step at learning rate 1 moves an element of each trained parameter, by name, after `attach` [ours].
+
+    Of low-rank factors: up by the RMS of the weights beside it, down by the RMS of a random start. A whole matrix or a
+    vector takes `WHOLE` / I of its own RMS: AdamW moves all elements at once, and what I of them move together is I / R
+    times what the R of a factor do. An RMS counts as a tenth at least of what a random start would have (1 in a vector,
+    1 / √I in a matrix), so that what starts at or near nothing can grow: γ, biases, networks that add nothing.
+    """
+    units: dict[str, float] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Delta):
+            units[f"{path}.up"] = _rms(module.linear.weight)  # type: ignore[arg-type]
+        elif isinstance(module, Borrowed) and module.up is not None:
+            owner = module.owner
+            units[f"{path}.up"] = _rms((owner.linear if isinstance(owner, Delta) else owner).weight)  # type: ignore[arg-type]
+        elif isinstance(module, Shift):
+            units[f"{path}.change"] = WHOLE / max(WHOLE, module.change.numel()) * max(module.rms, LEAST)
+        elif isinstance(module, OutputNorm | Replaced):
+            for name, parameter in module.named_parameters(recurse=False):
+                inputs = parameter.shape[-1]
+                least = LEAST * (inputs**-0.5 if parameter.dim() > 1 else 1.0)
+                units[f"{path}.{name}"] = WHOLE / max(WHOLE, inputs) * max(_rms(parameter), least)
+        if isinstance(module, Delta | Borrowed) and module.down is not None:
+            units[f"{path}.down"] = module.down.shape[1] ** -0.5
+    return units
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.detach().float().square().mean().sqrt())
+
+
 class Recovery:
     """The recovery training of one folded model; it can stop at any number of tokens and go on, also from disk.
 
@@ -187,12 +225,13 @@ class Recovery:
         self.targets = targets
         self.total_tokens = max(total_tokens, 1)
         self.tokens_done = 0
+        self.rate = 1.0  # share of the settings' learning rate that is trained at
         self.trained = attach(model, settings.delta_rank, settings.seed)
-        self._small = [name for name, parameter in self.trained.items() if parameter.dim() < 2]
-        large = [parameter for name, parameter in self.trained.items() if name not in set(self._small)]
-        small = [self.trained[name] for name in self._small]
+        units = step_units(model)
         self._optimizer = torch.optim.AdamW(
-            [{"params": large, "scale": 1.0}, {"params": small, "scale": 0.1}], lr=0.0, weight_decay=0.0
+            [{"params": [parameter], "unit": units[name]} for name, parameter in self.trained.items()],
+            lr=0.0,
+            weight_decay=0.0,
         )
         self._order = self._sequences()
 
@@ -246,6 +285,19 @@ class Recovery:
         for _ in range(self.tokens_done // self.tokens.ids_NT.shape[1]):
             next(self._order)
 
+    @torch.no_grad()
+    def go_back(self, trained: Mapping[str, Tensor], rate: float) -> None:
+        """Take up an earlier state of the same model, from here on at a lower learning rate.
+
+        Args:
+            trained: its parameters by name.
+            rate: share of the settings' learning rate.
+        """
+        for name, parameter in self.trained.items():
+            parameter.copy_(trained[name])
+        self._optimizer.state.clear()  # Adam's means are of a path that is given up
+        self.rate = rate
+
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
         metadata = {"tokens": str(self.tokens_done)}
         replace_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
@@ -284,7 +336,7 @@ class Recovery:
         else:
             share = 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, (done - warmup) / (1 - warmup))))
         for group in self._optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * group["scale"] * min(1.0, share)
+            group["lr"] = self.settings.learning_rate * self.rate * group["unit"] * min(1.0, share)
 
     def _step(self, rows: list[int]) -> float:
         ids_BT = self.tokens.ids_NT[rows].to(self.model.device)

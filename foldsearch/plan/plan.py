@@ -150,6 +150,11 @@ class FoldPlan:
         """Number of executed positions."""
         return len(self.slots)
 
+    @property
+    def is_extension(self) -> bool:
+        """Whether it runs more positions than the dense model: it is to become better than that, not as good."""
+        return self.depth > self.num_blocks
+
     def owners(self, unit: UnitName) -> frozenset[int]:
         """Blocks that run their own weights in this unit."""
         return frozenset(source for _, _, source, own in self.runs(unit) if own)

@@ -58,7 +58,7 @@ class Proposal:
     adapter_rank: int = 0
     adapter_start: AdapterStart | None = "svd"
     attention_removed: int = 0
-    learning_rate: float = 1e-3
+    learning_rate: float = 0.05
     delta_rank: int = 8
     plan: FoldPlan | None = None
     origin: Origin = "sampler"

@@ -41,10 +41,10 @@ def rounded(value: float, form: str) -> str:
 def trained_for(plan: FoldPlan, quality: Quality) -> float:
     """What recovery is to lower, and by which the states of a trial are compared: KL to the dense model.
 
-    Of a plan that runs more positions than the dense model it is perplexity: such a plan begins as good as the dense
-    model and is trained to become better, so its KL can only grow.
+    Of an extension it is perplexity: it begins as good as the dense model and is trained to become better, so its KL
+    can only grow.
     """
-    return quality.perplexity if plan.depth > plan.num_blocks else quality.kl
+    return quality.perplexity if plan.is_extension else quality.kl
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class TrialResult:
         kept = f"after {self.kept_tokens:,} tokens" if self.kept_tokens else "untrained"
         if (latest := self.setback.latest) is None:
             return f"training diverged: kept {kept}"
-        measure = "KL" if trained_for(self.plan, latest) == latest.kl else "perplexity"
+        measure = "perplexity" if self.plan.is_extension else "KL"
         return f"training hurt ({measure} {rounded(trained_for(self.plan, latest), '.3f')}): kept {kept}"
 
     @property

@@ -102,11 +102,15 @@ class Replace(TomlTable):
 
 
 class Recover(TomlTable):
-    """Recovery training. learning_rate: from and to, on a log scale. delta_ranks: of the recovery deltas."""
+    """Recovery training.
+
+    learning_rate: from and to, on a log scale, in root mean squares of the weights (see
+    `foldsearch.model.recover.step_units`). delta_ranks: of the recovery deltas.
+    """
 
     learning_rate: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (
-        3e-4,
-        3e-3,
+        0.02,
+        0.1,
     )
     delta_ranks: Annotated[tuple[Rank, ...], Field(min_length=1)] = (8,)
 

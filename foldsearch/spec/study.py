@@ -89,19 +89,19 @@ class StartSettings(TomlTable):
 class RecoverySettings(TomlTable):
     """Recovery training (see `foldsearch.model.recover.RecoverySettings`).
 
-    batch: sequences of a step. next_token, kl, tail: weights of the next-token loss, of the KL divergence to the
-    dense model, and of the tail-layer distillation.
+    batch: sequences of a step. kl, tail, next_token: weights of the KL divergence to the dense model, of the tail-layer
+    distillation, and of the next-token loss; the last is None where the trial chooses it by its plan.
     """
 
     batch: Positive = 2
-    next_token: Weight = 0.3
-    kl: Weight = 0.7
+    kl: Weight = 1.0
     tail: Weight = 0.1
+    next_token: Weight | None = None
 
     @model_validator(mode="after")
     def _some_loss(self) -> RecoverySettings:
-        if self.next_token == self.kl == self.tail == 0:
-            raise ValueError("at least one of next_token, kl and tail is above 0; got 0 for all three")
+        if self.kl == self.tail == (self.next_token or 0.0) == 0:
+            raise ValueError("at least one of kl, tail and next_token is above 0; got 0 for all three")
         return self
 
 

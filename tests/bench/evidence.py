@@ -110,7 +110,7 @@ def same_size(method: Proposal, dropped: int, context: TrialContext) -> tuple[Pr
     """The method with the fewest removed blocks that store no more than dropping `dropped` blocks does."""
     num_blocks = len(context.table.blocks)
     bound = price(FoldPlan.dropping(range(dropped), num_blocks), context.table, context.target).stored_bytes
-    extra = {"learning_rate": 1e-3, "delta_rank": 8, "origin": "hand"}
+    extra = {"learning_rate": 0.05, "delta_rank": 8, "origin": "hand"}
     fewest = dropped - 5 if method.num_groups or method.attention_removed else dropped
     for count in range(fewest, num_blocks):
         groups = method.num_groups and max(1, dropped // 4)

@@ -177,7 +177,7 @@ def test_trial_overhead(context: TrialContext, monkeypatch: pytest.MonkeyPatch) 
     for number in range(PAIRS):
         shutil.rmtree(context.run_folder / "plans", ignore_errors=True)
         inside, start = 0.0, time.perf_counter()
-        proposal = Proposal("given", plan=DROPPED, learning_rate=1e-3, delta_rank=8)
+        proposal = Proposal("given", plan=DROPPED, learning_rate=0.05, delta_rank=8)
         states = [result.state for result in run_trial(proposal, context, number=number)]
         assert states == ["measured"] * len(RUNGS)
         whole.append(time.perf_counter() - start)

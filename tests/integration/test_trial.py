@@ -39,8 +39,8 @@ from foldsearch.trial import (
 from tests.tiny import NUM_BLOCKS, save_model, write_corpus
 
 RUNGS = (0, 64, 128)
-SHARING = Proposal("window", 1, group_size=2, num_groups=1, adapter_rank=2, learning_rate=3e-3, delta_rank=2)
-HURTING = replace(SHARING, learning_rate=1.0)  # finite, and worse after every rung
+SHARING = Proposal("window", 1, group_size=2, num_groups=1, adapter_rank=2, learning_rate=0.05, delta_rank=2)
+HURTING = replace(SHARING, learning_rate=20.0)  # finite, and worse after every rung
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +210,7 @@ def test_a_trial_cut_in_the_middle_of_a_rung_goes_on_from_there(context, tmp_pat
 def test_a_known_plan_is_not_trained_again(context, monkeypatch):
     first = run(context, 0)
     monkeypatch.setattr(trials, "fold", never)
-    given = Proposal("given", plan=first[0].plan, learning_rate=1e-4, delta_rank=1)
+    given = Proposal("given", plan=first[0].plan, learning_rate=0.02, delta_rank=1)
     again = run(context, 7, given)
     assert measured(again) == measured(first)
     assert {(result.state, result.known_from) for result in again} == {("known", 0)}
@@ -242,7 +242,7 @@ def test_another_trial_goes_on_with_a_stopped_plan(context, tmp_path, steps, sto
 @pytest.mark.parametrize("stop", [1, 2])
 def test_a_stopped_plan_is_trained_anew_with_other_settings(context, tmp_path, steps, stop):
     """Its untrained figures hold; what was trained with other settings is nobody else's."""
-    slower = replace(SHARING, learning_rate=1e-3)
+    slower = replace(SHARING, learning_rate=0.03)
     alone = replace(context, run_folder=tmp_path / "alone")
     shutil.copytree(context.run_folder, alone.run_folder)
     whole = run(alone, 5, slower)
@@ -305,7 +305,7 @@ def test_a_plan_whose_training_diverged_is_trained_with_other_settings(context):
     plan = FoldPlan.dropping([2], NUM_BLOCKS)
     proposal = Proposal("given", plan=plan, learning_rate=1e30, delta_rank=2)
     assert run(context, 0, proposal)[-1].training_diverged
-    results = run(context, 1, replace(proposal, learning_rate=1e-3))
+    results = run(context, 1, replace(proposal, learning_rate=0.03))
     assert [result.state for result in results] == [
         "known",
         "measured",
@@ -398,6 +398,45 @@ def test_training_that_hurts_is_told_and_not_kept(context):
     assert_rebuilt(context, last)
 
 
+def test_after_training_that_hurt_it_goes_on_from_the_best_state_at_a_lower_rate(context, monkeypatch):
+    taken = []
+    go_back = Recovery.go_back
+
+    def note(self, trained, rate):
+        taken.append(
+            (self.tokens_done, {name: value.detach().clone() for name, value in trained.items()}, rate)
+        )
+        go_back(self, trained, rate)
+
+    monkeypatch.setattr(Recovery, "go_back", note)
+    study = context.study.model_copy(update={"rungs": (0, 32, 64, 128)})
+    results = run(replace(context, study=study), proposal=HURTING)
+    assert [result.kept_tokens for result in results[:3]] == [0] * 3  # the last rung is slow enough to help
+    assert [(tokens, rate) for tokens, _, rate in taken] == [(32, 0.25), (64, 0.0625)]
+    start = load_file(context.trial_folder(0) / "start.safetensors")
+    for _, trained_before, _ in taken:  # each time the untrained model
+        deltas = [name for name in trained_before if name.endswith("_proj.up") and name not in start]
+        assert deltas
+        assert not any(trained_before[name].any() for name in deltas)
+        assert start.keys() <= trained_before.keys()
+        assert all(torch.equal(trained_before[name], value) for name, value in start.items())
+
+
+def test_a_trial_killed_after_training_from_an_earlier_state_goes_on(context, tmp_path, monkeypatch, steps):
+    """What is on disk is a rung ahead of the notes already: it is not gone back from twice."""
+    whole = run(context, proposal=HURTING)
+    other = replace(context, run_folder=tmp_path / "other")
+    shutil.copytree(context.run_folder, other.run_folder, ignore=shutil.ignore_patterns("plans", "trials"))
+    generator = run_trial(HURTING, other, number=0)
+    first = [next(generator), next(generator)]
+    with monkeypatch.context() as patch:
+        patch.setattr(trials, "judge", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            next(generator)
+    assert measured(first + run(other, proposal=HURTING)) == measured(whole)
+    assert len(steps) == 2 * 4
+
+
 def test_the_best_rung_is_kept(context, monkeypatch):
     """Training helps at first, and its last rung leaves noise."""
     train = Recovery.train
@@ -433,7 +472,7 @@ def test_an_extension_is_compared_by_perplexity(context, monkeypatch):
         return quality if tokens.name == "report" else replace(quality, perplexity=next(perplexities))
 
     monkeypatch.setattr(trials, "judge", judge)
-    results = run(context, 0, Proposal("given", plan=plan, learning_rate=1e-3, delta_rank=2, origin="hand"))
+    results = run(context, 0, Proposal("given", plan=plan, learning_rate=0.03, delta_rank=2, origin="hand"))
     assert results[0].quality.kl < results[1].quality.kl
     assert [result.quality.perplexity for result in results] == [30.0, 20.0, 20.0]
     assert results[-1].setback_words == "training hurt (perplexity 25.000): kept after 64 tokens"
@@ -443,7 +482,7 @@ def test_an_extension_is_compared_by_perplexity(context, monkeypatch):
     "proposal", [HURTING, replace(SHARING, learning_rate=1e30)], ids=["hurt", "diverged"]
 )
 def test_the_untrained_model_is_a_state_where_no_rung_measures_it(context, proposal):
-    untrained = next(run_trial(replace(proposal, learning_rate=1e-3), context, number=7)).quality
+    untrained = next(run_trial(replace(proposal, learning_rate=0.03), context, number=7)).quality
     shutil.rmtree(context.run_folder / "plans")
     study = context.study.model_copy(update={"rungs": (64, 128)})
     results = run(replace(context, study=study), proposal=proposal)

@@ -264,7 +264,7 @@ def test_training_reaches_all_that_repeats_carry(start):
     model = fold(dense_model(), FoldPlan.parse(TEXT, NUM_BLOCKS))
     start_adapters(model, dense_model(), TOKENS.ids_NT, start)
     before = {key: value.clone() for key, value in new_values(model).items()}
-    settings = RecoverySettings(learning_rate=3e-3, delta_rank=2, next_token=1.0, kl=0.0, tail=0.0)
+    settings = RecoverySettings(learning_rate=0.05, delta_rank=2, next_token=1.0, kl=0.0, tail=0.0)
     recovery = Recovery(model, settings, TOKENS, ask_dense(dense_model(), TOKENS), 400)
     recovery.train(400)
     for key, value in before.items():

@@ -29,6 +29,7 @@ from foldsearch.model.recover import (
     attach,
     load_trained,
     merge,
+    step_units,
 )
 from foldsearch.model.tokens import TokenSet
 from foldsearch.plan.plan import FoldPlan, Slot
@@ -40,7 +41,7 @@ REPLACED = "0~linear 1 1=1+r2 2~layer 3~ffn8 4~swiglu8"
 TEXTS = (TEXT, REPLACED)
 TOKENS = token_set("recovery", sequences=8, length=20)
 STEP = 2 * 20  # tokens
-SETTINGS = RecoverySettings(learning_rate=3e-3, delta_rank=2)
+SETTINGS = RecoverySettings(learning_rate=0.05, delta_rank=2)
 
 
 def folded(name: str = "llama", text: str = TEXT):
@@ -419,25 +420,115 @@ def test_an_absurd_learning_rate_diverges():
 
 
 def test_learning_rates(monkeypatch):
-    """Twenty steps: up to the peak in two, then a cosine down to a tenth; what is small takes a tenth of it."""
+    """Twenty steps: up to the peak in two, then a cosine down to a tenth; each parameter in its own unit."""
     ours = recovery(settings=RecoverySettings(learning_rate=1.0, delta_rank=2), total=20 * STEP)
-    rates, small = [], []
+    units = step_units(ours.model)
+    rates = []
 
     def record() -> None:
-        large_group, small_group = ours._optimizer.param_groups
-        rates.append(large_group["lr"])
-        small.append(small_group["lr"])
-        assert {p.dim() for p in large_group["params"]} == {2}
-        assert {p.dim() for p in small_group["params"]} == {1}
+        groups = ours._optimizer.param_groups
+        found = {id(group["params"][0]): group["lr"] for group in groups}
+        shares = {name: found[id(parameter)] / units[name] for name, parameter in ours.trained.items()}
+        assert len(found) == len(groups) == len(shares)
+        rates.append(shares["model.norm.parametrizations.weight.0.change"])
+        assert list(shares.values()) == [pytest.approx(rates[-1])] * len(shares)
 
     monkeypatch.setattr(ours._optimizer, "step", record)
     ours.train(20 * STEP)
-    assert rates[:3] == [pytest.approx(0.5), 1.0, 1.0]
+    assert rates[:3] == [pytest.approx(0.5), pytest.approx(1.0), pytest.approx(1.0)]
     # done 0.55 of all, half of the way from 0.1 to 1: the middle between the peak and a tenth
     assert rates[11] == pytest.approx(0.55)
     assert rates[19] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 17 / 18)))
     assert rates[2:] == sorted(rates[2:], reverse=True)
-    assert small == [pytest.approx(rate / 10) for rate in rates]
+
+
+@torch.no_grad()
+def rms(values: torch.Tensor) -> float:
+    return math.sqrt(float(values.double().square().mean()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_are_in_units_of_the_weights(name):
+    """Against the dense model's tensors, found by name: the merged weights' own, not the borrowed ones' twice."""
+    dense, model = dict(dense_model(name).named_parameters()), folded(name)
+    trained = attach(model, 2)
+    units = step_units(model)
+    assert units.keys() == trained.keys()
+    prefix = {"gpt2": "transformer.h"}.get(name, "model.layers")
+
+    def dense_name(path: str, homes: list[int]) -> str:
+        parts = path.removeprefix(f"{prefix}.").replace(".inner", "").split(".")
+        return ".".join([prefix, str(homes[int(parts[0])]), *parts[1:]]) if path.startswith(prefix) else path
+
+    for key, unit in units.items():
+        path, _, leaf = key.rpartition(".")
+        if leaf == "down":
+            assert unit == pytest.approx(trained[key].shape[1] ** -0.5)
+        elif leaf == "up":
+            assert unit == pytest.approx(rms(dense[f"{dense_name(path, [0, 0, 2, 3, 3])}.weight"]), rel=1e-5)
+        elif leaf == "gamma":
+            assert unit == pytest.approx(8 / 32 * 0.1)
+        else:
+            where, what = path.removesuffix(".0").split(".parametrizations.")
+            assert unit == pytest.approx(
+                8 / 32 * max(0.1, rms(dense[f"{dense_name(where, [0, 1, 2, 3, 3])}.{what}"])), rel=1e-5
+            )
+
+
+def test_steps_of_a_replacement_are_in_units_of_its_own_weights():
+    model = folded(text=REPLACED)
+    parts = {path: part for path, part in model.named_modules() if isinstance(part, Replaced)}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for part in parts.values():
+            for key, parameter in part.named_parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 3)
+                if key == "down":
+                    parameter.zero_()
+    attach(model, 2)
+    units = step_units(model)
+    for path, part in parts.items():
+        for key, parameter in part.named_parameters():
+            expected = 0.1 * parameter.shape[1] ** -0.5 if key == "down" else rms(parameter)
+            share = 8 / max(8, parameter.shape[-1])
+            assert units[f"{path}.{key}"] == pytest.approx(share * expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_first_step_moves_by_the_learning_rate_in_units(text):
+    """Adam's first step is the learning rate times the gradient's sign."""
+    ours = recovery(settings=RecoverySettings(learning_rate=0.03, delta_rank=2, warmup=0.0), text=text)
+    started = {key: parameter.detach().clone() for key, parameter in ours.trained.items()}
+    ours.train(STEP)
+    moved = 0
+    for key, unit in step_units(folded_and_attached(text)).items():
+        step = float((ours.trained[key].detach() - started[key]).abs().max())
+        if step:  # down has no gradient while up is zero
+            moved += 1
+            assert step == pytest.approx(0.03 * unit, rel=0.02)
+    assert moved > len(started) / 2
+
+
+def folded_and_attached(text: str):
+    model = folded(text=text)
+    attach(model, 2)
+    return model
+
+
+def test_going_back_is_to_begin_anew_at_a_lower_rate():
+    """From the start at a quarter of the rate, on the texts and at the place of the schedule that come next."""
+    ours, other = recovery(total=8 * STEP), recovery(total=8 * STEP)
+    started = {key: parameter.detach().clone() for key, parameter in ours.trained.items()}
+    ours.train(3 * STEP)
+    ours.go_back(started, 0.25)
+    ours.train(6 * STEP)
+    slow = RecoverySettings(learning_rate=SETTINGS.learning_rate / 4, delta_rank=2)
+    other = recovery(settings=slow, total=8 * STEP)
+    for _ in range(3 * 2):
+        next(other._order)
+    other.tokens_done = 3 * STEP
+    other.train(6 * STEP)
+    assert all(torch.equal(ours.trained[key], other.trained[key]) for key in ours.trained)
 
 
 def test_every_sequence_is_seen_once_a_pass(monkeypatch):

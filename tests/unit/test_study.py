@@ -142,7 +142,7 @@ a = 1
         (MINIMAL + "gates = 3\n", "gates: must be a table of keys; got 3."),
         (MINIMAL + "learning_rate = 1e-3\n", "learning_rate: unknown key."),
         ('model = "m"\ndata = "d"\nspace = "nowhere"\n', "a space is a path"),
-        (MINIMAL + "recovery = { kl = 0.0, tail = 0.0, next_token = 0.0 }\n", "at least one of next_token"),
+        (MINIMAL + "recovery = { kl = 0.0, tail = 0.0, next_token = 0.0 }\n", "at least one of kl, tail"),
         (MINIMAL + 'seconds = "10m"\n', "seconds: must be a number"),
         (MINIMAL + "trials = inf\n", "trials:"),
         (MINIMAL + "budget = { gb = inf }\n", "budget.gb:"),
