@@ -1,7 +1,9 @@
 """Recovery: a short training that heals a folded model, and what it trains.
 
 Trained, all in float32 beside frozen dense weights: a low-rank delta on every linear that runs its own weights, the
-norms, what children carry (adapters, γ), and replacements. Deltas and norms are merged into the weights they belong to
+norms, and what children carry (adapters, γ). Networks in place of blocks keep what they were fitted to: they read the
+residual stream itself, where a few numbers are a hundred times the others, and a step of AdamW on their weights undoes
+the fit. Deltas and norms are merged into the weights they belong to
 before a model is measured or exported, so they cost nothing; merging into an owner changes all its children alike.
 
 Loss, per scored position [ours, after the parts that FoldGPT's abstract names]:
@@ -44,8 +46,8 @@ from foldsearch.model.judge import DenseTargets, cross_terms
 from foldsearch.model.parts import Borrowed, OutputNorm, Replaced
 from foldsearch.model.tokens import TokenSet
 
-WHOLE = 8  # elements of a whole matrix's row, or of a vector, that may move as those of a low-rank factor do
-LEAST = 0.1  # RMS that is counted at least, as a share of a random start's
+TOGETHER = 8  # elements of a vector that may move as far as those of a low-rank factor
+LEAST = 0.1  # RMS of a vector that is counted at least
 
 
 class Diverged(FoldsearchError):
@@ -143,9 +145,10 @@ def attach(model: PreTrainedModel, delta_rank: int, seed: int = 0) -> dict[str, 
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
             parametrize.register_parametrization(module, name, Shift(parameter))
+    model.requires_grad_(False)
     trained: dict[str, nn.Parameter] = {}
     for path, module in model.named_modules():
-        if isinstance(module, Delta | Borrowed | OutputNorm | Replaced | Shift):
+        if isinstance(module, Delta | Borrowed | OutputNorm | Shift):
             for name, parameter in module.named_parameters(recurse=False):
                 parameter.requires_grad_(True)
                 trained[f"{path}.{name}"] = parameter
@@ -177,10 +180,10 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
 def step_units(model: PreTrainedModel) -> dict[str, float]:
     """How far a step at learning rate 1 moves an element of each trained parameter, by name, after `attach` [ours].
 
-    Of low-rank factors: up by the RMS of the weights beside it, down by the RMS of a random start. A whole matrix or a
-    vector takes `WHOLE` / I of its own RMS: AdamW moves all elements at once, and what I of them move together is I / R
-    times what the R of a factor do. An RMS counts as a tenth at least of what a random start would have (1 in a vector,
-    1 / √I in a matrix), so that what starts at or near nothing can grow: γ, biases, networks that add nothing.
+    Of low-rank factors: up by the RMS of the weights beside it, down by the RMS of a random start. A vector of width D
+    (norms, γ) by `TOGETHER` / D of its own RMS: AdamW moves all its elements at once, and what D of them do together is
+    D / R times what the R of a factor do. An RMS counts as `LEAST` at least, so that what starts at or near nothing can
+    grow: γ, and biases of norms.
     """
     units: dict[str, float] = {}
     for path, module in model.named_modules():
@@ -190,15 +193,16 @@ def step_units(model: PreTrainedModel) -> dict[str, float]:
             owner = module.owner
             units[f"{path}.up"] = _rms((owner.linear if isinstance(owner, Delta) else owner).weight)  # type: ignore[arg-type]
         elif isinstance(module, Shift):
-            units[f"{path}.change"] = WHOLE / max(WHOLE, module.change.numel()) * max(module.rms, LEAST)
-        elif isinstance(module, OutputNorm | Replaced):
-            for name, parameter in module.named_parameters(recurse=False):
-                inputs = parameter.shape[-1]
-                least = LEAST * (inputs**-0.5 if parameter.dim() > 1 else 1.0)
-                units[f"{path}.{name}"] = WHOLE / max(WHOLE, inputs) * max(_rms(parameter), least)
+            units[f"{path}.change"] = _vector_unit(module.change, module.rms)
+        elif isinstance(module, OutputNorm):
+            units[f"{path}.gamma"] = _vector_unit(module.gamma, _rms(module.gamma))
         if isinstance(module, Delta | Borrowed) and module.down is not None:
             units[f"{path}.down"] = module.down.shape[1] ** -0.5
     return units
+
+
+def _vector_unit(vector: Tensor, rms: float) -> float:
+    return TOGETHER / max(TOGETHER, vector.numel()) * max(rms, LEAST)
 
 
 def _rms(values: Tensor) -> float:
