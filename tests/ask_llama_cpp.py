@@ -40,7 +40,7 @@ def tokenize(server: xllamacpp.Server, text: str) -> list[int]:
     body = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
     address = server.listening_address + "/tokenize"
     request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request) as answer:
+    with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)["tokens"]
 
 

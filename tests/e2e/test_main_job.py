@@ -172,12 +172,12 @@ def test_a_budget_that_dense_meets_is_said_and_searched_below(place: Path) -> No
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("recovery = 8\nreport = 4\n[gates]|recovery = 800\nreport = 4\n[gates]", "recovery"),
+        ('data = "{text}"|data = "{one}"', "document"),
         ('data = "{text}"|data = {{search = "{text}", recovery = "{text}", report = "{text}"}}', "share"),
         ('model = "{model}"|model = "{encoder}"', "foldsearch folds decoder models only"),
         ('data = "{text}"|data = "{text}/none.txt"', "none.txt"),
     ],
-    ids=["too few tokens", "overlapping splits", "not a decoder", "no such text"],
+    ids=["too few documents", "overlapping splits", "not a decoder", "no such text"],
 )
 def test_unusable_input_is_told_and_no_run_is_left(
     place: Path, tmp_path: Path, change: str, said: str
@@ -187,6 +187,7 @@ def test_unusable_input_is_told_and_no_run_is_left(
     small = {"vocab_size": 96, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     BertForMaskedLM(BertConfig(**small, intermediate_size=8)).save_pretrained(tmp_path / "encoder")
     names = {"model": place / "model", "text": place / "text", "encoder": tmp_path / "encoder"}
+    names["one"] = min((place / "text").iterdir())
     old, new = (part.format(**names) for part in change.split("|"))
     study = STUDY.format(model=names["model"], data=names["text"])
     assert old in study
