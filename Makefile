@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help demo test lint format bench clean
 
 help:
-	@echo "make demo     fold a real model under a memory budget, look at the front, export one (about 15 minutes)"
+	@echo "make demo     fold a real model under a memory budget, look at the front, export one (at most 15 minutes)"
 	@echo "make test     lint, types, floors, and every test (at most 20 minutes)"
 	@echo "make lint     the checks of 'make test' without the tests"
 	@echo "make format   let ruff format the code and mend what it can"
