@@ -24,7 +24,7 @@ from foldsearch.identity import Identity
 from foldsearch.model.content import file_hash
 from foldsearch.search.folder import RunFolder
 from foldsearch.search.records import Records
-from foldsearch.spec.space import Space
+from foldsearch.spec.space import Recover, Space
 from foldsearch.spec.study import GateSettings, SplitSettings, Study
 from foldsearch.trial import close_workbench, open_workbench, prepare_context, run_trial
 from tests.tiny import save_model, write_corpus
@@ -32,12 +32,12 @@ from tests.tiny import save_model, write_corpus
 STUDY = Study(
     model="m",
     data="texts/corpus",
-    space=Space(),
+    space=Space(recover=Recover(learning_rate=(0.004, 0.004))),
     device="cpu",
     precision="float32",
-    rungs=(0, 64),
+    rungs=(0, 640),  # enough, at a low rate, that training helps: a state that it hurt would not be kept
     trials=1,
-    splits=SplitSettings(sequence_length=16, search=6, recovery=8, report=6),
+    splits=SplitSettings(sequence_length=16, search=6, recovery=40, report=6),
     gates=GateSettings(steps=2),
 )
 
