@@ -29,6 +29,7 @@ from torch import Tensor
 
 from foldsearch.model import source
 from foldsearch.model.judge import DenseTargets, clustered_error, dense_targets, judge
+from foldsearch.model.parts import Replaced
 from foldsearch.model.recover import Diverged, Recovery, RecoverySettings
 from foldsearch.model.starts import StartSettings, folded_start
 from foldsearch.model.tokens import TokenSet
@@ -39,7 +40,7 @@ from foldsearch.trial import TrialContext, open_workbench, prepare_context
 
 MIXED = {"next_token": 0.3, "kl": 0.7}  # text and dense model, as the loss was until 2026-11
 ALONE = {"next_token": 0.0, "kl": 1.0}  # the dense model alone
-# Learning rate, weights of the loss, and whether steps are in units of the weights.
+# Learning rate, weights of the loss, and whether steps are in units of the weights; if not, see `as_before`.
 RECIPES: dict[str, tuple[float, dict[str, float], bool]] = {
     "before": (1e-3, MIXED, False),
     "before, without the text": (1e-3, ALONE, False),
@@ -50,9 +51,15 @@ RECIPES: dict[str, tuple[float, dict[str, float], bool]] = {
 }
 
 
-def with_absolute_steps(recovery: Recovery) -> None:
-    """As before `step_units`: one rate for all matrices, a tenth of it for all vectors."""
-    for group in recovery._optimizer.param_groups:
+def as_before(recovery: Recovery) -> None:
+    """One rate for all matrices and a tenth of it for all vectors; networks in place of blocks are trained too."""
+    groups = recovery._optimizer.param_groups
+    for path, module in recovery.model.named_modules():
+        if isinstance(module, Replaced):
+            for name, parameter in module.named_parameters(recurse=False):
+                recovery.trained[f"{path}.{name}"] = parameter.requires_grad_(True)
+                recovery._optimizer.add_param_group({"params": [parameter]})
+    for group in groups:
         group["unit"] = 1.0 if group["params"][0].dim() > 1 else 0.1
 
 
@@ -129,7 +136,7 @@ def train(bench: Bench, text: str, recipe: str, seed: int, marks: list[int]) -> 
     settings = RecoverySettings(learning_rate=learning_rate, seed=seed, **weights)
     recovery = Recovery(model, settings, bench.recovery, bench.recovery_targets, max(marks))
     if not in_units:
-        with_absolute_steps(recovery)
+        as_before(recovery)
     for mark in sorted(marks):
         try:
             recovery.train(mark)

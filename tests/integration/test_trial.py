@@ -462,6 +462,34 @@ def test_the_best_rung_is_kept(context, monkeypatch):
     assert measured([given]) == measured([last])
 
 
+@pytest.mark.parametrize(
+    ("plan", "said", "weight"),
+    [
+        ("0-1 3-4", None, 0.0),
+        ("0-1 1=1+n 2-4", None, 0.5),
+        ("0-1 3-4", 0.3, 0.3),
+        ("0-1 1=1+n 2-4", 0.0, 0.0),
+    ],
+)
+def test_the_text_is_a_target_of_extensions_only_unless_the_study_says(
+    context, monkeypatch, plan, said, weight
+):
+    """It draws a folded model away from the dense one; an extension is to become better than that."""
+    weights = []
+    begin = Recovery.__init__
+
+    def note(self, model, settings, *rest):
+        weights.append((settings.next_token, settings.kl, settings.tail))
+        begin(self, model, settings, *rest)
+
+    monkeypatch.setattr(Recovery, "__init__", note)
+    settings = context.study.recovery.model_copy(update={"next_token": said})
+    study = context.study.model_copy(update={"rungs": (0, 32), "recovery": settings})
+    proposal = Proposal("given", plan=FoldPlan.parse(plan, NUM_BLOCKS), delta_rank=2, origin="hand")
+    run(replace(context, study=study), 0, proposal)
+    assert weights == [(weight, 1.0, 0.1)]
+
+
 def test_an_extension_is_compared_by_perplexity(context, monkeypatch):
     """It begins as the dense model, so its KL can only grow; it is trained to predict better."""
     plan = FoldPlan.parse("0-1 1=1+r2+n 2-4", NUM_BLOCKS)
