@@ -218,7 +218,7 @@ class Line:
         if not words:
             return ""
         again = command("resume", self.records.folder.path, "--time")
-        return f"The time of {clock(self.study.seconds)} was up: {'; '.join(words)}. Go on with: {again} T"
+        return f"Not all fits into {clock(self.study.seconds)}: {'; '.join(words)}. Go on with: {again} T"
 
     def _failing(self) -> str:
         """The reason for which trials of this process fail one after the other; earlier ones may have been mended."""

@@ -182,9 +182,7 @@ def test_a_trial_that_the_time_cuts_is_on_no_front_and_goes_on_with_more_time(
     done = told[-1]
     assert isinstance(done, events.SearchDone)
     assert (done.num_finished, done.front) == (0, ())
-    assert (
-        "The time of 0:06 was up: trial 0 did not end; 3 of those to begin with did not begin" in done.words
-    )
+    assert "Not all fits into 0:06: trial 0 did not end; 3 of those to begin with did not begin" in done.words
     assert [event.number for event in told if isinstance(event, events.TrialCut)] == [0]
     record = read_records(RunFolder.open(run))[0]
     assert (record.state, record.cut, record.results) == ("stopped", True, ())

@@ -111,7 +111,7 @@ def test_closing_trials_that_do_not_fit_are_left_out_and_said(tmp_path: Path, cl
     left_out = proposer.missing_baselines(records)
     assert left_out
     words = line.end_words()
-    assert "The time of 5:30 was up" in words
+    assert "Not all fits into 5:30: " in words
     criterion, count = left_out[0]
     assert f"{criterion.replace('_', ' ')} at {count} blocks" in words
 
