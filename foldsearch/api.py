@@ -25,6 +25,7 @@ from foldsearch.progress import Notice, StageProgress, silent, unheard
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from foldsearch.context import TrialContext
     from foldsearch.export.figures import ExportReport, Form
     from foldsearch.model.choices import ChoiceQuality, EncodedOption, Question
     from foldsearch.model.evidence import Evidence
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from foldsearch.report.view import Entry, RunView
     from foldsearch.search.dry_run import DryRun
     from foldsearch.spec.study import Study
-    from foldsearch.trial import TrialContext
 
 PICK = "pick.json"
 EVALUATIONS = "evaluations"
@@ -60,7 +60,7 @@ def find_model(
         ModelError: it cannot be found, or is not a decoder.
         RunError: it is another one than the run was made with.
     """
-    from foldsearch.trial import open_source, prepare_model
+    from foldsearch.prepare import open_source, prepare_model
 
     found = open_source(study, progress, run_folder=run_folder)
     return prepare_model(study, found, run_folder=run_folder, progress=progress)[0]
@@ -74,7 +74,7 @@ def measure_model(study: Study, progress: StageProgress = silent) -> CostTable:
     """
     from foldsearch.model.measure import measure
     from foldsearch.model.source import open_config
-    from foldsearch.trial import open_source
+    from foldsearch.prepare import open_source
 
     return measure(open_config(open_source(study, progress)))
 
@@ -89,18 +89,12 @@ def dry_run(study: Study, progress: StageProgress = silent, notice: Notice = unh
         BudgetError: no plan of the space can keep the budget.
         ModelError, DataError: the model or the text cannot be used.
     """
+    from foldsearch.machine import choose_device
     from foldsearch.model.measure import measure
     from foldsearch.model.source import open_config, open_tokenizer
+    from foldsearch.prepare import check_data, check_study_lengths, make_study_splits, open_source, say_unused
     from foldsearch.search.dry_run import plan_search
     from foldsearch.spec.unused import unused_settings
-    from foldsearch.trial import (
-        check_data,
-        check_study_lengths,
-        choose_device,
-        make_study_splits,
-        open_source,
-        say_unused,
-    )
 
     for words in unused_settings(study):
         notice(words)
@@ -129,13 +123,13 @@ def inspect_model(study: Study, progress: StageProgress = silent, notice: Notice
     Raises:
         ModelError, DataError: the model or the text cannot be used.
     """
+    from foldsearch.machine import choose_device
     from foldsearch.model.checks import check_tokens
     from foldsearch.model.evidence import measure_evidence
     from foldsearch.model.source import open_config, open_dense, open_tokenizer
-    from foldsearch.trial import (
+    from foldsearch.prepare import (
         check_data,
         check_study_lengths,
-        choose_device,
         make_study_splits,
         open_source,
         prepare_model,
@@ -194,8 +188,9 @@ def try_plan(
         PlanError: the plan cannot be read, breaks a law, or is for another number of blocks.
         ModelError, DataError: the model or the text cannot be used.
     """
+    from foldsearch.prepare import prepare_context
     from foldsearch.spec.unused import unused_settings
-    from foldsearch.trial import prepare_context, run_trial
+    from foldsearch.trial import run_trial
 
     text = str(plan)
     check_plan_text(text)
@@ -234,7 +229,7 @@ def export_tried(
     Raises:
         RunError: nothing was measured there. Else as `export_trial`.
     """
-    from foldsearch.trial import prepare_context
+    from foldsearch.prepare import prepare_context
 
     context = prepare_context(study, folder, progress=progress)
     return _export(context, _TRIED, out, form, {}, [], progress)
@@ -329,7 +324,7 @@ def export_trial(
         VerificationError: the rebuilt model, or what was written, is not the model that was measured.
     """
     from foldsearch.export import check_export
-    from foldsearch.trial import prepare_context
+    from foldsearch.prepare import prepare_context
 
     entry = run.pick(number=number)
     folder = run.folder
@@ -349,9 +344,10 @@ def _export(
     progress: StageProgress,
 ) -> ExportReport:
     """Rebuild a trial's model and ship it. details: what else goes into the card, beside model and result."""
+    from foldsearch.context import open_workbench
     from foldsearch.export import export
     from foldsearch.model.source import open_tokenizer
-    from foldsearch.trial import check_rebuilt, open_workbench, recovered_model
+    from foldsearch.rebuild import check_rebuilt, recovered_model
 
     progress("rebuilding the model that was measured", 0.0)
     model, result = recovered_model(context, number)
@@ -423,16 +419,11 @@ def evaluate_trial(
         InputError: a question file or task cannot be used, or was seen. ModelError: the model is gone.
         VerificationError: the rebuilt model is not the one that was measured.
     """
+    from foldsearch.context import open_workbench, read_splits
     from foldsearch.model import choices, harness
     from foldsearch.model.source import open_config, open_tokenizer
-    from foldsearch.trial import (
-        check_rebuilt,
-        open_source,
-        open_workbench,
-        prepare_context,
-        read_splits,
-        recovered_model,
-    )
+    from foldsearch.prepare import open_source, prepare_context
+    from foldsearch.rebuild import check_rebuilt, recovered_model
 
     if include_path is not None and not tasks:
         notice(
@@ -536,7 +527,7 @@ def _check_source(path: Path, run: RunView) -> None:
     """Refuse a question file that is, or lies in, a source of the run's texts."""
     from foldsearch.identity import Identity
     from foldsearch.model.text import local_path
-    from foldsearch.trial import sources_of
+    from foldsearch.prepare import sources_of
 
     made = Identity.read(run.folder.path)
     for reference in sources_of(run.folder.study):

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,34 +20,11 @@ from foldsearch.files import write_json
 from foldsearch.model.content import ContentHashes
 from foldsearch.paths import local, printable
 
-__all__ = ["FILE", "Identity", "Machine", "Place"]
+__all__ = ["FILE", "Identity", "Place"]
 
 FILE = "identity.json"
 SCHEMA = 1
 _PARTS = ("weights", "config", "tokenizer", "code")  # whose change is another model
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What figures were computed with: where it is the same, they are too.
-
-    kind: processor and its instructions, or GPU. threads: of torch, on the CPU. torch: its version.
-    """
-
-    kind: str
-    threads: int
-    torch: str
-
-    @classmethod
-    def here(cls, device: str) -> Machine:
-        """This process, computing on a device."""
-        import torch
-
-        if device == "cuda":
-            kind = torch.cuda.get_device_name()
-        else:
-            kind = f"{device} {_processor()} {torch.backends.cpu.get_cpu_capability()}"
-        return cls(kind, torch.get_num_threads(), torch.__version__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,15 +148,6 @@ class Identity:
                     f"'{printable(run_folder)}' was made with {name} tokens {_short(ours)} (sha256), but they are now "
                     f"{_short(theirs)}. Put the old tokens.safetensors back, or start a new run."
                 )
-
-
-def _processor() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def _short(digest: str) -> str:

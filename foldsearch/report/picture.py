@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from foldsearch.criteria import criterion_of
 from foldsearch.files import replace_atomically
 from foldsearch.paths import printable
 from foldsearch.plan.cost import GB
@@ -21,15 +22,6 @@ if TYPE_CHECKING:
 
     from foldsearch.model.evidence import Evidence
 
-BASELINES = {  # name and marker of each
-    "block_influence": ("Block Influence", "s"),
-    "window": ("cosine window", "D"),
-    "linear_window": ("linear window", "d"),
-    "greedy": ("greedy", "^"),
-    "evolution": ("evolution", "v"),
-    "uniform": ("uniform", "P"),
-    "random": ("random", "X"),
-}
 FOUND = "o"  # marker of what the search found
 DPI = 160
 MOST_STRIPS = 30  # plans that are drawn and numbered: a longer front would fill pages
@@ -259,7 +251,8 @@ def _draw_points(view: RunView, figure: Figure, axes: Axes, drawn: Sequence[Entr
     _write_beyond(axes, star)
     _draw_budget(view, axes, frame)
     for criterion in dict.fromkeys(entry.baseline for entry in view.finished if entry.baseline):
-        name, marker = BASELINES[criterion]
+        known = criterion_of(criterion)
+        name, marker = known.title, known.marker
         axes.scatter([], [], marker=marker, c="white", edgecolors=INK, s=42, label=f"{name} (baseline)")
     axes.scatter([], [], marker=FOUND, c="white", edgecolors=INK, s=42, label="found by the search")
     bar = figure.colorbar(coloured, ax=axes, location="bottom", shrink=0.5, aspect=40, pad=0.02)
@@ -291,7 +284,7 @@ def _draw_trials(view: RunView, axes: Axes, places: Mapping[int, _Place], scale:
     _, size = flops_unit(view.folder.dense)
     alike: dict[tuple[str, bool], list[Entry]] = {}
     for entry in view.finished:
-        marker = BASELINES[entry.baseline][1] if entry.baseline else FOUND
+        marker = criterion_of(entry.baseline).marker if entry.baseline else FOUND
         alike.setdefault((marker, entry.number in front), []).append(entry)
     for (marker, on_front), entries in alike.items():
         at = [places[entry.number] for entry in entries]

@@ -8,17 +8,17 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from math import isfinite
 from statistics import median
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from foldsearch.criteria import criterion_names
 from foldsearch.paths import printable
 from foldsearch.plan.cost import GB, Cost, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan, Slot
-from foldsearch.plan.proposal import Criterion
 from foldsearch.plan.result import TrialResult, rounded
 from foldsearch.plan.strip import LEGEND, Cell, cells
 from foldsearch.report.colours import DROPPED, PAIRS, paint
@@ -281,7 +281,7 @@ def _gain(view: RunView, entry: Entry) -> Text:
 def _criteria_tables(criteria: Mapping[int, Mapping[str, Entry]], width: int) -> list[Table]:
     """KL by criterion and count, as many criteria in a table as fit the width."""
     found = dict.fromkeys(name for row in criteria.values() for name in row)
-    order = get_args(Criterion)
+    order = criterion_names()
     # after the criteria, who gave whole plans
     used = sorted(found, key=lambda name: order.index(name) if name in order else len(order))
     tables: list[Table] = []

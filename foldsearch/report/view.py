@@ -7,6 +7,7 @@ from functools import cached_property
 from math import floor, isfinite, log10
 from pathlib import Path
 
+from foldsearch.criteria import criterion_of
 from foldsearch.errors import RunError
 from foldsearch.paths import command, printable
 from foldsearch.plan.cost import GB, Cost
@@ -54,7 +55,8 @@ class Entry:
     @property
     def baseline(self) -> str | None:
         """The first simple baseline that gives this plan."""
-        names = [p.criterion for p in self.proposals if p.origin == "baseline" and p.criterion != "gate"]
+        baselines = [p.criterion for p in self.proposals if p.origin == "baseline"]
+        names = [name for name in baselines if criterion_of(name).is_simple]
         return names[0] if names else None
 
     @property

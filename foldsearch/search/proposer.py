@@ -21,7 +21,7 @@ from ray.tune.search import Searcher
 from foldsearch.paths import command
 from foldsearch.plan.front import contributions, knee, normalise
 from foldsearch.plan.plan import FoldPlan, Replacement, Slot
-from foldsearch.plan.proposal import Criterion, Fate, Proposal
+from foldsearch.plan.proposal import Fate, Proposal
 from foldsearch.search.dry_run import MACS_PER_SECOND, num_cpus
 from foldsearch.search.outcome import ALIKE_FAILURES, failing_alike
 from foldsearch.search.pace import Pace
@@ -111,7 +111,7 @@ class Line:
             self.records.queue(criterion, count, closing=True)
         return self.records.ask() if missing else None
 
-    def _closing(self, known: list[Record]) -> list[tuple[Criterion, int]]:
+    def _closing(self, known: list[Record]) -> list[tuple[str, int]]:
         most = CLOSING_ROUNDS * CLOSING_COUNTS * len(self.records.space.criteria)
         return missing_baselines(self.records)[: max(0, most - sum(record.closing for record in known))]
 
@@ -158,7 +158,7 @@ class Line:
         every = [self.pace.whole(baseline(space, name, count, folder.num_blocks)) for name in criteria]
         return sum(every) / len(every)
 
-    def _baseline_seconds(self, criterion: Criterion, count: int) -> float:
+    def _baseline_seconds(self, criterion: str, count: int) -> float:
         """Of a closing trial; a plan that is known takes no time."""
         plain = baseline(self.records.space, criterion, count, self.records.folder.num_blocks)
         return 0.0 if self.records.foretell(plain) is not None else self.pace.whole(plain)
@@ -231,7 +231,7 @@ def clock(seconds: float) -> str:
     return f"{minutes}:{rest:02}"
 
 
-def missing_baselines(records: Records) -> list[tuple[Criterion, int]]:
+def missing_baselines(records: Records) -> list[tuple[str, int]]:
     """Criteria and counts that the front ends on, and whose plans have not reached the last rung."""
     known = records.all()
     done = {

@@ -31,7 +31,6 @@ from foldsearch.plan.cost import GB, Cost, price
 from foldsearch.plan.front import non_dominated
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.proposal import (
-    Criterion,
     Origin,
     Proposal,
     fold_plan,
@@ -195,7 +194,7 @@ class Records:
     # ---- who is next
 
     def queue(
-        self, criterion: Criterion, num_removed: int, *, origin: Origin = "baseline", closing: bool = False
+        self, criterion: str, num_removed: int, *, origin: Origin = "baseline", closing: bool = False
     ) -> None:
         """Put a trial first in line: a criterion at a count, nothing shared, recovery settings in mid-range.
 
@@ -452,7 +451,6 @@ class Records:
         proposal = record.proposal
         if proposal is None or proposal.origin not in ("baseline", "start") or record.closing:
             return
-        assert proposal.criterion != "none", "a baseline removes blocks"
         if proposal.num_removed < self.space.counts(self.folder.num_blocks)[1]:
             self.queue(proposal.criterion, proposal.num_removed + 1, origin=proposal.origin)
 

@@ -55,7 +55,7 @@ from foldsearch.spec.study import OBJECTIVES, Study
 from foldsearch.spec.unused import unused_settings
 
 TRIAL = "foldsearch.trial:run_trial"
-PREPARE = "foldsearch.trial:prepare_context"
+PREPARE = "foldsearch.prepare:prepare_context"
 MAX_CRASHES = 2  # a worker that dies is started again this often for the same trial
 
 
@@ -80,7 +80,7 @@ def run_search(
         resume: go on with a run: interrupted trials first, from their last rung.
         on_event: told what happens, in this process.
         trial: "module:function" with the signature of `foldsearch.trial.run_trial`; workers import it.
-        prepare: "module:function" with the signature of `foldsearch.trial.prepare_context`; its result, a dataclass
+        prepare: "module:function" with the signature of `foldsearch.prepare.prepare_context`; its result, a dataclass
             with `table`, `run_folder`, `threads` and `device`, is what trials get as their context.
 
     Raises:
@@ -180,7 +180,7 @@ def _search(run: RunFolder, context: Any, trial: str, on_event: OnEvent) -> None
     if notice := dense_fits(run):
         on_event(Notice(notice))
     if context.device != "cpu":
-        from foldsearch.trial import close_workbench
+        from foldsearch.context import close_workbench
 
         close_workbench()  # the workers open their own: the driver's copy would take their room
     records = Records(run)

@@ -10,17 +10,41 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticKnownError
 
+from foldsearch.criteria import criterion_names
 from foldsearch.errors import BudgetError, SpecError
 from foldsearch.plan.cost import GB, Budget, Cost, CostTable, Target, price
 from foldsearch.plan.expanded import unexpandable
 from foldsearch.plan.plan import FoldPlan, is_foldable
-from foldsearch.plan.proposal import Criterion, Fate, Origin, Proposal, fold_plan, lower_bound
+from foldsearch.plan.proposal import Fate, Origin, Proposal, fold_plan, lower_bound
 
-RankingCriterion = Literal[
-    "gate", "block_influence", "window", "linear_window", "greedy", "uniform", "random", "evolution"
-]
+
+def _known(name: str) -> str:
+    names = criterion_names()
+    if name not in names:
+        expected = f"{', '.join(map(repr, names[:-1]))} or {names[-1]!r}"
+        raise PydanticKnownError("literal_error", {"expected": expected})
+    return name
+
+
+def _not_empty(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names:
+        raise PydanticKnownError("too_short", {"field_type": "Tuple", "min_length": 1, "actual_length": 0})
+    return names
+
+
+# After each name is known: pydantic's own bound counts only those that are, and would tell of two faults.
+Criteria = Annotated[tuple[Annotated[str, AfterValidator(_known)], ...], AfterValidator(_not_empty)]
 Share01 = Annotated[float, Field(ge=0, le=1)]
 Rank = Annotated[int, Field(ge=0)]
 
@@ -131,10 +155,7 @@ class Space(TomlTable):
 
     name: str = "unnamed"
     removal: tuple[Share01, Share01] = (0.0, 0.5)
-    criteria: Annotated[
-        tuple[RankingCriterion, ...],
-        Field(min_length=1),
-    ] = ("gate", "block_influence", "window", "greedy")
+    criteria: Criteria = ("gate", "block_influence", "window", "greedy")
     fates: Annotated[tuple[Fate, ...], Field(min_length=1)] = ("drop",)
     attention: tuple[Share01, Share01] = (0.0, 0.0)
     gate_eps: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (0.5,)
@@ -268,7 +289,7 @@ def _propose_groups(suggest: Suggest, space: Space, num_retained: int, fewest: i
     }
 
 
-def baseline(space: Space, criterion: Criterion, count: int, num_blocks: int) -> Proposal:
+def baseline(space: Space, criterion: str, count: int, num_blocks: int) -> Proposal:
     """A criterion at a count with the space's first fate in its simplest form, and as little else as the space allows.
 
     Args:
@@ -321,7 +342,7 @@ def baseline_count(space: Space, table: CostTable, target: Target, budget: Budge
 
 def first_trials(
     space: Space, table: CostTable, target: Target, budget: Budget
-) -> list[tuple[Criterion, int, Origin]]:
+) -> list[tuple[str, int, Origin]]:
     """Criterion, blocks to remove and origin of what every run begins with, however few trials are asked for.
 
     Args:
@@ -330,7 +351,7 @@ def first_trials(
     count = baseline_count(space, table, target, budget)
     if count is None:
         return []
-    found: list[tuple[Criterion, int, Origin]] = [(name, count, "baseline") for name in space.criteria]
+    found: list[tuple[str, int, Origin]] = [(name, count, "baseline") for name in space.criteria]
     _, most = space.counts(len(table.blocks))
     if most > count and budget.admits(price(FoldPlan.identity(len(table.blocks)), table, target)):
         found.append((space.criteria[0], most, "start"))

@@ -33,6 +33,8 @@ from typing import Any
 
 import torch
 
+from foldsearch.context import TrialContext, open_workbench
+from foldsearch.draft import choose_plan
 from foldsearch.files import write_json
 from foldsearch.model import source
 from foldsearch.model.choices import EncodedOption, compare_choices, option_perplexities
@@ -40,17 +42,12 @@ from foldsearch.model.head import last_hidden
 from foldsearch.plan.cost import price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.proposal import Proposal
+from foldsearch.prepare import prepare_context
 from foldsearch.progress import silent
+from foldsearch.rebuild import recovered_model
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import SplitSettings, Study
-from foldsearch.trial import (
-    TrialContext,
-    choose_plan,
-    open_workbench,
-    prepare_context,
-    recovered_model,
-    run_trial,
-)
+from foldsearch.trial import run_trial
 
 COUNTS = (8, 11, 15)  # blocks whose absence sets the three sizes
 RECOVERED = (8, 15)  # sizes at which rows are measured after recovery too

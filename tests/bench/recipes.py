@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foldsearch.context import TrialContext, open_workbench
 from foldsearch.model import source
 from foldsearch.model.judge import DenseTargets, clustered_error, dense_targets, judge
 from foldsearch.model.parts import Replaced
@@ -34,9 +35,9 @@ from foldsearch.model.recover import Diverged, Recovery, RecoverySettings
 from foldsearch.model.starts import StartSettings, folded_start
 from foldsearch.model.tokens import TokenSet
 from foldsearch.plan.plan import FoldPlan
+from foldsearch.prepare import prepare_context
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import SplitSettings, Study
-from foldsearch.trial import TrialContext, open_workbench, prepare_context
 
 MIXED = {"next_token": 0.3, "kl": 0.7}  # text and dense model, as the loss was until 2026-11
 ALONE = {"next_token": 0.0, "kl": 1.0}  # the dense model alone

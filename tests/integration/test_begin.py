@@ -20,23 +20,18 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from foldsearch import api
 from foldsearch import export as exporting
+from foldsearch.context import TrialContext, open_workbench, read_splits
+from foldsearch.draft import choose_blocks, choose_plan
 from foldsearch.model.source import open_tokenizer
 from foldsearch.model.tokens import TokenSet
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.proposal import Proposal
+from foldsearch.prepare import prepare_context
 from foldsearch.search.folder import RunFolder
 from foldsearch.search.records import Records
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import GateSettings, SplitSettings, Study
-from foldsearch.trial import (
-    TrialContext,
-    choose_blocks,
-    choose_plan,
-    open_workbench,
-    prepare_context,
-    read_splits,
-    run_trial,
-)
+from foldsearch.trial import run_trial
 from tests.tiny import VOCABULARY, save_model, write_corpus
 
 FRONT = [2, 1]  # </s> <s>: as odd as any tokenizer may be

@@ -18,14 +18,16 @@ import pytest
 import torch
 import yaml
 
-from foldsearch import cli
-from foldsearch import trial as trials
+from foldsearch import cli, context, prepare, rebuild
+from foldsearch.context import open_workbench
 from foldsearch.model.choices import compare_choices
+from foldsearch.prepare import prepare_context
+from foldsearch.rebuild import recovered_model
 from foldsearch.search.folder import RunFolder
 from foldsearch.search.records import Records
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import GateSettings, SplitSettings, Study
-from foldsearch.trial import open_workbench, prepare_context, recovered_model, run_trial
+from foldsearch.trial import run_trial
 from tests.tiny import VOCABULARY, save_model, tokenizer, write_corpus
 
 # the harness's own libraries, when they are imported
@@ -146,8 +148,12 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("no model is to be loaded")
 
-    for name in ("prepare_context", "open_workbench", "recovered_model"):
-        monkeypatch.setattr(trials, name, never)
+    for module, name in (
+        (prepare, "prepare_context"),
+        (context, "open_workbench"),
+        (rebuild, "recovered_model"),
+    ):
+        monkeypatch.setattr(module, name, never)
 
 
 def refused(place: Path, *words: str) -> str:
@@ -178,7 +184,7 @@ def test_what_cannot_be_asked_is_told(place: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_model")
 def test_what_the_run_saw_is_refused(place: Path, tmp_path: Path) -> None:
-    saw = trials.read_splits(place / "run")
+    saw = context.read_splits(place / "run")
     inside = place / "corpus" / "inside.jsonl"
     inside.write_text((place / "q.jsonl").read_text())
     err = refused(place, "--questions", str(inside))
@@ -198,7 +204,7 @@ def test_what_the_run_saw_is_refused(place: Path, tmp_path: Path) -> None:
     assert not trials_seen(rows, saw)
 
 
-def trials_seen(rows: list[dict[str, object]], saw: trials.Splits) -> list[tuple[int, str]]:
+def trials_seen(rows: list[dict[str, object]], saw: context.Splits) -> list[tuple[int, str]]:
     from foldsearch.model.choices import seen
 
     texts = enumerate(str(row["question"]) for row in rows)
@@ -214,7 +220,7 @@ def tasks(place: Path) -> Path:
     pytest.importorskip("lm_eval")
     folder = place / "tasks"
     folder.mkdir()
-    saw = trials.read_splits(place / "run")
+    saw = context.read_splits(place / "run")
     rows = questions(30)
     overlapping = [dict(row) for row in rows]
     overlapping[4]["question"] = tokenizer().decode(saw.recovery.ids_NT[0])

@@ -275,7 +275,7 @@ from foldsearch.identity import Identity
 from foldsearch.model.source import locate, prepare
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import SplitSettings, Study
-from foldsearch.trial import prepare_context
+from foldsearch.prepare import prepare_context
 torch.set_num_threads(1)
 work = Path(sys.argv[1])
 splits = SplitSettings(sequence_length=4, search=2, recovery=2, report=2)

@@ -17,16 +17,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from foldsearch import api, cli
-from foldsearch import trial as trials
+from foldsearch import api, cli, rebuild
+from foldsearch import context as contexts
+from foldsearch.context import close_workbench, open_workbench
 from foldsearch.errors import RunError, VerificationError
 from foldsearch.identity import Identity
 from foldsearch.model.content import file_hash
+from foldsearch.prepare import prepare_context
 from foldsearch.search.folder import RunFolder
 from foldsearch.search.records import Records
 from foldsearch.spec.space import Recover, Space
 from foldsearch.spec.study import GateSettings, SplitSettings, Study
-from foldsearch.trial import close_workbench, open_workbench, prepare_context, run_trial
+from foldsearch.trial import run_trial
 from tests.tiny import save_model, write_corpus
 
 STUDY = Study(
@@ -111,7 +113,7 @@ def change_tokenizer(project: Path) -> None:
 
 
 def change_tokens(project: Path) -> None:
-    path = project / "runs" / "r" / trials.TOKENS
+    path = project / "runs" / "r" / contexts.TOKENS
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # no dict
         metadata = file.metadata()
@@ -157,7 +159,7 @@ def test_an_extension_is_exported_from_the_model_that_it_was_trained_with(projec
 
 @pytest.mark.parametrize("damage", ["", "not tensors"])
 def test_damaged_tokens_are_told(project: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
-    (project / "runs" / "r" / trials.TOKENS).write_text(damage)
+    (project / "runs" / "r" / contexts.TOKENS).write_text(damage)
     for words in VERBS.values():
         code, said = shell(*words, capsys=capsys)
         assert code == 2
@@ -168,11 +170,11 @@ def test_damaged_tokens_are_told(project: Path, capsys: pytest.CaptureFixture[st
 def test_tokens_that_are_gone_are_cut_again_from_the_same_text(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = project / "runs" / "r" / trials.TOKENS
-    before = trials.read_splits(path.parent)
+    path = project / "runs" / "r" / contexts.TOKENS
+    before = contexts.read_splits(path.parent)
     path.unlink()
     prepare_context(STUDY, path.parent)
-    assert trials.read_splits(path.parent).report.content_hash == before.report.content_hash
+    assert contexts.read_splits(path.parent).report.content_hash == before.report.content_hash
     path.unlink()
     shutil.rmtree("texts/corpus")
     write_corpus(project / "texts" / "corpus", seed=1)
@@ -259,13 +261,13 @@ def test_another_processor_may_round(project: Path, machine: str, off: float, re
 
     edit_trial(project, change)
     context = prepare_context(STUDY, Path("runs/r"))
-    model, _ = trials.recovered_model(context, 0)
+    model, _ = rebuild.recovered_model(context, 0)
     if refused:
         with pytest.raises(VerificationError, match="its KL is"):
-            trials.check_rebuilt(context, 0, model)
+            rebuild.check_rebuilt(context, 0, model)
     else:
-        rebuilt = trials.check_rebuilt(context, 0, model)
-        assert rebuilt.tolerance == trials.ROUNDING["float32"]
+        rebuilt = rebuild.check_rebuilt(context, 0, model)
+        assert rebuilt.tolerance == rebuild.ROUNDING["float32"]
         assert rebuilt.recorded_kl - rebuilt.found_kl == pytest.approx(off, rel=1e-3)
 
 

@@ -18,24 +18,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from foldsearch import draft as drafts
+from foldsearch import rebuild, record
 from foldsearch import trial as trials
+from foldsearch.context import TrialContext, open_workbench, read_splits
+from foldsearch.criteria import evolution, greedy, linear_window
 from foldsearch.errors import RunError
+from foldsearch.model import gates, workbench
 from foldsearch.model.recover import Recovery
 from foldsearch.plan.cost import Budget, price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.proposal import Proposal
 from foldsearch.plan.result import TrialResult
+from foldsearch.prepare import prepare_context
 from foldsearch.progress import TimeUp
+from foldsearch.rebuild import quality_of, recovered_model
+from foldsearch.record import TrialRecord
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import GateSettings, SplitSettings, Study
-from foldsearch.trial import (
-    TrialContext,
-    open_workbench,
-    prepare_context,
-    quality_of,
-    recovered_model,
-    run_trial,
-)
+from foldsearch.trial import run_trial
 from tests.tiny import NUM_BLOCKS, save_model, write_corpus
 
 RUNGS = (0, 64, 128)
@@ -158,7 +159,7 @@ def test_a_closed_trial_goes_on_where_it_stopped(context, tmp_path, steps, stop,
 
 
 @pytest.mark.parametrize(
-    ("where", "what"), [(trials, "judge"), (trials._Record, "write")], ids=["judge", "write"]
+    ("where", "what"), [(trials, "judge"), (TrialRecord, "write")], ids=["judge", "write"]
 )
 def test_a_trial_killed_while_measuring_goes_on(context, tmp_path, monkeypatch, steps, where, what):
     """Trained and saved, but the rung was never noted."""
@@ -209,7 +210,7 @@ def test_a_trial_cut_in_the_middle_of_a_rung_goes_on_from_there(context, tmp_pat
 
 def test_a_known_plan_is_not_trained_again(context, monkeypatch):
     first = run(context, 0)
-    monkeypatch.setattr(trials, "fold", never)
+    monkeypatch.setattr(rebuild, "fold", never)
     given = Proposal("given", plan=first[0].plan, learning_rate=0.02, delta_rank=1)
     again = run(context, 7, given)
     assert measured(again) == measured(first)
@@ -294,8 +295,8 @@ def test_a_trial_waits_for_the_first_result_of_one_that_measures_its_plan(contex
         if len(waits) == 3:
             (folder / "later.json").rename(folder / "trial.json")
 
-    monkeypatch.setattr(trials.time, "sleep", measure_meanwhile)
-    monkeypatch.setattr(trials, "fold", never)
+    monkeypatch.setattr(record.time, "sleep", measure_meanwhile)
+    monkeypatch.setattr(rebuild, "fold", never)
     assert measured(run(context, 1)) == measured(whole)
     assert len(waits) == 3
     lock.close()
@@ -321,8 +322,14 @@ def test_a_plan_whose_training_diverged_is_trained_with_other_settings(context):
 
 @pytest.mark.parametrize("criterion", ["gate", "window"])
 def test_what_cannot_fit_is_never_built(context, monkeypatch, criterion):
-    for name in ("fold", "open_workbench", "choose_blocks"):
-        monkeypatch.setattr(trials, name, never)
+    for module, name in (
+        (rebuild, "fold"),
+        (rebuild, "open_workbench"),
+        (trials, "open_workbench"),
+        (drafts, "open_workbench"),
+        (drafts, "choose_blocks"),
+    ):
+        monkeypatch.setattr(module, name, never)
     tight = replace(context, budget=Budget(memory_bytes=context.dense_cost.memory_bytes // 2, flops=10**9))
     proposal = Proposal(criterion, 1, gate_eps=0.5 if criterion == "gate" else None)
     (result,) = run(tight, 0, proposal)
@@ -567,9 +574,14 @@ def test_criteria(context, criterion, monkeypatch, tmp_path):
     if "window" in criterion:
         assert first.plan.dropped[1] == first.plan.dropped[0] + 1
     assert (first.gates is None) == (criterion != "gate")
-    for name in ("measure_evidence", "greedy_order", "evolve", "linear_window"):
-        monkeypatch.setattr(trials, name, never)
-    monkeypatch.setattr(trials.gating, "train_gates", never)
+    for module, name in (
+        (workbench, "measure_evidence"),
+        (greedy, "greedy_order"),
+        (evolution, "evolve"),
+        (linear_window, "linear_window"),
+        (gates, "train_gates"),
+    ):
+        monkeypatch.setattr(module, name, never)
     again = next(run_trial(proposal, fresh, number=1))
     assert again.plan == first.plan
     if criterion == "gate":
@@ -640,6 +652,6 @@ def test_preparing_again_gives_the_same_run(prepared):
     again = prepare_context(prepared.study, prepared.run_folder, cache_dir=prepared.cache_dir)
     assert again == prepared
     assert (prepared.run_folder / "tokens.safetensors").read_bytes() == held
-    splits = trials.read_splits(prepared.run_folder)
+    splits = read_splits(prepared.run_folder)
     documents = [one.documents for one in (splits.search, splits.recovery, splits.report)]
     assert len(set().union(*documents)) == sum(map(len, documents))

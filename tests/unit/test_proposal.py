@@ -166,7 +166,6 @@ def test_json_round_trip(data: st.DataObject, num_blocks: int) -> None:
         ({"criterion": "given"}, "exactly when its criterion is 'given'"),
         ({"criterion": "gate"}, "gate_eps"),
         ({"criterion": "window", "gate_eps": 0.1}, "gate_eps"),
-        ({"criterion": "magic"}, "one of gate"),
         ({"criterion": "window", "fate": "share", "num_groups": 1}, "has no groups"),
         ({"criterion": "window", "fate": "replace"}, "exactly when its fate is 'replace'"),
         ({"criterion": "window", "fate": "burn"}, "one of drop, share, replace"),

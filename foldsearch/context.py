@@ -1,0 +1,143 @@
+"""What all trials of a run share: its context, which can be sent to another process, and in each process the dense
+model with what it says on the three token sets.
+
+    tokens.safetensors  of a run folder: the three token sets
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from foldsearch.errors import RunError, quote_error
+from foldsearch.files import replace_atomically
+from foldsearch.model import source
+from foldsearch.model.judge import DenseTargets, dense_targets
+from foldsearch.model.tokens import Splits, TokenSet
+from foldsearch.model.workbench import Workbench
+from foldsearch.paths import printable
+from foldsearch.plan.cost import Budget, Cost, CostTable, Target, price
+from foldsearch.plan.plan import FoldPlan
+from foldsearch.progress import StageProgress, silent
+from foldsearch.spec.study import Study
+
+TOKENS = "tokens.safetensors"  # of a run: its three token sets
+
+
+@dataclass(frozen=True, slots=True)
+class TrialContext:
+    """All that trials of a run share: paths and plain values, so that it can be sent to another process.
+
+    budget: resolved against the dense model's price. threads: torch threads of a trial; 0 leaves them alone.
+    asking_seconds: how long it took to ask the dense model. token_seconds: one token of that, with all threads; 0 where
+    the cache had the answers.
+    """
+
+    study: Study
+    files: source.DenseFiles
+    table: CostTable
+    budget: Budget
+    run_folder: Path
+    cache_dir: Path
+    device: str
+    threads: int = 0
+    asking_seconds: float = field(default=0.0, compare=False)
+    token_seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def target(self) -> Target:
+        """What plans are priced for."""
+        return self.study.target.value()
+
+    @property
+    def dense_cost(self) -> Cost:
+        """The price of the dense model."""
+        return price(FoldPlan.identity(len(self.table.blocks)), self.table, self.target)
+
+    def trial_folder(self, number: int) -> Path:
+        """Where a trial keeps what it learnt."""
+        return self.run_folder / "trials" / f"{number:05d}"
+
+
+# ---- token sets
+
+
+def write_splits(path: Path, splits: Splits) -> None:
+    """Keep the token sets of a run."""
+    sets = (splits.search, splits.recovery, splits.report)
+    tensors = {f"{one.name}.ids": one.ids_NT.contiguous() for one in sets}
+    tensors |= {f"{one.name}.document": one.document_N.contiguous() for one in sets}
+    tensors |= {f"{one.name}.text": one.text_NT.contiguous() for one in sets}
+    metadata = {one.name: json.dumps(one.documents) for one in sets}
+    replace_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def read_splits(run_folder: Path) -> Splits:
+    """The token sets of a run.
+
+    Raises:
+        RunError: the run folder has none, or they are damaged.
+    """
+    path = run_folder / TOKENS
+    if not path.exists():
+        raise RunError(f"a run folder holds {TOKENS}, but {run_folder} does not. Start the run anew.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            sets = [
+                TokenSet(
+                    name,
+                    file.get_tensor(f"{name}.ids"),
+                    file.get_tensor(f"{name}.document"),
+                    tuple(json.loads(metadata[name])),
+                    file.get_tensor(f"{name}.text"),
+                )
+                for name in ("search", "recovery", "report")
+            ]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        remedy = "Put back a copy of it, or start a new run."
+        raise RunError(
+            quote_error(f"the token sets of a run, '{printable(path)}', cannot be read", error, remedy)
+        ) from error
+    return Splits(*sets)
+
+
+# ---- the dense model
+
+
+_open: dict[tuple[Any, ...], Workbench] = {}
+
+
+def open_workbench(context: TrialContext, progress: StageProgress = silent) -> Workbench:
+    """The workbench of a run; opened once per process."""
+    key = (context.run_folder, context.files, context.device)
+    if key not in _open:
+        close_workbench()  # one model at a time
+        dense = source.open_dense(context.files, device=context.device)
+        splits = read_splits(context.run_folder)
+
+        def ask(tokens: TokenSet) -> DenseTargets:
+            return dense_targets(
+                dense,
+                tokens,
+                model_hash=context.files.content_hash,
+                cache_dir=context.cache_dir,
+                progress=lambda share: progress(f"asking the dense model ({tokens.name})", share),
+            )
+
+        asked = (ask(splits.search), ask(splits.recovery), ask(splits.report))
+        _open[key] = Workbench(dense, context.files, context.table, splits, *asked, context.cache_dir)
+    return _open[key]
+
+
+def close_workbench() -> None:
+    """Let go of the dense model and of the memory of its device; the next `open_workbench` opens it again."""
+    _open.clear()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -1,0 +1,101 @@
+"""The ways to choose which blocks are removed: one file each, and one list that space, trial, report and pictures read.
+
+A new one is a file with `choose(question) -> Choice` and its entry in `CRITERIA`. The list itself needs no torch: a
+file is imported when its criterion is asked.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from foldsearch.errors import PlanError
+from foldsearch.progress import StageProgress, silent
+
+if TYPE_CHECKING:
+    from foldsearch.model.workbench import Workbench
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a criterion is asked, and what it may use to answer.
+
+    bench: the dense model, its texts, and what it says on them. count: blocks to remove, 1 or more. most: the most
+    blocks that any proposal of the space removes, for those that answer for all counts at once. setting: the value of
+    the criterion's own setting; None where it has none. seed: of everything random. gate_steps: of gated training.
+    fitted_tokens: that networks in place of blocks are fitted to. say: told what is being done.
+    """
+
+    bench: Workbench
+    count: int
+    most: int
+    setting: float | None = None
+    seed: int = 0
+    gate_steps: int = 20
+    fitted_tokens: int = 8192
+    say: StageProgress = silent
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The blocks to remove, in order; and what is worth telling of how they were found, for the trial's record."""
+
+    blocks: tuple[int, ...]
+    summary: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Criterion:
+    """One way to choose the blocks.
+
+    name: in a space and in the study. title: in reports. marker: of matplotlib, in pictures. source: the paper, or
+    "ours". max_runs: how many runs of neighbours it may cut; None: any number. setting: the key of a space that lists
+    the values it is asked with; "": it has none. is_simple: whether reports hold the search against it.
+    """
+
+    name: str
+    title: str
+    marker: str
+    source: str
+    max_runs: int | None = None
+    setting: str = ""
+    is_simple: bool = True
+    module: str = ""  # where `choose` is, if not in the file of its name
+
+    def choose(self, question: Question) -> Choice:
+        """The blocks that this criterion removes."""
+        answer: Choice = importlib.import_module(self.module or f"{__name__}.{self.name}").choose(question)
+        return answer
+
+
+CRITERIA: list[Criterion] = [
+    Criterion("gate", "gates", "o", "FoldGPT-style, arXiv 2407.00928", setting="gate_eps", is_simple=False),
+    Criterion("block_influence", "Block Influence", "s", "ShortGPT, arXiv 2403.03853"),
+    Criterion("window", "cosine window", "D", "LLM-Streamline, arXiv 2403.19135", max_runs=1),
+    Criterion("linear_window", "linear window", "d", "ours", max_runs=1),
+    Criterion("greedy", "greedy", "^", "SLEB, arXiv 2402.09025"),
+    Criterion("uniform", "uniform", "P", "blocks at even distances"),
+    Criterion("random", "random", "X", "any blocks"),
+    Criterion("evolution", "evolution", "v", "after EvoPress, arXiv 2410.14649"),
+]
+
+
+def criterion_names() -> tuple[str, ...]:
+    """The name of every criterion, in the order of the list."""
+    return tuple(criterion.name for criterion in CRITERIA)
+
+
+def criterion_of(name: str) -> Criterion:
+    """The criterion of this name.
+
+    Raises:
+        PlanError: the list has none.
+    """
+    for criterion in CRITERIA:
+        if criterion.name == name:
+            return criterion
+    raise PlanError(
+        f"a criterion is one of {', '.join(criterion_names())}; got '{name}'. Name one of these, or add it to the list."
+    )

@@ -1,0 +1,34 @@
+"""The linear window: the run of blocks that a linear map stands for with the least KL is removed (ours)."""
+
+from foldsearch.criteria import Choice, Question
+from foldsearch.criteria.greedy import greedy_rows
+from foldsearch.model.starts import fitting_tokens, linear_window
+from foldsearch.model.states import residual_states
+from foldsearch.progress import counting
+
+
+def choose(question: Question) -> Choice:
+    """The run whose fitted linear map has the least KL on some of the search tokens."""
+    bench, tokens, fitted = question.bench, question.bench.splits.search, question.fitted_tokens
+    rows = greedy_rows(tokens)
+
+    def compute() -> tuple[int, ...]:
+        states = residual_states(
+            bench.dense,
+            fitting_tokens(bench.splits.recovery.ids_NT, fitted),
+            model_hash=bench.files.content_hash,
+            cache_dir=bench.cache_dir,
+            progress=counting(question.say, "residual states"),
+        )
+        say = counting(question.say, "linear windows")
+        return linear_window(bench.dense, question.count, states, tokens.of(rows), bench.search.of(rows), say)
+
+    value, _ = bench.once(
+        "windows",
+        tokens,
+        compute,
+        count=question.count,
+        rows=len(rows),
+        fitted=[fitted, bench.splits.recovery.content_hash],
+    )
+    return Choice(tuple(value))

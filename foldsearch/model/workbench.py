@@ -1,0 +1,71 @@
+"""What trials of one process share: the dense model, and what is computed of it once per machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from foldsearch.files import once
+from foldsearch.model.children import base_distances
+from foldsearch.model.evidence import Evidence, measure_evidence
+from foldsearch.model.judge import DenseTargets
+from foldsearch.model.source import DenseFiles
+from foldsearch.model.tokens import Splits, TokenSet
+from foldsearch.plan.cost import CostTable
+from foldsearch.progress import StageProgress, counting
+
+BASE_RANK = 1 / 16  # of the base-block metric, in widths of the model: FlexiGPT's 256 for 4,096
+SCHEMA = 3  # of what is kept
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Workbench:
+    """The dense model, mapped, and what it says on the three token sets.
+
+    files: that it was opened from. table: what its blocks cost. cache_dir: of all that is computed from it.
+    """
+
+    dense: PreTrainedModel
+    files: DenseFiles
+    table: CostTable
+    splits: Splits
+    search: DenseTargets
+    recovery: DenseTargets
+    report: DenseTargets
+    cache_dir: Path
+
+    def once(
+        self, kind: str, tokens: TokenSet, compute: Callable[[], Any], **settings: Any
+    ) -> tuple[Any, bool]:
+        """What `compute` gives, in JSON's types, and whether it was known: a function of model, tokens and settings.
+
+        It is computed once per machine; trials that want the same at one time wait for it.
+        """
+        parts = [SCHEMA, self.files.content_hash, self.files.dtype, tokens.content_hash, settings]
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        return once(self.cache_dir / kind / f"{key}.json", compute)
+
+    def evidence(self, say: StageProgress) -> Evidence:
+        """What each block does on the search tokens."""
+        tokens = self.splits.search
+        value, _ = self.once(
+            "evidence",
+            tokens,
+            lambda: measure_evidence(self.dense, tokens, progress=counting(say, "block influence")).to_json(),
+        )
+        return Evidence.from_json(value)
+
+    def base_distances(self, say: StageProgress) -> list[list[float]]:
+        """FlexiGPT's distances between the blocks; of the weights alone, so they serve every text."""
+        rank = max(1, round(BASE_RANK * self.table.width))
+        key = f"{SCHEMA}-{self.files.content_hash}-{self.files.dtype}-{rank}"
+        say("distances between the blocks", 0.0)
+        path = self.cache_dir / "bases" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        value, _ = once(path, lambda: base_distances(self.dense, rank).tolist())
+        return value  # type: ignore[no-any-return]

@@ -1,0 +1,323 @@
+"""Before the first trial: price the model, split the text, fetch and convert the weights, ask the dense model once.
+
+In the order of what it costs: what may be refused is looked at before anything takes minutes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from foldsearch.context import TOKENS, TrialContext, open_workbench, read_splits, write_splits
+from foldsearch.errors import ModelError
+from foldsearch.identity import Identity, Place
+from foldsearch.machine import choose_device, choose_precision
+from foldsearch.model import source
+from foldsearch.model.checks import check_lengths, check_tokens
+from foldsearch.model.content import ContentHashes
+from foldsearch.model.measure import measure
+from foldsearch.model.splits import make_splits
+from foldsearch.model.text import Source, check_reference, holds, local_path
+from foldsearch.model.tokens import Splits
+from foldsearch.paths import printable
+from foldsearch.plan.cost import CostTable, price
+from foldsearch.plan.plan import FoldPlan
+from foldsearch.progress import Notice, StageProgress, silent, unheard
+from foldsearch.spec.study import SourceSettings, Study
+
+
+def open_source(
+    study: Study, progress: StageProgress = silent, *, run_folder: Path | None = None
+) -> source.ModelSource:
+    """The study's model as it is found: no weight is read, and of a hub model none is fetched.
+
+    Args:
+        study: names the model.
+        progress: told what is being done.
+        run_folder: of a run that was made with it: the model is looked for where it lay then, at its commit.
+
+    Raises:
+        ModelError: it cannot be found.
+        RunError: it is gone, or its config or its tokenizer is another one than the run was made with.
+    """
+    typed = source.revision_of(study.model)
+    if study.revision and typed and typed != study.revision:
+        raise ModelError(
+            f"a revision is said once, but the model is '{printable(study.model)}' and the study's revision is "
+            f"'{printable(study.revision)}'. Leave one of them out."
+        )
+    made = Identity.read(run_folder) if run_folder else None
+    path = made.path_of(study.model, run_folder) if made and run_folder else None
+    found = source.locate(
+        str(path) if path else study.model,
+        revision=(made.commit if made else "") or study.revision,
+        trust_remote_code=study.trust_remote_code,
+        progress=lambda message: progress(message, 0.0),
+    )
+    if made and run_folder:
+        made.check_model(source.identify(found, of_weights=False), found.place, run_folder)
+    return found
+
+
+def prepare_model(
+    study: Study,
+    found: source.ModelSource,
+    *,
+    run_folder: Path | None = None,
+    cache_dir: Path | None = None,
+    progress: StageProgress = silent,
+) -> tuple[source.DenseFiles, ContentHashes]:
+    """The study's model as files that can be mapped, and what it is made of; fetched and converted if need be.
+
+    Args:
+        study: says what is computed in.
+        found: what `open_source` found.
+        run_folder: of a run that was made with it: only that model will do, in that dtype.
+        cache_dir: of converted models; `default_cache_dir()` if None.
+        progress: told what is being done.
+
+    Raises:
+        ModelError: its weights cannot be used.
+        RunError: they are others than the run was made with.
+    """
+
+    def say(message: str) -> None:
+        progress(message, 0.0)
+
+    made = Identity.read(run_folder) if run_folder else None
+    found = source.with_weights(found, say)
+    say("reading the weights")
+    content = source.identify(found, cache_dir=cache_dir)
+    if made and run_folder:
+        made.check_model(content, found.place, run_folder)
+    dtype = made.dtype if made else choose_precision(study.precision, choose_device(study.device))
+    return source.prepare(found, dtype=dtype, cache_dir=cache_dir, content=content, progress=say), content
+
+
+def prepare_context(
+    study: Study,
+    run_folder: Path,
+    *,
+    cache_dir: Path | None = None,
+    check: Callable[[CostTable], object] = lambda table: None,
+    progress: StageProgress = silent,
+    notice: Notice = unheard,
+) -> TrialContext:
+    """Price the model, split the text, fetch and convert the weights, and ask the dense model once.
+
+    In this order: what is cheap and may be refused comes before what is dear. Everything is kept: the model and its
+    answers in the cache by content; the token sets, and what the run was made of, in the run folder. Where the run
+    folder holds them already, only the same model and the same tokens will do.
+
+    Args:
+        study: what is to be run.
+        run_folder: made, where it is not there, once the model and the text can be used.
+        cache_dir: of models and of all that is computed from them; `default_cache_dir()` if None.
+        check: told what the blocks cost before the text is read; what it raises ends the preparation.
+        progress: told what is being done.
+        notice: told what a person should know, in words.
+
+    Raises:
+        ModelError, DataError: the model or the text cannot be used.
+        RunError: they are others than the run was made with.
+        InputError: the cache cannot be written to.
+    """
+    cache_dir = cache_dir or source.default_cache_dir()
+    source.check_cache(cache_dir)
+    device = choose_device(study.device)
+    made = Identity.read(run_folder)
+    if made is None:
+        check_data(study)
+    else:
+        _say_how_it_differs(study, made, device, notice)
+    found = open_source(study, progress, run_folder=run_folder)
+    if made is None:
+        say_unused(study, found, notice)
+    config = source.open_config(found)
+    # A run's own study has all defaults written out, and was looked at when the run began.
+    if made is None and (words := check_study_lengths(study, config)):
+        notice(words)
+    progress("pricing the dense model", 0.0)
+    table = measure(config)
+    check(table)
+    splits = _splits_of(study, run_folder, found, made, progress, notice)
+    sets = (splits.search, splits.recovery, splits.report)
+    check_tokens(study.model, config.vocab_size, (one.ids_NT for one in sets))
+    files, content = prepare_model(
+        study, found, run_folder=run_folder, cache_dir=cache_dir, progress=progress
+    )
+    opened = AutoConfig.from_pretrained(files.folder, trust_remote_code=files.trust_remote_code)
+    if opened.tie_word_embeddings != config.tie_word_embeddings:
+        # The config says tied, but the checkpoint holds two matrices that differ: only the weights could tell.
+        table = measure(opened)
+        check(table)
+    dense = price(FoldPlan.identity(len(table.blocks)), table, study.target.value())
+    context = TrialContext(study, files, table, study.budget.value(dense), run_folder, cache_dir, device)
+    if made is None:
+        _identity_of(context, found, content, splits).write(run_folder)
+    return _asked(context, progress)
+
+
+def _asked(context: TrialContext, progress: StageProgress) -> TrialContext:
+    """Ask the dense model, and note how long it took: it is part of a run's time, and the first measure of the pace."""
+    began, asked = time.monotonic(), 0.0
+
+    def say(stage: str, share: float) -> None:
+        nonlocal asked
+        asked = asked or share  # nothing is told where the answers are in the cache
+        progress(stage, share)
+
+    bench = open_workbench(context, say)
+    seconds = time.monotonic() - began
+    tokens = sum(
+        one.ids_NT.numel() for one in (bench.splits.search, bench.splits.recovery, bench.splits.report)
+    )
+    return replace(context, asking_seconds=seconds, token_seconds=seconds / tokens if asked else 0.0)
+
+
+def check_study_lengths(study: Study, config: PretrainedConfig) -> str:
+    """Whether the study's sequences and its target's context suit the model; what a person should know, or "".
+
+    Raises:
+        ModelError: they are longer than what the model was made for.
+    """
+    return check_lengths(
+        study.model,
+        config,
+        sequence_length=study.splits.sequence_length,
+        # the default is nobody's wish
+        context=study.target.context if "context" in study.target.model_fields_set else 0,
+    )
+
+
+def say_unused(study: Study, found: source.ModelSource, notice: Notice) -> None:
+    """Tell of settings that do not apply to the model and the text as they were found."""
+    if study.revision and not found.hub_id:
+        notice(f"revision does not apply: '{printable(study.model)}' is not on the hub.")
+    sources = study.all_sources()
+    plain = [one for one in sources if one.sample_by and not holds(one.source)[0]]
+    rows = [one for one in sources if one.text_column and not holds(one.source)[1]]
+    for key, unused, why in (
+        ("sample_by", plain, "there are rows, each of which is a document"),
+        ("text_column", rows, "plain text has no columns"),
+    ):
+        for reference in dict.fromkeys(one.source for one in unused):
+            notice(f"{key} does not apply to '{printable(reference)}': {why}.")
+
+
+def _say_how_it_differs(study: Study, made: Identity, device: str, notice: Notice) -> None:
+    """Tell where a run goes on otherwise than a new one of the same study would, or than it began."""
+    if device != made.device:
+        notice(
+            f"the run began on {made.device}, and goes on on {device}: its figures may differ by rounding."
+        )
+    if (here := choose_precision(study.precision, device)) != made.dtype:
+        notice(f"the run computes in {made.dtype}, as it began; a new run would compute in {here} here.")
+
+
+def _splits_of(
+    study: Study,
+    run_folder: Path,
+    found: source.ModelSource,
+    made: Identity | None,
+    progress: StageProgress,
+    notice: Notice,
+) -> Splits:
+    """The token sets of a run, cut where there are none yet.
+
+    Raises:
+        DataError: the text cannot be used. RunError: the token sets are not those that the run was made with.
+    """
+    path = run_folder / TOKENS
+    if path.exists():
+        splits = read_splits(run_folder)
+    else:
+        splits = make_study_splits(study, source.open_tokenizer(found), progress, notice=notice)
+    if made is not None:
+        made.check_tokens(_token_hashes(splits), run_folder)
+    if not path.exists():
+        write_splits(path, splits)
+    return splits
+
+
+def _token_hashes(splits: Splits) -> dict[str, str]:
+    return {one.name: one.content_hash for one in (splits.search, splits.recovery, splits.report)}
+
+
+def _identity_of(
+    context: TrialContext, found: source.ModelSource, content: ContentHashes, splits: Splits
+) -> Identity:
+    study = context.study
+    here = [study.model] if not found.hub_id and source.local_path(study.model) else []
+    # what is in a package is found by the package's name, wherever that lies
+    here += [text for text in sources_of(study) if not text.startswith("package:") and local_path(text)]
+    return Identity(
+        model=study.model,
+        content=content,
+        commit=found.commit,
+        dtype=context.files.dtype,
+        device=context.device,
+        tokens=_token_hashes(splits),
+        places=tuple(Place.of(typed, context.run_folder) for typed in dict.fromkeys(here)),
+    )
+
+
+def sources_of(study: Study) -> tuple[str, ...]:
+    """The references of the study's text, each once."""
+    return tuple(dict.fromkeys(one.source for one in study.all_sources()))
+
+
+def check_data(study: Study) -> None:
+    """Look whether the study's text is there, without reading it. What is on the hub is looked up when it is read.
+
+    Raises:
+        DataError: a file, a folder or a package is not there.
+    """
+    for reference in sources_of(study):
+        check_reference(reference)
+
+
+def make_study_splits(
+    study: Study,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: StageProgress = silent,
+    *,
+    search_only: bool = False,
+    notice: Notice = unheard,
+) -> Splits:
+    """The token sets of a study.
+
+    Args:
+        study: whose text, and how much of it.
+        tokenizer: the dense model's.
+        progress: told what is being done.
+        search_only: leave the recovery and the report set empty.
+        notice: told where a set is not as the study asks for it.
+
+    Raises:
+        DataError: the text cannot be read, or there is too little of it.
+    """
+    progress("reading the text", 0.0)
+    sources = study.sources()
+    sizes = study.splits
+    num_sequences = {"search": sizes.search, "recovery": sizes.recovery, "report": sizes.report}
+    if search_only:
+        num_sequences |= {"recovery": 0, "report": 0}
+    return make_splits(
+        [_source(one) for one in sources]
+        if isinstance(sources, tuple)
+        else {split: [_source(one) for one in of] for split, of in sources.items()},
+        tokenizer,
+        sequence_length=sizes.sequence_length,
+        num_sequences=num_sequences,
+        progress=lambda message: progress(message, 0.0),
+        notice=notice,
+    )
+
+
+def _source(settings: SourceSettings) -> Source:
+    return Source(settings.source, settings.text_column, settings.sample_by, settings.weight)

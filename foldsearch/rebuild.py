@@ -1,0 +1,180 @@
+"""The model of a trial, built again from what its folder keeps, and held against what was recorded of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from foldsearch.context import TrialContext, open_workbench
+from foldsearch.errors import RunError, VerificationError
+from foldsearch.files import replace_atomically
+from foldsearch.machine import Machine
+from foldsearch.model.fold import fold
+from foldsearch.model.judge import judge
+from foldsearch.model.recover import attach, load_trained, merge
+from foldsearch.model.starts import StartSettings, folded_start, new_values
+from foldsearch.paths import printable
+from foldsearch.plan.plan import Replacement
+from foldsearch.plan.result import Quality, TrialResult
+from foldsearch.progress import StageProgress, silent
+from foldsearch.record import RECOVERED, START, TrialRecord, check_state, is_ahead
+
+
+def folded_model(
+    record: TrialRecord, context: TrialContext, folder: Path, say: StageProgress
+) -> PreTrainedModel:
+    """The folded model before recovery; what was fitted for it is kept in the trial's folder."""
+    bench = open_workbench(context, say)
+    if not any(isinstance(slot, Replacement) or slot.rank or slot.norm for slot in record.plan.slots):
+        return fold(bench.dense, record.plan)
+    path = folder / START
+    if path.exists():
+        return fold(bench.dense, record.plan, load_file(path))
+    model, found = folded_start(
+        bench.dense,
+        record.plan,
+        bench.splits.recovery.ids_NT,
+        StartSettings(adapters=record.adapter_start or "zero", tokens=context.study.starts.tokens),
+        model_hash=context.files.content_hash,
+        cache_dir=context.cache_dir,
+        progress=say,
+    )
+    values = {name: value.contiguous() for name, value in new_values(model).items()}
+    replace_atomically(path, lambda temporary: save_file(values, temporary, {"found": json.dumps(found)}))
+    return model
+
+
+def kept_model(record: TrialRecord, context: TrialContext, folder: Path, kept_tokens: int) -> PreTrainedModel:
+    """The folded model at the state that the trial keeps, its deltas not merged yet."""
+    model = folded_model(record, context, folder, silent)
+    if kept_tokens:
+        load_trained(attach(model, record.delta_rank, context.study.seed), folder)
+    return model
+
+
+def recovered_model(context: TrialContext, number: int) -> tuple[PreTrainedModel, TrialResult]:
+    """The folded model of a finished trial at the state that it keeps, deltas merged, and its last result.
+
+    Raises:
+        RunError: the trial was not measured, or its weights are gone.
+    """
+    folder = context.trial_folder(number)
+    record = TrialRecord.read(folder)
+    if record is None or not record.results:
+        raise RunError(
+            f"only a trial that was measured can be rebuilt, but trial {number} of {folder.parents[1]} was not."
+        )
+    result = record.results[-1]
+    if result.kept_tokens:
+        path = folder / RECOVERED
+        if not path.exists():
+            raise RunError(f"trial {number} was trained, but {printable(path)} is gone. Run it again.")
+        if is_ahead(record, folder):
+            raise RunError(
+                f"trial {number} was stopped while rung {result.rung + 1} was measured: its weights are of that rung, "
+                f"its last result is of rung {result.rung}. Resume the run first."
+            )
+    check_state(record, folder)
+    model = kept_model(record, context, folder, result.kept_tokens)
+    return merge(model), result
+
+
+# What rounding alone may change in a mean over thousands of tokens, in nats, and as a share of a KL above 1: another
+# processor sums in another order. Measured on SmolLM2 between AVX512 and AVX2: 1e-7 in float32; in bfloat16 2e-4 of
+# the KL and 1e-3 of the loss.
+ROUNDING = {"float32": 1e-4, "bfloat16": 2e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilt:
+    """A rebuilt model beside what was recorded when it was measured, on the same tokens.
+
+    tokens: "report", or "search" where a trial was not measured on those. tolerance: of the KL and of the mean
+    next-token loss, in nats; 0 where the same machine computes both, which is to give the same numbers.
+    """
+
+    tokens: str
+    recorded_kl: float
+    found_kl: float
+    recorded_perplexity: float
+    found_perplexity: float
+    tolerance: float
+
+    def faults(self) -> Iterator[str]:
+        """What differs by more than rounding, in words."""
+        if not abs(self.found_kl - self.recorded_kl) <= self.tolerance * max(1.0, abs(self.recorded_kl)):
+            yield f"its KL is {self.found_kl:.6g}, recorded were {self.recorded_kl:.6g}"
+        if not abs(math.log(self.found_perplexity) - math.log(self.recorded_perplexity)) <= self.tolerance:
+            yield f"its perplexity is {self.found_perplexity:.6g}, recorded were {self.recorded_perplexity:.6g}"
+
+
+def check_rebuilt(
+    context: TrialContext, number: int, model: PreTrainedModel, recorded: Sequence[TrialResult] = ()
+) -> Rebuilt:
+    """Judge a rebuilt model, and compare it with the figures that were recorded when it was measured.
+
+    Args:
+        context: of the run.
+        number: of the trial.
+        model: what `recovered_model` rebuilt.
+        recorded: results of it that are kept elsewhere, such as in the study; they must say the same.
+
+    Raises:
+        VerificationError: the figures differ by more than rounding.
+        RunError: what is kept elsewhere differs from what the trial's folder holds.
+    """
+    folder = context.trial_folder(number)
+    record = TrialRecord.read(folder)
+    assert record is not None
+    last = record.results[-1]
+    for other in recorded:
+        if (other.quality, other.report) != (last.quality, last.report):
+            raise RunError(
+                f"a trial has one result, but '{printable(folder / 'trial.json')}' says KL {_kl_of(last)}, and the "
+                f"run's study says KL {_kl_of(other)}. Put the old files back, or choose another trial."
+            )
+    bench = open_workbench(context)
+    tokens, told = ("report", last.report) if last.report else ("search", last.quality)
+    assert told is not None
+    here, threads = Machine.here(context.device), torch.get_num_threads()
+    if record.machine is not None and record.machine.kind == here.kind:
+        torch.set_num_threads(record.machine.threads)
+        here = replace(here, threads=record.machine.threads)
+    try:
+        found = judge(model, getattr(bench.splits, tokens), getattr(bench, tokens))
+    finally:
+        torch.set_num_threads(threads)
+    same = here == record.machine and context.device == "cpu"  # a GPU may sum in another order each time
+    rebuilt = Rebuilt(
+        tokens,
+        told.kl,
+        found.kl,
+        told.perplexity,
+        found.perplexity,
+        0.0 if same else ROUNDING[context.files.dtype],
+    )
+    if faults := list(rebuilt.faults()):
+        raise VerificationError(
+            f"the rebuilt model of trial {number} is not the one that was measured: on the {tokens} tokens "
+            f"{'; '.join(faults)} (tolerance {rebuilt.tolerance:g} nats). Nothing was written. If foldsearch, "
+            "torch and transformers are the versions that the run was made with, please report it with the plan."
+        )
+    return rebuilt
+
+
+def _kl_of(result: TrialResult) -> str:
+    quality = result.report or result.quality
+    return f"{quality.kl:.6g}" if quality else "none"
+
+
+def quality_of(context: TrialContext, model: PreTrainedModel) -> tuple[Quality, Quality]:
+    """Quality of a model on the search and on the report tokens of a run."""
+    bench = open_workbench(context)
+    return judge(model, bench.splits.search, bench.search), judge(model, bench.splits.report, bench.report)

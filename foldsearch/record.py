@@ -1,0 +1,167 @@
+"""A trial as it stands on disk: enough to go on from its last rung, and to rebuild its model.
+
+trials/00012/trial.json             plan, recovery settings, results so far
+trials/00012/start.safetensors      fitted replacements and adapters, where the plan has any
+trials/00012/recovered.safetensors  what recovery trained, at the trial's best state; none where that is untrained
+trials/00012/optimizer.safetensors  its latest state, to go on from; until the last rung
+plans/<plan id>.json                which trial measures the plan: no plan is trained twice; plans whose adapters
+start in different ways are different ones
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from foldsearch.context import TrialContext
+from foldsearch.errors import RunError
+from foldsearch.files import replace_atomically, write_json
+from foldsearch.machine import Machine
+from foldsearch.model.content import file_hash
+from foldsearch.model.recover import saved_tokens
+from foldsearch.paths import printable
+from foldsearch.plan.plan import FoldPlan
+from foldsearch.plan.proposal import AdapterStart
+from foldsearch.plan.result import TrialResult
+
+START, RECOVERED = "start.safetensors", "recovered.safetensors"  # what a trial's model is rebuilt from
+WAIT_SECONDS = 0.2  # between looks at a trial that measures the same plan
+
+
+@dataclass(frozen=True, slots=True)
+class TrialRecord:
+    """A trial as it stands on disk: enough to go on from its last rung."""
+
+    plan: FoldPlan
+    learning_rate: float
+    delta_rank: int
+    adapter_start: AdapterStart | None  # None where nothing starts in one way or another
+    gates: dict[str, Any] | None
+    results: tuple[TrialResult, ...]
+    machine: Machine | None = None  # that the last result was measured on
+    files: Mapping[str, str] = field(
+        default_factory=dict
+    )  # hashes of those that the last result was measured with
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether any of its results is of a trained model."""
+        return bool(self.results) and self.results[-1].recovery_tokens > 0
+
+    def worth(self, other: TrialRecord) -> tuple[TrialResult, ...]:
+        """Its results, as far as they hold for another trial of the same plan.
+
+        All of them where that one would train in the same way, and where this one has reached the last rung: no plan
+        is trained twice. Else (it was stopped, or its training diverged) only those of the untrained model.
+        """
+        same = (self.learning_rate, self.delta_rank) == (other.learning_rate, other.delta_rank)
+        last = self.results[-1]
+        if same or (last.is_last_rung and not last.training_diverged):
+            return self.results
+        return tuple(result for result in self.results if not result.recovery_tokens)
+
+    def write(self, folder: Path, machine: Machine) -> None:
+        """Keep it in the trial's folder, with the machine that its last result was measured on."""
+        files = {name: folder / name for name in (START, RECOVERED)}
+        value = {
+            "plan": str(self.plan),
+            "num_blocks": self.plan.num_blocks,
+            "learning_rate": self.learning_rate,
+            "delta_rank": self.delta_rank,
+            "adapter_start": self.adapter_start,
+            "gates": self.gates,
+            "results": [result.to_json() for result in self.results],
+            "machine": asdict(machine),
+            "files": {name: file_hash(path) for name, path in files.items() if path.exists()},
+        }
+        write_json(folder / "trial.json", value)
+
+    @classmethod
+    def read(cls, folder: Path) -> TrialRecord | None:
+        """What `write` kept; None where the trial has no result yet."""
+        path = folder / "trial.json"
+        if not path.exists():
+            return None
+        value = json.loads(path.read_text())
+        plan = FoldPlan.parse(value["plan"], value["num_blocks"])
+        results = tuple(TrialResult.from_json(result) for result in value["results"])
+        settings = (value["learning_rate"], value["delta_rank"], value["adapter_start"])
+        return cls(plan, *settings, value["gates"], results, Machine(**value["machine"]), value["files"])
+
+
+def check_state(record: TrialRecord, folder: Path) -> None:
+    """Whether the files that a trial's model is rebuilt from are as they were when its last result was measured.
+
+    Raises:
+        RunError: one was changed.
+    """
+    for name, ours in record.files.items():
+        path = folder / name
+        if name == RECOVERED and is_ahead(record, folder):
+            continue  # the trial was killed between its training and its result
+        if path.exists() and (theirs := file_hash(path)) != ours:
+            raise RunError(
+                f"a trial is rebuilt only from what it was measured with: '{printable(path)}' had the hash {ours[:12]} "
+                f"(sha256), but now has {theirs[:12]}. Put the old file back, or choose another trial."
+            )
+
+
+def is_ahead(record: TrialRecord, folder: Path) -> bool:
+    """Whether what recovery trained was trained on other tokens than the last result says."""
+    try:
+        return saved_tokens(folder / RECOVERED) != record.results[-1].kept_tokens
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
+        return False  # it cannot be read at all
+
+
+def copy_state(owner: Path, folder: Path, *, trained: bool) -> None:
+    """What another trial of the same plan starts from; and what it trained."""
+    names = ("start", "recovered", "optimizer") if trained else ("start",)
+    for name in (f"{name}.safetensors" for name in names):
+        if not (owner / name).exists():
+            continue  # not every plan has a start of its own
+        replace_atomically(folder / name, lambda path, name=name: shutil.copyfile(owner / name, path))  # type: ignore[misc]
+
+
+def plan_path(context: TrialContext, record: TrialRecord) -> Path:
+    """One file a plan and a start of its adapters: together they say what the untrained model is."""
+    start = "" if record.adapter_start is None else f"-{record.adapter_start}"
+    return context.run_folder / "plans" / f"{record.plan.id}{start}.json"
+
+
+@contextmanager
+def hold_plan(path: Path, context: TrialContext) -> Iterator[tuple[bool, int | None]]:
+    """Whether no other running trial measures the plan of this path, and the number of the trial that does or did.
+
+    Where another one has begun, this waits for its first result.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path.with_suffix(".lock"), os.O_CREAT | os.O_RDWR)
+    try:
+        while True:
+            free = _is_free(lock)
+            owner = json.loads(path.read_text())["trial"] if path.exists() else None
+            if free or (owner is not None and TrialRecord.read(context.trial_folder(owner)) is not None):
+                break
+            time.sleep(WAIT_SECONDS)
+        yield free, owner
+    finally:
+        os.close(lock)  # lets go of the lock
+
+
+def _is_free(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

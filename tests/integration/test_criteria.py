@@ -1,0 +1,135 @@
+"""What every criterion must do, whichever it is; and that a new one costs one file and one line."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from foldsearch import criteria
+from foldsearch.context import TrialContext
+from foldsearch.criteria import CRITERIA, Choice, Criterion, Question
+from foldsearch.draft import choose_plan
+from foldsearch.errors import PlanError
+from foldsearch.plan.cost import price
+from foldsearch.plan.proposal import Proposal, lower_bound, stretches
+from foldsearch.prepare import prepare_context
+from foldsearch.progress import silent
+from foldsearch.spec.space import Space, propose
+from foldsearch.spec.study import GateSettings, SplitSettings, Study
+from foldsearch.trial import run_trial
+from tests.tiny import NUM_BLOCKS, save_model, write_corpus
+
+NAMES = [criterion.name for criterion in CRITERIA]
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory: pytest.TempPathFactory) -> TrialContext:
+    torch.set_num_threads(1)
+    place = tmp_path_factory.mktemp("criteria")
+    study = Study(
+        model=str(save_model(place / "model")),
+        data=str(write_corpus(place / "corpus.txt")),
+        space=Space(removal=(0.0, 1.0)),
+        splits=SplitSettings(sequence_length=32, search=2, recovery=4, report=2),
+        gates=GateSettings(steps=2),
+        rungs=(0,),
+        precision="float32",
+    )
+    return prepare_context(study, place / "run", cache_dir=place / "cache")
+
+
+def proposed(criterion: str, count: int) -> Proposal:
+    return Proposal(criterion, count, gate_eps=0.5 if criterion == "gate" else None)
+
+
+@pytest.mark.parametrize("count", [1, 2, NUM_BLOCKS - 1])
+@pytest.mark.parametrize("criterion", CRITERIA, ids=NAMES)
+def test_the_law_of_criteria(context: TrialContext, criterion: Criterion, count: int) -> None:
+    """As many blocks as were asked for, each once and in order, in no more runs than it says, always the same ones."""
+    proposal = proposed(criterion.name, count)
+    plan, _ = choose_plan(proposal, context, silent)
+    assert len(plan.dropped) == count
+    assert list(plan.dropped) == sorted(set(plan.dropped))
+    assert criterion.max_runs is None or len(list(stretches(plan.dropped))) <= criterion.max_runs
+    assert choose_plan(proposal, context, silent)[0] == plan
+
+
+@pytest.mark.parametrize("criterion", NAMES)
+def test_no_plan_is_below_the_bound_of_its_proposal(context: TrialContext, criterion: str) -> None:
+    """The bound knows the count alone; the plan's own price is the oracle."""
+    for fate, kind in (("drop", None), ("share", None), ("replace", "linear"), ("replace", "layer")):
+        proposal = replace(proposed(criterion, 2), fate=fate, replacement=kind)
+        plan, _ = choose_plan(proposal, context, silent)
+        exact = price(plan, context.table, context.target)
+        bound = lower_bound(proposal, context.table, context.target)
+        assert bound.memory_bytes <= exact.memory_bytes
+        assert bound.flops <= exact.flops
+
+
+def test_the_list() -> None:
+    """Reports tell criteria apart by title and marker; a space lists what each is set by."""
+    for values in (NAMES, [one.title for one in CRITERIA], [one.marker for one in CRITERIA]):
+        assert len(set(values)) == len(values)
+    for criterion in CRITERIA:
+        assert criterion.source
+        assert not criterion.setting or criterion.setting in Space.model_fields
+
+
+def test_a_new_criterion_is_a_file_and_a_line(
+    context: TrialContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CONTRIBUTING's recipe, followed: the file below, and one entry of the list."""
+    (tmp_path / "first_blocks.py").write_text(
+        textwrap.dedent(
+            '''
+            """The first blocks."""
+
+            from foldsearch.criteria import Choice, Question
+
+
+            def choose(question: Question) -> Choice:
+                """Blocks 0, 1, ..."""
+                return Choice(tuple(range(question.count)), {"asked": question.count})
+            '''
+        )
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(
+        criteria,
+        "CRITERIA",
+        [*CRITERIA, Criterion("first", "first blocks", "*", "ours", max_runs=1, module="first_blocks")],
+    )
+    space = Space(criteria=("first",))  # a person may write it
+
+    class Suggest:
+        def integer(self, name: str, low: int, high: int) -> int:
+            return high
+
+        def number(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+            return low
+
+        def choice(self, name: str, options):  # type: ignore[no-untyped-def]
+            return options[0]
+
+    proposal = propose(Suggest(), space, NUM_BLOCKS)  # a search proposes it
+    (result,) = run_trial(replace(proposal, delta_rank=0), context, number=77)  # a trial measures it
+    assert result.plan.dropped == tuple(range(proposal.num_removed))
+    assert result.quality is not None
+    assert criteria.criterion_of("first").title == "first blocks"  # pictures and tables name it
+    sys.modules.pop("first_blocks", None)
+
+
+def test_an_unknown_criterion_is_told() -> None:
+    with pytest.raises(PlanError, match=r"one of gate, .* got 'magic'"):
+        criteria.criterion_of("magic")
+
+
+def test_a_question_needs_a_bench_and_a_count_only(context: TrialContext) -> None:
+    from foldsearch.context import open_workbench
+
+    assert criteria.criterion_of("uniform").choose(Question(open_workbench(context), 1, 1)) == Choice((2,))
