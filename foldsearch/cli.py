@@ -1,4 +1,4 @@
-"""The `foldsearch` command: one function a verb.
+"""The `foldsearch` command: one function a verb. What can be typed is in `arguments`.
 
 Heavy libraries are imported by the verb that needs them, so `foldsearch --help` answers at once.
 Exit codes: 0 done; 1 an export is not the model that was measured; 2 what was given cannot be used; 3 a search ended
@@ -12,7 +12,6 @@ import argparse
 import errno
 import io
 import os
-import re
 import shutil
 import signal
 import sys
@@ -22,11 +21,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import foldsearch
+from foldsearch.arguments import command_line
 from foldsearch.errors import InputError, VerificationError
 from foldsearch.files import check_writable, disk_is_full
 from foldsearch.paths import check_path, command, printable, stem_beside
-from foldsearch.plan.extend import DEFAULT_RANK, PATTERNS, extended, rank_of
+from foldsearch.plan.extend import extended, rank_of
 from foldsearch.signals import exit_code, ignore_stops, stops_raise, uninterrupted
 
 if TYPE_CHECKING:
@@ -41,68 +40,6 @@ if TYPE_CHECKING:
 DEFAULT_PLACE = Path("runs")
 _LONGEST_NAME = 60  # characters that a file name repeats of a model's: of four bytes at most
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
-
-_ABOUT = """\
-From a decoder LLM and a device budget to a Pareto front of folded models that were really
-built, trained and measured. Pick one, export it.
-
-  foldsearch run --budget-gb 2                      search below 2 GB, with the embedded SmolLM2-135M
-  foldsearch run --model ORG/NAME --data wikitext:wikitext-2-raw-v1 --budget-gb 2
-  foldsearch front runs/NAME                        what was found
-  foldsearch pick runs/NAME --knee                  choose a point
-  foldsearch evaluate runs/NAME --questions Q.jsonl what it still knows
-  foldsearch export runs/NAME --out DIR             ship it, verified
-"""
-
-_EVALUATE = """\
-A question file has one JSON object a line:
-  {"question": "The capital of France is", "options": ["Rome", "Paris"], "answer": 1}
-answer is an index from 0, or an option as it is written. The choice of a model is the option of
-least perplexity per token, given the question.
-
-  accuracy    share of right choices, dense and folded, with its standard error
-  agreement   share of questions that both get right or both get wrong
-  stability   that share weighted by how far apart the dense model's perplexities of the options
-              are (LLM-Streamline); eff. items: how many questions those weights are worth
-
-Tasks are those of lm-evaluation-harness: pip install 'foldsearch[eval]'. Those of --include-path
-may run Python code of that folder.
-What the search or the recovery saw is refused. Results are kept in RUN/evaluations.
-"""
-
-_PLAN_TEXT = """\
-a plan, one word a position:
-  0-5          blocks 0 to 5, as they are       6=5        block 6 with the weights of block 5
-  8a   10m     only its attention; only its MLP 7=9+r8+n   ... an adapter of rank 8, an output norm
-  13-18~linear one matrix in place of 13 to 18  3=3+r8     block 3 once more
-  A block that is not named is dropped.
-"""
-
-
-_EXTEND = """\
-Depth for few stored bytes (FlexiGPT, arXiv 2501.14713): a run of blocks is executed again with
-the same weights, each repeat with low-rank adapters and an output norm of its own.
-
-patterns, for --blocks 1-3 of a model of five blocks, 0 to 4:
-  block       --to 8   0 1 1 2 2 3 3 4   every block again, right after itself
-  sequential  --to 8   0 1 2 3 1 2 3 4   the run again as a whole, after itself
-
---to counts executed positions. Whole passes over the run come first; where positions are left
-over, the first blocks of the run get one more each:
-  block       --to 7   0 1 1 2 2 3 4
-  sequential  --to 7   0 1 2 3 1 2 4
-So of 30 blocks, --blocks 3-18 --to 46 repeats each of the sixteen once, --to 36 the first six.
-
-Output norms start small, so the extended model starts near the base model: rung 0 shows how
-near. Memory, KV cache and FLOPs all grow; the price is printed before anything is trained.
-Training is the study's, with 0.5 for [recovery] next_token where that is absent. The weights kl
-and tail hold the model at the base model; next_token = 1, kl = 0, tail = 0 let it leave. All of
-the model is trained, not the repeats alone: what is owed to them shows beside the same training
-without them, the second line, with next_token = 0.5 in its study.
-
-  foldsearch extend --blocks 3-18 --to 36 --tokens 8192 --export exports/deeper
-  foldsearch try "0-29" --tokens 8192
-"""
 
 
 def entry() -> None:
@@ -120,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else argv
     _print_everything()
-    args = _parser().parse_args(words)
+    args = command_line().parse_args(words)
     try:
         with stops_raise():
             return _do(args, words)
@@ -134,7 +71,7 @@ def _do(args: argparse.Namespace, words: Sequence[str]) -> int:
     """Run one verb; what it was given that cannot be used is told in a sentence."""
     try:
         _check_text(words)
-        code: int = args.verb(args)
+        code = _VERBS[args.verb](args)
         sys.stdout.flush()
         return code
     except VerificationError as error:
@@ -213,304 +150,7 @@ def _check_text(words: Sequence[str]) -> None:
             ) from error
 
 
-# ---- the words of the command line
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=26, width=100)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="foldsearch", description=_ABOUT, formatter_class=_Help)
-    parser.add_argument("--version", action="version", version=f"foldsearch {foldsearch.__version__}")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-
-    def verb(
-        name: str, run: Callable[[argparse.Namespace], int], summary: str, more: str = ""
-    ) -> argparse.ArgumentParser:
-        added = verbs.add_parser(
-            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=more,
-            formatter_class=_Help,
-        )  # fmt: skip
-        added.set_defaults(verb=run)
-        return added
-
-    run = verb(
-        "run", _run, "search for folded models within a budget",
-        "Without a study: foldsearch.toml of the current folder, else the study `default`.\n"
-        "Options win over the study. Ctrl-C stops a run; `foldsearch resume` goes on with it.\n"
-        "Exit codes: 0 done; 2 what was given cannot be used; 3 no trial reached the last rung, so there is no front.",
-    )  # fmt: skip
-    run.add_argument(
-        "study", nargs="?", metavar="STUDY", help="a TOML file, or the name of a study that ships"
-    )
-    _add_study_options(run)
-    _add_budget_options(run)
-    run.add_argument(
-        "--space", metavar="S", help="what may be proposed: a TOML file, or a name such as foldgpt"
-    )
-    run.add_argument(
-        "--sampler", metavar="WHO", choices=("tpe", "nsga2", "random"), help="tpe, nsga2, random"
-    )
-    run.add_argument(
-        "--trials",
-        type=_whole,
-        metavar="N",
-        help="stop after N trials (a baseline a criterion is run in any case)",
-    )
-    run.add_argument(
-        "--time",
-        type=_seconds,
-        metavar="T",
-        help="stop T (90s, 15m, 2h) after the dense model is asked first",
-    )
-    run.add_argument("--jobs", type=_whole, metavar="N", help="trials at a time")
-    run.add_argument("--out", type=Path, metavar="DIR", help="the run's folder, new (default: runs/STUDY)")
-    run.add_argument(
-        "--dry-run", action="store_true", help="say what would be searched, its time and disk, and stop"
-    )
-
-    resume = verb("resume", _resume, "go on with a stopped run; nothing finished is lost or repeated")
-    _add_run(resume)
-    resume.add_argument("--trials", type=_positive, metavar="N", help="trials in all, instead of the study's")
-    resume.add_argument("--time", type=_seconds, metavar="T", help="time in all, instead of the study's")
-    resume.add_argument(
-        "--jobs", type=_positive, metavar="N", help="trials at a time, instead of the study's"
-    )
-
-    attempt = verb("try", _try, "fold, recover and measure one plan in this process", _PLAN_TEXT)
-    attempt.add_argument("plan", metavar="PLAN", help='such as "0-12 15-29"')
-    attempt.add_argument("--study", metavar="STUDY", help="whose settings to use (default: as `run`)")
-    _add_study_options(attempt)
-    attempt.add_argument(
-        "--tokens", type=_whole, metavar="N", help="recovery tokens (default: the study's last rung)"
-    )
-    attempt.add_argument(
-        "--out", type=Path, metavar="DIR", help="keep the trained parameters and results here"
-    )
-
-    extend = verb(
-        "extend", _extend, "repeat blocks of a small model, train and measure it, export it", _EXTEND
-    )
-    extend.add_argument(
-        "model", nargs="?", metavar="MODEL", help="as for `run --model` (default: the study's)"
-    )
-    extend.add_argument(
-        "--blocks", type=_run_of_blocks, required=True, metavar="A-B", help="the run that is executed again"
-    )
-    extend.add_argument(
-        "--to",
-        type=_whole,
-        required=True,
-        metavar="N",
-        help="executed positions, more than the model has blocks",
-    )
-    extend.add_argument(
-        "--pattern", choices=PATTERNS, default=PATTERNS[0], help="see below (default: %(default)s)"
-    )
-    extend.add_argument(
-        "--rank", type=_rank, default=DEFAULT_RANK, metavar="R",
-        help="of the adapters: 36, or 0.0625 of the model's width (the default); 0 is none",
-    )  # fmt: skip
-    extend.add_argument("--study", metavar="STUDY", help="whose settings to use (default: as `run`)")
-    _add_study_options(extend, model=False)
-    extend.add_argument(
-        "--tokens", type=_whole, metavar="N", help="tokens to train on (default: the study's last rung)"
-    )
-    extend.add_argument(
-        "--out", type=Path, metavar="DIR", help="keep the trained parameters and results here, new"
-    )
-    extend.add_argument(
-        "--export", type=Path, metavar="DIR", help="write the folded model here, new, verified like `export`"
-    )
-
-    price = verb("price", _price, "what a plan costs on a device, in memory and FLOPs", _PLAN_TEXT)
-    price.add_argument("plan", metavar="PLAN", help='such as "0-12 15-29"')
-    price.add_argument("--study", metavar="STUDY", help="whose model and target to use (default: as `run`)")
-    _add_model_option(price)
-    _add_target_options(price)
-
-    inspect = verb(
-        "inspect", _inspect, "how redundant the blocks of a model are",
-        "Cosines between a block's input and output, and between the model's start and a block's output\n"
-        "(FoldGPT, Fig. 2), as a table and a picture.",
-    )  # fmt: skip
-    inspect.add_argument("model", nargs="?", metavar="MODEL", help="default: the study's")
-    inspect.add_argument("--study", metavar="STUDY", help="whose data to use (default: as `run`)")
-    _add_data_options(inspect)
-    inspect.add_argument("--out", type=Path, metavar="PNG", help="the picture (default: inspect-MODEL.png)")
-
-    front = verb("front", _front, "the Pareto front of a run, its plans and every cost")
-    _add_run(front)
-    front.add_argument(
-        "--all", action="store_true", help="all finished trials, not only the front and the baselines"
-    )
-
-    pick = verb("pick", _pick, "choose a point of the front; `export` takes it from there")
-    _add_run(pick)
-    _add_choice(pick)
-
-    export = verb("export", _export, "write a folded model and verify it in a fresh process")
-    _add_run(export)
-    _add_choice(export)
-    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
-    export.add_argument(
-        "--form", choices=("folded", "expanded"), default="folded",
-        help="folded: shared weights stored once, needs its own code; expanded: the stock architecture",
-    )  # fmt: skip
-
-    export.add_argument(
-        "--prompt", metavar="TEXT", help="let the exported model and the dense one go on with this text"
-    )
-
-    evaluate = verb(
-        "evaluate", _evaluate, "what a folded model still knows: questions and harness tasks, beside dense", _EVALUATE
-    )  # fmt: skip
-    _add_run(evaluate)
-    _add_choice(evaluate)
-    evaluate.add_argument(
-        "--questions", type=Path, action="append", default=[], metavar="FILE",
-        help="multiple-choice questions, JSONL; may be given more than once",
-    )  # fmt: skip
-    evaluate.add_argument("--tasks", default="", metavar="A,B", help="tasks of lm-evaluation-harness")
-    evaluate.add_argument("--limit", type=_whole, metavar="N", help="only the first N items of each")
-    evaluate.add_argument("--include-path", type=Path, metavar="DIR", help="a folder of task YAML files")
-
-    board = verb("dashboard", _dashboard, "serve the Optuna dashboard of a run, live, on this machine only")
-    _add_run(board)
-    board.add_argument(
-        "--port", type=_whole, default=8080, metavar="P", help="default 8080; 0 takes a free one"
-    )
-    return parser
-
-
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, such as runs/NAME")
-
-
-def _add_choice(parser: argparse.ArgumentParser) -> None:
-    choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--knee", action="store_true", help="the compromise of the objectives")
-    choice.add_argument("--max-gb", type=_number, metavar="X", help="the best quality within X GB")
-    choice.add_argument("--trial", type=_whole, metavar="N", help="trial N, as `foldsearch front` numbers it")
-
-
-def _add_model_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        metavar="M",
-        help="hub id, folder, .gguf file, or package:NAME for a GGUF inside a Python package",
-    )
-
-
-def _add_target_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--dtype",
-        metavar="TYPE",
-        choices=("bfloat16", "float16", "float32"),
-        help="of the model that ships: bfloat16, float16, float32",
-    )
-    parser.add_argument("--context", type=_whole, metavar="T", help="tokens in the KV cache")
-    parser.add_argument("--batch", type=_whole, metavar="B", help="sequences served at once")
-    parser.add_argument(
-        "--runtime", choices=("folded", "expanded"), help="whether the runtime can share weights"
-    )
-
-
-def _add_data_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data", metavar="D", action="append",
-        help="text: hub data set, folder, package:NAME, or file (.txt, .jsonl, .json, .csv, .parquet, ...); "
-        "may be given more than once",
-    )  # fmt: skip
-    parser.add_argument(
-        "--text-column",
-        metavar="C",
-        help="the column that holds the text, a.b where it is nested (default: text)",
-    )
-    parser.add_argument(
-        "--sample-by",
-        choices=("line", "paragraph"),
-        help="what a document of a .txt file is, if not all of it",
-    )
-
-
-def _add_study_options(parser: argparse.ArgumentParser, *, model: bool = True) -> None:
-    if model:
-        _add_model_option(parser)
-    _add_data_options(parser)
-    _add_target_options(parser)
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda", "mps"), help="to compute on (default: what is there)"
-    )
-    parser.add_argument("--seed", type=_whole, metavar="N", help="of everything random")
-
-
-def _add_budget_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--budget-gb", type=_number, metavar="X", help="weights + adapters + KV cache + activations"
-    )
-    parser.add_argument(
-        "--budget-flops", metavar="F", help="FLOPs per token at decode: 2.5e8, or 0.8x of dense"
-    )
-
-
-_NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
-
-
-def _positive(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"a whole number above 0, got {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    if re.fullmatch(_NUMBER, text):
-        value = float(text)
-    else:  # 90s, 15m, 1h30m: each unit once, the largest first
-        parts = re.fullmatch(f"(?:({_NUMBER})h)?(?:({_NUMBER})m)?(?:({_NUMBER})s)?", text)
-        hours, minutes, seconds = (float(part or 0) for part in parts.groups()) if parts else (0.0, 0.0, 0.0)
-        value = 3600 * hours + 60 * minutes + seconds
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(
-            f"a time is seconds, or 90s, 15m, 2h; got {text!r}. Units are h, m and s, as in 1h30m."
-        )
-    return value
-
-
-def _whole(text: str) -> int:
-    if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
-        raise argparse.ArgumentTypeError(f"a whole number, in digits and without a unit; got {text!r}")
-    return int(text)
-
-
-def _number(text: str) -> float:
-    if not re.fullmatch(f"[+-]?{_NUMBER}", text):
-        raise argparse.ArgumentTypeError(f"a number, such as 2 or 0.28, without a unit; got {text!r}")
-    return float(text)
-
-
-def _run_of_blocks(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text)
-    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-    if first > last:
-        raise argparse.ArgumentTypeError(f"a run of blocks is written 3-18, first before last; got {text!r}")
-    return first, last
-
-
-def _rank(text: str) -> float:
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"a rank is a whole number, or a share of the model's width such as 0.0625; got {text!r}"
-        ) from error
-
+# ---- the study of the options
 
 _OVERRIDES = {
     "model": "model", "data": "data", "text_column": "text_column", "sample_by": "sample_by", "space": "space",
@@ -530,7 +170,7 @@ def _study(args: argparse.Namespace, **more: Any) -> Study:
         overrides["data"] = data[0]  # one source is not a list of them
     options = {key: f"--{option.replace('_', '-')}" for option, key in _OVERRIDES.items()}
     options["rungs"] = "--tokens"
-    if args.verb in (_extend, _inspect):
+    if args.verb in ("extend", "inspect"):
         options["model"] = "MODEL"
     return load_study(given.get("study"), {**overrides, **more}, options=options)
 
@@ -815,6 +455,21 @@ def _dashboard(args: argparse.Namespace) -> int:
         code = exit_code(stop)
         return 0 if code == 128 + signal.SIGINT else code  # Ctrl-C is how it is meant to end
     return 0
+
+
+_VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "run": _run,
+    "resume": _resume,
+    "try": _try,
+    "extend": _extend,
+    "price": _price,
+    "inspect": _inspect,
+    "front": _front,
+    "pick": _pick,
+    "export": _export,
+    "evaluate": _evaluate,
+    "dashboard": _dashboard,
+}
 
 
 # ---- words around the verbs

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import foldsearch
-from foldsearch import api, cli
+from foldsearch import api, arguments, cli
 from foldsearch.errors import RunError, VerificationError
 from foldsearch.report import live
 from foldsearch.report.terminal import console
@@ -403,7 +403,7 @@ def test_a_new_run_gets_a_name_that_is_free(shell: Shell) -> None:
 
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200)])
 def test_times(text: str, seconds: float) -> None:
-    assert cli._seconds(text) == seconds
+    assert arguments._seconds(text) == seconds
 
 
 def _snapshot(folder: Path) -> dict[str, tuple[int, float]]:
@@ -428,7 +428,7 @@ def _snapshot(folder: Path) -> dict[str, tuple[int, float]]:
     ],
 )
 def test_times_are_seconds_or_have_units(text: str, seconds: float) -> None:
-    assert cli._seconds(text) == seconds
+    assert arguments._seconds(text) == seconds
 
 
 # ---- in a pipe
@@ -482,3 +482,10 @@ def test_a_run_whose_reader_ended_is_not_done(run_path: Path) -> None:
     )
     assert done.returncode == 141
     assert done.stderr == f"Stopped, as nobody reads on. Go on with: foldsearch resume {run_path}\n"
+
+
+def test_every_verb_that_can_be_typed_does_something() -> None:
+    """Law: the parser and the command name the same verbs."""
+    typed = [name for name, *_ in arguments._VERBS]
+    assert typed == list(cli._VERBS)
+    assert sorted(typed) == sorted(VERBS)
