@@ -14,7 +14,7 @@ attenuation, for every gate in play, by one backward pass. The weight w of a gat
 
     p_i = w_i^(1/eps) / (w_i^(1/eps) + tau^(1/eps))      with tau such that  sum c_i p_i = sum c_i - removed FLOPs
 
-is its opening. The FLOPs to remove are, at each step, `pressure` times those still to be closed, and enough that a few
+is its opening. The FLOPs to remove are, at each step, PRESSURE times those still to be closed, and enough that a few
 gates are always in play; when the last gate is closed they are the constraint's. `eps` is how far a weight must be from
 the threshold tau for its gate to be out of play. Gate i plays with probability min(1, 2 (1 - p_i)), so that it is p_i
 open on average (half open at least). As the run proceeds the gates with the lowest weights are closed for good, one by
@@ -46,87 +46,57 @@ from foldsearch.model.tokens import TokenSet
 from foldsearch.progress import CountProgress
 
 CLOSED, OPEN = 0.05, 0.95  # a gate outside these is polarized
-SWAP_ROUNDS = 2
+
+# The numbers below are measured in docs/log.md.
+
+SEQUENCES_PER_STEP = 8  # even: the halves of a step get opposite gates
+POSITIONS = 64  # length that sequences are cut into: short ones give more gates a try for the same tokens
+SEQUENCES = 64  # different ones, which the steps go round: the dense model is asked about each only once
+STRIDE = 2  # the loss is taken at every second position: half the price, and neighbours say much the same
+
+# Share of the blocks still to be removed that is closed on average at any time. Below 1: the states that gates are
+# measured in come nearer to the final one as gates close for good, not all at once.
+PRESSURE = 0.75
+# Blocks that are closed on average at least, but never more than a quarter of the open ones: with fewer in play, most
+# gates would be measured too seldom to be ranked.
+LEAST_CLOSED = 3.0
+WARMUP = 0.4  # share of the steps before the first gate closes for good: until then, too few measurements rank it
+
+DECAY = 0.97  # of the running mean, a step: what was measured while other gates were open counts less and less
+PRIOR = 3.0  # measurements that the Block Influence which gates start from counts for: it is soon outvoted
 MOST_COST = 10.0  # that one measurement can say, in medians of its step
 MOST_INFLUENCE = 20.0  # of a block at the start, in medians: the first block's is far out and says no more
+
+SHORTLIST = 3  # so many gates of the lowest weights are tried closed before one of them closes for good
+SWAPPED_IN = 4  # at the end, so many of the kept blocks are tried in place of the two removed ones that matter most
+SWAP_ROUNDS = 2  # each makes one swap at most
 
 
 @dataclass(frozen=True, slots=True)
 class GateSettings:
-    """How gates are trained. The defaults are measured in docs/log.md.
+    """How gates are trained.
 
     Attributes:
         count: blocks to remove.
         eps: width of the gates around the threshold, in units of log weight: small is hard, large tries more gates.
         steps: training steps.
-        sequences_per_step: even; halves of a step get opposite gates.
-        positions: length that sequences are cut into. Short ones give more gates a try for the same tokens.
-        sequences: different sequences (of `positions`) that the steps go round; the dense model's targets are kept.
-        pressure: share of the blocks still to be removed that is closed on average at any time.
-        least: blocks that are closed on average at least (but never above a quarter of the open ones): with fewer in
-            play, most gates would be measured too seldom to be ranked.
-        warmup: share of the steps before the first gate closes for good.
-        decay: of the running mean, a step.
-        prior: how many measurements the Block Influence that gates start from counts for.
-        shortlist: so many gates of the lowest weights are tried closed before one of them closes for good.
-        swaps: at the end, so many of the kept blocks are tried in place of the two removed ones that matter most.
-        stride: the loss is taken at every so many positions.
         seed: of the sequences and of the gates.
     """
 
     count: int
     eps: float = 0.5
     steps: int = 20
-    sequences_per_step: int = 8
-    positions: int = 64
-    sequences: int = 64
-    pressure: float = 0.75
-    least: float = 3.0
-    warmup: float = 0.4
-    decay: float = 0.97
-    prior: float = 3.0
-    shortlist: int = 3
-    swaps: int = 4
-    stride: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.eps <= 0.0:
             raise InputError(f"The gates' eps is above 0, but here it is {self.eps}. Try 0.5.")
-        if self.steps < 1 or self.positions < 2 or self.sequences < 1:
-            raise InputError(
-                f"Gates need at least 1 step, 2 positions and 1 sequence, but here are {self.steps}, "
-                f"{self.positions} and {self.sequences}."
-            )
-        if self.sequences_per_step < 2 or self.sequences_per_step % 2:
-            raise InputError(
-                f"A step's sequences come in pairs, but sequences_per_step is {self.sequences_per_step}. Try 8."
-            )
-
-        if not (0.0 <= self.warmup <= 1.0 and 0.0 < self.decay <= 1.0):
-            raise InputError(
-                f"The gates' warmup and decay are between 0 and 1, but here they are {self.warmup} and {self.decay}."
-            )
-        if min(self.pressure, self.prior) <= 0.0 or min(self.stride, self.shortlist) < 1 or self.swaps < 0:
-            raise InputError(
-                "The gates' pressure and prior are above 0, their stride and shortlist at least 1, their "
-                f"swaps at least 0, but here they are {self.pressure}, {self.prior}, {self.stride}, {self.shortlist} "
-                f"and {self.swaps}."
-            )
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that are trained on, all steps together."""
-        return self.steps * self.sequences_per_step * self.positions
+        if self.steps < 1:
+            raise InputError(f"Gates train for at least 1 step, but here are {self.steps}. Try 20.")
 
     def to_json(self) -> dict[str, Any]:
         """A dict of plain values."""
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> GateSettings:
-        """The inverse of `to_json`."""
-        return cls(**data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,84 +209,116 @@ def train_gates(
             finite.
     """
     began = time.perf_counter()
-    blocks = decoder_blocks(dense)
+    num_blocks = len(decoder_blocks(dense))
     cost_L = torch.tensor(block_macs, dtype=torch.float64)
-    _check(settings, len(blocks), cost_L, tokens)
-    cost_L /= cost_L.mean()
+    _check(settings, num_blocks, cost_L, tokens)
+    cost_L /= cost_L.mean()  # so that what is to be removed counts in blocks
     rng = torch.Generator().manual_seed(settings.seed)
-    tokens = _cut(tokens, settings, rng)
+    tokens = _cut(tokens, rng)
     ids_NT = tokens.ids_NT.to(dense.device)
-    first = tokens.of(list(range(min(len(ids_NT), settings.sequences_per_step))))
-    influence_L = 1.0 - torch.tensor(measure_evidence(dense, first).block_cosine, dtype=torch.float64)
-    weights = _Weights((influence_L / influence_L.median()).clamp(1e-3, MOST_INFLUENCE), settings)
-    ranked: list[int] = []
+    weights = _Weights(_influence(dense, tokens))
     history: list[tuple[float, ...]] = []
     with GatedModel(dense) as model:
+        # The dense model runs first, and once: later steps run blocks that it has shown how to call (see BlockRun).
         targets = ask_dense(dense, tokens).to(ids_NT.device)
-        rows = slice(0, settings.sequences_per_step)  # where removals are checked
-        ids_BT, checked, runs, closed_loss = ids_NT[rows], targets.of(rows), 0, 0.0
-
-        def loss_without(removed: Sequence[int]) -> float:
-            return _loss_without(model, ids_BT, checked, removed, settings.stride)
-
-        expected_L = _expected(weights.values / cost_L, cost_L, ranked, settings)
+        rows = slice(0, SEQUENCES_PER_STEP)
+        removal = _Removal(model, ids_NT[rows], targets.of(rows))
+        # Weights are per cost: of two blocks that matter alike, the one that costs more goes first.
+        expected_L = _expected(weights.values / cost_L, cost_L, removal.closed, settings)
         for step in range(settings.steps):
-            gates_BL, in_play_BL = _sample(expected_L, settings.sequences_per_step, rng)
+            gates_BL, in_play_BL = _sample(expected_L, rng)
             row_B = torch.arange(step * len(gates_BL), (step + 1) * len(gates_BL)) % len(ids_NT)
-            slope_BL = _slopes(model, ids_NT[row_B], targets.of(row_B), gates_BL, settings.stride)
-            weights.add(-slope_BL, in_play_BL)
-            while len(ranked) < _due(step, settings):
-                # The mean cost of a gate is over states in which others were half open; the next one to close is
-                # the cheapest of a few when it is closed on top of those that are.
-                shortlist = _lowest(weights.values / cost_L, ranked, settings.shortlist)
-                losses = {block: loss_without([*ranked, block]) for block in shortlist}
-                ranked.append(
-                    min(shortlist, key=lambda block: (losses[block] - closed_loss) / float(cost_L[block]))
-                )
-                closed_loss = losses[ranked[-1]]
-                runs += len(shortlist)
-            expected_L = _expected(weights.values / cost_L, cost_L, ranked, settings)
+            slope_BL = _slopes(model, ids_NT[row_B], targets.of(row_B), gates_BL)
+            weights.add(-slope_BL, in_play_BL)  # opening a gate lowers the loss by what closing it costs
+            while len(removal.closed) < _due(step, settings):
+                removal.close_one(weights.values / cost_L, cost_L)
+            expected_L = _expected(weights.values / cost_L, cost_L, removal.closed, settings)
             history.append(tuple(expected_L.tolist()))
             if progress is not None:
                 progress(step + 1, settings.steps)
-        soft_loss = hard_loss = closed_loss
-        for _ in range(SWAP_ROUNDS if settings.swaps else 0):
-            best, best_loss = ranked, hard_loss
-            for swapped in _swaps(ranked, weights.values / cost_L, settings.swaps):
-                loss = loss_without(swapped)
-                runs += 1
-                if loss < best_loss:
-                    best, best_loss = swapped, loss
-            if best is ranked:
-                break
-            ranked, hard_loss = best, best_loss
-        final_L = _expected(weights.values / cost_L, cost_L, ranked, settings)
-    while len(ranked) < len(blocks):
-        ranked += _lowest(weights.values / cost_L, ranked, 1)
+        soft_loss = removal.loss
+        removal.swap(weights.values / cost_L)
+        final_L = _expected(weights.values / cost_L, cost_L, removal.closed, settings)
     outside = [gate < CLOSED or gate > OPEN for gate in final_L.tolist()]
     return GateResult(
-        ranking=tuple(ranked),
+        # The blocks that stay follow by their weights.
+        ranking=(*removal.closed, *_lowest(weights.values / cost_L, removal.closed, num_blocks)),
         gates=tuple(final_L.tolist()),
         history=tuple(history),
         polarized=sum(outside) / len(outside),
         soft_loss=soft_loss,
-        hard_loss=hard_loss,
+        hard_loss=removal.loss,
         steps=settings.steps,
-        tokens=settings.steps * settings.sequences_per_step * ids_NT.shape[1],
-        check_tokens=runs * ids_BT.numel(),
+        tokens=settings.steps * SEQUENCES_PER_STEP * ids_NT.shape[1],
+        check_tokens=removal.tokens,
         seconds=time.perf_counter() - began,
     )
+
+
+def _influence(dense: PreTrainedModel, tokens: TokenSet) -> Tensor:
+    """Block Influence on the first step's sequences, in medians: what gates start from."""
+    first = tokens.of(list(range(min(len(tokens.ids_NT), SEQUENCES_PER_STEP))))
+    influence_L = 1.0 - torch.tensor(measure_evidence(dense, first).block_cosine, dtype=torch.float64)
+    return (influence_L / influence_L.median()).clamp(1e-3, MOST_INFLUENCE)
+
+
+class _Removal:
+    """The blocks that are closed for good, in the order they were, and the loss without them on a little text.
+
+    Attributes:
+        closed: block numbers.
+        loss: KL to the dense model, nats a token, with exactly these blocks left out.
+        tokens: how many ran to measure losses.
+    """
+
+    def __init__(self, model: GatedModel, ids_BT: Tensor, targets: DenseTargets) -> None:
+        self._model = model
+        self._ids_BT = ids_BT
+        self._targets = targets
+        self.closed: list[int] = []
+        self.loss = 0.0
+        self.tokens = 0
+
+    def close_one(self, weight_L: Tensor, cost_L: Tensor) -> None:
+        """Close one more block: of those with the lowest weights, the one whose removal costs least now."""
+        # The mean cost of a gate is over states in which others were half open; the next one to close is the cheapest
+        # of a few when it is closed on top of those that are.
+        shortlist = _lowest(weight_L, self.closed, SHORTLIST)
+        losses = {block: self._loss_without([*self.closed, block]) for block in shortlist}
+        block = min(shortlist, key=lambda block: (losses[block] - self.loss) / float(cost_L[block]))
+        self.closed.append(block)
+        self.loss = losses[block]
+
+    def swap(self, weight_L: Tensor) -> None:
+        """Swap a closed block for a kept one, as long as a swap lowers the loss."""
+        # Blocks were closed one by one: an early one may be a bad choice beside those that were closed after it.
+        for _ in range(SWAP_ROUNDS):
+            best, best_loss = self.closed, self.loss
+            for swapped in _swaps(self.closed, weight_L):
+                loss = self._loss_without(swapped)
+                if loss < best_loss:
+                    best, best_loss = swapped, loss
+            if best is self.closed:
+                break
+            self.closed, self.loss = best, best_loss
+
+    def _loss_without(self, removed: Sequence[int]) -> float:
+        self.tokens += self._ids_BT.numel()
+        gate_L = torch.ones(len(decoder_blocks(self._model.dense)), device=self._ids_BT.device)
+        gate_L[list(removed)] = 0.0
+        with torch.no_grad():
+            hidden_BTD = self._model.hidden(self._ids_BT, gate_L.expand(len(self._ids_BT), -1))
+        return float(kl_to_dense(self._model.dense, hidden_BTD, self._targets, stride=STRIDE)[0].mean())
 
 
 class _Weights:
     """Running mean, per gate, of the loss that closing it costs; it starts from Block Influence."""
 
-    def __init__(self, influence_L: Tensor, settings: GateSettings) -> None:
+    def __init__(self, influence_L: Tensor) -> None:
         self._influence_L = influence_L
         self._sum_L = torch.zeros_like(influence_L)
         self._count_L = torch.zeros_like(influence_L)
-        self._prior = settings.prior
-        self._decay = settings.decay
+        self._prior = PRIOR
 
     def add(self, cost_BL: Tensor, in_play_BL: Tensor) -> None:
         # A gate that is nearly closed can have a slope a thousand times the usual, of either sign; one such measurement
@@ -324,9 +326,9 @@ class _Weights:
         if in_play_BL.any():
             usual = float(cost_BL[in_play_BL].abs().median())
             cost_BL = cost_BL.clamp(-usual, MOST_COST * usual)
-        self._sum_L = self._decay * self._sum_L + (cost_BL * in_play_BL).sum(0)
-        self._count_L = self._decay * self._count_L + in_play_BL.sum(0)
-        self._prior *= self._decay
+        self._sum_L = DECAY * self._sum_L + (cost_BL * in_play_BL).sum(0)
+        self._count_L = DECAY * self._count_L + in_play_BL.sum(0)
+        self._prior *= DECAY
 
     @property
     def values(self) -> Tensor:
@@ -334,9 +336,8 @@ class _Weights:
         unit = self._sum_L.sum().clamp_min(0.0) / (self._count_L * self._influence_L).sum()
         start_L = self._influence_L * (unit if unit > 0.0 else 1.0)
         values_L = (self._prior * start_L + self._sum_L) / (self._prior + self._count_L)
-        return torch.maximum(
-            values_L, 1e-3 * start_L.median()
-        )  # a removal may seem to help; its logarithm must exist
+        # A removal may seem to help: then its cost is below zero, but its logarithm must exist.
+        return torch.maximum(values_L, 1e-3 * start_L.median())
 
 
 def _expected(weight_L: Tensor, cost_L: Tensor, closed: Sequence[int], settings: GateSettings) -> Tensor:
@@ -346,9 +347,10 @@ def _expected(weight_L: Tensor, cost_L: Tensor, closed: Sequence[int], settings:
     left = settings.count - len(closed)
     if left == 0:
         return open_L
-    removal = max(settings.pressure * left, min(settings.least, float(open_L.sum()) / 4))
+    removal = max(PRESSURE * left, min(LEAST_CLOSED, float(open_L.sum()) / 4))
     logit_L = weight_L.log() / settings.eps
     target = float((open_L * cost_L).sum()) - removal
+    # Bisection: the expected cost of what stays open falls as the threshold rises.
     low, high = float(logit_L.min()) - 50.0, float(logit_L.max()) + 50.0
     for _ in range(60):
         threshold = (low + high) / 2
@@ -357,13 +359,14 @@ def _expected(weight_L: Tensor, cost_L: Tensor, closed: Sequence[int], settings:
     return open_L * torch.sigmoid(logit_L - low)
 
 
-def _sample(expected_L: Tensor, num_sequences: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+def _sample(expected_L: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Gates with these expected openings, (B, L), and which of them are in play: uniform, the rest open or closed."""
-    half = (num_sequences // 2, len(expected_L))
+    half = (SEQUENCES_PER_STEP // 2, len(expected_L))
     # A uniform gate is half closed on average, so it plays twice as often as it is to be closed.
     play = torch.rand(half, generator=rng) < 2.0 * (1.0 - expected_L)
     uniform = torch.rand(half, generator=rng)
     open_L = expected_L > 0.0
+    # Both halves of the sequences play the same gates, at u and at 1 - u: their mean is less noisy.
     play = (play & open_L).repeat(2, 1)
     gates_BL = torch.where(play, torch.cat([uniform, 1.0 - uniform]), open_L.float())
     return gates_BL, play
@@ -372,10 +375,11 @@ def _sample(expected_L: Tensor, num_sequences: int, rng: torch.Generator) -> tup
 def _due(step: int, settings: GateSettings) -> int:
     """How many gates are closed for good after this step."""
     done = (step + 1) / settings.steps
-    if done < settings.warmup:
+    if done < WARMUP:
         return 0
-    part = (done - settings.warmup) / (1.0 - settings.warmup) if settings.warmup < 1.0 else 1.0
-    return settings.count if step + 1 == settings.steps else 1 + math.floor((settings.count - 1) * part)
+    if step + 1 == settings.steps:  # whatever rounding says
+        return settings.count
+    return 1 + math.floor((settings.count - 1) * (done - WARMUP) / (1.0 - WARMUP))
 
 
 def _lowest(weight_L: Tensor, ranked: Sequence[int], number: int) -> list[int]:
@@ -383,43 +387,31 @@ def _lowest(weight_L: Tensor, ranked: Sequence[int], number: int) -> list[int]:
     return sorted(left, key=lambda i: (float(weight_L[i]), i))[:number]
 
 
-def _cut(tokens: TokenSet, settings: GateSettings, rng: torch.Generator) -> TokenSet:
-    """The sequences to train on: `positions` long, chosen and ordered by the seed."""
-    pieces = tokens.cut(max(settings.positions, tokens.num_in_front + 2))
-    return pieces.of(torch.randperm(len(pieces.ids_NT), generator=rng)[: settings.sequences].tolist())
+def _cut(tokens: TokenSet, rng: torch.Generator) -> TokenSet:
+    """The sequences to train on: `POSITIONS` long, chosen and ordered by the seed."""
+    pieces = tokens.cut(max(POSITIONS, tokens.num_in_front + 2))
+    return pieces.of(torch.randperm(len(pieces.ids_NT), generator=rng)[:SEQUENCES].tolist())
 
 
-def _slopes(
-    model: GatedModel, ids_BT: Tensor, targets: DenseTargets, gates_BL: Tensor, stride: int
-) -> Tensor:
+def _slopes(model: GatedModel, ids_BT: Tensor, targets: DenseTargets, gates_BL: Tensor) -> Tensor:
     """Slope of each sequence's KL in each of its gates, (B, L), on the CPU."""
     gates_BL = gates_BL.to(ids_BT.device).requires_grad_()
     with torch.enable_grad():
         hidden_BTD = model.hidden(ids_BT, gates_BL)
-    loss_B, slope_BTD = kl_to_dense(model.dense, hidden_BTD.detach(), targets, stride=stride, slopes=True)
+    loss_B, slope_BTD = kl_to_dense(model.dense, hidden_BTD.detach(), targets, stride=STRIDE, slopes=True)
     if not loss_B.isfinite().all():
         raise InputError("The gated model's loss is not finite. Load the model in bfloat16 or float32.")
     (slope_BL,) = torch.autograd.grad(hidden_BTD, gates_BL, slope_BTD)
     return slope_BL.cpu().double()
 
 
-def _swaps(removed: Sequence[int], weight_L: Tensor, num_kept: int) -> Iterator[list[int]]:
+def _swaps(removed: Sequence[int], weight_L: Tensor) -> Iterator[list[int]]:
     """The removed blocks with one swapped: the two that matter most for those that matter least of the kept."""
     by_weight = sorted(range(len(weight_L)), key=lambda i: (float(weight_L[i]), i))
     returns = [i for i in by_weight if i in removed][-2:]
-    goes = [i for i in by_weight if i not in removed][:num_kept]
+    goes = [i for i in by_weight if i not in removed][:SWAPPED_IN]
     for old, new in product(returns, goes):
         yield [new if i == old else i for i in removed]
-
-
-def _loss_without(
-    model: GatedModel, ids_BT: Tensor, targets: DenseTargets, removed: Sequence[int], stride: int
-) -> float:
-    gate_L = torch.ones(len(decoder_blocks(model.dense)), device=ids_BT.device)
-    gate_L[list(removed)] = 0.0
-    with torch.no_grad():
-        hidden_BTD = model.hidden(ids_BT, gate_L.expand(len(ids_BT), -1))
-    return float(kl_to_dense(model.dense, hidden_BTD, targets, stride=stride)[0].mean())
 
 
 def kl_to_dense(

@@ -32,7 +32,15 @@ from foldsearch.model.evidence import (
     measure_evidence,
     next_token_losses,
 )
-from foldsearch.model.gates import GatedModel, GateSettings, kl_to_dense, train_gates
+from foldsearch.model.gates import (
+    POSITIONS,
+    SEQUENCES,
+    SEQUENCES_PER_STEP,
+    GatedModel,
+    GateSettings,
+    kl_to_dense,
+    train_gates,
+)
 from foldsearch.model.head import head_logits, last_hidden
 from foldsearch.model.judge import ask_dense
 from foldsearch.model.source import open_dense, open_tokenizer, prepare
@@ -42,7 +50,7 @@ from foldsearch.model.tokens import TokenSet
 COUNTS = (3, 6, 9)
 EPS = (0.1, 0.5, 1.0)  # of the picture
 CLOSING = GateSettings(count=6)  # the defaults of the package
-BUDGET = CLOSING.tokens  # of every recipe, so the table compares at equal tokens
+BUDGET = CLOSING.steps * SEQUENCES_PER_STEP * POSITIONS  # of every recipe, so the table compares at equal tokens
 
 
 # ------------------------------------------------------------------------------------------------ recipes that lost
@@ -71,11 +79,11 @@ def descend(
     their first value to their second.
     """
     began = time.perf_counter()
-    num_blocks, batch, length = len(start_L), CLOSING.sequences_per_step, CLOSING.positions
+    num_blocks, batch, length = len(start_L), SEQUENCES_PER_STEP, POSITIONS
     steps = tokens // (batch * length)
     rng = torch.Generator().manual_seed(seed)
     text = text.cut(length)
-    text = text.of(torch.randperm(len(text.ids_NT), generator=rng)[: CLOSING.sequences].tolist())
+    text = text.of(torch.randperm(len(text.ids_NT), generator=rng)[:SEQUENCES].tolist())
     ids_NT, scored_NP = text.ids_NT, text.scored
     weight_L = start_L.clone().float()
     first_L, second_L = torch.zeros(num_blocks), torch.zeros(num_blocks)
@@ -286,11 +294,8 @@ class Bench:
         settings = replace(CLOSING, count=count, seed=seed)
         closings = {
             "closing": settings,
-            "closing, no swaps": replace(settings, swaps=0),
-            "closing, no shortlist": replace(settings, shortlist=1),
             "closing, half the tokens": replace(settings, steps=settings.steps // 2),
             "closing, twice the tokens": replace(settings, steps=settings.steps * 2),
-            "closing, hardened at the end only": replace(settings, warmup=1.0),
             "closing, eps 0.1": replace(settings, eps=0.1),
             "closing, eps 1": replace(settings, eps=1.0),
         }
