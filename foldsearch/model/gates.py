@@ -60,15 +60,18 @@ PRESSURE = 0.75
 # Blocks that are closed on average at least, but never more than a quarter of the open ones: with fewer in play, most
 # gates would be measured too seldom to be ranked.
 LEAST_CLOSED = 3.0
-WARMUP = 0.4  # share of the steps before the first gate closes for good: until then, too few measurements rank it
+# Share of the steps before the first gate closes for good: until then, too few measurements rank it.
+WARMUP = 0.4
 
-DECAY = 0.97  # of the running mean, a step: what was measured while other gates were open counts less and less
+# Of the running mean, a step: what was measured while other gates were open counts less and less.
+DECAY = 0.97
 PRIOR = 3.0  # measurements that the Block Influence which gates start from counts for: it is soon outvoted
 MOST_COST = 10.0  # that one measurement can say, in medians of its step
 MOST_INFLUENCE = 20.0  # of a block at the start, in medians: the first block's is far out and says no more
 
 SHORTLIST = 3  # so many gates of the lowest weights are tried closed before one of them closes for good
-SWAPPED_IN = 4  # at the end, so many of the kept blocks are tried in place of the two removed ones that matter most
+# At the end, so many of the kept blocks are tried in place of the two removed ones that matter most.
+SWAPPED_IN = 4
 SWAP_ROUNDS = 2  # each makes one swap at most
 
 

@@ -50,7 +50,8 @@ from foldsearch.model.tokens import TokenSet
 COUNTS = (3, 6, 9)
 EPS = (0.1, 0.5, 1.0)  # of the picture
 CLOSING = GateSettings(count=6)  # the defaults of the package
-BUDGET = CLOSING.steps * SEQUENCES_PER_STEP * POSITIONS  # of every recipe, so the table compares at equal tokens
+# Of every recipe, so that the table compares at equal tokens.
+BUDGET = CLOSING.steps * SEQUENCES_PER_STEP * POSITIONS
 
 
 # ------------------------------------------------------------------------------------------------ recipes that lost
