@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from foldsearch.context import TrialContext
-    from foldsearch.export.figures import ExportReport, Form
+    from foldsearch.export.figures import ExportReport
     from foldsearch.model.choices import ChoiceQuality, EncodedOption, Question
     from foldsearch.model.evidence import Evidence
     from foldsearch.model.harness import TaskScore
@@ -218,7 +218,7 @@ def try_plan(
 
 
 def export_tried(
-    study: Study, folder: Path, out: Path, *, form: Form = "folded", progress: StageProgress = silent
+    study: Study, folder: Path, out: Path, *, form: str = "folded", progress: StageProgress = silent
 ) -> ExportReport:
     """Write the model that `try_plan` measured last in `folder`, and verify it in a fresh process.
 
@@ -302,7 +302,7 @@ def export_trial(
     number: int,
     out: Path,
     *,
-    form: Form = "folded",
+    form: str = "folded",
     progress: StageProgress = silent,
     notice: Notice = unheard,
 ) -> ExportReport:
@@ -314,13 +314,13 @@ def export_trial(
         run: the run.
         number: of a trial that reached the last rung.
         out: new folder; whole or absent.
-        form: "folded" (shared weights once) or "expanded" (the stock architecture).
+        form: the name of the runtime: "folded" (shared weights once) or "expanded" (the stock architecture).
         progress: told what is being done.
         notice: told what a person should know.
 
     Raises:
         RunError: the trial was not measured, or the model or the tokens are others than the run was made with.
-        InputError: `out` exists, or the disk is full. PlanError: the form cannot say what the plan needs.
+        InputError: `out` exists, or the disk is full. PlanError: the runtime cannot do what the plan needs.
         VerificationError: the rebuilt model, or what was written, is not the model that was measured.
     """
     from foldsearch.export import check_export
@@ -338,14 +338,14 @@ def _export(
     context: TrialContext,
     number: int,
     out: Path,
-    form: Form,
+    form: str,
     details: dict[str, Any],
     recorded: list[TrialResult],
     progress: StageProgress,
 ) -> ExportReport:
     """Rebuild a trial's model and ship it. details: what else goes into the card, beside model and result."""
     from foldsearch.context import open_workbench
-    from foldsearch.export import export
+    from foldsearch.export import Shipment, export
     from foldsearch.model.source import open_tokenizer
     from foldsearch.rebuild import check_rebuilt, recovered_model
 
@@ -355,10 +355,7 @@ def _export(
     rebuilt = check_rebuilt(context, number, model, recorded)
     bench = open_workbench(context)
     progress("writing and verifying in a fresh process", 0.0)
-    return export(
-        model,
-        open_tokenizer(context.files),
-        out,
+    shipment = Shipment(
         plan=result.plan,
         form=form,
         dtype=context.target.dtype,
@@ -373,6 +370,7 @@ def _export(
             "result": result.to_json(),
         },
     )
+    return export(model, open_tokenizer(context.files), out, shipment)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import foldsearch
+from foldsearch import runtimes
 from foldsearch.plan.extend import DEFAULT_RANK, PATTERNS
 
 _ABOUT = """\
@@ -199,7 +200,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
     _add_choice(parser)
     _add_out(parser, "new folder", required=True)
     form = "folded: shared weights stored once, needs its own code; expanded: the stock architecture"
-    parser.add_argument("--form", choices=("folded", "expanded"), default="folded", help=form)
+    parser.add_argument("--form", choices=runtimes.names(), default="folded", help=form)
     parser.add_argument(
         "--prompt", metavar="TEXT", help="let the exported model and the dense one go on with this text"
     )
@@ -296,9 +297,7 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--context", type=_whole, metavar="T", help="tokens in the KV cache")
     parser.add_argument("--batch", type=_whole, metavar="B", help="sequences served at once")
-    parser.add_argument(
-        "--runtime", choices=("folded", "expanded"), help="whether the runtime can share weights"
-    )
+    parser.add_argument("--runtime", choices=runtimes.names(), help="whether the runtime can share weights")
 
 
 def _add_data_options(parser: argparse.ArgumentParser) -> None:

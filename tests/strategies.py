@@ -84,5 +84,5 @@ targets = st.builds(
     context=st.integers(1, 300),
     batch=st.integers(1, 3),
     prefill_chunk=st.integers(1, 300),
-    runtime=st.sampled_from(["folded", "expanded"]),
+    shares_weights=st.booleans(),
 )

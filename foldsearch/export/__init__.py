@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from foldsearch.export.figures import ExportReport, Form, ModelFigures
-    from foldsearch.export.ship import check_export, export, load_exported
+    from foldsearch.export.figures import ExportReport, ModelFigures
+    from foldsearch.export.ship import Shipment, check_export, export, load_exported
 
-__all__ = ["ExportReport", "Form", "ModelFigures", "check_export", "export", "load_exported"]
+__all__ = ["ExportReport", "ModelFigures", "Shipment", "check_export", "export", "load_exported"]
 
 
 def __getattr__(name: str) -> Any:

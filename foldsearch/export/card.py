@@ -8,6 +8,7 @@ from pathlib import Path
 
 from foldsearch.export.figures import ExportReport
 from foldsearch.paths import printable
+from foldsearch.runtimes import runtime_named
 
 PROMPT = "The history of the world is"
 
@@ -19,16 +20,9 @@ def model_card(report: ExportReport, folder: Path) -> str:
         report: what was shipped.
         folder: where it lies, as the loading lines name it.
     """
-    folded = report.form == "folded"
+    runtime = runtime_named(report.form)
     table = "\n".join(f"| {' | '.join(row)} |" for row in report.rows)
     notes = "\n\n".join([*(f"Speed of {words}." for words in report.unsteady), report.how_measured])
-    how = (
-        "The folder holds the code that runs it (`folded.py`, `parts.py`, `blocks.py`, Apache-2.0): transformers runs "
-        "it only where `trust_remote_code=True` allows it, for the model and for the tokenizer. After "
-        "`import foldsearch` it is not needed."
-        if folded
-        else "A stock transformers model: it needs nothing else."
-    )
     details = ""
     if report.details:
         details = f"\n## Details\n\n```json\n{json.dumps(report.details, indent=1)}\n```\n"
@@ -42,7 +36,7 @@ tags: [foldsearch, text-generation]
 Made by foldsearch from **{base_model}** ({report.num_blocks} blocks). The weights derive from that model:
 its licence and its terms of use apply to them.
 
-What runs at each depth, in {report.dtype}, shared weights {"stored once" if folded else "written out"}:
+What runs at each depth, in {report.dtype}, shared weights {"stored once" if runtime.shares_weights else "written out"}:
 
     {report.plan}
 
@@ -57,7 +51,7 @@ What runs at each depth, in {report.dtype}, shared weights {"stored once" if fol
 ```python
 {loading_lines(report, folder)}```
 
-{how}
+{runtime.card}
 
 ## Verified
 
@@ -69,13 +63,21 @@ Reloaded in a fresh process and compared with the model that was measured:
 
 def loading_lines(report: ExportReport, folder: Path) -> str:
     """Python that loads an export and lets it write: it runs as it stands, and asks nothing."""
-    trust = ", trust_remote_code=True" if report.form == "folded" else ""
+    runtime = runtime_named(report.form)
+    trust = ", trust_remote_code=True" if runtime.carries_code else ""
+    classes = [
+        *([] if runtime.loader else ["AutoModelForCausalLM"]),
+        *(["AutoTokenizer"] if report.has_tokenizer else []),
+    ]
     lines = [
-        "import torch",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        *([] if report.has_tokenizer else ["import torch"]),
+        *([f"from transformers import {', '.join(classes)}"] if classes else []),
+        *([f"from {runtime.loader} import load"] if runtime.loader else []),
         "",
         f"FOLDER = {str(folder)!r}  # where this file lies, or the name of the model on the hub",
-        f'model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto"{trust})',
+        'model, _ = load(FOLDER, "auto", None)'
+        if runtime.loader
+        else f'model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto"{trust})',
     ]
     if report.has_tokenizer:
         lines += [
@@ -84,9 +86,7 @@ def loading_lines(report: ExportReport, folder: Path) -> str:
             "written = model.generate(prompt.input_ids, attention_mask=prompt.attention_mask, max_new_tokens=20)",
             "print(tokenizer.decode(written[0], skip_special_tokens=True))",
         ]
-        del lines[0]
     else:
-        lines[1] = "from transformers import AutoModelForCausalLM"
         lines += [
             "prompt = torch.tensor([[1, 2, 3]])  # token ids: the model was exported without a tokenizer",
             "print(model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20))",

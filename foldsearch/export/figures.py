@@ -6,9 +6,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
-
-Form = Literal["folded", "expanded"]
+from typing import Any, NamedTuple
 
 # Rounds that differ by more tell of the machine, not of the model: dropping a third of the blocks, which is a lot,
 # makes a model 1.5 times as fast.
@@ -94,6 +92,7 @@ def spread(values: Sequence[float]) -> Spread:
 class ExportReport:
     """What was shipped, and the checks it passed.
 
+    form: the name of the runtime (see `foldsearch.runtimes`).
     dense: the model it was folded from, in the same dtype, loaded in the same way; None where there is none to
     compare with, and `dense_note` says why. file_bytes: of the export's weight files.
     prompt, decode: speed of reading a prompt of `prompt_tokens`, and of writing one token after the other with the KV
@@ -106,7 +105,7 @@ class ExportReport:
     has_tokenizer: whether the folder holds one. threads: of the processor, for all timings.
     """
 
-    form: Form
+    form: str
     dtype: str
     plan: str
     num_blocks: int

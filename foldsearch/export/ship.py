@@ -8,11 +8,12 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -29,15 +30,14 @@ from foldsearch.errors import (
 )
 from foldsearch.export import verify
 from foldsearch.export.card import model_card
-from foldsearch.export.figures import ExportReport, Form, ModelFigures, Speed
+from foldsearch.export.figures import ExportReport, ModelFigures, Speed
 from foldsearch.export.process import ModelProcess, ProcessError
-from foldsearch.export.write import check_expandable, expand, write_folded
 from foldsearch.files import check_writable
-from foldsearch.model.fold import cast
-from foldsearch.model.parts import Borrowed
+from foldsearch.model.fold import cast as in_dtype
 from foldsearch.paths import beside, check_path, printable
 from foldsearch.plan.cost import DTYPE_BYTES, GB
 from foldsearch.plan.plan import FoldPlan
+from foldsearch.runtimes import Loader, Runtime, runtime_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,18 +53,42 @@ MOST_ROUNDS, TIMED_SECONDS, FEWEST_ROUNDS = 9, 8.0, 3
 ROOM = 1.1  # of disk or memory, as a multiple of the weights
 
 
+@dataclass(frozen=True, slots=True)
+class Shipment:
+    """What is shipped of a model, and what it is held against.
+
+    plan: of the model. form: the name of the runtime (see `foldsearch.runtimes`). dtype: float32, bfloat16 or float16.
+    ids_NT: int64 token ids, N sequences of T ≥ 2 tokens: what logits, decoding and perplexity are taken on.
+    text_NT: bool, which of them are of the text (see `foldsearch.model.tokens.TokenSet`); None is all. Perplexity is
+    over the positions that predict one of these.
+    dense: the model it was folded from. Where it was loaded from a folder, its figures are taken too.
+    details: goes into foldsearch.json and the card, as it is (JSON); "base_model" names the base model.
+    """
+
+    plan: FoldPlan
+    form: str
+    dtype: str
+    ids_NT: Tensor
+    text_NT: Tensor | None = None
+    dense: PreTrainedModel | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> dict[str, Tensor]:
+        """ids_NT and text_NT, as every process is given them."""
+        ids_NT = self.ids_NT.detach().to("cpu")
+        text_NT = (
+            torch.ones_like(ids_NT, dtype=torch.bool) if self.text_NT is None else self.text_NT.to("cpu")
+        )
+        return {"ids_NT": ids_NT.contiguous(), "text_NT": text_NT.contiguous()}
+
+
 def export(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
+    shipment: Shipment,
     *,
-    plan: FoldPlan,
-    form: Form,
-    dtype: str,
-    ids_NT: Tensor,
-    text_NT: Tensor | None = None,
-    dense: PreTrainedModel | None = None,
-    details: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write `model` to `folder` and verify what was written, in fresh processes, in the dtype that ships.
@@ -75,57 +99,51 @@ def export(
         model: a folded model, recovered, its deltas merged; any dtype, any device. It is not changed.
         tokenizer: saved beside the weights.
         folder: where to; its parent is made.
-        plan: of the model.
-        form: "folded" (shared weights once; transformers with trust_remote_code, or after `import foldsearch`) or
-            "expanded" (the stock architecture: shared weights again for every child, adapters merged).
-        dtype: float32, bfloat16 or float16.
-        ids_NT: int64 token ids, N sequences of T ≥ 2 tokens: what logits, decoding and perplexity are taken on.
-        text_NT: bool, which of them are of the text (see `foldsearch.model.tokens.TokenSet`); None is all. Perplexity
-            is over the positions that predict one of these.
-        dense: the model it was folded from. Where it was loaded from a folder, its figures are taken too.
-        details: goes into foldsearch.json and the card, as it is (JSON); "base_model" names the base model.
+        shipment: the plan, the form, and what the export is held against.
         overwrite: replace a folder that is there.
 
     Raises:
         InputError: the folder exists, an argument is unknown, the disk is full.
         ModelError: the model is not a folded one.
-        PlanError: the model runs another plan, or the form cannot say what the plan needs.
+        PlanError: the model runs another plan, or the runtime cannot do what the plan needs.
         VerificationError: what was written is not the model that was measured; the message lists every fault.
     """
-    _check_arguments(model, folder, plan, form, dtype, ids_NT, overwrite)
-    details = dict(details or {})
-    base_model = str(details.pop("base_model", "") or Path(str(model.config.name_or_path)).name or "unknown")
-    ids_NT = ids_NT.detach().to("cpu")
-    text_NT = torch.ones_like(ids_NT, dtype=torch.bool) if text_NT is None else text_NT.to("cpu")
-    measured = _as_shipped(model, dtype)
-    # adapters are merged before weights are rounded: the sum is rounded once
-    shipped = _as_shipped(expand(model), dtype) if form == "expanded" else measured
-    merged = form == "expanded" and any(isinstance(part, Borrowed) and part.rank for part in model.modules())
+    _check_arguments(model, folder, shipment, overwrite=overwrite)
+    runtime = runtime_named(shipment.form)
+    writer = runtime.writer
+    measured = _as_shipped(model, shipment.dtype)
+    written, is_exact = writer.before_rounding(model)
+    shipped = measured if written is model else _as_shipped(written, shipment.dtype)
     weight_bytes = _weight_bytes(shipped)
     _make_room(folder, weight_bytes)
+    with _whole_or_absent(folder, weight_bytes) as temporary:
+        writer.write(shipped, temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        del written, shipped
+        job = _Job(
+            folder=temporary,
+            measured=measured,
+            tokens=shipment.tokens,
+            runtime=runtime,
+            dtype=shipment.dtype,
+            tolerance=0.0 if is_exact else ROUNDING[shipment.dtype],
+            weight_bytes=weight_bytes,
+        )
+        report = _report(job, shipment)
+        (temporary / "foldsearch.json").write_text(json.dumps(report.to_json(), indent=1))
+        (temporary / "README.md").write_text(model_card(report, folder), encoding="utf-8")
+    return report
+
+
+@contextmanager
+def _whole_or_absent(folder: Path, weight_bytes: int) -> Iterator[Path]:
+    """A folder to write in, which gets its name when all went well, and else is removed."""
     temporary = beside(folder, "partial")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        if form == "expanded":
-            shipped.save_pretrained(temporary)
-        else:
-            write_folded(shipped, temporary)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        del shipped
-        job = _Job(
-            folder=temporary,
-            measured=measured,
-            tokens={"ids_NT": ids_NT.contiguous(), "text_NT": text_NT.contiguous()},
-            form=form,
-            dtype=dtype,
-            tolerance=ROUNDING[dtype] if merged else 0.0,
-            weight_bytes=weight_bytes,
-        )
-        report = _report(job, dense, plan=plan, base_model=base_model, details=details)
-        (temporary / "foldsearch.json").write_text(json.dumps(report.to_json(), indent=1))
-        (temporary / "README.md").write_text(model_card(report, folder), encoding="utf-8")
+        yield temporary
         _rename(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise InputError(
@@ -137,7 +155,6 @@ def export(
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return report
 
 
 def _make_room(folder: Path, weight_bytes: int) -> None:
@@ -157,28 +174,27 @@ def _make_room(folder: Path, weight_bytes: int) -> None:
         )
 
 
-def check_export(folder: Path, plan: FoldPlan, form: Form, *, by_position: bool = False) -> None:
+def check_export(folder: Path, plan: FoldPlan, form: str, *, by_position: bool = False) -> None:
     """What can be refused before a model is opened.
 
     Args:
         folder: where to.
         plan: of the model.
-        form: "folded" or "expanded".
+        form: the name of the runtime.
         by_position: whether the model scales attention by a block's position (`CostTable.by_position`).
 
     Raises:
-        InputError: the folder exists, or cannot be written.
-        PlanError: the form cannot say what the plan needs.
+        InputError: the folder exists, or cannot be written; there is no such runtime.
+        PlanError: the runtime cannot do what the plan needs.
     """
     check_path(folder, "an export's path")
     _check_new(folder)
     check_writable(folder.parent, "an export")
-    if form == "expanded":
-        check_expandable(plan, by_position=by_position)
+    runtime_named(form).check(plan, by_position=by_position)
 
 
 def load_exported(folder: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """An exported model, folded or expanded, in eval mode and its own dtype; and its tokenizer, where it has one.
+    """An exported model, whatever its form, in eval mode and its own dtype; and its tokenizer, where it has one.
 
     Raises:
         ModelError: not a model folder, or weights are missing from it.
@@ -189,34 +205,42 @@ def load_exported(folder: Path | str) -> tuple[PreTrainedModel, PreTrainedTokeni
 
     register()
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    loader = _loader_of(folder)
+    if not loader and not (folder / "config.json").is_file():
         raise ModelError(
             f"{printable(folder)} is not an exported model: it has no config.json. `foldsearch export` writes one."
         )
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    if wrong := verify.wrong_keys(loaded[1]):
+    if loader:
+        loaded, wrong = cast("Loader", import_module(loader)).load(str(folder), "auto", None)
+    else:
+        auto: Any = AutoModelForCausalLM
+        loaded, info = auto.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        wrong = verify.wrong_keys(info)
+    if wrong:
         raise ModelError(
             f"{printable(folder)} does not hold the weights its config asks for: {wrong[:5]}. Export it again."
         )
-    model: PreTrainedModel = loaded[0].eval()
+    model: PreTrainedModel = loaded.eval()
     if not (folder / "tokenizer_config.json").is_file():
         return model, None
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     return model, tokenizer
 
 
+def _loader_of(folder: Path) -> str:
+    """The module that loads an export; empty where transformers does, as for a folder that says nothing of it."""
+    try:
+        form = json.loads((folder / "foldsearch.json").read_text())["form"]
+        return runtime_named(form).loader
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 # ---- checks
 
 
-def _check_arguments(
-    model: PreTrainedModel,
-    folder: Path,
-    plan: FoldPlan,
-    form: str,
-    dtype: str,
-    ids_NT: Tensor,
-    overwrite: bool,
-) -> None:
+def _check_arguments(model: PreTrainedModel, folder: Path, shipment: Shipment, *, overwrite: bool) -> None:
+    plan, dtype, ids_NT = shipment.plan, shipment.dtype, shipment.ids_NT
     fold = getattr(model.config, "fold", None)
     if not fold:
         raise ModelError(
@@ -226,8 +250,8 @@ def _check_arguments(
         raise PlanError(
             f"the model runs the plan '{fold['plan']}', not '{plan}'. Export it with its own plan."
         )
-    if form not in get_args(Form):
-        raise InputError(f"the form of an export is 'folded' or 'expanded', got '{form}'.")
+    by_position = bool(getattr(model.config, "scale_attn_by_inverse_layer_idx", False))
+    runtime_named(shipment.form).check(plan, by_position=by_position)
     if dtype not in DTYPE_BYTES:
         raise InputError(f"an export's dtype is one of {', '.join(DTYPE_BYTES)}, got '{dtype}'.")
     if ids_NT.dim() != 2 or ids_NT.shape[0] < 1 or ids_NT.shape[1] < 2:
@@ -254,12 +278,12 @@ class _Job:
     folder: Path
     measured: PreTrainedModel
     tokens: dict[str, Tensor]
-    form: Form
+    runtime: Runtime
     dtype: str
     tolerance: float
     weight_bytes: int
 
-    def loading(self, folder: Path, tensors: Path, *, own_code: bool = False) -> dict[str, Any]:
+    def loading(self, folder: Path, tensors: Path, *, how: str = "") -> dict[str, Any]:
         """How every process loads a folder: the same for all of them."""
         return {
             "folder": str(folder.resolve()),
@@ -267,13 +291,11 @@ class _Job:
             "attention": self.measured.config._attn_implementation,
             "threads": torch.get_num_threads(),
             "tensors": str(tensors),
-            "own_code": own_code,
+            "how": how,
         }
 
 
-def _report(
-    job: _Job, dense: PreTrainedModel | None, *, plan: FoldPlan, base_model: str, details: dict[str, Any]
-) -> ExportReport:
+def _report(job: _Job, shipment: Shipment) -> ExportReport:
     """Load the export in fresh processes, compare it with what was measured, and measure it beside the dense model.
 
     Raises:
@@ -281,6 +303,11 @@ def _report(
     """
     import transformers
 
+    details = dict(shipment.details)
+    base_model = str(
+        details.pop("base_model", "") or Path(str(job.measured.config.name_or_path)).name or "unknown"
+    )
+    plan = shipment.plan
     logits_BTV = verify.compared_logits(job.measured, job.tokens["ids_NT"])
     measured_perplexity = verify.perplexity(job.measured, **job.tokens)
     with tempfile.TemporaryDirectory(prefix="foldsearch-verify-") as name:
@@ -289,10 +316,10 @@ def _report(
         save_file({**job.tokens, "logits_BTV": logits_BTV.contiguous()}, tensors)
         with ModelProcess(workplace) as exported:
             answer, figures = _verify(job, exported, tensors, measured_perplexity)
-            alone = _verify_alone(job, workplace, tensors) if job.form == "folded" else None
-            dense_figures, dense_note, speeds = _compare(job, exported, dense, workplace)
+            alone = _verify_alone(job, workplace, tensors) if job.runtime.carries_code else None
+            dense_figures, dense_note, speeds = _compare(job, exported, shipment.dense, workplace)
     return ExportReport(
-        form=job.form,
+        form=job.runtime.name,
         dtype=job.dtype,
         plan=str(plan),
         num_blocks=plan.num_blocks,
@@ -300,7 +327,7 @@ def _report(
         exported=figures,
         dense=dense_figures,
         dense_note=dense_note,
-        file_bytes=_file_bytes(job.folder),
+        file_bytes=_file_bytes(job),
         prompt_tokens=min(verify.PROMPT_TOKENS, job.tokens["ids_NT"].shape[1]),
         prompt=speeds["prompt"],
         decode=speeds["decode"],
@@ -325,10 +352,12 @@ def _verify(
 ) -> tuple[dict[str, Any], ModelFigures]:
     """Load the export where foldsearch is, and hold it against what was measured."""
     with _told(""):
-        answer = process.ask("load", **job.loading(job.folder, tensors)) | process.ask("quality")
+        answer = process.ask(
+            "load", **job.loading(job.folder, tensors, how=job.runtime.loader)
+        ) | process.ask("quality")
     figures = _figures(answer, job.dtype)
     faults = _logit_faults(answer, job.tolerance) + _faults(job, answer, figures, measured_perplexity)
-    _raise_for(faults, job.form)
+    _raise_for(faults, job.runtime.name)
     return answer, figures
 
 
@@ -336,11 +365,11 @@ def _verify_alone(job: _Job, workplace: Path, tensors: Path) -> bool:
     """Load the export where foldsearch is not: with its own code, and never without."""
     with _told(" without foldsearch"), ModelProcess(workplace, without_foldsearch=True) as process:
         refused = process.ask("is_refused", folder=str(job.folder.resolve()))["refused"]
-        answer = process.ask("load", **job.loading(job.folder, tensors, own_code=True))
+        answer = process.ask("load", **job.loading(job.folder, tensors, how="own code"))
     faults = [f"without foldsearch: {fault}" for fault in _logit_faults(answer, job.tolerance)]
     if not refused:
         faults.append("stock transformers loads the folder without its code, which would run another model")
-    _raise_for(faults, job.form)
+    _raise_for(faults, job.runtime.name)
     return True
 
 
@@ -452,7 +481,7 @@ def _faults(
         )
     if figures.weight_bytes != job.weight_bytes:
         faults.append(f"it holds {figures.parameters} parameters, {job.weight_bytes} bytes were written")
-    file_bytes = _file_bytes(job.folder)
+    file_bytes = _file_bytes(job)
     if not 0 <= file_bytes - job.weight_bytes <= 1_000_000:  # names and shapes of the tensors
         faults.append(f"its files have {file_bytes} bytes for {job.weight_bytes} bytes of weights")
     return faults
@@ -479,12 +508,12 @@ def _figures(answer: dict[str, Any], dtype: str) -> ModelFigures:
     )
 
 
-def _file_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+def _file_bytes(job: _Job) -> int:
+    return sum(file.stat().st_size for file in job.runtime.writer.weight_files(job.folder))
 
 
 def _as_shipped(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
-    twin: Any = cast(model, getattr(torch, dtype))
+    twin: Any = in_dtype(model, getattr(torch, dtype))
     on_cpu: PreTrainedModel = twin.to("cpu")
     return on_cpu
 

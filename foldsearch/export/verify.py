@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 import traceback
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -124,9 +125,13 @@ class Answers:
         return {"refused": False}
 
     def load(
-        self, folder: str, dtype: str, attention: str, threads: int, tensors: str, own_code: bool
+        self, folder: str, dtype: str, attention: str, threads: int, tensors: str, how: str = ""
     ) -> dict[str, Any]:
-        """Load the model, let it read a few tokens, and compare its logits with those in the file `tensors`."""
+        """Load the model, let it read a few tokens, and compare its logits with those in the file `tensors`.
+
+        how: by what: "" by transformers, "own code" by transformers with the folder's code, else the name of a module
+        with a `load` (see `foldsearch.runtimes.Loader`).
+        """
         import transformers
         from safetensors.torch import load_file
         from transformers.utils import logging
@@ -134,23 +139,27 @@ class Answers:
         quiet: Any = logging
         quiet.set_verbosity_error()
         quiet.disable_progress_bar()
-        auto: Any = transformers.AutoModelForCausalLM
         torch.set_num_threads(threads)
         self._given = load_file(tensors)
         before = _resident_bytes()
-        model, info = auto.from_pretrained(
-            folder,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attention,
-            trust_remote_code=own_code,
-            output_loading_info=True,
-        )
+        if how in ("", "own code"):
+            auto: Any = transformers.AutoModelForCausalLM
+            model, info = auto.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                attn_implementation=attention,
+                trust_remote_code=how == "own code",
+                output_loading_info=True,
+            )
+            wrong = wrong_keys(info)
+        else:
+            model, wrong = import_module(how).load(folder, dtype, attention)
         self._model = model.eval()
         logits_BTV = compared_logits(model, self._given["ids_NT"])
         after = _resident_bytes()
         given_BTV = self._given.pop("logits_BTV", logits_BTV)  # the dense model has none to be compared with
         return {
-            "wrong_keys": wrong_keys(info),
+            "wrong_keys": wrong,
             "resident_bytes": None if before is None or after is None else after - before,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "logits_max_difference": float((logits_BTV.float() - given_BTV.float()).abs().max()),

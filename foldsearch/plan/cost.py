@@ -7,7 +7,7 @@ A gigabyte budget bounds weights + adapters + KV cache + activations, for one ta
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from foldsearch.errors import BudgetError
 from foldsearch.plan.plan import FoldPlan, Replacement
@@ -15,7 +15,6 @@ from foldsearch.plan.plan import FoldPlan, Replacement
 GB = 10**9
 DEFAULT_EXPANSION = 4  # hidden width of a replacement that names none, in widths of the model
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-Runtime = Literal["folded", "expanded"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +24,16 @@ class Target:
     dtype: of the stored weights, the KV cache and the activations.
     context: tokens held in the KV cache. batch: sequences served at once.
     prefill_chunk: tokens that go through the model at once when a prompt is read.
-    runtime: "folded" stores a shared weight once; "expanded" stores it again for every child, adapters merged
-    (for runtimes that cannot share).
+    runtime: the name of what runs the export (see `foldsearch.runtimes`).
+    shares_weights: whether it stores a shared weight once; else it stores it again for every child, adapters merged.
     """
 
     dtype: str = "bfloat16"
     context: int = 2048
     batch: int = 1
     prefill_chunk: int = 512
-    runtime: Runtime = "folded"
+    runtime: str = "folded"
+    shares_weights: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,6 @@ def price(plan: FoldPlan, table: CostTable, target: Target) -> Cost:
     """
     if plan.num_blocks != len(table.blocks):
         raise BudgetError(f"the plan is for {plan.num_blocks} blocks, the model has {len(table.blocks)}.")
-    expanded = target.runtime == "expanded"
     context = target.context
     weights, carried, kv_width_tokens = table.fixed_weights, 0, 0
     macs, prefill_context_macs, decode_context_macs = table.fixed_macs, 0, 0
@@ -235,7 +234,7 @@ def price(plan: FoldPlan, table: CostTable, target: Target) -> Cost:
             if source == home and not repeat:
                 weights += unit.weights
                 continue
-            if expanded:
+            if not target.shares_weights:
                 owner = table.blocks[source]
                 weights += owner.attention.weights if own_unit else owner.mlp.weights
             elif slot.rank:

@@ -396,7 +396,7 @@ def lower_bound(proposal: Proposal, table: CostTable, target: Target) -> Cost:
     weights -= sums.most_attention[thinned]
     carried = children * sums.smallest_norm
     macs = table.fixed_macs
-    if target.runtime == "expanded":
+    if not target.shares_weights:
         weights += children * sums.smallest_weights
     else:
         carried += children * proposal.adapter_rank * sums.smallest_adapter

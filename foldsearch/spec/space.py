@@ -24,9 +24,10 @@ from pydantic_core import PydanticKnownError
 from foldsearch.criteria import criterion_names
 from foldsearch.errors import BudgetError, SpecError
 from foldsearch.plan.cost import GB, Budget, Cost, CostTable, Target, price
-from foldsearch.plan.expanded import unexpandable
 from foldsearch.plan.plan import FoldPlan, is_foldable
 from foldsearch.plan.proposal import Fate, Origin, Proposal, fold_plan, lower_bound
+from foldsearch.runtimes import ALL_CAN, Runtime, runtime_named
+from foldsearch.runtimes.needs import WORDS
 
 
 def _known(name: str) -> str:
@@ -370,45 +371,53 @@ def propose_recovery(suggest: Suggest, space: Space) -> tuple[float, int]:
 def for_runtime(space: Space, table: CostTable, target: Target) -> Space:
     """The part of the space that the runtime can hold, and its ranks as whole numbers.
 
-    A runtime that cannot share runs stock blocks (see `foldsearch.plan.expanded`). So blocks are dropped, or replaced
-    by `layer`: every child of a space has an output norm, and stored whole it would save nothing.
-
     Raises:
         SpecError: it can hold no plan of the space.
     """
-    space = space.for_width(table.width)
-    if target.runtime != "expanded":
+    space, runtime = space.for_width(table.width), runtime_named(target.runtime)
+    if not runtime.cannot:
         return space
-    kinds = tuple(kind for kind in space.replace.kinds if kind == "layer")
-    fates = tuple(fate for fate in space.fates if fate == "drop" or (fate == "replace" and kinds))
-    num_blocks = len(table.blocks)
-    lacks = (
-        ""
-        if fates and math.floor(space.removal[1] * num_blocks + 1e-9)
-        else f"the space '{space.name}' has none"
+    held = held_part(space, runtime)
+    changes = (
+        math.floor(space.removal[1] * len(table.blocks) + 1e-9) or held.attention[1] or held.share.max_groups
     )
-    if table.by_position:
+    lacks = "" if held.fates and changes else f"the space '{space.name}' has none"
+    if table.by_position and "moved block" in runtime.cannot:
         lacks = "this model scales attention by a block's position, so its blocks cannot move either"
     if lacks:
+        without = [
+            what for need, (what, _) in WORDS.items() if need in runtime.cannot and need != "moved block"
+        ]
         raise SpecError(
-            "an expanded runtime runs stock blocks, so it can hold plans that drop whole blocks or replace them by "
-            f"'layer' only; but {lacks}. Let the space remove blocks (removal) and drop them (fates), or take the "
-            "folded runtime."
+            f"the {runtime.name} runtime runs {runtime.blocks}, so it can hold plans without {', '.join(without)} "
+            f"only; but {lacks}. Let the space remove blocks (removal) and drop them (fates), or take the {ALL_CAN} "
+            "runtime."
         )
+    return held
+
+
+def held_part(space: Space, runtime: Runtime) -> Space:
+    """The part of the space that the runtime can hold; its fates are empty where that is none.
+
+    Every child of a space has an output norm: what cannot do that shares nothing.
+    """
+    cannot = runtime.cannot
+    kinds = tuple(kind for kind in space.replace.kinds if kind == "layer" or "network" not in cannot)
+    lost = {*(() if kinds else ("replace",)), *(("share",) if "norm" in cannot else ())}
     return space.model_copy(
         update={
-            "fates": fates,
+            "fates": tuple(fate for fate in space.fates if fate not in lost),
             "replace": space.replace.model_copy(update={"kinds": kinds or space.replace.kinds}),
-            "attention": (0.0, 0.0),
-            "share": space.share.model_copy(update={"max_groups": 0}),
+            "attention": (0.0, 0.0) if "half block" in cannot else space.attention,
+            "share": space.share.model_copy(update={"max_groups": 0}) if "norm" in cannot else space.share,
         }
     )
 
 
 def can_run(plan: FoldPlan, table: CostTable, target: Target) -> bool:
     """Whether a lawful plan can be folded from the model of the table, and held by the runtime."""
-    held = target.runtime == "folded" or unexpandable(plan, by_position=table.by_position) is None
-    return held and is_foldable(plan, table.width)
+    refusal = runtime_named(target.runtime).refusal(plan, by_position=table.by_position)
+    return refusal is None and is_foldable(plan, table.width)
 
 
 def narrow(space: Space, table: CostTable, target: Target, budget: Budget) -> Space:

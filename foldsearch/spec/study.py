@@ -9,9 +9,11 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic_core import PydanticKnownError
 
 from foldsearch.plan.cost import DTYPE_BYTES, Budget, Cost, CostTable, Target, parse_flops, price
 from foldsearch.plan.plan import FoldPlan
+from foldsearch.runtimes import listed, names, runtime_named
 from foldsearch.spec.space import Share01, Space, TomlTable, as_toml, narrow
 
 Positive = Annotated[int, Field(gt=0)]
@@ -23,6 +25,15 @@ OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 MOST = 1e9  # gigabytes, or seconds: beyond any machine's, and safe in arithmetic
 
 
+def _known_runtime(name: str) -> str:
+    if name not in names():
+        raise PydanticKnownError("literal_error", {"expected": listed()})
+    return name
+
+
+RuntimeName = Annotated[str, AfterValidator(_known_runtime)]
+
+
 class TargetSettings(TomlTable):
     """The device side of the price; see `foldsearch.plan.cost.Target` for the units."""
 
@@ -30,11 +41,12 @@ class TargetSettings(TomlTable):
     context: Positive = 2048
     batch: Positive = 1
     prefill_chunk: Positive = 512
-    runtime: Literal["folded", "expanded"] = "folded"
+    runtime: RuntimeName = "folded"
 
     def value(self) -> Target:
         """As the plan floor knows it."""
-        return Target(self.dtype, self.context, self.batch, self.prefill_chunk, self.runtime)
+        shares_weights = runtime_named(self.runtime).shares_weights
+        return Target(self.dtype, self.context, self.batch, self.prefill_chunk, self.runtime, shares_weights)
 
 
 class BudgetSettings(TomlTable):

@@ -12,7 +12,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from foldsearch.runtimes import runtime_named
 from foldsearch.spec.load import load_space, shipped
+from foldsearch.spec.space import held_part
 from foldsearch.spec.study import Study
 
 __all__ = ["unused_settings"]
@@ -106,18 +108,24 @@ def _left_out(study: Study) -> Iterator[str]:
             "space.neighbour_share does not apply: the sampler nsga2 takes no neighbours, as it crosses only what all "
             "trials have in common."
         )
-    if study.target.runtime == "expanded":
-        kinds = [kind for kind in space.replace.kinds if kind != "layer"] if "replace" in space.fates else []
-        lost = [
-            *(["space.fates 'share'"] if "share" in space.fates else []),
-            *([f"space.replace.kinds {', '.join(map(repr, kinds))}"] if kinds else []),
-            *(["space.attention"] if space.attention[1] > 0 else []),
-            *(["space.share.max_groups"] if space.share.max_groups else []),
-        ]
-        if lost:
-            yield (
-                f"{_listed(lost)} {'do' if len(lost) > 1 else 'does'} not apply: an expanded runtime runs stock blocks."
-            )
+    runtime = runtime_named(study.target.runtime)
+    held = held_part(space, runtime)
+    kinds = [kind for kind in space.replace.kinds if kind != "layer" and "network" in runtime.cannot]
+    lost = [
+        *(["space.fates 'share'"] if "share" in set(space.fates) - set(held.fates) else []),
+        *(
+            [f"space.replace.kinds {', '.join(map(repr, kinds))}"]
+            if kinds and "replace" in space.fates
+            else []
+        ),
+        *(["space.attention"] if space.attention != held.attention and space.attention[1] > 0 else []),
+        *(["space.share.max_groups"] if space.share.max_groups != held.share.max_groups else []),
+    ]
+    if lost:
+        yield (
+            f"{_listed(lost)} {'do' if len(lost) > 1 else 'does'} not apply: "
+            f"the {runtime.name} runtime runs {runtime.blocks}."
+        )
 
 
 def _set(study: Study, setting: str) -> Iterator[str]:

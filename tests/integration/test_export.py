@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from foldsearch.errors import VerificationError
-from foldsearch.export import export, load_exported, ship
+from foldsearch.export import Shipment, export, load_exported, ship
 from foldsearch.export.process import ModelProcess, ProcessError
 from foldsearch.model.fold import cast, fold
 from foldsearch.model.parts import Borrowed
 from foldsearch.plan.plan import FoldPlan
+from foldsearch.runtimes import folded as folded_runtime
 from tests.tiny import tokenizer
 from tests.tolerances import OTHER_WAY
 
@@ -105,13 +106,15 @@ def test_folded_export(tmp_path, monkeypatch):
         model,
         tokenizer(),
         out,
-        plan=plan,
-        form="folded",
-        dtype="bfloat16",
-        ids_NT=IDS,
-        text_NT=torch.arange(24).expand(5, 24) >= 2,
-        dense=dense,
-        details={"base_model": "tiny", "kl": 0.5},
+        Shipment(
+            plan=plan,
+            form="folded",
+            dtype="bfloat16",
+            ids_NT=IDS,
+            text_NT=torch.arange(24).expand(5, 24) >= 2,
+            dense=dense,
+            details={"base_model": "tiny", "kl": 0.5},
+        ),
     )
     assert report.logits_max_difference == 0
     assert report.logits_tolerance == 0
@@ -155,7 +158,7 @@ def test_expanded_export(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").touch()
-    report = export(model, None, out, plan=plan, form="expanded", dtype="float32", ids_NT=IDS, overwrite=True)
+    report = export(model, None, out, Shipment(plan, "expanded", "float32", IDS), overwrite=True)
     assert not (out / "old").exists()
     assert report.logits_tolerance > 0
     assert report.logits_difference <= report.logits_tolerance
@@ -175,7 +178,7 @@ def test_a_process_that_cannot_answer_says_all_of_it(tmp_path):
     with ModelProcess(tmp_path) as process:
         with pytest.raises(ProcessError, match=r"Error: .*\n.*JSONDecodeError: Expecting"):
             process.ask(
-                "load", folder=str(tmp_path / "x"), dtype="float32", attention="eager", threads=1, own_code=False,
+                "load", folder=str(tmp_path / "x"), dtype="float32", attention="eager", threads=1,
                 tensors=str(save_tokens(tmp_path)),
             )  # fmt: skip
         process._child.kill()
@@ -201,7 +204,7 @@ def save_tokens(folder):
     ],
 )
 def test_a_mismatch_fails_and_leaves_nothing(tmp_path, monkeypatch, tamper, message):
-    write = ship.write_folded
+    write = folded_runtime.write
 
     def write_wrong(model, folder):
         write(model, folder)
@@ -209,24 +212,24 @@ def test_a_mismatch_fails_and_leaves_nothing(tmp_path, monkeypatch, tamper, mess
         tamper(weights)
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
-    monkeypatch.setattr(ship, "write_folded", write_wrong)
+    monkeypatch.setattr(folded_runtime, "write", write_wrong)
     model, plan = folded(dense_model(), "0 2-3")
     with pytest.raises(VerificationError, match=message):
-        export(model, None, tmp_path / "out", plan=plan, form="folded", dtype="float32", ids_NT=IDS)
+        export(model, None, tmp_path / "out", Shipment(plan, "folded", "float32", IDS))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_code_that_cannot_run_alone_fails(tmp_path, monkeypatch):
     """Shipped code that imports foldsearch loads here, but not where foldsearch isn't."""
-    write = ship.write_folded
+    write = folded_runtime.write
 
     def write_wrong(model, folder):
         write(model, folder)
         code = (folder / "parts.py").read_text()
         (folder / "parts.py").write_text(code + "\nimport foldsearch.errors\n")
 
-    monkeypatch.setattr(ship, "write_folded", write_wrong)
+    monkeypatch.setattr(folded_runtime, "write", write_wrong)
     model, plan = folded(dense_model(), "0 2-3")
     with pytest.raises(VerificationError, match="without foldsearch"):
-        export(model, None, tmp_path / "out", plan=plan, form="folded", dtype="float32", ids_NT=IDS)
+        export(model, None, tmp_path / "out", Shipment(plan, "folded", "float32", IDS))
     assert list(tmp_path.iterdir()) == []

@@ -185,14 +185,14 @@ def test_a_missing_shard_is_named(dtype: str, tmp_path: Path) -> None:
 
 
 def test_a_folded_export_is_refused_in_words(tmp_path: Path) -> None:
-    from foldsearch.export.write import write_folded
     from foldsearch.model.fold import fold
     from foldsearch.plan.plan import FoldPlan
+    from foldsearch.runtimes import folded
     from tests.tiny import dense_model
 
     plan = FoldPlan.parse("0-2 3=2 4", 5)
     (tmp_path / "m").mkdir()
-    write_folded(fold(dense_model(), plan), tmp_path / "m")
+    folded.write(fold(dense_model(), plan), tmp_path / "m")
     with pytest.raises(
         ModelError, match=r"dense model.*the plan '0-2 3=2 4' of a model of 5 blocks.*--form expanded"
     ):
@@ -203,13 +203,13 @@ def test_a_folded_export_is_refused_in_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "gpt2"])
 def test_an_export_that_only_drops_blocks_is_a_dense_model(name: str, dtype: str, tmp_path: Path) -> None:
     """Oracle: the folded model itself, on a text longer than its windows."""
-    from foldsearch.export.write import write_folded
     from foldsearch.model.fold import fold
     from foldsearch.plan.plan import FoldPlan
+    from foldsearch.runtimes import folded
     from tests.tiny import dense_model
 
     (tmp_path / "m").mkdir()
-    write_folded(fold(dense_model(name), FoldPlan.parse("0 2-4", 5)), tmp_path / "m")
+    folded.write(fold(dense_model(name), FoldPlan.parse("0 2-4", 5)), tmp_path / "m")
     expected = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=getattr(torch, dtype))
     assert type(expected).__name__.startswith("Folded")
     model = source.open_dense(prepare(str(tmp_path / "m"), dtype=dtype, cache_dir=tmp_path / "cache"))

@@ -101,7 +101,7 @@ def test_a_repeat_runs_and_caches_again():
 
 
 def test_expanded_runtime_stores_again_and_merges():
-    expanded = replace(TARGET, runtime="expanded")
+    expanded = replace(TARGET, shares_weights=False)
     found = cost_of("0 1=0+r3 2", expanded)
     assert found.weight_bytes == 4 * (1000 + 405 + (100 + 300 + 4) + 405)
     assert found.adapter_bytes == 0
@@ -182,7 +182,7 @@ def test_sharing_at_rank_0_costs_nothing_and_saves_the_linears(num_blocks, data)
     before, after = price(plan, table, target), price(plan.share(child, owner), table, target)
     linears = table.blocks[child].attention.weights + table.blocks[child].mlp.weights
     size = 4 if target.dtype == "float32" else 2
-    saved = 0 if target.runtime == "expanded" else linears * size
+    saved = 0 if not target.shares_weights else linears * size
     assert after == replace(before, weight_bytes=before.weight_bytes - saved)
 
 
@@ -190,7 +190,7 @@ def test_sharing_at_rank_0_costs_nothing_and_saves_the_linears(num_blocks, data)
 @given(priced())
 def test_expanded_stores_every_run(drawn):
     plan, table, target = drawn
-    expanded = price(plan, table, replace(target, runtime="expanded", dtype="float16"))
+    expanded = price(plan, table, replace(target, shares_weights=False, dtype="float16"))
     parameters = table.fixed_weights
     for unit in ("attention", "mlp"):
         for _, slot, source, _ in plan.runs(unit):
@@ -198,8 +198,8 @@ def test_expanded_stores_every_run(drawn):
             parameters += getattr(table.blocks[slot.home], unit).norms
     parameters += sum(table.blocks[slot.home].other for slot in plan.slots if isinstance(slot, Slot))
     assert expanded.weight_bytes == 2 * parameters
-    folded = price(plan, table, replace(target, runtime="folded"))
-    assert folded.weight_bytes <= price(plan, table, replace(target, runtime="expanded")).weight_bytes
+    folded = price(plan, table, replace(target, shares_weights=True))
+    assert folded.weight_bytes <= price(plan, table, replace(target, shares_weights=False)).weight_bytes
 
 
 @few
@@ -207,7 +207,7 @@ def test_expanded_stores_every_run(drawn):
 def test_adapters_cost_what_they_hold(drawn):
     """From rank r to rank 2r the price grows by as much as from 0 to r, and MACs by as much as parameters."""
     plan, table, target = drawn
-    target = replace(target, runtime="folded", dtype="float16")
+    target = replace(target, shares_weights=True, dtype="float16")
 
     def at(share: int) -> Cost:
         slots = tuple(

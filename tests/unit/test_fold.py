@@ -19,13 +19,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from foldsearch.errors import InputError, ModelError, PlanError
-from foldsearch.export import export, load_exported, ship
-from foldsearch.export.write import expand
+from foldsearch.export import Shipment, export, load_exported, ship
 from foldsearch.model.blocks import decoder_blocks
 from foldsearch.model.fold import cast, fold
 from foldsearch.model.parts import AbsentMLP, Borrowed, OutputNorm
-from foldsearch.plan.expanded import unexpandable
 from foldsearch.plan.plan import FoldPlan, Slot
+from foldsearch.runtimes import folded as folded_runtime
+from foldsearch.runtimes import runtime_named
+from foldsearch.runtimes.expanded import expand
 from tests.strategies import plans
 from tests.tolerances import REORDERED
 
@@ -182,7 +183,7 @@ def test_expanded_equals_folded(text):
     torch.testing.assert_close(logits(expanded), logits(model), **REORDERED)
 
 
-def test_expanded_gpt2_merges_conv1d():
+def test_expanded_gpt2_merges_conv1d(tmp_path):
     sizes = {"vocab_size": 64, "n_embd": 16, "n_layer": NUM_BLOCKS, "n_head": 2, "n_positions": 32}
     model = fold(dense_model(tf.GPT2Config(**sizes)), plan("0 1=3+r4 2-3"))
     for part in model.modules():
@@ -191,8 +192,9 @@ def test_expanded_gpt2_merges_conv1d():
     torch.testing.assert_close(logits(expand(model)), logits(model), **REORDERED)
     by_position = dense_model(tf.GPT2Config(**sizes, scale_attn_by_inverse_layer_idx=True))
     assert expand(fold(by_position, plan("0-2")))
+    given = Shipment(plan("1-3"), "expanded", "float32", IDS)
     with pytest.raises(PlanError, match="by a block's position"):
-        expand(fold(by_position, plan("1-3")))
+        export(fold(by_position, plan("1-3")), None, tmp_path / "out", given)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +202,7 @@ def test_expanded_gpt2_merges_conv1d():
 )
 def test_expanded_refuses_what_stock_blocks_cannot_do(text, what):
     with pytest.raises(PlanError, match=what):
-        expand(fold(dense_model(), plan(text)))
+        runtime_named("expanded").check(plan(text))
 
 
 @settings(max_examples=20, deadline=None, phases=[Phase.generate])
@@ -214,9 +216,9 @@ def test_what_is_not_refused_is_the_same_model(plan, stock):
         ]
         plan = FoldPlan(tuple(slots), NUM_BLOCKS)
     model = fold(dense_model(), plan)
-    if unexpandable(plan) is not None:
+    if runtime_named("expanded").refusal(plan) is not None:
         with pytest.raises(PlanError, match="Export it folded, or "):
-            expand(model)
+            runtime_named("expanded").check(plan)
         return
     expanded = expand(model)
     assert type(expanded) is tf.LlamaForCausalLM
@@ -255,44 +257,44 @@ def test_cast_keeps_buffers_and_the_original():
 
 def test_export_refuses_before_it_writes(tmp_path):
     model = fold(dense_model(), plan("0 2-3"))
-    given = {"plan": plan("0 2-3"), "form": "folded", "dtype": "float32", "ids_NT": IDS}
+    given = Shipment(plan=plan("0 2-3"), form="folded", dtype="float32", ids_NT=IDS)
     out = tmp_path / "out"
     with pytest.raises(PlanError, match=r"'0 2-3', not '0-1 3'"):
-        export(model, None, out, **{**given, "plan": plan("0 1 3")})
+        export(model, None, out, replace(given, plan=plan("0 1 3")))
     with pytest.raises(InputError, match="'folded' or 'expanded', got 'onnx'"):
-        export(model, None, out, **{**given, "form": "onnx"})
+        export(model, None, out, replace(given, form="onnx"))
     with pytest.raises(InputError, match="int8"):
-        export(model, None, out, **{**given, "dtype": "int8"})
+        export(model, None, out, replace(given, dtype="int8"))
     with pytest.raises(InputError, match="token ids"):
-        export(model, None, out, **{**given, "ids_NT": IDS[:, :1]})
+        export(model, None, out, replace(given, ids_NT=IDS[:, :1]))
     with pytest.raises(ModelError, match="LlamaForCausalLM"):
-        export(dense_model(), None, out, **given)
+        export(dense_model(), None, out, given)
     assert list(tmp_path.iterdir()) == []
     out.mkdir()
     with pytest.raises(InputError, match=r"exists already\. Choose another folder, or move it away"):
-        export(model, None, out, **given)
+        export(model, None, out, given)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"cannot be made: .*Choose another folder"):
-        export(model, None, tmp_path / "file" / "out", **given)
+        export(model, None, tmp_path / "file" / "out", given)
     with pytest.raises(ModelError, match=r"no config\.json"):
         load_exported(out)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     model = fold(dense_model(), plan("0 2-3"))
-    given = {"plan": plan("0 2-3"), "form": "folded", "dtype": "float32", "ids_NT": IDS}
+    given = Shipment(plan=plan("0 2-3"), form="folded", dtype="float32", ids_NT=IDS)
     (tmp_path / "old").mkdir()
 
     def fill_the_disk(model, folder):
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(ship, "write_folded", fill_the_disk)
+    monkeypatch.setattr(folded_runtime, "write", fill_the_disk)
     with pytest.raises(InputError, match=r"No space left on device.*Make room"):
-        export(model, None, tmp_path / "old", **given, overwrite=True)
+        export(model, None, tmp_path / "old", given, overwrite=True)
     monkeypatch.setattr(ship.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     with pytest.raises(InputError, match=r"needs 0\.00 GB, but .* has 0\.00 GB free"):
-        export(model, None, tmp_path / "new", **given)
+        export(model, None, tmp_path / "new", given)
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 

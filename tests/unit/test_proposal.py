@@ -87,7 +87,7 @@ def test_a_proposal_gives_a_lawful_plan_and_never_overprices_it(data: st.DataObj
         dtype=data.draw(st.sampled_from(["float32", "bfloat16"])),
         context=data.draw(st.sampled_from([1, 32, 2048])),
         batch=data.draw(st.integers(1, 3)),
-        runtime=data.draw(st.sampled_from(["folded", "expanded"])),
+        shares_weights=data.draw(st.booleans()),
     )
     order = data.draw(st.permutations(range(num_blocks)))
     removed, kept = order[: proposal.num_removed], order[proposal.num_removed :]

@@ -20,11 +20,11 @@ from optuna_dashboard._note import get_note
 
 from foldsearch.errors import BudgetError, RunError
 from foldsearch.plan.cost import price
-from foldsearch.plan.expanded import unexpandable
 from foldsearch.plan.front import dominates
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.proposal import Proposal, fold_plan, removal
 from foldsearch.plan.result import TrialResult
+from foldsearch.runtimes import runtime_named
 from foldsearch.search.dry_run import plan_search
 from foldsearch.search.folder import RunFolder
 from foldsearch.search.proposer import Line, missing_baselines
@@ -659,7 +659,7 @@ def test_neighbours_keep_what_the_runtime_can_hold(tmp_path: Path) -> None:
     records = Records(new_run(tmp_path / "run", small_study(space=space, target=target, trials=24)))
     proposals = run_line(records)
     assert sum(proposal.origin == "neighbour" for proposal in proposals) > 10
-    assert all(unexpandable(plan_of(proposal)) is None for proposal in proposals)
+    assert all(runtime_named("expanded").refusal(plan_of(proposal)) is None for proposal in proposals)
 
 
 def test_nsga2_takes_no_neighbours(tmp_path: Path) -> None:

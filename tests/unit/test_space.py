@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from foldsearch.errors import BudgetError, SpecError
 from foldsearch.plan.cost import BlockCost, Budget, CostTable, Target, UnitCost, price
-from foldsearch.plan.expanded import unexpandable
 from foldsearch.plan.plan import FoldPlan, Slot
 from foldsearch.plan.proposal import Proposal, fold_plan, lower_bound
+from foldsearch.runtimes import runtime_named
 from foldsearch.spec.load import load_space, shipped
 from foldsearch.spec.space import (
     RandomSuggest,
@@ -223,7 +223,7 @@ def test_ranks_are_shares_of_the_width_or_whole_numbers_up_to_it() -> None:
 
 # ---- a runtime that cannot share
 
-EXPANDED = replace(TARGET, runtime="expanded")
+EXPANDED = replace(TARGET, runtime="expanded", shares_weights=False)
 
 
 @pytest.mark.parametrize("name", ["everything", "foldgpt", "streamline"])
@@ -236,7 +236,7 @@ def test_an_expanded_runtime_is_offered_what_it_can_hold_only(name: str) -> None
             proposal = propose(suggest, space, N)
             removed = range(1, 1 + proposal.num_removed)
             plan = fold_plan(removed, proposal, N, bases=dict.fromkeys(removed, 0), attention_order=range(N))
-            found.append(unexpandable(plan) is None)
+            found.append(runtime_named("expanded").refusal(plan) is None)
         return found
 
     space = load_space(name)
@@ -247,7 +247,7 @@ def test_an_expanded_runtime_is_offered_what_it_can_hold_only(name: str) -> None
         proposal.num_removed for proposal in (propose(RandomSuggest(i), narrowed, N) for i in range(99))
     } == set(range(1, narrowed.counts(N)[1] + 1))
     plan, _ = smallest(space, TABLE, EXPANDED)
-    assert unexpandable(plan) is None
+    assert runtime_named("expanded").refusal(plan) is None
     # every plan of a folded runtime is as before
     assert narrow(space, TABLE, TARGET, Budget()).fates == space.fates
 

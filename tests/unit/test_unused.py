@@ -24,7 +24,7 @@ WHY = {
     "train": "the only rung is 0, so nothing is trained.",
     "rungs": "there is one rung only, after which every trial ends.",
     "nsga2": "the sampler nsga2 takes no neighbours, as it crosses only what all trials have in common.",
-    "stock": "an expanded runtime runs stock blocks.",
+    "stock": "the expanded runtime runs stock blocks.",
 }
 
 

@@ -1,4 +1,4 @@
-"""Model folders for transformers: folded (shared weights once) and expanded (the stock architecture).
+"""The stock architecture: shared weights again for every child, adapters merged.
 
 Shapes: I inputs and O outputs of a linear.
 """
@@ -6,59 +6,48 @@ Shapes: I inputs and O outputs of a linear.
 from __future__ import annotations
 
 import copy
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from foldsearch.errors import PlanError
-from foldsearch.model import blocks as blocks_file
-from foldsearch.model import folded as folded_file
-from foldsearch.model import parts as parts_file
 from foldsearch.model.blocks import family_of
 from foldsearch.model.parts import Borrowed
-from foldsearch.plan.expanded import unexpandable
-from foldsearch.plan.plan import FoldPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SHIPPED_CODE = tuple(Path(str(module.__file__)) for module in (folded_file, parts_file, blocks_file))
+
+def before_rounding(model: PreTrainedModel) -> tuple[PreTrainedModel, bool]:
+    """The stock model; where it merges adapters, it rounds once more than the folded model does."""
+    merges = any(isinstance(part, Borrowed) and part.rank for part in model.modules())
+    return expand(model), not merges
 
 
-def write_folded(model: PreTrainedModel, folder: Path) -> None:
-    """Write a folded model with the code that runs it; `folder` exists.
-
-    Stock transformers refuses the folder unless told `trust_remote_code=True`: it knows no such model type.
-    """
-    model.config.auto_map = {
-        "AutoConfig": f"folded.{type(model.config).__name__}",
-        "AutoModelForCausalLM": f"folded.{type(model).__name__}",
-    }
+def write(model: PreTrainedModel, folder: Path) -> None:
+    """As transformers writes it."""
     model.save_pretrained(folder)
-    for file in SHIPPED_CODE:
-        shutil.copyfile(file, folder / file.name)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """One file, or several of a large model."""
+    return list(folder.glob("*.safetensors"))
 
 
 @torch.no_grad()
 def expand(model: PreTrainedModel) -> PreTrainedModel:
     """The same function as a stock model: every child gets its owner's weights, adapters merged in float32.
 
-    Raises:
-        PlanError: the plan has what no stock block can do; the message says what.
+    The model's plan is one that stock blocks can run (see `Runtime.check`).
     """
     import transformers
 
-    config: Any = model.config
-    plan = FoldPlan.parse(config.fold["plan"], config.fold["num_blocks"])
-    check_expandable(plan, by_position=getattr(config, "scale_attn_by_inverse_layer_idx", False))
     stock_class: Any = getattr(transformers, family_of(model.config).stock)
     values = model.config.to_dict()
     for key in ("model_type", "architectures", "fold", "auto_map", "kv_sharing_modes"):
         values.pop(key, None)
-    config = stock_class.config_class(**values)
+    config: Any = stock_class.config_class(**values)
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
         stock: Any = stock_class(config)
@@ -89,21 +78,3 @@ def merged_weight(child: Borrowed, weight: Tensor) -> Tensor:
     change_OI = child.up.float() @ child.down.float()
     change = change_OI if isinstance(child.owner, nn.Linear) else change_OI.T  # Conv1D keeps (I, O)
     return (weight.float() + change).to(weight.dtype)
-
-
-def check_expandable(plan: FoldPlan, *, by_position: bool) -> None:
-    """Whether stock blocks can do what a plan needs.
-
-    Args:
-        plan: of the folded model.
-        by_position: whether the model scales attention by a block's position (`CostTable.by_position`).
-
-    Raises:
-        PlanError: they cannot; the message says what.
-    """
-    if (found := unexpandable(plan, by_position=by_position)) is not None:
-        what, remedy = found
-        raise PlanError(
-            f"an expanded export uses stock blocks only, but the plan '{plan}' has {what}, which stock blocks cannot "
-            f"do. Export it folded, or {remedy}."
-        )

@@ -1,0 +1,146 @@
+"""What an export is run by: the contract, and the list of all runtimes.
+
+A new runtime is one file beside this one and one entry in `RUNTIMES`: the command line, studies, prices, spaces and
+exports read the list. Nothing here imports torch; the file of a runtime, which does, is loaded when an export needs it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+from foldsearch.errors import InputError, PlanError
+from foldsearch.plan.plan import FoldPlan
+from foldsearch.runtimes.needs import WORDS, Need, needs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["ALL_CAN", "RUNTIMES", "Loader", "Need", "Runtime", "Writer", "listed", "names", "runtime_named"]
+
+
+class Writer(Protocol):
+    """The file of a runtime: how a folded model becomes what the runtime reads."""
+
+    def before_rounding(self, model: PreTrainedModel) -> tuple[PreTrainedModel, bool]:
+        """The model to write, and whether it computes the same to the bit.
+
+        It is asked before the weights are rounded to the dtype that ships, so that what is summed here (a weight and
+        its adapter) is rounded once. `model` is not changed.
+        """
+
+    def write(self, model: PreTrainedModel, folder: Path) -> None:
+        """Write that model, rounded, to `folder`, which exists."""
+
+    def weight_files(self, folder: Path) -> list[Path]:
+        """The files that hold the weights that `write` wrote."""
+
+
+class Loader(Protocol):
+    """A file that reads what transformers cannot read by itself."""
+
+    def load(self, folder: str, dtype: str, attention: str | None) -> tuple[PreTrainedModel, list[str]]:
+        """The model, and every weight that is missing, unexpected or of another shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """What an export is run by.
+
+    name: as a person writes it. blocks: what the runtime runs, in the words of a message.
+    shares_weights: whether a weight that several blocks use is stored once; else it is stored again for each of them,
+    adapters merged. So plans are priced.
+    cannot: what of a plan the runtime cannot do.
+    file: the module that writes (see `Writer`).
+    carries_code: whether the folder holds the code that runs it, which is then also checked where foldsearch cannot be
+    imported. card: what the model card says of loading it.
+    loader: the module that loads a folder (see `Loader`); empty where transformers does.
+    """
+
+    name: str
+    blocks: str
+    shares_weights: bool
+    cannot: frozenset[Need]
+    file: str
+    carries_code: bool
+    card: str
+    loader: str = ""
+
+    @property
+    def writer(self) -> Writer:
+        """The file of the runtime, loaded now; it needs torch."""
+        return cast("Writer", import_module(self.file))
+
+    def refusal(self, plan: FoldPlan, *, by_position: bool = False) -> tuple[str, str] | None:
+        """What of a plan the runtime cannot do, and what to do about it; None where it can do all of it.
+
+        Args:
+            plan: of the folded model.
+            by_position: whether the model scales attention by a block's position (`CostTable.by_position`).
+        """
+        found = (need for need in needs(plan, by_position=by_position) if need in self.cannot)
+        return next((WORDS[need] for need in found), None)
+
+    def check(self, plan: FoldPlan, *, by_position: bool = False) -> None:
+        """Whether the runtime can hold a plan; arguments as for `refusal`.
+
+        Raises:
+            PlanError: it cannot; the message says what.
+        """
+        if (found := self.refusal(plan, by_position=by_position)) is not None:
+            what, remedy = found
+            raise PlanError(
+                f"the {self.name} form of an export runs {self.blocks} only, but the plan '{plan}' has {what}, which "
+                f"it cannot do. Export it {ALL_CAN}, or {remedy}."
+            )
+
+
+ALL_CAN = "folded"  # the runtime that holds every plan
+
+RUNTIMES: tuple[Runtime, ...] = (
+    Runtime(
+        name="folded",
+        blocks="blocks of foldsearch",
+        shares_weights=True,
+        cannot=frozenset(),
+        file="foldsearch.runtimes.folded",
+        carries_code=True,
+        card="The folder holds the code that runs it (`folded.py`, `parts.py`, `blocks.py`, Apache-2.0): transformers "
+        "runs it only where `trust_remote_code=True` allows it, for the model and for the tokenizer. After "
+        "`import foldsearch` it is not needed.",
+    ),
+    Runtime(
+        name="expanded",
+        blocks="stock blocks",
+        shares_weights=False,
+        cannot=frozenset({"network", "norm", "half block", "moved block"}),
+        file="foldsearch.runtimes.expanded",
+        carries_code=False,
+        card="A stock transformers model: it needs nothing else.",
+    ),
+)
+
+
+def names() -> tuple[str, ...]:
+    """Of all runtimes, in the order of the list."""
+    return tuple(runtime.name for runtime in RUNTIMES)
+
+
+def listed() -> str:
+    """The names in quotes, as a message has them."""
+    *others, last = map(repr, names())
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def runtime_named(name: str) -> Runtime:
+    """The runtime of that name.
+
+    Raises:
+        InputError: there is none.
+    """
+    for runtime in RUNTIMES:
+        if runtime.name == name:
+            return runtime
+    raise InputError(f"the form of an export is {listed()}, got '{name}'. Choose one of these.")

@@ -1,0 +1,40 @@
+"""The folded model as it is: shared weights once, with the code that runs it in transformers."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from foldsearch.model import blocks as blocks_file
+from foldsearch.model import folded as folded_file
+from foldsearch.model import parts as parts_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHIPPED_CODE = tuple(Path(str(module.__file__)) for module in (folded_file, parts_file, blocks_file))
+
+
+def before_rounding(model: PreTrainedModel) -> tuple[PreTrainedModel, bool]:
+    """The model itself."""
+    return model, True
+
+
+def write(model: PreTrainedModel, folder: Path) -> None:
+    """Write a folded model with the code that runs it; `folder` exists.
+
+    Stock transformers refuses the folder unless told `trust_remote_code=True`: it knows no such model type.
+    """
+    model.config.auto_map = {
+        "AutoConfig": f"folded.{type(model.config).__name__}",
+        "AutoModelForCausalLM": f"folded.{type(model).__name__}",
+    }
+    model.save_pretrained(folder)
+    for file in SHIPPED_CODE:
+        shutil.copyfile(file, folder / file.name)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """One file, or several of a large model."""
+    return list(folder.glob("*.safetensors"))

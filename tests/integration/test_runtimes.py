@@ -1,0 +1,137 @@
+"""What every runtime of the list must do, and what a new one costs: a file and an entry in the list.
+
+Oracles: the folded model in this process; the price of its plan, made without looking at a file; the bytes on disk.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from foldsearch import cli, runtimes
+from foldsearch.errors import PlanError, SpecError
+from foldsearch.export import Shipment, check_export, export, load_exported
+from foldsearch.model.fold import fold
+from foldsearch.model.measure import measure
+from foldsearch.model.parts import Borrowed
+from foldsearch.plan.cost import price
+from foldsearch.plan.plan import FoldPlan
+from foldsearch.runtimes.needs import WORDS, needs
+from foldsearch.spec.load import load_space, load_study
+from foldsearch.spec.space import can_run, for_runtime
+from foldsearch.spec.unused import unused_settings
+from tests.split_runtime import ENTRY as SPLIT
+from tests.tiny import NUM_BLOCKS, dense_model
+from tests.tolerances import OTHER_WAY
+
+IDS = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(1))
+# A plan for each thing that a runtime may be unable to do, of a model that scales attention by position in the last
+NEEDY = {
+    "network": "0 1-2~linear 3-4",
+    "norm": "0-2 3=1+r2+n 4",
+    "half block": "0 1a 2-4",
+    "moved block": "1-4",
+}
+HELD = ["0-4", "0 2-4", "0 1=3+r4 2-4 2=2"]  # by every runtime
+
+
+@pytest.fixture(params=[*runtimes.RUNTIMES, SPLIT], ids=lambda runtime: runtime.name)
+def runtime(request, monkeypatch):
+    """Each of the list, and one that the list does not have yet."""
+    if request.param not in runtimes.RUNTIMES:
+        monkeypatch.setattr(runtimes, "RUNTIMES", (*runtimes.RUNTIMES, request.param))
+    return request.param
+
+
+def folded(text):
+    plan = FoldPlan.parse(text, NUM_BLOCKS)
+    model = fold(dense_model(), plan)
+    torch.manual_seed(2)
+    for part in model.modules():
+        if isinstance(part, Borrowed) and part.rank:
+            part.up.data.normal_(0, 0.1)
+    return model, plan
+
+
+@pytest.fixture(scope="module")
+def table():
+    return measure(dense_model().config)
+
+
+def target_of(runtime):
+    return load_study("default", {"target.runtime": runtime.name, "target.dtype": "float32"}).target.value()
+
+
+@pytest.mark.parametrize("text", HELD)
+def test_the_price_is_the_bytes_that_are_written(runtime, table, text, tmp_path):
+    model, plan = folded(text)
+    written, _ = runtime.writer.before_rounding(model)
+    runtime.writer.write(written, tmp_path)
+    files = [file.read_bytes() for file in runtime.writer.weight_files(tmp_path)]
+    # the first eight bytes of a safetensors file are the length of its header, and all else is weights
+    weights = sum(len(data) - 8 - int.from_bytes(data[:8], "little") for data in files)
+    assert weights == price(plan, table, target_of(runtime)).stored_bytes
+
+
+@torch.no_grad()
+def test_a_plan_it_holds_is_shipped_and_loaded_as_the_same_model(runtime, table, tmp_path):
+    model, plan = folded(HELD[-1])
+    assert can_run(plan, table, target_of(runtime))
+    out = tmp_path / "out"
+    check_export(out, plan, runtime.name)
+    report = export(model, None, out, Shipment(plan, runtime.name, "float32", IDS))
+    assert report.form == runtime.name
+    assert report.exported.weight_bytes == price(plan, table, target_of(runtime)).stored_bytes
+    assert (report.loads_without_foldsearch is not None) == runtime.carries_code
+    again, _ = load_exported(out)
+    torch.testing.assert_close(again(IDS).logits, model(IDS).logits, **OTHER_WAY)
+    card = (out / "README.md").read_text()
+    assert runtime.card in card
+    assert json.loads((out / "foldsearch.json").read_text())["form"] == runtime.name
+
+
+@pytest.mark.parametrize("need", WORDS)
+def test_a_plan_it_does_not_hold_is_refused_in_words(runtime, table, need, tmp_path):
+    plan = FoldPlan.parse(NEEDY[need], NUM_BLOCKS)
+    by_position = need == "moved block"
+    assert list(needs(plan, by_position=by_position)) == [need]
+    if need not in runtime.cannot:
+        check_export(tmp_path / "out", plan, runtime.name, by_position=by_position)
+        return
+    with pytest.raises(PlanError, match=runtime.name) as caught:
+        check_export(tmp_path / "out", plan, runtime.name, by_position=by_position)
+    what, remedy = WORDS[need]
+    assert f"has {what}, " in str(caught.value)
+    assert str(caught.value).endswith(f"Export it {runtimes.ALL_CAN}, or {remedy}.")
+    if not by_position:
+        assert not can_run(plan, table, target_of(runtime))
+        model = fold(dense_model(), plan)
+        with pytest.raises(PlanError, match="cannot do"):
+            export(model, None, tmp_path / "out", Shipment(plan, runtime.name, "float32", IDS))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_line_and_studies_know_it(runtime, table, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["export", "--help"])
+    assert runtime.name in capsys.readouterr().out
+    study = load_study("default", {"target.runtime": runtime.name, "space": "everything"})
+    held = for_runtime(study.space, table, study.target.value())
+    assert (held.attention == (0.0, 0.0)) == ("half block" in runtime.cannot)
+    assert ("share" in held.fates) == ("norm" not in runtime.cannot)
+    assert held.fates
+    assert for_runtime(load_space("everything"), table, study.target.value()) == held
+    told = [f"the {runtime.name} runtime runs {runtime.blocks}." in words for words in unused_settings(study)]
+    assert told == ([True] if runtime.cannot else [])
+
+
+def test_what_is_not_in_the_list_is_refused_by_the_names_that_are():
+    with pytest.raises(SpecError, match=r"must be one of 'folded' or 'expanded'; got \"split\""):
+        load_study("default", {"target.runtime": "split"})
+
+
+def test_the_list_needs_no_torch():
+    code = "import sys, foldsearch.runtimes, foldsearch.spec.study; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
