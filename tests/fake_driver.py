@@ -21,7 +21,7 @@ SPACE = {
     "removal": [0.0, 0.5],
     "gate_eps": [0.1, 0.01, 0.001],
     "neighbour_share": 0.25,
-    "share": {"max_groups": 4, "group_sizes": [2, 3], "start": [0.1, 0.9], "adapter_ranks": [0, 8, 32]},
+    "groups": {"max_groups": 4, "group_sizes": [2, 3], "start": [0.1, 0.9], "adapter_ranks": [0, 8, 32]},
     "recover": {"learning_rate": [3e-4, 3e-3], "delta_ranks": [8, 16]},
 }
 

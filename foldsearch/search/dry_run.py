@@ -95,7 +95,7 @@ def plan_search(
         seconds = min(seconds, study.seconds) if study.trials else study.seconds
     rank = max(space.recover.delta_ranks)
     trained = sum(block.attention.adapter_width + block.mlp.adapter_width for block in table.blocks)
-    trained_bytes = 4 * trained * (rank + max(space.share.adapter_ranks))
+    trained_bytes = 4 * trained * (rank + max(space.groups.adapter_ranks))
     activations = (
         4
         * splits.sequence_length

@@ -276,7 +276,7 @@ class Records:
                 return trial.number, proposal
         raise BudgetError(
             f"{_REJECTS} proposals in a row could not keep the budget {self.folder.budget}. "
-            "Raise the budget, or widen the space (share.max_groups, share.adapter_ranks)."
+            "Raise the budget, or widen the space (groups.max_groups, groups.adapter_ranks)."
         )
 
     def _propose(self, trial: optuna.Trial) -> Proposal | None:

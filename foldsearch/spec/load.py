@@ -266,8 +266,15 @@ _WAYS: dict[int | str, type[BaseModel] | None] = {
 }
 
 
+# Keys of a space by their old names.
+RENAMED = {"share": "groups", "reinstate": "children"}
+
+
 def _fault(model: type[BaseModel], keys: list[int | str], detail: ErrorDetails) -> str:
     kind, got, context = detail["type"], detail["input"], detail.get("ctx", {})
+    in_a_space = model.__name__ == "Space" or keys[:1] == ["space"]
+    if kind == "extra_forbidden" and in_a_space and str(keys[-1]) in RENAMED:
+        return f"this key has a new name. Write '{RENAMED[str(keys[-1])]}'."
     if kind == "extra_forbidden":
         known = list(_fields_at(model, detail["loc"][:-1]))
         return "unknown key." + (_suggest(str(keys[-1]), known) or f" Known here: {', '.join(known)}.")

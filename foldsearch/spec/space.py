@@ -88,7 +88,7 @@ class TomlTable(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Share(TomlTable):
+class Groups(TomlTable):
     """Grouped sharing over the retained blocks (see `foldsearch.plan.proposal.fold_plan`).
 
     max_groups: 0 to this many groups. group_sizes: blocks in a group, its owner included.
@@ -107,7 +107,7 @@ class Share(TomlTable):
         return _range(value)
 
 
-class Reinstate(TomlTable):
+class Children(TomlTable):
     """Removed blocks that come back as children, where their fate is "share" (FlexiGPT).
 
     ranks: of their adapters; a whole number, or a share of the model's width (the paper's 256 is 0.0625 of its 4,096).
@@ -161,8 +161,8 @@ class Space(TomlTable):
     attention: tuple[Share01, Share01] = (0.0, 0.0)
     gate_eps: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (0.5,)
     neighbour_share: Share01 = 0.25
-    share: Share = Share()
-    reinstate: Reinstate = Reinstate()
+    groups: Groups = Groups()
+    children: Children = Children()
     replace: Replace = Replace()
     recover: Recover = Recover()
 
@@ -189,7 +189,7 @@ class Space(TomlTable):
         a space without sharing drops at least one block.
         """
         low, high = self.removal
-        least = 0 if self.share.max_groups or self.attention_counts(num_blocks)[1] else 1
+        least = 0 if self.groups.max_groups or self.attention_counts(num_blocks)[1] else 1
         fewest = max(math.ceil(low * num_blocks - 1e-9), least)
         fewest = min(fewest, num_blocks - 1)
         return fewest, max(fewest, min(math.floor(high * num_blocks + 1e-9), num_blocks - 1))
@@ -207,16 +207,16 @@ class Space(TomlTable):
             SpecError: a rank is above the width.
         """
         ranks = [
-            rank if isinstance(rank, int) else max(1, round(rank * width)) for rank in self.reinstate.ranks
+            rank if isinstance(rank, int) else max(1, round(rank * width)) for rank in self.children.ranks
         ]
-        for key, values in (("reinstate.ranks", ranks), ("share.adapter_ranks", self.share.adapter_ranks)):
+        for key, values in (("children.ranks", ranks), ("groups.adapter_ranks", self.groups.adapter_ranks)):
             if max(values) > width:
                 raise SpecError(
                     f"an adapter's rank is at most the model's width, {width}, but {key} of the space '{self.name}' "
                     f"has {max(values)}. Lower it: at that rank it would cost more than the block's own weights."
                 )
         return self.model_copy(
-            update={"reinstate": self.reinstate.model_copy(update={"ranks": tuple(dict.fromkeys(ranks))})}
+            update={"children": self.children.model_copy(update={"ranks": tuple(dict.fromkeys(ranks))})}
         )
 
 
@@ -242,7 +242,7 @@ def propose(suggest: Suggest, space: Space, num_blocks: int, *, origin: Origin =
     num_removed = suggest.integer("num_removed", fewest, most)
     found: dict[str, Any] = _propose_removal(suggest, space) if num_removed else {"criterion": "none"}
     fewest_thin, most_thin = space.attention_counts(num_blocks, num_removed)
-    if not num_removed and not space.share.max_groups:  # something changes
+    if not num_removed and not space.groups.max_groups:  # something changes
         fewest_thin = max(fewest_thin, min(1, most_thin))
     attention_removed = suggest.integer("attention_removed", fewest_thin, most_thin) if most_thin else 0
     if found.get("fate") != "share":
@@ -267,8 +267,8 @@ def _propose_removal(suggest: Suggest, space: Space) -> dict[str, Any]:
         found["gate_eps"] = suggest.choice("gate_eps", space.gate_eps)
     found["fate"] = suggest.choice("fate", space.fates) if len(space.fates) > 1 else space.fates[0]
     if found["fate"] == "share":
-        found["adapter_rank"] = int(suggest.choice("child_rank", space.reinstate.ranks))
-        found["adapter_start"] = suggest.choice("adapter_start", space.reinstate.starts)
+        found["adapter_rank"] = int(suggest.choice("child_rank", space.children.ranks))
+        found["adapter_start"] = suggest.choice("adapter_start", space.children.starts)
     elif found["fate"] == "replace":
         found["replacement"] = suggest.choice("replacement", space.replace.kinds)
     return found
@@ -276,17 +276,17 @@ def _propose_removal(suggest: Suggest, space: Space) -> dict[str, Any]:
 
 def _propose_groups(suggest: Suggest, space: Space, num_retained: int, fewest: int) -> dict[str, Any]:
     """Grouped sharing over the retained blocks."""
-    most = space.share.max_groups
+    most = space.groups.max_groups
     num_groups = suggest.integer("num_groups", min(fewest, most), most)
     if not num_groups:
         return {}
-    group_size = suggest.choice("group_size", space.share.group_sizes)
-    start = suggest.number("group_start", *space.share.start)
+    group_size = suggest.choice("group_size", space.groups.group_sizes)
+    start = suggest.number("group_start", *space.groups.start)
     return {
         "num_groups": num_groups,
         "group_size": group_size,
         "group_start": max(0, min(int(start * num_retained), num_retained - 2)),
-        "adapter_rank": suggest.choice("adapter_rank", space.share.adapter_ranks),
+        "adapter_rank": suggest.choice("adapter_rank", space.groups.adapter_ranks),
     }
 
 
@@ -307,8 +307,8 @@ def baseline(space: Space, criterion: str, count: int, num_blocks: int) -> Propo
         gate_eps=space.gate_eps[len(space.gate_eps) // 2] if criterion == "gate" else None,
         fate=fate,
         replacement=space.replace.kinds[0] if fate == "replace" else None,
-        adapter_rank=int(space.reinstate.ranks[0]) if fate == "share" else 0,
-        adapter_start=space.reinstate.starts[0],
+        adapter_rank=int(space.children.ranks[0]) if fate == "share" else 0,
+        adapter_start=space.children.starts[0],
         attention_removed=space.attention_counts(num_blocks, count)[0],
         learning_rate=min(max(math.sqrt(low * high), low), high),
         delta_rank=space.recover.delta_ranks[len(space.recover.delta_ranks) // 2],
@@ -408,8 +408,13 @@ def held_part(space: Space, runtime: Runtime) -> Space:
         update={
             "fates": tuple(fate for fate in space.fates if fate not in lost),
             "replace": space.replace.model_copy(update={"kinds": kinds or space.replace.kinds}),
+<<<<<<< HEAD
             "attention": (0.0, 0.0) if "half block" in cannot else space.attention,
             "share": space.share.model_copy(update={"max_groups": 0}) if "norm" in cannot else space.share,
+=======
+            "attention": (0.0, 0.0),
+            "groups": space.groups.model_copy(update={"max_groups": 0}),
+>>>>>>> 30c9764 (In a space, [groups] and [children] for [share] and [reinstate]; an old key is told its new name)
         }
     )
 
@@ -492,13 +497,13 @@ def _nearest(proposal: Proposal, space: Space, num_retained: int) -> Iterator[Pr
     if proposal.plan is not None:
         return
     if proposal.fate == "share":
-        smaller = (int(rank) for rank in space.reinstate.ranks if rank < proposal.adapter_rank)
+        smaller = (int(rank) for rank in space.children.ranks if rank < proposal.adapter_rank)
         yield from (replace(proposal, adapter_rank=rank) for rank in sorted(smaller, reverse=True))
         return
     kinds = space.replace.kinds if proposal.fate == "replace" else (None,)
-    sizes = sorted(size for size in space.share.group_sizes if size >= proposal.group_size)
+    sizes = sorted(size for size in space.groups.group_sizes if size >= proposal.group_size)
     earliest = _start(space, num_retained)
-    ranks, starts = sorted(set(space.share.adapter_ranks), reverse=True), [earliest]
+    ranks, starts = sorted(set(space.groups.adapter_ranks), reverse=True), [earliest]
     if proposal.num_groups:
         ranks = sorted(
             {proposal.adapter_rank, *(r for r in ranks if r < proposal.adapter_rank)}, reverse=True
@@ -510,7 +515,7 @@ def _nearest(proposal: Proposal, space: Space, num_retained: int) -> Iterator[Pr
         for rank in ranks:
             for start in starts:
                 for size in sizes:
-                    for groups in range(max(1, proposal.num_groups), space.share.max_groups + 1):
+                    for groups in range(max(1, proposal.num_groups), space.groups.max_groups + 1):
                         yield replace(
                             other, num_groups=groups, group_size=size, group_start=start, adapter_rank=rank
                         )
@@ -542,13 +547,13 @@ def size(space: Space, num_blocks: int) -> int:
     """Number of different proposals of the space, recovery settings and neighbour moves not counted."""
     fewest, most = space.counts(num_blocks)
     criteria = len(space.criteria) + ("gate" in space.criteria) * (len(space.gate_eps) - 1)
-    adapted = set(space.reinstate.starts)
+    adapted = set(space.children.starts)
     bare = {start == "data" for start in adapted}  # without adapters, "zero" and "svd" start alike
-    children = sum(len(adapted) if rank else len(bare) for rank in space.reinstate.ranks)
-    share, total = space.share, 0
+    children = sum(len(adapted) if rank else len(bare) for rank in space.children.ranks)
+    grouping, total = space.groups, 0
     for count in range(fewest, most + 1):
         starts = _start(space, num_blocks - count, end=1) - _start(space, num_blocks - count) + 1
-        grouped = share.max_groups * len(share.group_sizes) * starts * len(share.adapter_ranks)
+        grouped = grouping.max_groups * len(grouping.group_sizes) * starts * len(grouping.adapter_ranks)
         fewest_thin, most_thin = space.attention_counts(num_blocks, count)
         for thinned in range(fewest_thin, most_thin + 1):
             if count:
@@ -561,7 +566,7 @@ def size(space: Space, num_blocks: int) -> int:
 
 
 def _start(space: Space, num_retained: int, end: int = 0) -> int:
-    return max(0, min(int(space.share.start[end] * num_retained), num_retained - 2))
+    return max(0, min(int(space.groups.start[end] * num_retained), num_retained - 2))
 
 
 def _extremes(space: Space, num_blocks: int, count: int) -> Iterator[Proposal]:
@@ -569,7 +574,7 @@ def _extremes(space: Space, num_blocks: int, count: int) -> Iterator[Proposal]:
     _, thinned = space.attention_counts(num_blocks, count)
     fates = space.fates if count else ("drop",)
     if "share" in fates:
-        rank = int(min(space.reinstate.ranks))
+        rank = int(min(space.children.ranks))
         yield Proposal(
             "window", num_removed=count, fate="share", adapter_rank=rank, attention_removed=thinned
         )
@@ -580,16 +585,16 @@ def _extremes(space: Space, num_blocks: int, count: int) -> Iterator[Proposal]:
             for kind in space.replace.kinds
         ]
     for proposal in rest:
-        if count or thinned or not space.share.max_groups:
+        if count or thinned or not space.groups.max_groups:
             yield proposal
-        for group_size in space.share.group_sizes if space.share.max_groups else ():
-            for groups in range(1, space.share.max_groups + 1):
+        for group_size in space.groups.group_sizes if space.groups.max_groups else ():
+            for groups in range(1, space.groups.max_groups + 1):
                 yield replace(
                     proposal,
                     group_size=group_size,
                     group_start=_start(space, num_blocks - count),
                     num_groups=groups,
-                    adapter_rank=min(space.share.adapter_ranks),
+                    adapter_rank=min(space.groups.adapter_ranks),
                 )
 
 

@@ -39,7 +39,7 @@ def _fits(study: Study) -> bool:
     return (
         "replace" in space.fates
         or "linear_window" in space.criteria
-        or ("share" in space.fates and "data" in space.reinstate.starts)
+        or ("share" in space.fates and "data" in space.children.starts)
     )
 
 
@@ -50,12 +50,12 @@ _RULES = (
         "the space's criteria do not name 'gate'",
     ),
     _Rule(
-        ("space.share.group_sizes", "space.share.start", "space.share.adapter_ranks"),
-        lambda study: study.space.share.max_groups > 0,
-        "share.max_groups is 0, so no weights are shared in groups",
+        ("space.groups.group_sizes", "space.groups.start", "space.groups.adapter_ranks"),
+        lambda study: study.space.groups.max_groups > 0,
+        "groups.max_groups is 0, so no weights are shared in groups",
     ),
     _Rule(
-        ("space.reinstate",),
+        ("space.children",),
         lambda study: "share" in study.space.fates,
         "the space's fates do not name 'share', so no removed block comes back",
     ),
@@ -108,6 +108,7 @@ def _left_out(study: Study) -> Iterator[str]:
             "space.neighbour_share does not apply: the sampler nsga2 takes no neighbours, as it crosses only what all "
             "trials have in common."
         )
+<<<<<<< HEAD
     runtime = runtime_named(study.target.runtime)
     held = held_part(space, runtime)
     kinds = [kind for kind in space.replace.kinds if kind != "layer" and "network" in runtime.cannot]
@@ -126,6 +127,20 @@ def _left_out(study: Study) -> Iterator[str]:
             f"{_listed(lost)} {'do' if len(lost) > 1 else 'does'} not apply: "
             f"the {runtime.name} runtime runs {runtime.blocks}."
         )
+=======
+    if study.target.runtime == "expanded":
+        kinds = [kind for kind in space.replace.kinds if kind != "layer"] if "replace" in space.fates else []
+        lost = [
+            *(["space.fates 'share'"] if "share" in space.fates else []),
+            *([f"space.replace.kinds {', '.join(map(repr, kinds))}"] if kinds else []),
+            *(["space.attention"] if space.attention[1] > 0 else []),
+            *(["space.groups.max_groups"] if space.groups.max_groups else []),
+        ]
+        if lost:
+            yield (
+                f"{_listed(lost)} {'do' if len(lost) > 1 else 'does'} not apply: an expanded runtime runs stock blocks."
+            )
+>>>>>>> 30c9764 (In a space, [groups] and [children] for [share] and [reinstate]; an old key is told its new name)
 
 
 def _set(study: Study, setting: str) -> Iterator[str]:

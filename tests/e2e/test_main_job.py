@@ -33,7 +33,7 @@ name = "tiny"
 removal = [0.0, 0.8]
 criteria = ["gate", "block_influence", "window", "greedy"]
 gate_eps = [0.01]
-[space.share]
+[space.groups]
 max_groups = 1
 [splits]
 sequence_length = 16

@@ -243,7 +243,7 @@ def test_a_plan_counts_once_with_the_best_of_its_starts(tmp_path: Path) -> None:
         "criteria": ["window"],
         "removal": [0.25, 0.25],
         "neighbour_share": 0.0,
-        "reinstate": {"ranks": [4], "starts": ["zero", "data"]},
+        "children": {"ranks": [4], "starts": ["zero", "data"]},
     }
     records = Records(new_run(tmp_path / "starts", small_study(space=space, budget={}, sampler="random")))
     kl_of = {}
@@ -265,7 +265,7 @@ def test_a_plan_counts_once_with_the_best_of_its_starts(tmp_path: Path) -> None:
 
 def small_space(**more: Any) -> Any:
     space = {"criteria": ["window"], "removal": [0.2, 0.4], "neighbour_share": 0.0}
-    return {**space, "share": {"max_groups": 1, "adapter_ranks": [0]}, **more}
+    return {**space, "groups": {"max_groups": 1, "adapter_ranks": [0]}, **more}
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "nsga2"])
@@ -276,7 +276,7 @@ def test_suggestions_that_repeat_a_plan_are_drawn_again(tmp_path: Path, sampler:
     what was run, none of them twice; and what was drawn again is a row without a result.
     """
     space = small_space(fates=["drop", "replace"], replace={"kinds": ["linear", "ffn"]})
-    space["share"]["max_groups"] = 0
+    space["groups"]["max_groups"] = 0
     records = Records(
         new_run(tmp_path / "run", small_study(space=space, budget={}, trials=9, sampler=sampler))
     )
@@ -321,7 +321,7 @@ def test_what_a_criterion_removes_is_read_off_any_plan_of_it(records: Records) -
 def test_after_many_repeats_a_neighbour_is_taken(tmp_path: Path) -> None:
     """One plan in the whole space: the second trial is near it, although the space asks for no neighbours."""
     space = small_space(removal=[0.25, 0.25])
-    space["share"]["max_groups"] = 0
+    space["groups"]["max_groups"] = 0
     records = Records(new_run(tmp_path / "run", small_study(space=space, budget={}, trials=3)))
     first, *others = run_line(records)
     assert first.origin == "baseline"
@@ -332,7 +332,7 @@ def test_after_many_repeats_a_neighbour_is_taken(tmp_path: Path) -> None:
 
 
 def test_a_neighbour_starts_its_adapters_as_its_parent_did(tmp_path: Path) -> None:
-    space = small_space(fates=["share"], reinstate={"ranks": [4], "starts": ["data"]}, neighbour_share=1.0)
+    space = small_space(fates=["share"], children={"ranks": [4], "starts": ["data"]}, neighbour_share=1.0)
     records = Records(new_run(tmp_path / "run", small_study(space=space, budget={}, trials=12)))
     proposals = run_line(records)
     children = [p for p in proposals if p.plan is not None and "+r" in str(p.plan)]

@@ -20,10 +20,10 @@ from foldsearch.plan.proposal import Proposal, fold_plan, lower_bound
 from foldsearch.runtimes import runtime_named
 from foldsearch.spec.load import load_space, shipped
 from foldsearch.spec.space import (
+    Children,
+    Groups,
     RandomSuggest,
-    Reinstate,
     Replace,
-    Share,
     Space,
     feasible_share,
     narrow,
@@ -49,12 +49,12 @@ def spaces(draw: st.DrawFn) -> Space:
         removal=(low, high),
         fates=tuple(draw(st.lists(st.sampled_from(FATES), min_size=1, unique=True))),
         attention=(thin[0], thin[1]),
-        reinstate=Reinstate(
+        children=Children(
             ranks=tuple(draw(st.sets(st.integers(0, 8), min_size=1))), starts=("zero", "svd", "data")
         ),
         replace=Replace(kinds=tuple(draw(st.sets(st.sampled_from(KINDS), min_size=1)))),
         gate_eps=(0.1, 0.01),
-        share=Share(
+        groups=Groups(
             max_groups=draw(st.integers(0, 3)),
             group_sizes=tuple(draw(st.sets(st.integers(2, 5), min_size=1))),
             start=(start[0], start[1]),
@@ -95,7 +95,7 @@ def test_proposals_are_lawful_in_range_and_never_the_dense_model(
 def test_counts_are_whole_numbers(
     removal: tuple[float, float], num_blocks: int, expected: tuple[int, int]
 ) -> None:
-    assert Space(removal=removal, share=Share(max_groups=1)).counts(num_blocks) == expected
+    assert Space(removal=removal, groups=Groups(max_groups=1)).counts(num_blocks) == expected
 
 
 def test_a_space_without_sharing_drops_at_least_one_block() -> None:
@@ -119,8 +119,8 @@ def every_proposal(space: Space) -> list[Proposal]:
         if "share" in space.fates:
             found += [
                 replace(plain, fate="share", adapter_rank=rank, adapter_start=start)
-                for rank in space.reinstate.ranks
-                for start in space.reinstate.starts
+                for rank in space.children.ranks
+                for start in space.children.starts
             ]
         bare = [plain] if "drop" in space.fates else []
         if "replace" in space.fates:
@@ -132,12 +132,12 @@ def every_proposal(space: Space) -> list[Proposal]:
 
 def with_groups(proposal: Proposal, space: Space) -> list[Proposal]:
     retained = N - proposal.num_removed
-    first, last = (max(0, min(int(share * retained), retained - 2)) for share in space.share.start)
+    first, last = (max(0, min(int(share * retained), retained - 2)) for share in space.groups.start)
     return [
         replace(proposal, num_groups=groups, group_size=group_size, group_start=start, adapter_rank=rank)
-        for groups in range(1, space.share.max_groups + 1)
-        for group_size in space.share.group_sizes
-        for rank in space.share.adapter_ranks
+        for groups in range(1, space.groups.max_groups + 1)
+        for group_size in space.groups.group_sizes
+        for rank in space.groups.adapter_ranks
         for start in range(first, last + 1)
     ]
 
@@ -213,10 +213,10 @@ def test_a_budget_out_of_reach_says_the_smallest_and_its_plan() -> None:
 
 
 def test_ranks_are_shares_of_the_width_or_whole_numbers_up_to_it() -> None:
-    space = Space(fates=("share",), reinstate=Reinstate(ranks=(0.25, 16, 0.001)))
-    assert space.for_width(64).reinstate.ranks == (16, 1)
-    assert narrow(space, TABLE, TARGET, Budget()).reinstate.ranks == (16, 1)
-    for wrong in (Space(reinstate=Reinstate(ranks=(65,))), Space(share=Share(adapter_ranks=(65,)))):
+    space = Space(fates=("share",), children=Children(ranks=(0.25, 16, 0.001)))
+    assert space.for_width(64).children.ranks == (16, 1)
+    assert narrow(space, TABLE, TARGET, Budget()).children.ranks == (16, 1)
+    for wrong in (Space(children=Children(ranks=(65,))), Space(groups=Groups(adapter_ranks=(65,)))):
         with pytest.raises(SpecError, match="at most the model's width, 64"):
             narrow(wrong, TABLE, TARGET, Budget())
 
@@ -257,7 +257,7 @@ def test_an_expanded_runtime_is_offered_what_it_can_hold_only(name: str) -> None
     [
         load_space("flexigpt"),  # children only
         Space(fates=("replace",), replace=Replace(kinds=("linear", "swiglu"))),
-        Space(removal=(0.0, 0.05), share=Share(max_groups=2)),  # groups only
+        Space(removal=(0.0, 0.05), groups=Groups(max_groups=2)),  # groups only
         Space(removal=(0.0, 0.0), attention=(0.1, 0.4)),
     ],
 )

@@ -99,7 +99,7 @@ rungs = [0, 5, 5]
 trials = 0
 jobs = "2"
 sampler = "tpee"
-space = { removal = [0.5, 0.1], criteria = ["gates"], share = { max_group = 3, group_sizes = [1] } }
+space = { removal = [0.5, 0.1], criteria = ["gates"], groups = { max_group = 3, group_sizes = [1] } }
 budget = { gb = -1, flops = "abc" }
 objectives = ["memory"]
 [target]
@@ -120,8 +120,8 @@ a = 1
         "space.criteria[0]: must be one of 'gate', 'block_influence', 'window', 'linear_window', 'greedy', "
         "'uniform', 'random' or 'evolution'; got \"gates\". "
         "Did you mean 'gate'?",
-        "space.share.max_group: unknown key. Did you mean 'max_groups'?",
-        "space.share.group_sizes[0]: must be at least 2; got 1.",
+        "space.groups.max_group: unknown key. Did you mean 'max_groups'?",
+        "space.groups.group_sizes[0]: must be at least 2; got 1.",
         "budget.gb: must be above 0; got -1.",
         "budget.flops: FLOPs per token (2.5e8) or a share of dense in quotes (\"0.8x\"); got 'abc'.",
         "objectives: 'kl' and at least one of 'memory' and 'flops', each once; got ['memory'].",
@@ -177,12 +177,12 @@ budget = { flops = true }
     text = """
 model = "m"
 data = { search = "a", recover = "b", report = "c" }
-space = { reinstate = { ranks = [-1, 0, 0.5] } }
+space = { children = { ranks = [-1, 0, 0.5] } }
 """
     assert set(faults(text, tmp_path)) == {
         "data.recovery: a value is needed, but there is none. Add the key.",
         "data.recover: unknown key. Did you mean 'recovery'?",
-        "space.reinstate.ranks[0]: a rank is a whole number, 0 or more, or a share of the model's width below 1; "
+        "space.children.ranks[0]: a rank is a whole number, 0 or more, or a share of the model's width below 1; "
         "got -1.",
     }
 
@@ -305,3 +305,14 @@ def test_budgets_are_decimal_gigabytes_and_flops_or_a_share_of_dense() -> None:
     assert BudgetSettings().value(dense) == Budget(None, None)
     assert BudgetSettings(gb=0.25, flops="0.5x").value(dense) == Budget(250_000_000, int(dense.flops * 0.5))
     assert BudgetSettings(flops=2.5e8).value(dense) == Budget(None, 250_000_000)
+
+
+def test_keys_by_their_old_names_name_the_new(tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(
+        'model = "m"\ndata = "d"\n[space]\nshare = { max_groups = 1 }\nreinstate = { ranks = [4] }\n'
+    )
+    with pytest.raises(SpecError) as told:
+        load_study(str(path))
+    assert "space.share: this key has a new name. Write 'groups'." in str(told.value)
+    assert "space.reinstate: this key has a new name. Write 'children'." in str(told.value)

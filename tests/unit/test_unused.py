@@ -17,7 +17,7 @@ from foldsearch.spec.unused import unused_settings
 DROPPING = {"criteria": ["window"], "neighbour_share": 0.0}
 WHY = {
     "gate": "the space's criteria do not name 'gate'.",
-    "groups": "share.max_groups is 0, so no weights are shared in groups.",
+    "groups": "groups.max_groups is 0, so no weights are shared in groups.",
     "share": "the space's fates do not name 'share', so no removed block comes back.",
     "replace": "the space's fates do not name 'replace', so no network takes the place of blocks.",
     "fit": "nothing in the space is fitted to text.",
@@ -38,14 +38,14 @@ WHY = {
             f"gates.steps and space.gate_eps do not apply: {WHY['gate']}",
         ),
         (
-            {"share": {"max_groups": 0, "group_sizes": [3], "adapter_ranks": [8]}},
+            {"groups": {"max_groups": 0, "group_sizes": [3], "adapter_ranks": [8]}},
             {},
-            f"space.share.group_sizes and space.share.adapter_ranks do not apply: {WHY['groups']}",
+            f"space.groups.group_sizes and space.groups.adapter_ranks do not apply: {WHY['groups']}",
         ),
         (
-            {"reinstate": {"ranks": [4], "starts": ["zero"]}},
+            {"children": {"ranks": [4], "starts": ["zero"]}},
             {},
-            f"space.reinstate.ranks and space.reinstate.starts do not apply: {WHY['share']}",
+            f"space.children.ranks and space.children.starts do not apply: {WHY['share']}",
         ),
         ({"replace": {"kinds": ["ffn"]}}, {}, f"space.replace.kinds does not apply: {WHY['replace']}"),
         ({}, {"starts.tokens": 64}, f"starts.tokens does not apply: {WHY['fit']}"),
@@ -61,9 +61,9 @@ WHY = {
             f"space.neighbour_share does not apply: {WHY['nsga2']}",
         ),
         (
-            {"fates": ["drop", "share", "replace"], "attention": [0.0, 0.2], "share": {"max_groups": 1}},
+            {"fates": ["drop", "share", "replace"], "attention": [0.0, 0.2], "groups": {"max_groups": 1}},
             {"target.runtime": "expanded"},
-            "space.fates 'share', space.replace.kinds 'linear', space.attention and space.share.max_groups do not "
+            "space.fates 'share', space.replace.kinds 'linear', space.attention and space.groups.max_groups do not "
             f"apply: {WHY['stock']}",
         ),
     ],
@@ -79,8 +79,8 @@ def test_what_does_not_apply_is_told_with_its_reason(
     ("space", "settings"),
     [
         ({"criteria": ["window", "gate"], "gate_eps": [0.1]}, {"gates.steps": 4}),
-        ({"share": {"max_groups": 1, "group_sizes": [3], "adapter_ranks": [8]}}, {}),
-        ({"fates": ["share"], "reinstate": {"ranks": [4], "starts": ["data"]}}, {"starts.tokens": 64}),
+        ({"groups": {"max_groups": 1, "group_sizes": [3], "adapter_ranks": [8]}}, {}),
+        ({"fates": ["share"], "children": {"ranks": [4], "starts": ["data"]}}, {"starts.tokens": 64}),
         ({"fates": ["replace"], "replace": {"kinds": ["ffn"]}}, {"starts.tokens": 64}),
         ({"criteria": ["linear_window"]}, {"starts.tokens": 64}),
         ({"recover": {"delta_ranks": [4]}}, {"rungs": [0, 64], "recovery.batch": 4, "halving.keep": 0.3}),
