@@ -379,7 +379,7 @@ def for_runtime(space: Space, table: CostTable, target: Target) -> Space:
         return space
     held = held_part(space, runtime)
     changes = (
-        math.floor(space.removal[1] * len(table.blocks) + 1e-9) or held.attention[1] or held.share.max_groups
+        math.floor(space.removal[1] * len(table.blocks) + 1e-9) or held.attention[1] or held.groups.max_groups
     )
     lacks = "" if held.fates and changes else f"the space '{space.name}' has none"
     if table.by_position and "moved block" in runtime.cannot:
@@ -408,13 +408,8 @@ def held_part(space: Space, runtime: Runtime) -> Space:
         update={
             "fates": tuple(fate for fate in space.fates if fate not in lost),
             "replace": space.replace.model_copy(update={"kinds": kinds or space.replace.kinds}),
-<<<<<<< HEAD
             "attention": (0.0, 0.0) if "half block" in cannot else space.attention,
-            "share": space.share.model_copy(update={"max_groups": 0}) if "norm" in cannot else space.share,
-=======
-            "attention": (0.0, 0.0),
-            "groups": space.groups.model_copy(update={"max_groups": 0}),
->>>>>>> 30c9764 (In a space, [groups] and [children] for [share] and [reinstate]; an old key is told its new name)
+            "groups": space.groups.model_copy(update={"max_groups": 0}) if "norm" in cannot else space.groups,
         }
     )
 

@@ -108,7 +108,6 @@ def _left_out(study: Study) -> Iterator[str]:
             "space.neighbour_share does not apply: the sampler nsga2 takes no neighbours, as it crosses only what all "
             "trials have in common."
         )
-<<<<<<< HEAD
     runtime = runtime_named(study.target.runtime)
     held = held_part(space, runtime)
     kinds = [kind for kind in space.replace.kinds if kind != "layer" and "network" in runtime.cannot]
@@ -120,27 +119,13 @@ def _left_out(study: Study) -> Iterator[str]:
             else []
         ),
         *(["space.attention"] if space.attention != held.attention and space.attention[1] > 0 else []),
-        *(["space.share.max_groups"] if space.share.max_groups != held.share.max_groups else []),
+        *(["space.groups.max_groups"] if space.groups.max_groups != held.groups.max_groups else []),
     ]
     if lost:
         yield (
             f"{_listed(lost)} {'do' if len(lost) > 1 else 'does'} not apply: "
             f"the {runtime.name} runtime runs {runtime.blocks}."
         )
-=======
-    if study.target.runtime == "expanded":
-        kinds = [kind for kind in space.replace.kinds if kind != "layer"] if "replace" in space.fates else []
-        lost = [
-            *(["space.fates 'share'"] if "share" in space.fates else []),
-            *([f"space.replace.kinds {', '.join(map(repr, kinds))}"] if kinds else []),
-            *(["space.attention"] if space.attention[1] > 0 else []),
-            *(["space.groups.max_groups"] if space.groups.max_groups else []),
-        ]
-        if lost:
-            yield (
-                f"{_listed(lost)} {'do' if len(lost) > 1 else 'does'} not apply: an expanded runtime runs stock blocks."
-            )
->>>>>>> 30c9764 (In a space, [groups] and [children] for [share] and [reinstate]; an old key is told its new name)
 
 
 def _set(study: Study, setting: str) -> Iterator[str]:
