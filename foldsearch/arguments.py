@@ -199,7 +199,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
     _add_choice(parser)
     _add_out(parser, "new folder", required=True)
-    form = "folded: shared weights stored once, needs its own code; expanded: the stock architecture"
+    form = "; ".join(f"{runtime.name}: {runtime.title}" for runtime in runtimes.RUNTIMES)
     parser.add_argument("--form", choices=runtimes.names(), default="folded", help=form)
     parser.add_argument(
         "--prompt", metavar="TEXT", help="let the exported model and the dense one go on with this text"

@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from foldsearch.runtimes import Runtime
 from foldsearch.runtimes.expanded import before_rounding
 
-__all__ = ["ENTRY", "before_rounding", "load", "weight_files", "write"]
+__all__ = ["ENTRY", "before_rounding", "load", "write"]
 
 ENTRY = Runtime(
     name="split",
+    title="the stock architecture, in small files",
     blocks="stock blocks",
     shares_weights=False,
     cannot=frozenset({"network", "norm", "half block", "moved block"}),
@@ -24,17 +25,13 @@ ENTRY = Runtime(
     carries_code=False,
     card="Its weights lie in small files in `stock/`.",
     loader="tests.split_runtime",
+    weights="stock/*.safetensors",
 )
 
 
 def write(model: PreTrainedModel, folder: Path) -> None:
     """Many small files, one folder down."""
     model.save_pretrained(folder / "stock", max_shard_size=8_000)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Several."""
-    return list((folder / "stock").glob("*.safetensors"))
 
 
 def load(folder: str, dtype: str, attention: str | None) -> tuple[PreTrainedModel, list[str]]:

@@ -509,7 +509,7 @@ def _figures(answer: dict[str, Any], dtype: str) -> ModelFigures:
 
 
 def _file_bytes(job: _Job) -> int:
-    return sum(file.stat().st_size for file in job.runtime.writer.weight_files(job.folder))
+    return sum(file.stat().st_size for file in job.folder.glob(job.runtime.weights))
 
 
 def _as_shipped(model: PreTrainedModel, dtype: str) -> PreTrainedModel:

@@ -34,9 +34,6 @@ class Writer(Protocol):
     def write(self, model: PreTrainedModel, folder: Path) -> None:
         """Write that model, rounded, to `folder`, which exists."""
 
-    def weight_files(self, folder: Path) -> list[Path]:
-        """The files that hold the weights that `write` wrote."""
-
 
 class Loader(Protocol):
     """A file that reads what transformers cannot read by itself."""
@@ -49,7 +46,8 @@ class Loader(Protocol):
 class Runtime:
     """What an export is run by.
 
-    name: as a person writes it. blocks: what the runtime runs, in the words of a message.
+    name: as a person writes it. title: what an export for it is, in a few words.
+    blocks: what the runtime runs, in the words of a message.
     shares_weights: whether a weight that several blocks use is stored once; else it is stored again for each of them,
     adapters merged. So plans are priced.
     cannot: what of a plan the runtime cannot do.
@@ -57,9 +55,11 @@ class Runtime:
     carries_code: whether the folder holds the code that runs it, which is then also checked where foldsearch cannot be
     imported. card: what the model card says of loading it.
     loader: the module that loads a folder (see `Loader`); empty where transformers does.
+    weights: the files of a folder that hold weights, as a pattern.
     """
 
     name: str
+    title: str
     blocks: str
     shares_weights: bool
     cannot: frozenset[Need]
@@ -67,6 +67,7 @@ class Runtime:
     carries_code: bool
     card: str
     loader: str = ""
+    weights: str = "*.safetensors"
 
     @property
     def writer(self) -> Writer:
@@ -102,6 +103,7 @@ ALL_CAN = "folded"  # the runtime that holds every plan
 RUNTIMES: tuple[Runtime, ...] = (
     Runtime(
         name="folded",
+        title="shared weights stored once, needs its own code",
         blocks="blocks of foldsearch",
         shares_weights=True,
         cannot=frozenset(),
@@ -113,6 +115,7 @@ RUNTIMES: tuple[Runtime, ...] = (
     ),
     Runtime(
         name="expanded",
+        title="the stock architecture",
         blocks="stock blocks",
         shares_weights=False,
         cannot=frozenset({"network", "norm", "half block", "moved block"}),

@@ -30,11 +30,6 @@ def write(model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """One file, or several of a large model."""
-    return list(folder.glob("*.safetensors"))
-
-
 @torch.no_grad()
 def expand(model: PreTrainedModel) -> PreTrainedModel:
     """The same function as a stock model: every child gets its owner's weights, adapters merged in float32.

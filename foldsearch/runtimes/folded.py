@@ -33,8 +33,3 @@ def write(model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder)
     for file in SHIPPED_CODE:
         shutil.copyfile(file, folder / file.name)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """One file, or several of a large model."""
-    return list(folder.glob("*.safetensors"))
