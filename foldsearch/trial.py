@@ -30,7 +30,7 @@ from foldsearch.model.recover import (
     attach,
     load_trained,
 )
-from foldsearch.plan.cost import price
+from foldsearch.plan.cost import Cost, price
 from foldsearch.plan.proposal import Proposal
 from foldsearch.plan.result import Quality, Setback, TrialResult, trained_for
 from foldsearch.progress import StageProgress, TimeUp, silent
@@ -81,6 +81,7 @@ def run_trial(
                     return
                 record = replace(record, results=told, files=known.files)
                 copy_state(context.trial_folder(owner), folder, trained=record.has_trained)
+        # The plan is this trial's from here on, also where another one began it and was stopped.
         if free:
             write_json(plan_path(context, record), {"trial": number, "plan": str(record.plan)})
         if record.results and record.results[-1].is_last_rung:
@@ -103,19 +104,24 @@ def run_trial(
                 if result.is_last_rung:
                     break
         except (Diverged, InputError, MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-            state, reason = _failure(error)
-            yield TrialResult(
-                plan=record.plan,
-                cost=cost,
-                quality=None,
-                rung=len(record.results),
-                is_last_rung=False,
-                recovery_tokens=record.results[-1].recovery_tokens if record.results else 0,
-                seconds=spent + time.perf_counter() - began,
-                state=state,  # type: ignore[arg-type]
-                reason=reason,
-                gates=record.gates,
-            )
+            yield _failed(record, cost, spent + time.perf_counter() - began, error)
+
+
+def _failed(record: TrialRecord, cost: Cost, seconds: float, error: BaseException) -> TrialResult:
+    """The result of a trial that could not go on; anything that is our own fault is raised again."""
+    state, reason = _failure(error)
+    return TrialResult(
+        plan=record.plan,
+        cost=cost,
+        quality=None,
+        rung=len(record.results),
+        is_last_rung=False,
+        recovery_tokens=record.results[-1].recovery_tokens if record.results else 0,
+        seconds=seconds,
+        state=state,  # type: ignore[arg-type]
+        reason=reason,
+        gates=record.gates,
+    )
 
 
 def _failure(error: BaseException) -> tuple[str, str]:

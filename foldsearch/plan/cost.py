@@ -204,7 +204,7 @@ def price(plan: FoldPlan, table: CostTable, target: Target) -> Cost:
             parameters, slot_macs = replacement_cost(slot, table)
             carried += parameters
             macs += slot_macs
-            if slot.kind == "layer":
+            if slot.kind == "layer":  # it attends, as the block that it copies does
                 attention = table.blocks[slot.first].attention
                 seen_tokens = min(context, attention.window) if attention.window else context
                 prefill_context_macs += attention.context_macs
@@ -213,15 +213,16 @@ def price(plan: FoldPlan, table: CostTable, target: Target) -> Cost:
             continue
         home = slot.home
         block = table.blocks[home]
-        repeat = home in seen
+        repeat = home in seen  # it runs again, with the weights of its first run
         seen.add(home)
-        weights += block.other
+        weights += block.other  # a position has what is of the block and of neither unit, whatever it borrows
         for source, unit, own_unit in (
             (slot.attention, block.attention, True),
             (slot.mlp, block.mlp, False),
         ):
             if source is None:
                 continue
+            # Norms, and the work of a run, are its own: borrowed weights are multiplied again.
             weights += unit.norms
             macs += unit.macs
             if unit.context_macs:
@@ -234,7 +235,8 @@ def price(plan: FoldPlan, table: CostTable, target: Target) -> Cost:
             if source == home and not repeat:
                 weights += unit.weights
                 continue
-            if not target.shares_weights:
+            # From here on the weights are another position's.
+            if not target.shares_weights:  # stored again, the adapter summed into them
                 owner = table.blocks[source]
                 weights += owner.attention.weights if own_unit else owner.mlp.weights
             elif slot.rank:
@@ -249,6 +251,7 @@ def price(plan: FoldPlan, table: CostTable, target: Target) -> Cost:
         adapter_bytes=carried * size,
         kv_bytes=kv_width_tokens * target.batch * size,
         activation_bytes=(activations + table.vocabulary) * target.batch * size,
+        # At prefill the head runs for the last token only: its share of one token.
         prefill_macs=macs + prefill_context_macs * context + table.head_macs / context,
         decode_macs=macs + decode_context_macs + table.head_macs,
     )

@@ -287,27 +287,8 @@ class Search:
             raise
 
     def _judge(self, number: int, message: dict[str, Any]) -> bool:
-        if reason := message.get("disk full"):
-            raise RunError(
-                f"trial {number} could not be written: {reason}\nFree some space; nothing that was finished is lost. "
-                f"Go on with: {command('resume', self.folder.path)}"
-            )
-        if reason := message.get("time up"):
-            self.line.is_over = True
-            self.records.cut(number, reason)
-            self._ended(TrialCut(number, reason))
-            return True
-        if reason := message.get("failed"):
-            last = self.records.get(number).last
-            if message.get("early") and last is not None and last.state == "known":
-                assert last.known_from is not None
-                self.records.repeat(
-                    number, last.known_from, f"trial {last.known_from} measures the same plan at this moment"
-                )
-                self._ended(TrialRepeated(number, last.known_from))
-                return True
-            self.records.fail(number, reason)
-            self._ended(TrialFailed(number, reason))
+        if "result" not in message:
+            self._end_without_result(number, message)
             return True
         result = TrialResult.from_json(message["result"])
         known_rungs = {known.rung for known in self.records.get(number).results}
@@ -317,16 +298,51 @@ class Search:
         self.line.began(number)
         self._tell(RungDone(number, result))
         if ended(result):
-            state = self.records.finish(number)
-            if state == "finished":
-                on_front = number in {record.number for record in self.records.front()}
-                self._ended(TrialFinished(number, result, on_front))
-            elif state == "repeat":
-                assert result.known_from is not None
-                self._ended(TrialRepeated(number, result.known_from))
-            else:
-                self._ended(TrialFailed(number, self.records.get(number).reason))
+            self._finish(number, result)
             return True
+        return self._is_halved(number, result)
+
+    def _end_without_result(self, number: int, message: dict[str, Any]) -> None:
+        """A trial ended between two rungs: the message says why.
+
+        Raises:
+            RunError: the disk is full, which no trial could go on with.
+        """
+        if reason := message.get("disk full"):
+            raise RunError(
+                f"trial {number} could not be written: {reason}\nFree some space; nothing that was finished is lost. "
+                f"Go on with: {command('resume', self.folder.path)}"
+            )
+        if reason := message.get("time up"):
+            self.line.is_over = True
+            self.records.cut(number, reason)
+            self._ended(TrialCut(number, reason))
+            return
+        last = self.records.get(number).last
+        if message.get("early") and last is not None and last.state == "known":
+            assert last.known_from is not None
+            self.records.repeat(
+                number, last.known_from, f"trial {last.known_from} measures the same plan at this moment"
+            )
+            self._ended(TrialRepeated(number, last.known_from))
+            return
+        self.records.fail(number, message["failed"])
+        self._ended(TrialFailed(number, message["failed"]))
+
+    def _finish(self, number: int, result: TrialResult) -> None:
+        """A trial gave its last result."""
+        state = self.records.finish(number)
+        if state == "finished":
+            on_front = number in {record.number for record in self.records.front()}
+            self._ended(TrialFinished(number, result, on_front))
+        elif state == "repeat":
+            assert result.known_from is not None
+            self._ended(TrialRepeated(number, result.known_from))
+        else:
+            self._ended(TrialFailed(number, self.records.get(number).reason))
+
+    def _is_halved(self, number: int, result: TrialResult) -> bool:
+        """Whether a trial is stopped at this rung, beside what others reached there; if so, it is told."""
         settings = self.folder.study.halving
         # Halving wants quality first, in whichever order the study names its objectives.
         objectives = sorted(self.records.objectives, key=OBJECTIVES.index)
@@ -340,7 +356,7 @@ class Search:
             if record.number != number
             and other.rung == result.rung
             and other.quality
-            and other.plan != result.plan
+            and other.plan != result.plan  # a plan does not compete with itself
         }
         decision = decide(
             point(result, objectives),
