@@ -12,6 +12,7 @@ Each name says its shapes, units, errors and source in its own docstring:
     open_run        the front, the knee and every trial of a run
     export_trial    write a trial's model and verify it in a fresh process
     evaluate_trial  what a trial's model still knows, beside dense: questions and harness tasks
+    Asked           what a model is asked: question files, tasks
     try_plan        fold, recover and measure one plan in this process
     inspect_model   how redundant the blocks of a model are
     extended        a plan that runs blocks of a small model again
@@ -33,8 +34,9 @@ from typing import TYPE_CHECKING, Any
 from foldsearch.model.register import register
 
 if TYPE_CHECKING:
-    from foldsearch.api import evaluate_trial, export_trial, inspect_model, open_run, try_plan
+    from foldsearch.api import export_trial, inspect_model, open_run, try_plan
     from foldsearch.errors import FoldsearchError, InputError, VerificationError
+    from foldsearch.evaluate import Asked, evaluate_trial
     from foldsearch.model.fold import fold
     from foldsearch.model.measure import measure
     from foldsearch.plan.cost import Budget, Cost, CostTable, Target, price
@@ -52,6 +54,7 @@ __all__ = [
     "open_run",
     "export_trial",
     "evaluate_trial",
+    "Asked",
     "try_plan",
     "inspect_model",
     "extended",
@@ -72,8 +75,9 @@ __all__ = [
 
 # Where each name lives: looked up when it is first asked for, so `import foldsearch` does not wait for torch.
 _HOMES = {
-    "foldsearch.api": ("evaluate_trial", "export_trial", "inspect_model", "open_run", "try_plan"),
+    "foldsearch.api": ("export_trial", "inspect_model", "open_run", "try_plan"),
     "foldsearch.errors": ("FoldsearchError", "InputError", "VerificationError"),
+    "foldsearch.evaluate": ("Asked", "evaluate_trial"),
     "foldsearch.model.fold": ("fold",),
     "foldsearch.model.measure": ("measure",),
     "foldsearch.plan.cost": ("Budget", "Cost", "CostTable", "Target", "price"),

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foldsearch.errors import InputError, RunError, quote_error
+from foldsearch.errors import RunError, quote_error
 from foldsearch.files import replace_atomically, write_json
 from foldsearch.paths import command, printable
 from foldsearch.plan.cost import CostTable
@@ -23,21 +21,15 @@ from foldsearch.plan.result import TrialResult
 from foldsearch.progress import Notice, StageProgress, silent, unheard
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from foldsearch.context import TrialContext
     from foldsearch.export.figures import ExportReport
-    from foldsearch.model.choices import ChoiceQuality, EncodedOption, Question
     from foldsearch.model.evidence import Evidence
-    from foldsearch.model.harness import TaskScore
     from foldsearch.model.source import DenseFiles
     from foldsearch.report.view import Entry, RunView
     from foldsearch.search.dry_run import DryRun
     from foldsearch.spec.study import Study
 
 PICK = "pick.json"
-EVALUATIONS = "evaluations"
-_LONGEST_NAME = 50  # characters that a file name repeats of what was asked: of four bytes at most
 _TRIED = 0  # number of the only trial in the folder of `try_plan`
 _MANY_BLOCKS = 10_000  # more than any model has: enough to read a plan before its model is known
 _LARGE_NUMBER = re.compile(r"[0-9]{5}")  # which has no place in a model of that many
@@ -232,7 +224,7 @@ def export_tried(
     from foldsearch.prepare import prepare_context
 
     context = prepare_context(study, folder, progress=progress)
-    return _export(context, _TRIED, out, form, {}, [], progress)
+    return _export(context, _TRIED, out, form, None, progress)
 
 
 # ---- after a search
@@ -330,8 +322,7 @@ def export_trial(
     folder = run.folder
     check_export(out, entry.plan, form, by_position=folder.table.by_position)
     context = prepare_context(folder.study, folder.path, progress=progress, notice=notice)
-    details = {"trial": entry.number, "run": folder.path.name}
-    return _export(context, entry.number, out, form, details, [entry.result], progress)
+    return _export(context, entry.number, out, form, entry, progress)
 
 
 def _export(
@@ -339,11 +330,10 @@ def _export(
     number: int,
     out: Path,
     form: str,
-    details: dict[str, Any],
-    recorded: list[TrialResult],
+    entry: Entry | None,
     progress: StageProgress,
 ) -> ExportReport:
-    """Rebuild a trial's model and ship it. details: what else goes into the card, beside model and result."""
+    """Rebuild a trial's model and ship it. entry: what a run recorded of the trial; None outside a run."""
     from foldsearch.context import open_workbench
     from foldsearch.export import Shipment, export
     from foldsearch.model.source import open_tokenizer
@@ -352,7 +342,7 @@ def _export(
     progress("rebuilding the model that was measured", 0.0)
     model, result = recovered_model(context, number)
     progress("comparing it with what was recorded", 0.0)
-    rebuilt = check_rebuilt(context, number, model, recorded)
+    rebuilt = check_rebuilt(context, number, model, [entry.result] if entry else [])
     bench = open_workbench(context)
     progress("writing and verifying in a fresh process", 0.0)
     shipment = Shipment(
@@ -365,199 +355,12 @@ def _export(
         details={
             "base_model": context.study.model,
             "note": context.files.note,
-            **details,
+            **({"trial": number, "run": context.run_folder.name} if entry else {}),
             "rebuilt": asdict(rebuilt),
             "result": result.to_json(),
         },
     )
     return export(model, open_tokenizer(context.files), out, shipment)
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """What `evaluate_trial` found on one question file or one task, and where it is written.
-
-    choices: of a question file; else None. scores: of a task; else empty.
-    """
-
-    name: str
-    file: Path
-    choices: ChoiceQuality | None
-    scores: tuple[TaskScore, ...]
-
-
-def evaluate_trial(
-    run: RunView,
-    number: int,
-    *,
-    questions: Sequence[Path] = (),
-    tasks: Sequence[str] = (),
-    limit: int | None = None,
-    include_path: Path | None = None,
-    progress: StageProgress = silent,
-    notice: Notice = unheard,
-) -> tuple[Evaluation, ...]:
-    """What a trial's model still knows, beside the dense one: multiple-choice questions and harness tasks.
-
-    Both models answer in this process, in the precision that the trial was measured in. What the search or the recovery
-    saw is refused before a model is loaded. Each result is written into the run, evaluations/NNNNN-NAME.json.
-
-    Args:
-        run: the run.
-        number: of a trial that reached the last rung.
-        questions: JSONL files, see `foldsearch.model.choices.read_questions`.
-        tasks: names of lm-evaluation-harness (the `eval` extra).
-        limit: only the first so many items of each file and task, at least 2.
-        include_path: a folder of task YAML files.
-        progress: told what is being done.
-        notice: told what a person should know.
-
-    Raises:
-        RunError: the trial was not measured, or the model or the tokens are others than the run was made with.
-        InputError: a question file or task cannot be used, or was seen. ModelError: the model is gone.
-        VerificationError: the rebuilt model is not the one that was measured.
-    """
-    from foldsearch.context import open_workbench, read_splits
-    from foldsearch.model import choices, harness
-    from foldsearch.model.source import open_config, open_tokenizer
-    from foldsearch.prepare import open_source, prepare_context
-    from foldsearch.rebuild import check_rebuilt, recovered_model
-
-    if include_path is not None and not tasks:
-        notice(
-            "--include-path does not apply: no task is asked, and it holds tasks only. Name some with --tasks."
-        )
-    entry = run.pick(number=number)
-    names = _evaluation_names(questions, tasks, limit)
-    asked = {path: choices.read_questions(path, limit=limit) for path in questions}
-    for path in questions:
-        _check_source(path, run)
-    manager = None
-    if tasks:
-        progress("reading the names of tasks", 0.0)
-        manager = harness.open_tasks(tasks, include_path=include_path)
-
-    folder = run.folder
-    splits = read_splits(folder.path)
-    source = open_source(folder.study, progress, run_folder=folder.path)
-    tokenizer = open_tokenizer(source)
-    longest = getattr(open_config(source), "max_position_embeddings", None)
-    saw = (splits.search, splits.recovery)
-    for path, items in asked.items():
-        progress(f"comparing {printable(path)} with the run's texts", 0.0)
-        _check_unseen(path, choices.seen(((item.line, item.text) for item in items), tokenizer, saw), "line")
-    encoded = {path: _encode(path, items, tokenizer, longest) for path, items in asked.items()}
-    for task in tasks:
-        progress(f"loading {task}, and comparing it with the run's texts", 0.0)
-        _check_unseen(
-            task, choices.seen(harness.task_texts(manager, task, limit=limit), tokenizer, saw), "item"
-        )
-
-    context = prepare_context(folder.study, folder.path, progress=progress, notice=notice)
-    progress("rebuilding the model that was measured", 0.0)
-    folded, result = recovered_model(context, entry.number)
-    check_rebuilt(context, entry.number, folded, [entry.result])
-    models = {"dense": open_workbench(context).dense, "folded": folded}
-    about = {
-        "trial": entry.number,
-        "plan": str(result.plan),
-        "model": folder.study.model,
-        "dtype": context.files.dtype,
-        "limit": limit,
-    }
-
-    def write(name: str, what: dict[str, Any]) -> Path:
-        file = folder.path / EVALUATIONS / f"{entry.number:05d}-{name}.json"
-        write_json(file, {**about, **what})
-        return file
-
-    found = []
-    for path, items in asked.items():
-        of_dense, of_folded = (
-            choices.option_perplexities(
-                model, encoded[path], progress=partial(progress, f"{printable(path.name)}, {who}")
-            )
-            for who, model in models.items()
-        )
-        quality = choices.compare_choices(of_dense, of_folded, [item.answer for item in items])
-        what = {
-            "questions": str(path),
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            **asdict(quality),
-            "perplexities": [
-                {"line": item.line, "answer": item.answer, "dense": dense, "folded": ours}
-                for item, dense, ours in zip(items, of_dense, of_folded, strict=True)
-            ],
-        }
-        name = names[str(path)]
-        found.append(Evaluation(name, write(name, what), quality, ()))
-    for task in tasks:
-        scores = harness.run_task(
-            tuple(models.values()), tokenizer, manager, task, limit=limit, progress=progress
-        )
-        name = names[task]
-        what = {"task": task, "scores": [asdict(score) for score in scores]}
-        found.append(Evaluation(name, write(name, what), None, scores))
-    return tuple(found)
-
-
-def _evaluation_names(questions: Sequence[Path], tasks: Sequence[str], limit: int | None) -> dict[str, str]:
-    """A file name for each question file and task: what it is called, and how much of it is asked."""
-    if not questions and not tasks:
-        raise InputError(
-            "evaluate needs something to ask: --questions FILE.jsonl, or --tasks NAME,NAME of lm-evaluation-harness."
-        )
-    if limit is not None and limit < 2:
-        raise InputError(f"--limit is a number of items, at least 2 for a standard error, not {limit}.")
-    names: dict[str, str] = {}
-    for given, called in [*((str(path), path.stem) for path in questions), *((task, task) for task in tasks)]:
-        name = re.sub(r"[^\w.-]+", "-", called)[:_LONGEST_NAME] + (f"-first{limit}" if limit else "")
-        if name in names.values():
-            raise InputError(
-                f"each question file and task has a name of its own, but two are called {called!r}. Rename one, or "
-                "ask one at a time."
-            )
-        names[given] = name
-    return names
-
-
-def _check_source(path: Path, run: RunView) -> None:
-    """Refuse a question file that is, or lies in, a source of the run's texts."""
-    from foldsearch.identity import Identity
-    from foldsearch.model.text import local_path
-    from foldsearch.prepare import sources_of
-
-    made = Identity.read(run.folder.path)
-    for reference in sources_of(run.folder.study):
-        place = made.place_of(reference) if made else None
-        source = place.now(run.folder.path) if place else local_path(reference)
-        if source is not None and path.resolve().is_relative_to(source.resolve()):
-            raise InputError(
-                f"questions must be unseen, but {printable(path)} belongs to {printable(reference)}, which "
-                f"'{run.name}' was made with. Take a file from elsewhere."
-            )
-
-
-def _check_unseen(what: object, found: Sequence[tuple[int, str]], unit: str) -> None:
-    if found:
-        first, name = found[0]
-        occur = "occurs" if len(found) == 1 else "occur"
-        raise InputError(
-            f"questions must be unseen, but {len(found):,} of {printable(what)} {occur} in texts "
-            f"that this run used, the first ({unit} {first}) in the {name} texts: 13 of its tokens in a row, or all of "
-            "them. Leave these out, or make a run on other texts."
-        )
-
-
-def _encode(
-    path: Path, items: Sequence[Question], tokenizer: PreTrainedTokenizerBase, longest: int | None
-) -> list[tuple[EncodedOption, ...]]:
-    from foldsearch.model.choices import encode_question
-
-    return [
-        encode_question(item, tokenizer, f"{printable(path)}, line {item.line}", longest=longest)
-        for item in items
-    ]
 
 
 def compare_words(run: RunView, folder: Path, prompt: str, *, num_tokens: int = 40) -> tuple[str, str]:

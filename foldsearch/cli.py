@@ -399,22 +399,16 @@ def _chosen(args: argparse.Namespace, view: RunView) -> Entry:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from foldsearch.api import evaluate_trial, open_run
+    from foldsearch.api import open_run
+    from foldsearch.evaluate import Asked, evaluate_trial
     from foldsearch.report.terminal import console, evaluation_table
 
     view = open_run(args.run)
     entry = _chosen(args, view)
+    tasks = [task.strip() for task in args.tasks.split(",") if task.strip()]
+    asked = Asked(args.questions, tasks, args.limit, args.include_path)
     with _status() as progress:
-        found = evaluate_trial(
-            view,
-            entry.number,
-            questions=args.questions,
-            tasks=[task.strip() for task in args.tasks.split(",") if task.strip()],
-            limit=args.limit,
-            include_path=args.include_path,
-            progress=progress,
-            notice=_say,
-        )
+        found = evaluate_trial(view, entry.number, asked, progress=progress, notice=_say)
     out = console()
     out.print(evaluation_table(found))
     for one in found:

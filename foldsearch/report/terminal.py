@@ -39,7 +39,7 @@ from foldsearch.search.folder import RunFolder
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from foldsearch.api import Evaluation
+    from foldsearch.evaluate import Evaluation
     from foldsearch.export.figures import ExportReport
     from foldsearch.model.evidence import Evidence
     from foldsearch.search.dry_run import DryRun

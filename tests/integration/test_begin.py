@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from foldsearch import api
+from foldsearch import Asked, api, evaluate_trial
 from foldsearch import export as exporting
 from foldsearch.context import TrialContext, open_workbench, read_splits
 from foldsearch.draft import choose_blocks, choose_plan
@@ -159,7 +159,7 @@ def test_what_is_exported_prompted_and_evaluated(
     questions = [{"question": f"w{5 + i} w6", "options": ["w7 w8", "w9"], "answer": 0} for i in range(3)]
     (place / "q.jsonl").write_text("\n".join(map(json.dumps, questions)))
     with watched():
-        api.evaluate_trial(run, number, questions=[place / "q.jsonl"])
+        evaluate_trial(run, number, Asked([place / "q.jsonl"]))
 
 
 def test_a_plan_that_is_typed(context: TrialContext, study: Study, place: Path, monkeypatch) -> None:
