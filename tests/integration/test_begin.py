@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -145,16 +144,16 @@ def test_what_is_exported_prompted_and_evaluated(
         records.record(number, result)
     records.finish(number)
     run = api.open_run(place / "run")
-    asked: dict[str, Any] = {}
-    monkeypatch.setattr(exporting, "export", lambda *args, **settings: asked.update(settings))
+    asked: list[exporting.Shipment] = []
+    monkeypatch.setattr(exporting, "export", lambda *given: asked.append(given[-1]))
     monkeypatch.setattr(exporting, "load_exported", lambda folder: (open_workbench(context).dense, None))
     with watched():
         api.export_trial(run, number, place / "out")
         api.compare_words(run, place / "out", "w5 w6", num_tokens=3)
     # what the fresh processes of an export read is the report text (see test_export.py for what they make of it)
     report = read_splits(context.run_folder).report
-    assert torch.equal(asked["ids_NT"], report.ids_NT)
-    assert torch.equal(asked["text_NT"], report.text_NT)
+    assert torch.equal(asked[0].ids_NT, report.ids_NT)
+    assert torch.equal(asked[0].text_NT, report.text_NT)
 
     questions = [{"question": f"w{5 + i} w6", "options": ["w7 w8", "w9"], "answer": 0} for i in range(3)]
     (place / "q.jsonl").write_text("\n".join(map(json.dumps, questions)))
