@@ -32,6 +32,10 @@ _INSPECT = """\
 Cosines between a block's input and output, and between the model's start and a block's output
 (FoldGPT, Fig. 2), as a table and a picture."""
 
+_CACHE = """\
+Converted models, and what was computed from them. All of it is made again when it is needed. What a
+process is making at this moment stays. Do not remove entries while a search runs."""
+
 _EVALUATE = """\
 A question file has one JSON object a line:
   {"question": "The capital of France is", "options": ["Rome", "Paris"], "answer": 1}
@@ -223,6 +227,13 @@ def _dashboard(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _cache(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--clear", nargs="*", metavar="KIND", help="remove all, or only what is of these kinds")
+    keep = "remove the least recently used until the rest is within N GB"
+    what.add_argument("--keep-gb", type=_number, metavar="N", help=keep)
+
+
 # Name, summary, what follows the options in its help, and what adds its arguments.
 _VERBS: tuple[tuple[str, str, str, Callable[[argparse.ArgumentParser], None]], ...] = (
     ("run", "search for folded models within a budget", _RUN, _run),
@@ -241,6 +252,7 @@ _VERBS: tuple[tuple[str, str, str, Callable[[argparse.ArgumentParser], None]], .
         _evaluate,
     ),
     ("dashboard", "serve the Optuna dashboard of a run, live, on this machine only", "", _dashboard),
+    ("cache", "what is kept on this machine between runs, and its size", _CACHE, _cache),
 )
 
 

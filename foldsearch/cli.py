@@ -451,6 +451,30 @@ def _dashboard(args: argparse.Namespace) -> int:
     return 0
 
 
+def _cache(args: argparse.Namespace) -> int:
+    from foldsearch import cache
+    from foldsearch.report.terminal import cache_table, console
+
+    folder = cache.default_cache_dir()
+    found = cache.entries(folder)
+    if args.clear is None and args.keep_gb is None:
+        console().print(cache_table(found))
+        _print_line(console(), f"\nFolder: {printable(folder)}")
+        return 0
+    if args.keep_gb is not None and not 0 <= args.keep_gb < float("inf"):
+        raise InputError(f"--keep-gb must be 0 or more; got {args.keep_gb}. Use a number such as 5.")
+    chosen = (
+        cache.to_fit(found, args.keep_gb * 1e9) if args.clear is None else cache.of_kinds(found, args.clear)
+    )
+    gone, held = cache.remove(chosen)
+    print(f"Removed entries: {len(gone):,}, freed: {sum(entry.size_bytes for entry in gone) / 1e9:.3f} GB.")
+    if held:
+        _say(
+            f"There are {len(held):,} entries that stay, as another process is making them. Run it again later."
+        )
+    return 0
+
+
 _VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "resume": _resume,
@@ -463,6 +487,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "export": _export,
     "evaluate": _evaluate,
     "dashboard": _dashboard,
+    "cache": _cache,
 }
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import tempfile
 import threading
@@ -33,7 +32,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from foldsearch.errors import InputError, ModelError, quote_error
+from foldsearch.cache import default_cache_dir
+from foldsearch.errors import ModelError, quote_error
 from foldsearch.files import check_writable
 from foldsearch.model.blocks import family_of
 from foldsearch.model.checks import (
@@ -144,25 +144,6 @@ class ModelSource:
     def place(self) -> Path:
         """What a person would look at: the GGUF file, or the folder."""
         return self.folder / self.gguf_file if self.gguf_file else self.folder
-
-
-def default_cache_dir() -> Path:
-    """$FOLDSEARCH_CACHE, else $XDG_CACHE_HOME/foldsearch, else ~/.cache/foldsearch.
-
-    Raises:
-        InputError: none of them is known.
-    """
-    if chosen := os.environ.get("FOLDSEARCH_CACHE"):
-        return local(chosen)
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return local(xdg) / "foldsearch"
-    try:
-        return Path.home() / ".cache" / "foldsearch"
-    except RuntimeError as error:
-        raise InputError(
-            "models are kept in a folder of this machine, but this user has no home folder. "
-            "Set FOLDSEARCH_CACHE to a folder that can be written to."
-        ) from error
 
 
 def check_cache(cache_dir: Path) -> None:

@@ -39,6 +39,7 @@ from foldsearch.search.folder import RunFolder
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from foldsearch.cache import Entry as CacheEntry
     from foldsearch.evaluate import Evaluation
     from foldsearch.export.figures import ExportReport
     from foldsearch.model.evidence import Evidence
@@ -372,6 +373,16 @@ def _columns(table: Table, *names: str) -> None:
 
 
 # ---- one plan
+
+
+def cache_table(found: Sequence[CacheEntry]) -> Table:
+    """What the cache holds, by kind: `foldsearch cache`."""
+    table = _plain_table("kind", "entries>", "GB>")
+    for kind in sorted({entry.kind for entry in found}):
+        sizes = [entry.size_bytes for entry in found if entry.kind == kind]
+        table.add_row(kind, f"{len(sizes):,}", f"{sum(sizes) / GB:.3f}")
+    table.add_row("total", f"{len(found):,}", f"{sum(entry.size_bytes for entry in found) / GB:.3f}")
+    return table
 
 
 def results_table(results: Sequence[TrialResult]) -> Group:

@@ -40,6 +40,7 @@ VERBS = (
     "evaluate",
     "export",
     "dashboard",
+    "cache",
 )
 
 
