@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from foldsearch import api, cli, trial
+from foldsearch import api, cli
+from foldsearch import prepare as preparation
 from foldsearch.errors import ModelError
 from foldsearch.files import write_json
 from foldsearch.model.source import locate, open_config, open_tokenizer, prepare
@@ -118,7 +119,9 @@ def test_where_an_export_goes_is_looked_at_before_the_model(
     run_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run's model is a fake that cannot be opened at all."""
-    monkeypatch.setattr(trial, "prepare_context", lambda *args, **more: pytest.fail("the model was opened"))
+    monkeypatch.setattr(
+        preparation, "prepare_context", lambda *args, **more: pytest.fail("the model was opened")
+    )
     monkeypatch.chdir(run_path)
     assert cli.main(["export", ".", "--out", "report"]) == 2
     assert "report exists already" in capsys.readouterr().err

@@ -1,0 +1,96 @@
+"""Every proposal and every result of a small search as JSON, so that a redesign can be held against what was before.
+
+    PYTHONPATH=OLD python tests/bench/same_search.py before.json
+    PYTHONPATH=.   python tests/bench/same_search.py after.json
+    cmp before.json after.json
+
+The search takes every criterion, fate and replacement, on a tiny random model, one trial at a time, on one thread: the
+same code gives the same bytes on the same machine. It takes about half a minute.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+
+from foldsearch.search.folder import RunFolder
+from foldsearch.search.records import Record, read_records
+from foldsearch.search.run import run_search
+from foldsearch.spec.load import load_study
+from tests.tiny import save_model, write_corpus
+
+SPACE = """
+removal = [0.2, 0.8]
+criteria = ["gate", "block_influence", "window", "linear_window", "greedy", "uniform", "random", "evolution"]
+fates = ["drop", "share", "replace"]
+attention = [0.0, 0.4]
+[children]
+ranks = [2, 4]
+starts = ["zero", "svd", "data"]
+[replace]
+kinds = ["linear", "ffn", "layer"]
+[groups]
+max_groups = 2
+group_sizes = [2, 3]
+adapter_ranks = [0, 2]
+"""
+
+
+def told(record: Record) -> list[object]:
+    """What a trial was and came to, without times."""
+    return [
+        record.number,
+        record.state,
+        record.proposal.to_json() if record.proposal else None,
+        [
+            [
+                str(result.plan),
+                result.rung,
+                result.state,
+                result.cost.memory_bytes,
+                result.cost.flops,
+                *((one.kl, one.perplexity) if one else None for one in (result.quality, result.report)),
+            ]
+            for result in record.results
+        ],
+    ]
+
+
+def main(out: Path) -> None:
+    """Run the search, and write what came of it."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        os.environ["FOLDSEARCH_CACHE"] = str(place / "cache")
+        (place / "space.toml").write_text(SPACE)
+        save_model(place / "model")
+        write_corpus(place / "corpus.txt")
+        study = load_study(
+            "default",
+            {
+                "model": str(place / "model"),
+                "data": str(place / "corpus.txt"),
+                "space": str(place / "space.toml"),
+                "splits": {"sequence_length": 32, "search": 2, "recovery": 8, "report": 2},
+                "gates": {"steps": 3},
+                "rungs": [0, 64, 128],
+                "trials": 40,
+                "precision": "float32",
+                "device": "cpu",
+                "target": {"dtype": "float32", "context": 64},
+            },
+        )
+        run_search(study, place / "run")
+        found = [told(record) for record in read_records(RunFolder.open(place / "run"))]
+    out.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
