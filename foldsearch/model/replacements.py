@@ -93,24 +93,10 @@ def fit_replacement(
         progress: called with (done, total) training steps.
     """
     settings = settings or FitSettings()
-    before_NTD, after_NTD = states[slot.first], states[slot.last + 1]
-    held = max(1, round(settings.held_out * len(before_NTD)))
-    if held >= len(before_NTD):
-        train = test = slice(None)  # one sequence: there is nothing to choose on but itself
-    else:
-        train, test = slice(0, len(before_NTD) - held), slice(len(before_NTD) - held, None)
-    device = dense.device
-
-    def error(net: Callable[[Tensor], Tensor]) -> float:
-        with torch.no_grad():
-            parts = [
-                _relative(net(before).float(), after - before).flatten()
-                for before, after in _pairs(before_NTD[test], after_NTD[test], settings.batch, device)
-            ]
-        return float(torch.cat(parts).cpu().double().mean())
-
+    run = _Run.cut(states[slot.first], states[slot.last + 1], settings.held_out)
     if slot.kind == "layer":
-        return _fit_layer(dense, slot, (before_NTD, after_NTD), ids_NT, train, error, settings, progress)
+        return _fit_layer(dense, decoder_blocks(dense)[slot.first], run, ids_NT, settings, progress)
+    device = dense.device
     hidden = slot.size or DEFAULT_EXPANSION * dense.config.hidden_size
     net = Replaced(slot.kind, dense.config.hidden_size, hidden).to(device)
     net.reset_parameters(torch.Generator().manual_seed(settings.seed))
@@ -118,15 +104,45 @@ def fit_replacement(
     errors = {"nothing": 1.0}
     if net.down.shape[1] <= MOST_FEATURES:
         _spread_features(net)
-        solve_down(net, (before_NTD[train], after_NTD[train]), (before_NTD[test], after_NTD[test]))
-        tried["closed form"], errors["closed form"] = _values(net), error(net)
+        solve_down(net, run.train, run.held_out)
+        tried["closed form"], errors["closed form"] = _values(net), run.error(net, settings.batch, device)
         if errors["closed form"] >= 1:
             _load(net, tried["nothing"])
     if slot.kind != "linear" and settings.epochs:
-        _train(net, net, (before_NTD[train], after_NTD[train]), settings, progress)
-        tried["trained"], errors["trained"] = _values(net), error(net)
+        _train(net, net, run.train, settings, progress)
+        tried["trained"], errors["trained"] = _values(net), run.error(net, settings.batch, device)
+    return _best(tried, errors)
+
+
+def _best(tried: dict[str, dict[str, Tensor]], errors: dict[str, float]) -> Fit:
+    """The values with the least held-out error; training may have left none that is a number."""
     chosen = min(errors, key=lambda name: errors[name] if math.isfinite(errors[name]) else math.inf)
     return Fit(tried[chosen], errors, chosen)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Run:
+    """The residual states before and after a run of blocks, each (n, T, D): some to fit to, others to choose on."""
+
+    train: tuple[Tensor, Tensor]
+    held_out: tuple[Tensor, Tensor]
+
+    @classmethod
+    def cut(cls, before_NTD: Tensor, after_NTD: Tensor, share: float) -> _Run:
+        """Hold out the last sequences, so many as this share of them, and one at least."""
+        train = len(before_NTD) - max(1, round(share * len(before_NTD)))
+        if train <= 0:  # one sequence: there is nothing to choose on but itself
+            return cls((before_NTD, after_NTD), (before_NTD, after_NTD))
+        return cls((before_NTD[:train], after_NTD[:train]), (before_NTD[train:], after_NTD[train:]))
+
+    @torch.no_grad()
+    def error(self, net: Callable[[Tensor], Tensor], batch: int, device: torch.device) -> float:
+        """Mean relative squared error, on held-out tokens, of what `net` adds to the stream."""
+        parts = [
+            _relative(net(before).float(), after - before).flatten()
+            for before, after in _pairs(*self.held_out, batch, device)
+        ]
+        return float(torch.cat(parts).cpu().double().mean())
 
 
 # ---- closed form
@@ -244,31 +260,26 @@ def _train(
 
 def _fit_layer(
     dense: PreTrainedModel,
-    slot: Replacement,
-    states: tuple[Tensor, Tensor],
+    block: nn.Module,
+    run: _Run,
     ids_NT: Tensor,
-    train: slice,
-    error: Callable[[Callable[[Tensor], Tensor]], float],
     settings: FitSettings,
     progress: CountProgress | None,
 ) -> Fit:
-    block = decoder_blocks(dense)[slot.first]
     twin = copy.deepcopy(block).float().train(False)
     others, named = _other_inputs(dense, block, ids_NT)
 
-    def run(before_BTD: Tensor) -> Tensor:
+    def added(before_BTD: Tensor) -> Tensor:
         """What the block adds."""
         return hidden_of(twin(before_BTD, *others, **named)) - before_BTD
 
-    errors = {"copy": error(run)}
+    errors = {"copy": run.error(added, settings.batch, dense.device)}
     tried = {"copy": _values(block)}
     if settings.epochs:
-        before_NTD, after_NTD = states
-        _train(twin, run, (before_NTD[train], after_NTD[train]), settings, progress)
+        _train(twin, added, run.train, settings, progress)
         tried["trained"] = {name: value.to(dense.dtype) for name, value in _values(twin).items()}
-        errors["trained"] = error(run)
-    chosen = min(errors, key=lambda name: errors[name] if math.isfinite(errors[name]) else math.inf)
-    return Fit(tried[chosen], errors, chosen)
+        errors["trained"] = run.error(added, settings.batch, dense.device)
+    return _best(tried, errors)
 
 
 def _other_inputs(

@@ -242,8 +242,6 @@ def prepare(
     dtype: str,
     cache_dir: Path | None = None,
     content: ContentHashes | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> DenseFiles:
     """Bring a model into a form that can be mapped; converted once, then found by its content.
@@ -253,11 +251,10 @@ def prepare(
     when complete: a half-written folder is never visible, and of several processes one converts, the others wait.
 
     Args:
-        source: what `locate` found; or a reference, which is located first.
+        source: what `locate` found; or a reference, which `locate` finds as it stands, without code of its own.
         dtype: "float32" or "bfloat16", the dtype that is computed in.
         cache_dir: where converted models go; `default_cache_dir()` if None.
         content: what `identify` found, where the caller knows it already.
-        revision, trust_remote_code: as in `locate`; for a reference only.
         progress: told, in words, what takes time.
 
     Raises:
@@ -268,7 +265,7 @@ def prepare(
         raise ModelError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
     say = progress or (lambda message: None)
     if isinstance(source, str):
-        source = locate(source, revision=revision, trust_remote_code=trust_remote_code, progress=progress)
+        source = locate(source, progress=progress)
     # What is cheap to refuse, before weights are fetched.
     config = open_config(source)
     source = with_weights(source, say)

@@ -24,7 +24,7 @@ from pydantic_core import PydanticKnownError
 from foldsearch.criteria import criterion_names
 from foldsearch.errors import BudgetError, SpecError
 from foldsearch.plan.cost import GB, Budget, Cost, CostTable, Target, price
-from foldsearch.plan.plan import FoldPlan, is_foldable
+from foldsearch.plan.plan import FoldPlan, ReplacementKind, is_foldable
 from foldsearch.plan.proposal import Fate, Origin, Proposal, fold_plan, lower_bound
 from foldsearch.runtimes import ALL_CAN, Runtime, runtime_named
 from foldsearch.runtimes.needs import WORDS
@@ -121,9 +121,7 @@ class Children(TomlTable):
 class Replace(TomlTable):
     """Networks in place of runs of blocks, where their fate is "replace" (LLM-Streamline). kinds: of these networks."""
 
-    kinds: Annotated[tuple[Literal["linear", "ffn", "swiglu", "layer"], ...], Field(min_length=1)] = (
-        "linear",
-    )
+    kinds: Annotated[tuple[ReplacementKind, ...], Field(min_length=1)] = ("linear",)
 
 
 class Recover(TomlTable):
