@@ -33,7 +33,8 @@ SCHEMA = 1
 ReplacementKind = Literal["linear", "ffn", "swiglu", "layer"]
 UnitName = Literal["attention", "mlp"]
 UNITS: tuple[UnitName, ...] = get_args(UnitName)
-REPLACEMENT_KINDS: tuple[str, ...] = get_args(ReplacementKind)
+REPLACEMENT_KINDS: tuple[ReplacementKind, ...] = get_args(ReplacementKind)
+SIZED_KINDS: tuple[ReplacementKind, ...] = ("ffn", "swiglu")  # those with a hidden width
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +221,7 @@ def _check_slots(plan: FoldPlan) -> None:
                 raise PlanError(
                     f"{where} is replaced by '{slot.kind}'. Known kinds: {', '.join(REPLACEMENT_KINDS)}."
                 )
-            if slot.size and slot.kind in ("linear", "layer"):
+            if slot.size and slot.kind not in SIZED_KINDS:
                 raise PlanError(
                     f"{where}: a '{slot.kind}' replacement has no size to set, got {slot.size}. Leave it out."
                 )
