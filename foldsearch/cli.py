@@ -26,6 +26,7 @@ from foldsearch.errors import InputError, VerificationError
 from foldsearch.files import check_writable, disk_is_full
 from foldsearch.paths import check_path, command, printable, stem_beside
 from foldsearch.plan.extend import extended, rank_of
+from foldsearch.plan.plan import FoldPlan
 from foldsearch.signals import exit_code, ignore_stops, stops_raise, uninterrupted
 
 if TYPE_CHECKING:
@@ -262,7 +263,8 @@ def _extend(args: argparse.Namespace) -> int:
     with _status() as progress:
         table = measure_model(study, progress)
     (first, last), target = args.blocks, study.target.value()
-    plan = extended(len(table.blocks), first, last, args.to, args.pattern, rank_of(args.rank, table.width))
+    dense = FoldPlan.identity(len(table.blocks))
+    plan = extended(dense, first, last, args.to, args.pattern, rank_of(args.rank, table.width))
     out = console()
     out.print(price_table(plan, table, target))
     out.print(extension_note(plan, table, target))
@@ -332,7 +334,7 @@ def _show_results(results: list[TrialResult]) -> int:
 
 def _price(args: argparse.Namespace) -> int:
     from foldsearch.api import check_plan_text, measure_model
-    from foldsearch.plan.plan import FoldPlan, check_ranks
+    from foldsearch.plan.plan import check_ranks
     from foldsearch.report.terminal import console, price_table
 
     check_plan_text(args.plan)

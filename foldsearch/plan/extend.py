@@ -18,14 +18,12 @@ MOST_POSITIONS = 10_000  # more than any model runs: a slip of the hand does not
 
 
 def extended(
-    num_blocks: int,
+    plan: FoldPlan,
     first: int,
     last: int,
     depth: int,
     pattern: Pattern = "block",
     rank: int = 0,
-    *,
-    plan: FoldPlan | None = None,
 ) -> FoldPlan:
     """A plan that executes `depth` positions: blocks first..last run again until it does.
 
@@ -34,24 +32,22 @@ def extended(
     one more each: 1 1 2 2 3, and 1 2 3 1 2. So two blocks of the run never differ by more than one repeat.
 
     Args:
-        num_blocks: of the dense model.
+        plan: what is extended: `FoldPlan.identity` for the dense model. Every block of the run runs its own weights in
+            it, and nothing is repeated.
         first, last: the run, both ends in it.
         depth: executed positions, more than without the extension.
         pattern: see above.
         rank: of the adapters on every linear of a repeat; 0 is none. Each repeat has an output norm in any case.
-        plan: what is extended; the dense model if None. Every block of the run runs its own weights in it, and
-            nothing is repeated.
 
     Raises:
         PlanError: a law is broken; the message names it, the value and a remedy.
     """
-    base = FoldPlan.identity(num_blocks) if plan is None else plan
-    _check(base, num_blocks, first, last, depth, pattern, rank)
+    _check(plan, first, last, depth, pattern, rank)
     run = range(first, last + 1)
-    passes, left = divmod(depth - base.depth, len(run))
+    passes, left = divmod(depth - plan.depth, len(run))
     again = {block: Slot(block, block, block, rank, True) for block in run}
     slots = []
-    for slot in base.slots:
+    for slot in plan.slots:
         slots.append(slot)
         if not isinstance(slot, Slot) or slot.home not in again:
             continue
@@ -59,7 +55,7 @@ def extended(
             slots += [again[slot.home]] * (passes + (slot.home - first < left))
         elif slot.home == last:
             slots += [again[block] for block in [*run] * passes + [*run[:left]]]
-    return FoldPlan(tuple(slots), num_blocks)
+    return FoldPlan(tuple(slots), plan.num_blocks)
 
 
 def rank_of(rank: float, width: int) -> int:
@@ -79,19 +75,12 @@ def rank_of(rank: float, width: int) -> int:
     )
 
 
-def _check(
-    base: FoldPlan, num_blocks: int, first: int, last: int, depth: int, pattern: str, rank: int
-) -> None:
-    if base.num_blocks != num_blocks:
-        raise PlanError(
-            f"an extension is of a plan of the same model, but the plan is for {base.num_blocks} blocks, the model "
-            f"has {num_blocks}."
-        )
+def _check(base: FoldPlan, first: int, last: int, depth: int, pattern: str, rank: int) -> None:
     if pattern not in PATTERNS:
         raise PlanError(f"an extension's pattern is one of {', '.join(PATTERNS)}, got '{pattern}'.")
-    if not 0 <= first <= last < num_blocks:
+    if not 0 <= first <= last < base.num_blocks:
         raise PlanError(
-            f"the repeated blocks lie in the model, first before last: blocks go from 0 to {num_blocks - 1}, got "
+            f"the repeated blocks lie in the model, first before last: blocks go from 0 to {base.num_blocks - 1}, got "
             f"{first}-{last}."
         )
     if rank < 0:

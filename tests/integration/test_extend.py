@@ -147,5 +147,5 @@ def test_a_trained_extension_that_diverges_is_not_exported(place, capsys, monkey
 
 
 def test_the_public_name():
-    assert str(foldsearch.extended(NUM_BLOCKS, 1, 3, 7, rank=2)) == PLAN
+    assert str(foldsearch.extended(FoldPlan.identity(NUM_BLOCKS), 1, 3, 7, rank=2)) == PLAN
     assert FoldPlan.parse(PLAN, NUM_BLOCKS).depth == 7

@@ -48,28 +48,28 @@ from tests.tiny import CONFIGS, NUM_BLOCKS, dense_model, token_set
     ],
 )
 def test_patterns(pattern, depth, text):
-    assert str(extended(5, 1, 3, depth, pattern)) == text
+    assert str(extended(FoldPlan.identity(5), 1, 3, depth, pattern)) == text
 
 
 def test_every_repeat_has_its_own_adapter_and_norm():
-    assert str(extended(3, 2, 2, 5, rank=36)) == "0-2 2=2+r36+n 2=2+r36+n"
-    assert str(extended(2, 0, 1, 4, "sequential", 3)) == "0-1 0=0+r3+n 1=1+r3+n"
+    assert str(extended(FoldPlan.identity(3), 2, 2, 5, rank=36)) == "0-2 2=2+r36+n 2=2+r36+n"
+    assert str(extended(FoldPlan.identity(2), 0, 1, 4, "sequential", 3)) == "0-1 0=0+r3+n 1=1+r3+n"
 
 
 def test_thirty_blocks():
     """The example of the help: sixteen blocks once more, or six of them."""
-    once = extended(30, 3, 18, 46, "block", 36)
+    once = extended(FoldPlan.identity(30), 3, 18, 46, "block", 36)
     assert str(once).startswith("0-3 3=3+r36+n 4 4=4+r36+n 5 ")
     assert str(once).endswith(" 18 18=18+r36+n 19-29")
-    some = extended(30, 3, 18, 36, "sequential", 36)
+    some = extended(FoldPlan.identity(30), 3, 18, 36, "sequential", 36)
     assert str(some) == "0-18 3=3+r36+n 4=4+r36+n 5=5+r36+n 6=6+r36+n 7=7+r36+n 8=8+r36+n 19-29"
 
 
 def test_a_plan_can_be_extended_too():
     """Dropped blocks, children and replacements outside the run stay as they are."""
     plan = FoldPlan.parse("0 2-3 4=3 5a 7-8~linear 9", 10)
-    assert str(extended(10, 2, 3, 9, plan=plan)) == "0 2 2=2+n 3 3=3+n 4=3 5a 7-8~linear 9"
-    assert str(extended(10, 2, 3, 8, "sequential", plan=plan)) == "0 2-3 2=2+n 4=3 5a 7-8~linear 9"
+    assert str(extended(plan, 2, 3, 9)) == "0 2 2=2+n 3 3=3+n 4=3 5a 7-8~linear 9"
+    assert str(extended(plan, 2, 3, 8, "sequential")) == "0 2-3 2=2+n 4=3 5a 7-8~linear 9"
 
 
 @st.composite
@@ -83,7 +83,7 @@ def extensions(draw):
     depth = base.depth + draw(st.integers(1, 20))
     pattern, rank = draw(st.sampled_from(PATTERNS)), draw(st.integers(0, 5))
     return base, first, last, pattern, rank, extended(
-        base.num_blocks, first, last, depth, pattern, rank, plan=base
+        base, first, last, depth, pattern, rank
     ), depth  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def test_an_extension_stores_norms_and_what_is_carried_only(data):
 )
 def test_refusals(given_, message):
     with pytest.raises(PlanError, match=re.escape(message)):
-        extended(*given_)
+        extended(FoldPlan.identity(given_[0]), *given_[1:])
 
 
 @pytest.mark.parametrize(
@@ -168,9 +168,7 @@ def test_refusals(given_, message):
 )  # fmt: skip
 def test_refusals_of_plans(text, message):
     with pytest.raises(PlanError, match=re.escape(message)):
-        extended(5, 1, 3, 9, plan=FoldPlan.parse(text, 5))
-    with pytest.raises(PlanError, match="the plan is for 4 blocks, the model has 5"):
-        extended(5, 1, 3, 9, plan=FoldPlan.identity(4))
+        extended(FoldPlan.parse(text, 5), 1, 3, 9)
 
 
 def test_a_rank_is_a_number_or_a_share_of_the_width():
@@ -185,7 +183,7 @@ def test_a_rank_is_a_number_or_a_share_of_the_width():
 
 # ---- where an extended model starts
 
-TEXT = str(extended(NUM_BLOCKS, 1, 3, NUM_BLOCKS + 4, "block", 3))
+TEXT = str(extended(FoldPlan.identity(NUM_BLOCKS), 1, 3, NUM_BLOCKS + 4, "block", 3))
 TOKENS = token_set(sequences=8, length=20)
 
 
@@ -251,7 +249,7 @@ def test_an_extended_model_starts_near_the_base_model(name, pattern):
         model = fold(dense_model(name), FoldPlan.parse(text, NUM_BLOCKS))
         return judge(with_gamma(model, gamma), TOKENS, targets).kl
 
-    text = str(extended(NUM_BLOCKS, 1, 3, NUM_BLOCKS + 3, pattern, 2))
+    text = str(extended(FoldPlan.identity(NUM_BLOCKS), 1, 3, NUM_BLOCKS + 3, pattern, 2))
     found = [kl(text, gamma) for gamma in (1.0, 0.1, GAMMA_START, 0.001)]
     assert found == sorted(found, reverse=True)
     assert found[2] < 0.01
