@@ -4,8 +4,9 @@ trials/00012/trial.json             plan, recovery settings, results so far
 trials/00012/start.safetensors      fitted replacements and adapters, where the plan has any
 trials/00012/recovered.safetensors  what recovery trained, at the trial's best state; none where that is untrained
 trials/00012/optimizer.safetensors  its latest state, to go on from; until the last rung
-plans/<plan id>.json                which trial measures the plan: no plan is trained twice; plans whose adapters
-start in different ways are different ones
+plans/<plan id>.json                which trial measures the plan: no plan is trained twice
+
+Plans whose adapters start in different ways are different ones: the start is part of the file's name.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ from foldsearch.plan.cost import CostTable
 from foldsearch.progress import StageProgress, counting
 
 BASE_RANK = 1 / 16  # of the base-block metric, in widths of the model: FlexiGPT's 256 for 4,096
-SCHEMA = 3  # of what is kept
+# Of what is kept. The keys hold what can be set; raise it when the code, or a constant, that computes them changes.
+SCHEMA = 3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
