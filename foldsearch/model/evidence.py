@@ -9,7 +9,7 @@ Shapes: N sequences, B sequences of a batch, T positions, D width, V vocabulary,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -266,6 +266,28 @@ def hidden_of(output: Any) -> Tensor:
     """The hidden states in what a block returns: a tensor, or a tuple that starts with one."""
     hidden_BTD: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden_BTD
+
+
+def other_inputs(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], ids_NT: Tensor
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What the model hands each block besides the hidden states (masks, rotations), by position and by name.
+
+    It is asked for one sequence: without padding all have the same, and it broadcasts over a batch of any size.
+    """
+    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}))
+
+    handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
+    try:
+        with torch.no_grad():
+            last_hidden(model, ids_NT[:1].to(model.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def next_token_losses(dense: PreTrainedModel, hidden_BTD: Tensor, ids_BT: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +28,7 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from foldsearch.model.blocks import decoder_blocks
-from foldsearch.model.evidence import hidden_of
-from foldsearch.model.head import last_hidden
+from foldsearch.model.evidence import hidden_of, other_inputs
 from foldsearch.model.parts import Replaced
 from foldsearch.model.states import in_float64
 from foldsearch.plan.cost import DEFAULT_EXPANSION
@@ -267,7 +265,10 @@ def _fit_layer(
     progress: CountProgress | None,
 ) -> Fit:
     twin = copy.deepcopy(block).float().train(False)
-    others, named = _other_inputs(dense, block, ids_NT)
+    others, named = tree_map(
+        lambda value: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value,
+        other_inputs(dense, [block], ids_NT)[0],
+    )
 
     def added(before_BTD: Tensor) -> Tensor:
         """What the block adds."""
@@ -280,30 +281,6 @@ def _fit_layer(
         tried["trained"] = {name: value.to(dense.dtype) for name, value in _values(twin).items()}
         errors["trained"] = run.error(added, settings.batch, dense.device)
     return _best(tried, errors)
-
-
-def _other_inputs(
-    dense: PreTrainedModel, block: nn.Module, ids_NT: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the model hands the block besides the hidden states (masks, rotations), by position and by name; float32.
-
-    It is asked for one sequence: without padding all have the same, and it broadcasts over a batch of any size.
-    """
-    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append((args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}))
-
-    handle = block.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            last_hidden(dense, ids_NT[:1].to(dense.device))
-    finally:
-        handle.remove()
-    return tree_map(  # type: ignore[no-any-return]
-        lambda value: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value,
-        found[0],
-    )
 
 
 # ---- small things

@@ -1,0 +1,467 @@
+"""Healing in closed form: what kept blocks write to the stream is solved again, so that it meets the dense model's.
+
+After blocks were taken out, the next block reads a stream that it was not trained for. So, in execution order and on
+the folded model's own states so far, the matrix through which a position writes to the stream (`down_proj` in a Llama)
+is solved again by ridge regression:
+
+    min over ΔD of  Σ_t w_t ‖y_t − x_t − ΔD h_t‖² + λ ‖ΔD‖²
+
+with h what the matrix reads, x the position's output as it is, and y the dense model's state before the next position.
+The healed output is what the next position reads. Nothing is added to the model: no tensor, no byte, no FLOP, and a
+model that only dropped blocks stays in its stock architecture. Source: ours, after ReplaceMe's fused map (arXiv
+2505.02819) and the layer-by-layer least squares of one-shot pruning.
+
+A token weighs 1 / ‖r‖², r what the dense blocks from here to there add: every token's relative error counts alike
+(see replacements.py). λ, and whether anything changes at all, is chosen on held-out sequences.
+
+Where a norm stands between the matrix and the stream (Gemma 2 and 3, OLMo 2), what it adds is D h · gain / size. The
+fit holds each token's size as it was, which makes this linear again: it reads h / size, and what it finds is divided
+by the gain. The held-out error is that of the norm itself.
+
+Shapes: N sequences, T positions, M tokens of a batch, D width of the stream, F what the matrix reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from foldsearch.errors import InputError, ModelError
+from foldsearch.model.blocks import Family, decoder_blocks, family_of
+from foldsearch.model.evidence import hidden_of, other_inputs
+from foldsearch.model.folded import linears
+from foldsearch.model.parts import Borrowed, Replaced
+from foldsearch.model.states import in_float64
+from foldsearch.progress import CountProgress
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # in mean squares of what the matrix reads
+FIRST_RIDGE = 4  # of them; a block begins with the one that served the block before it
+BIAS_RIDGE = 1e-9  # a bias is free
+HELD_OUT = 0.25  # of the sequences, the last of them
+BATCH_TOKENS = 2048
+LEAST_SIZE = 0.1  # of the mean squared size of what is added; smaller tokens weigh no more than such a one
+LEAST_GAIN = (
+    1e-2  # of the RMS of a norm's gains; a channel below it is let through by nothing, and stays as it is
+)
+
+
+@dataclass(frozen=True, slots=True)
+class HealedBlock:
+    """One position that was solved.
+
+    Attributes:
+        position: in the folded model.
+        ridge: that was chosen, in mean squares of what the matrix reads; None where no change was best.
+        before: mean relative squared error of its output on held-out tokens, as it was.
+        after: the same, with what was found on the others.
+    """
+
+    position: int
+    ridge: float | None
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Healed:
+    """What healing changed.
+
+    Attributes:
+        values: the new parameters by their names in the folded model.
+        blocks: what was solved, in execution order.
+        tokens: of the text that was fitted to.
+    """
+
+    values: dict[str, Tensor]
+    blocks: tuple[HealedBlock, ...]
+    tokens: int
+
+
+@torch.no_grad()
+def heal(
+    model: PreTrainedModel, states: Tensor, ids_NT: Tensor, progress: CountProgress | None = None
+) -> Healed:
+    """Heal a folded model in place: what it is changed in are new tensors, so no other model's memory is written.
+
+    Matrices that more than one position runs stay as they are, as do those of children: a change that is good at one
+    depth would be made at others too. A block without MLP is solved in what its attention writes, a network in place of
+    blocks in its last matrix. What stands before the first change runs on the dense model's states, and is not solved.
+
+    Args:
+        model: of `foldsearch.model.fold.fold`, before `attach`.
+        states: of the dense model, from `foldsearch.model.states.residual_states`.
+        ids_NT: the tokens that they are of.
+        progress: called with (done, total) positions.
+
+    Raises:
+        InputError: there is only one sequence. ModelError: a state is no finite number.
+    """
+    ids_NT = ids_NT[: states.shape[1]]
+    num_sequences, length = ids_NT.shape
+    if num_sequences < 2:
+        raise InputError(
+            f"healing must have a sequence to fit to and another to choose on; got {num_sequences} of {length} tokens. "
+            f"Give {2 * length} tokens or more."
+        )
+    places = _places(model)
+    begin = next((i for i, place in enumerate(places) if place.is_touched), len(places))
+    if not any(place.writer for place in places[begin:]):
+        return Healed({}, (), 0)
+    inputs = other_inputs(model, list(decoder_blocks(model)), ids_NT)
+    text = _Text(states, begin, num_sequences - max(1, round(HELD_OUT * num_sequences)), model.device)
+    values: dict[str, Tensor] = {}
+    blocks: list[HealedBlock] = []
+    ridge = FIRST_RIDGE
+    for index, place in enumerate(places[begin:], begin):
+        others, named = inputs[index]
+
+        def run(own_BTD: Tensor, place: _Place = place, others: Any = others, named: Any = named) -> Tensor:
+            return hidden_of(place.block(own_BTD, *others, **named))
+
+        if place.writer is None:
+            text.advance(run)
+        else:
+            found, ridge = _heal_one(place, place.writer, text, run, ridge)
+            blocks.append(found)
+            if found.ridge is not None:
+                values |= {f"{place.path}.{name}": value for name, value in place.writer.parameters().items()}
+        if progress is not None:
+            progress(index + 1 - begin, len(places) - begin)
+    return Healed(values, tuple(blocks), num_sequences * length)
+
+
+def _heal_one(
+    place: _Place, writer: _Writer, text: _Text, run: Callable[[Tensor], Tensor], first_ridge: int
+) -> tuple[HealedBlock, int]:
+    """Solve one position, and let the text go through it; also the ridge that served, by its number."""
+    weight_NT1 = text.weights(place)
+    read: list[tuple[slice, Tensor]] = []  # what the matrix reads of all of the text: a few depths of states
+    sums = {True: _Moments(), False: _Moments()}  # by whether it is fitted to
+
+    def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        read.append((here, writer.reads(args[0])))
+
+    handle = writer.module.register_forward_pre_hook(keep)
+    try:
+        for here in text.batches():
+            text.own_NTD[here] = run(text.own_NTD[here])
+            features_MF = writer.features(read[-1][1])
+            weight_M1 = weight_NT1[here].flatten(0, 1)
+            sums[text.is_fitted_to(here)].add(features_MF, text.missing(place, here), weight_M1)
+    finally:
+        handle.remove()
+    held_out = [(here, h_MF) for here, h_MF in read if not text.is_fitted_to(here)]
+
+    def missed(solution_FD: Tensor | None) -> float:
+        """Of the held-out tokens, the mean relative squared error of the output."""
+        total = 0.0
+        for here, h_MF in held_out:
+            left_MD = text.missing(place, here)
+            if solution_FD is not None:
+                left_MD = left_MD - writer.change(h_MF, solution_FD)
+            total += float((left_MD.square() * weight_NT1[here].flatten(0, 1)).sum(dtype=torch.float64))
+        return total / sum(weight_NT1[here].numel() for here, _ in held_out)
+
+    before = missed(None)
+    if not math.isfinite(before + sums[True].square):
+        raise ModelError(
+            f"healing must read finite states, but the output of position {place.position} of the folded model is "
+            f"not a finite number. Compute in float32, or leave healing out."
+        )
+    number, after = _best_ridge(lambda number: missed(sums[True].solved(RIDGES[number], writer)), first_ridge)
+    if not after < before:
+        return HealedBlock(place.position, None, before, before), number
+    solution_FD = (sums[True] + sums[False]).solved(RIDGES[number], writer)
+    for here, h_MF in read:
+        own_BTD = text.own_NTD[here]
+        own_BTD += writer.change(h_MF, solution_FD).view_as(own_BTD).to(own_BTD.dtype)
+    writer.add(solution_FD)
+    return HealedBlock(place.position, RIDGES[number], before, after), number
+
+
+def _best_ridge(error: Callable[[int], float], first: int) -> tuple[int, float]:
+    """The number of the ridge with the least error, and that: downhill from the first, both ways."""
+    errors = {first: error(first)}
+    for way in (1, -1):
+        number = min(errors, key=errors.__getitem__) + way
+        while 0 <= number < len(RIDGES) and number not in errors:
+            errors[number] = error(number)
+            if errors[number] >= errors[number - way]:
+                break
+            number += way
+    best = min(errors, key=errors.__getitem__)
+    return best, errors[best]
+
+
+# ---- positions
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Place:
+    """A position of the folded model.
+
+    Attributes:
+        position: its number.
+        path: of its block, in the model.
+        block: the block.
+        reads: depth of the dense state that it should read.
+        meets: depth of the dense state that its output should be.
+        is_touched: whether it is not the dense block at its depth, or a gap follows.
+        writer: what writes to the stream, and is this position's alone; else None.
+    """
+
+    position: int
+    path: str
+    block: nn.Module
+    reads: int
+    meets: int
+    is_touched: bool
+    writer: _Writer | None
+
+
+def _places(model: PreTrainedModel) -> list[_Place]:
+    family, slots = family_of(model.config), model.config.fold["slots"]
+    num_blocks = model.config.fold["num_blocks"]
+    shared = _shared(model)
+    places: list[_Place] = []
+    covered = 0  # depth up to which the dense model's blocks have had their turn
+    for position, (block, slot) in enumerate(zip(decoder_blocks(model), slots, strict=True)):
+        home = slot["home"]
+        covered = max(covered, slot.get("replaced", {}).get("last", home) + 1)
+        following = slots[position + 1]["home"] if position + 1 < len(slots) else num_blocks
+        meets = max(covered, following)  # a block that runs again follows on what is covered already
+        is_dense = "replaced" not in slot and home == slot["attention"] == slot["mlp"] == position
+        places.append(
+            _Place(
+                position,
+                f"{family.blocks}.{position}",
+                block,
+                home,
+                meets,
+                not is_dense or meets != home + 1,
+                _writer(block, slot, family, shared),
+            )
+        )
+    return places
+
+
+def _shared(model: PreTrainedModel) -> set[int]:
+    """The ids of parameters that more than one module runs."""
+    found: set[int] = set()
+    seen: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, Borrowed):
+            found |= {id(parameter) for parameter in module.owner.parameters()}
+        for parameter in module.parameters(recurse=False):
+            (found if id(parameter) in seen else seen).add(id(parameter))
+    return found
+
+
+def _writer(block: nn.Module, slot: dict[str, Any], family: Family, shared: set[int]) -> _Writer | None:
+    unit = family.mlp
+    if slot.get("replaced", {}).get("kind", "layer") != "layer":
+        path = norm = unit.modules[-1]
+    else:
+        if slot["mlp"] is None:
+            unit = family.attention
+        if slot["mlp" if unit is family.mlp else "attention"] is None:
+            return None
+        # Where a norm stands after a unit, its last linear comes last in the block too (a test looks).
+        # Phi-3's attention, without such a norm, ends in another one.
+        norm = unit.output
+        path = norm if norm in linears(block, unit) else linears(block, unit)[-1]
+    module = block.get_submodule(path)
+    if isinstance(module, Borrowed) or any(id(parameter) in shared for parameter in module.parameters()):
+        return None
+    return _Writer(path, module, block.get_submodule(norm) if norm != path else None)
+
+
+# ---- what writes to the stream
+
+
+class _Writer:
+    """A linear map whose output is added to the stream, by itself or through a norm.
+
+    Attributes:
+        path: of the module, in its block.
+        module: a linear, or a network in place of blocks.
+        norm: that stands between the module and the stream, or None.
+        has_bias: whether the module adds one.
+        device: of its weights.
+    """
+
+    def __init__(self, path: str, module: nn.Module, norm: nn.Module | None) -> None:
+        self.path, self.module, self.norm = path, module, norm
+        self._weight = "down" if isinstance(module, Replaced) else "weight"
+        self.has_bias = getattr(module, "bias", None) is not None
+        self.device: torch.device = getattr(module, self._weight).device
+
+    def reads(self, given_MD: Tensor) -> Tensor:
+        """What the matrix reads, (M, F), of what the module is given."""
+        given_MD = given_MD.flatten(0, -2)
+        return self.module.features(given_MD) if isinstance(self.module, Replaced) else given_MD
+
+    def features(self, h_MF: Tensor) -> Tensor:
+        """What the change of the stream is linear in, float32: h / size, and a column for the bias."""
+        h_MF = h_MF.float()
+        if self.has_bias:
+            h_MF = torch.cat((h_MF, torch.ones_like(h_MF[:, :1])), 1)
+        return h_MF if self.norm is None else h_MF / _rms(self._written(h_MF))
+
+    def change(self, h_MF: Tensor, solution_FD: Tensor) -> Tensor:
+        """What a solution adds to the stream, (M, D), float32."""
+        if self.norm is None:
+            return self.features(h_MF) @ solution_FD
+        h_MF = h_MF.float()
+        if self.has_bias:
+            h_MF = torch.cat((h_MF, torch.ones_like(h_MF[:, :1])), 1)
+        old_MD = self._written(h_MF)
+        new_MD = old_MD + h_MF @ (solution_FD * self._per_gain())
+        dtype = next(self.norm.parameters()).dtype
+        new, old = self.norm(new_MD.to(dtype)), self.norm(old_MD.to(dtype))
+        return new.float() - old.float()  # type: ignore[no-any-return]
+
+    def add(self, solution_FD: Tensor) -> None:
+        """Take up a solution: new parameters, not the old ones' memory."""
+        if self.norm is not None:
+            solution_FD = solution_FD * self._per_gain()
+        weight: Tensor = getattr(self.module, self._weight)
+        inputs = len(solution_FD) - self.has_bias
+        change = solution_FD[:inputs] if isinstance(self.module, Conv1D) else solution_FD[:inputs].T
+        self._put(self._weight, weight.float() + change)
+        if self.has_bias:
+            self._put("bias", self._bias.float() + solution_FD[inputs])
+
+    def parameters(self) -> dict[str, Tensor]:
+        """What `add` changes, by its name in the block."""
+        names = (self._weight, *(["bias"] if self.has_bias else []))
+        return {f"{self.path}.{name}": getattr(self.module, name).detach() for name in names}
+
+    @property
+    def _bias(self) -> Tensor:
+        bias = self.module.bias
+        assert isinstance(bias, Tensor)
+        return bias
+
+    def _put(self, name: str, value: Tensor) -> None:
+        old: Tensor = getattr(self.module, name)
+        setattr(self.module, name, nn.Parameter(value.to(old.dtype), requires_grad=False))
+
+    def _written(self, h_MF: Tensor) -> Tensor:
+        """What the matrix gives, before the norm, of h with the column for the bias; float32."""
+        weight_FD: Tensor = getattr(self.module, self._weight).float()
+        if not isinstance(self.module, Conv1D):
+            weight_FD = weight_FD.T
+        if self.has_bias:
+            weight_FD = torch.cat((weight_FD, self._bias.float()[None]))
+        return h_MF @ weight_FD
+
+    def _per_gain(self) -> Tensor:
+        """1 / gain of the norm, by channel; 0 where hardly anything gets through."""
+        assert self.norm is not None
+        like = next(self.norm.parameters())
+        gain_D: Tensor = self.norm(torch.ones_like(like)[None])[0].float()
+        least = LEAST_GAIN * _rms(gain_D)
+        return torch.where(gain_D.abs() > least, 1 / gain_D, 0.0)
+
+
+def _rms(values: Tensor) -> Tensor:
+    return values.square().mean(-1, keepdim=True).clamp_min(1e-12).sqrt()
+
+
+# ---- the text
+
+
+class _Text:
+    """The folded model's own states at one depth, over all of the text, beside the dense model's at every depth.
+
+    Attributes:
+        own_NTD: in the dtype of the model, on its device.
+    """
+
+    def __init__(self, states: Tensor, depth: int, num_fitted: int, device: torch.device) -> None:
+        self._states, self._num_fitted = states, num_fitted
+        self.own_NTD = states[depth].to(device, copy=True)
+
+    def batches(self) -> Iterator[slice]:
+        """Of sequences; all of a batch is fitted to, or none."""
+        num, length = self.own_NTD.shape[:2]
+        step = max(1, BATCH_TOKENS // length)
+        for first, last in ((0, self._num_fitted), (self._num_fitted, num)):
+            for start in range(first, last, step):
+                yield slice(start, min(start + step, last))
+
+    def is_fitted_to(self, here: slice) -> bool:
+        """Whether a batch is fitted to; else it is held out."""
+        return here.stop <= self._num_fitted  # type: ignore[no-any-return]
+
+    def advance(self, run: Callable[[Tensor], Tensor]) -> None:
+        """Let a position run."""
+        for here in self.batches():
+            self.own_NTD[here] = run(self.own_NTD[here])
+
+    def missing(self, place: _Place, here: slice) -> Tensor:
+        """What the output of a position, which is the own state now, lacks; (M, D), float32."""
+        wanted_BTD = self._states[place.meets][here].to(self.own_NTD.device)
+        return (wanted_BTD.float() - self.own_NTD[here].float()).flatten(0, 1)
+
+    def weights(self, place: _Place) -> Tensor:
+        """1 / size² of what the dense model adds from what a position reads to what it should meet, (N, T, 1)."""
+        before, after = self._states[place.reads], self._states[place.meets]
+        sizes_NT1 = torch.cat(
+            [
+                (after[here].float() - before[here].float()).square().sum(-1, keepdim=True)
+                for here in self.batches()
+            ]
+        )
+        mean = float(sizes_NT1.mean(dtype=torch.float64))
+        if not math.isfinite(mean):
+            raise ModelError(
+                f"healing must read finite states, but the dense model's at depth {place.reads} or {place.meets} are "
+                "not finite numbers. Compute in float32, or leave healing out."
+            )
+        return (1 / sizes_NT1.clamp_min(max(LEAST_SIZE * mean, 1e-12))).to(self.own_NTD.device)
+
+
+class _Moments:
+    """Weighted sums over tokens, float64: FᵀF (F, F), FᵀR (F, D) and ‖R‖²."""
+
+    def __init__(self) -> None:
+        self.gram_FF = self.cross_FD = torch.zeros(1, 1, dtype=torch.float64)
+        self.square = 0.0
+
+    def __add__(self, other: _Moments) -> _Moments:
+        both = _Moments()
+        both.gram_FF, both.cross_FD = self.gram_FF + other.gram_FF, self.cross_FD + other.cross_FD
+        both.square = self.square + other.square
+        return both
+
+    def add(self, features_MF: Tensor, wanted_MD: Tensor, weight_M1: Tensor) -> None:
+        """Take up the tokens of a batch."""
+        root_M1 = weight_M1.sqrt()
+        features_MF, wanted_MD = features_MF * root_M1, wanted_MD * root_M1
+        # The products of a batch in float32, their sums over batches in float64: the least ridge is far above what
+        # that leaves open, and products in float64 take twice the time.
+        gram_FF, cross_FD = in_float64(features_MF.T @ features_MF), in_float64(features_MF.T @ wanted_MD)
+        self.gram_FF = self.gram_FF.to(gram_FF.device) + gram_FF
+        self.cross_FD = self.cross_FD.to(cross_FD.device) + cross_FD
+        self.square += float(wanted_MD.square().sum(dtype=torch.float64))
+
+    def solved(self, ridge: float, writer: _Writer) -> Tensor:
+        """The ridge solution, (F, D), float32, on the writer's device."""
+        size = len(self.gram_FF) - writer.has_bias
+        diagonal = self.gram_FF.diagonal()
+        scale = float(diagonal[:size].mean())
+        regular_FF = self.gram_FF.clone()
+        regular_FF.diagonal()[:size] += ridge * scale
+        regular_FF.diagonal()[size:] += BIAS_RIDGE * scale
+        return torch.cholesky_solve(self.cross_FD, torch.linalg.cholesky(regular_FF)).to(
+            writer.device, torch.float32
+        )

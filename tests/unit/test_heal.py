@@ -1,0 +1,345 @@
+"""Healing: what kept blocks write is solved again.
+
+Oracles: least squares by QR (torch.linalg.lstsq) on features that hooks of this file take from the folded model;
+planted blocks that add what a matrix can say; the dense model's memory; the law that held-out error never grows.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from foldsearch.errors import InputError, ModelError
+from foldsearch.model import heal as healing
+from foldsearch.model.blocks import decoder_blocks, family_of
+from foldsearch.model.evidence import hidden_of
+from foldsearch.model.fold import cast, fold
+from foldsearch.model.heal import RIDGES, heal
+from foldsearch.model.states import residual_states
+from foldsearch.plan.plan import FoldPlan
+from tests.tiny import CONFIGS, NUM_BLOCKS, WIDTH, dense_model, token_set
+
+LENGTH = 16
+IDS = token_set(sequences=40, length=LENGTH).ids_NT
+UNSEEN = token_set(sequences=20, length=LENGTH, seed=9).ids_NT
+NUM_FITTED = 30  # three quarters
+NORM_AFTER = ("gemma2", "gemma3_text", "olmo2")
+names = pytest.mark.parametrize("name", CONFIGS)
+
+
+def folded(dense, text: str):
+    return fold(dense, FoldPlan.parse(text, NUM_BLOCKS))
+
+
+@pytest.fixture
+def states_of(tmp_path):
+    return lambda dense, ids_NT=IDS: residual_states(
+        dense, ids_NT, model_hash=dense.config.model_type, cache_dir=tmp_path
+    )
+
+
+@torch.no_grad()
+def kl(dense, model) -> float:
+    p, q = (one(input_ids=UNSEEN, use_cache=False).logits.double().log_softmax(-1) for one in (dense, model))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@torch.no_grad()
+def ran(model, module, position: int) -> tuple[Tensor, Tensor]:
+    """What a module of the model reads and what the block at a position gives, over all of the text, float64."""
+    read, out = [], []
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args: read.append(args[0].flatten(0, -2))),
+        decoder_blocks(model)[position].register_forward_hook(
+            lambda _, args, given: out.append(hidden_of(given).flatten(0, 1))
+        ),
+    ]
+    model(input_ids=IDS, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return read[0].double(), out[0].double()
+
+
+# ---- the solution
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in NORM_AFTER])
+def test_each_matrix_is_the_weighted_ridge_solution_on_the_models_own_states(name, states_of):
+    """A ridge is rows of its own in least squares. Each position is solved after those before it, so the model that
+    it reads from is the fold with their solutions alone.
+    """
+    dense, text = dense_model(name), "0-1 3-4"
+    states = states_of(dense)
+    healed = heal(folded(dense, text), states, IDS)
+    path = family_of(dense.config).mlp.output
+    place = family_of(dense.config).blocks
+    meets, reads = {1: 3, 2: 4, 3: 5}, {1: 1, 2: 3, 3: 4}
+    assert [block.position for block in healed.blocks] == [1, 2, 3]
+    known: dict[str, Tensor] = {}
+    for block in healed.blocks:
+        if block.ridge is None:
+            continue  # no change was better
+        model = fold(dense, FoldPlan.parse(text, NUM_BLOCKS), start=known)
+        module = decoder_blocks(model)[block.position].get_submodule(path)
+        h, x = ran(model, module, block.position)
+        y, before = (states[depth[block.position]].flatten(0, 1).double() for depth in (meets, reads))
+        size = (y - before).square().sum(-1)
+        weight = 1 / size.clamp_min(0.1 * size.mean())
+        bias = module.bias is not None
+        inputs = h.shape[1]
+        h = torch.cat((h, torch.ones(len(h), bias)), 1)
+
+        def solved(rows: slice, h=h, x=x, y=y, weight=weight, ridge=block.ridge, inputs=inputs) -> Tensor:
+            features = h[rows] * weight[rows, None].sqrt()
+            scale = features[:, :inputs].square().sum(0).mean()
+            wanted = (y - x)[rows] * weight[rows, None].sqrt()
+            free = torch.eye(h.shape[1])[:inputs] * (ridge * scale).sqrt()
+            return torch.linalg.lstsq(
+                torch.cat((features, free.double())), torch.cat((wanted, torch.zeros(inputs, WIDTH))).double()
+            ).solution
+
+        held_out = slice(NUM_FITTED * LENGTH, None)
+        fitted = solved(slice(NUM_FITTED * LENGTH))
+        for told, left in ((block.before, y - x), (block.after, y - x - h @ fitted)):
+            error = (left.square().sum(-1) * weight)[held_out].mean()
+            assert math.isclose(told, error, rel_tol=1e-3)
+        expected = solved(slice(None))
+        base = f"{place}.{block.position}.{path}"
+        change = (healed.values[f"{base}.weight"] - module.weight).double()
+        if not isinstance(module, Conv1D):
+            change = change.T
+        # float32 products of 2,048 tokens at a time, against QR in float64
+        assert torch.dist(change, expected[:inputs]) < 1e-3 * expected[:inputs].norm()
+        if bias:
+            moved = (healed.values[f"{base}.bias"] - module.bias).double()
+            assert torch.dist(moved, expected[-1]) < 1e-3 * expected[-1].norm() + 1e-6
+        known |= {key: value for key, value in healed.values.items() if key.startswith(base)}
+    assert known == healed.values
+    assert len(known) > 1
+
+
+@pytest.mark.parametrize("first", range(len(RIDGES)))
+def test_the_ridge_is_found_from_wherever_the_search_begins(first):
+    for best in range(len(RIDGES)):
+        errors = [abs(number - best) + 0.1 * number for number in range(len(RIDGES))]
+        assert healing._best_ridge(errors.__getitem__, first) == (best, errors[best])
+
+
+@torch.no_grad()
+def test_what_the_next_state_lacks_is_found_where_the_matrix_can_say_it(states_of):
+    """Planted: the dense state after a gap is what the block before it gives, and a linear function of what its
+    `down_proj` reads.
+    """
+    dense = dense_model()
+    states = states_of(dense)
+    module = decoder_blocks(dense)[1].mlp.down_proj
+    h, x = ran(dense, module, 1)
+    change = torch.randn(WIDTH, h.shape[1], generator=torch.Generator().manual_seed(3))
+    states[3] = (x.float() + h.float() @ change.T).view_as(states[3])
+    healed = heal(folded(dense, "0-1 3-4"), states, IDS)
+    found = healed.values["model.layers.1.mlp.down_proj.weight"] - module.weight
+    first = healed.blocks[0]
+    assert first.ridge == min(RIDGES)
+    assert first.after < 1e-6 * first.before  # a ridge of 1e-4 leaves its square
+    assert torch.dist(found, change) < 1e-2 * change.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "opt"])
+def test_blocks_that_add_a_constant_are_dropped_without_loss(name, states_of):
+    dense = copy.deepcopy(dense_model(name))
+    family = family_of(dense.config)
+    for block in list(decoder_blocks(dense))[1:4]:
+        for unit in (family.attention, family.mlp):
+            writes = block.get_submodule(unit.output)
+            writes.weight.zero_()
+            writes.bias.mul_(4)
+    model = folded(dense, "0 4")
+    dropped = kl(dense, model)
+    heal(model, states_of(dense), IDS)
+    assert dropped > 0.05
+    assert kl(dense, model) < 1e-3 * dropped
+
+
+# ---- every family
+
+
+PLANS = [
+    "0-1 3-4", "1-4", "0-3", "0 1=2+r2+n 2-4", "0 1-2~linear 3-4", "0 1a 2m 3 4", "0-1 2~layer 4", "0 2-3~swiglu8 4",
+    "0-1 1=1+r2 3 4",
+]  # fmt: skip
+
+
+@names
+def test_held_out_error_never_grows_and_most_of_it_is_seen_on_other_text(name, states_of):
+    dense = dense_model(name)
+    states = states_of(dense)
+    for text in PLANS:
+        model = folded(dense, text)
+        as_it_was = kl(dense, model)
+        healed = heal(model, states, IDS)
+        assert healed.tokens == IDS.numel()
+        for block in healed.blocks:
+            assert block.after <= block.before
+            assert (block.ridge is None) == (block.after == block.before)
+        assert kl(dense, model) < as_it_was
+
+
+@names
+def test_the_model_is_of_the_same_shape_and_the_dense_one_is_not_written(name, states_of):
+    dense = dense_model(name)
+    kept = [parameter.clone() for parameter in dense.parameters()]
+    model, plain = (folded(dense, "0 1=3+r2 2a 3-4") for _ in range(2))
+    healed = heal(model, states_of(dense), IDS)
+
+    def shapes(one) -> dict[str, object]:
+        return {key: (value.shape, value.dtype) for key, value in one.state_dict().items()}
+
+    assert shapes(model) == shapes(plain)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(p, old) for p, old in zip(dense.parameters(), kept, strict=True))
+    # what is told is what was changed, and a fold that starts from it is the healed model
+    again = fold(dense, FoldPlan.parse("0 1=3+r2 2a 3-4", NUM_BLOCKS), start=healed.values)
+    changed = {
+        key for key, value in model.state_dict().items() if not torch.equal(value, plain.state_dict()[key])
+    }
+    assert changed <= set(healed.values)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+@names
+def test_what_is_solved_is_what_writes_to_the_stream(name):
+    """Where a norm stands between, the matrix is what the norm reads."""
+    model = folded(dense_model(name), "0 1a 2m 3-4")
+    family = family_of(model.config)
+    places = healing._places(model)
+    for position, unit in ((0, family.mlp), (1, family.attention), (2, family.mlp)):
+        writer = places[position].writer
+        assert writer is not None
+        assert (writer.norm is not None) == (name in NORM_AFTER)
+        last = decoder_blocks(model)[position].get_submodule(unit.output)
+        if writer.norm is None:
+            assert last is writer.module
+            continue
+        given: list[Tensor] = []
+        hooks = [
+            writer.module.register_forward_hook(lambda _, args, out, given=given: given.append(out)),
+            last.register_forward_pre_hook(lambda _, args, given=given: given.append(args[0])),
+        ]
+        model(input_ids=IDS[:1], use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        assert len(given) == 2
+        assert torch.equal(*given)
+
+
+# ---- which positions
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0-4", {}),
+        ("0-1 3-4", {1: "mlp", 2: "mlp", 3: "mlp"}),
+        ("0-3", {3: "mlp"}),
+        ("2-4", {0: "mlp", 1: "mlp", 2: "mlp"}),
+        ("0 1a 2m 3 4", {1: "self_attn", 2: "mlp", 3: "mlp", 4: "mlp"}),
+        ("0 1-2~linear 3-4", {1: "down", 2: "mlp", 3: "mlp"}),
+        ("0 1-2~layer 3-4", {1: "mlp", 2: "mlp", 3: "mlp"}),
+        ("0 1=3+r2 2-4", {2: "mlp", 4: "mlp"}),  # what the child runs stays
+        ("0 1=3m 2-4", {2: "mlp", 4: "mlp"}),
+        ("0 1=3a 2-4", {1: "mlp", 2: "mlp", 3: "mlp", 4: "mlp"}),  # it borrows the attention only
+        ("0 1 2=1+n 4", {3: "mlp"}),
+        ("0-1 1=1+n 3-4", {3: "mlp", 4: "mlp"}),
+        ("0=4 1=4 2=4 3=4 4", {}),
+    ],
+)
+def test_what_more_than_one_position_runs_is_left_alone(text, expected, states_of):
+    dense = dense_model()
+    model = folded(dense, text)
+    places = healing._places(model)
+    found = heal(model, states_of(dense), IDS)
+    assert [block.position for block in found.blocks] == list(expected)
+    path = {"mlp": "mlp.down_proj", "self_attn": "self_attn.o_proj", "down": "mlp"}
+    for position, unit in expected.items():
+        writer = places[position].writer
+        assert writer is not None
+        assert writer.path == path[unit]
+
+
+def test_a_matrix_that_two_blocks_of_the_dense_model_share_is_left_alone(states_of):
+    dense = copy.deepcopy(dense_model())
+    blocks = decoder_blocks(dense)
+    blocks[3].mlp.down_proj.weight = blocks[4].mlp.down_proj.weight
+    model = folded(dense, "0-1 3-4")
+    assert [block.position for block in heal(model, states_of(dense), IDS).blocks] == [1]
+    assert model.model.layers[2].mlp.down_proj.weight is model.model.layers[3].mlp.down_proj.weight
+
+
+# ---- the rest
+
+
+def test_the_size_of_a_batch_changes_nothing_but_rounding(states_of, monkeypatch):
+    dense = dense_model("gpt2")
+    whole = heal(folded(dense, "0-1 3-4"), states_of(dense), IDS)
+    monkeypatch.setattr(healing, "BATCH_TOKENS", 3 * LENGTH)
+    parts = heal(folded(dense, "0-1 3-4"), states_of(dense), IDS)
+    assert [block.ridge for block in parts.blocks] == [block.ridge for block in whole.blocks]
+    for key, value in whole.values.items():
+        assert torch.dist(parts.values[key], value) < 1e-3 * value.norm()
+
+
+@names
+def test_the_same_text_gives_the_same_bits_and_states_are_not_written(name, states_of):
+    dense = dense_model(name)
+    states = states_of(dense)
+    kept = states.clone()
+    one, two = (heal(folded(dense, "1-2 4"), states, IDS) for _ in range(2))
+    assert all(torch.equal(value, two.values[key]) for key, value in one.values.items())
+    assert one.blocks == two.blocks
+    assert torch.equal(states, kept)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt"])
+def test_a_model_in_bfloat16_stays_in_it(name, states_of):
+    dense = cast(dense_model(name), torch.bfloat16)
+    model = folded(dense, "0-1 3-4")
+    dropped = kl(dense, model)
+    healed = heal(model, states_of(dense), IDS)
+    assert healed.values
+    assert {value.dtype for value in healed.values.values()} == {torch.bfloat16}
+    assert kl(dense, model) < dropped
+
+
+def test_two_sequences_are_enough_and_one_is_not(states_of):
+    dense = dense_model()
+    heal(folded(dense, "0-1 3-4"), states_of(dense, IDS[:2]), IDS[:2])
+    with pytest.raises(InputError, match=r"got 1 of 16 tokens\. Give 32 tokens or more"):
+        heal(folded(dense, "0-1 3-4"), states_of(dense, IDS[:1]), IDS[:1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_is_refused(value, states_of):
+    dense = dense_model()
+    states = states_of(dense)
+    broken = states.clone()
+    broken[3, 2, 5, 7] = value
+    with pytest.raises(ModelError, match="finite states, but the dense model's at depth 1 or 3"):
+        heal(folded(dense, "0-1 3-4"), broken, IDS)
+    model = folded(dense, "0-1 3-4")
+    norm = model.model.layers[2].input_layernorm
+    norm.weight = torch.nn.Parameter(torch.full_like(norm.weight, value), False)
+    with pytest.raises(ModelError, match="finite states, but the output of position 2"):
+        heal(model, states, IDS)
+
+
+def test_progress_counts_the_positions_from_the_first_that_is_solved(states_of):
+    seen: list[tuple[int, int]] = []
+    heal(folded(dense_model(), "0-1 3-4"), states_of(dense_model()), IDS, lambda *counts: seen.append(counts))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
