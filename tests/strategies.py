@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from foldsearch.plan.cost import DTYPE_BYTES, BlockCost, CostTable, Target, UnitCost
-from foldsearch.plan.plan import REPLACEMENT_KINDS, FoldPlan, Replacement, Slot
+from foldsearch.plan.kinds import kind_named, kind_names
+from foldsearch.plan.plan import FoldPlan, Replacement, Slot
 
 small = st.integers(0, 1000)
 
@@ -45,9 +46,9 @@ def plans(
                 last = block
                 while last + 1 < count and kinds[last + 1] == ["absent", "absent"] and draw(st.booleans()):
                     last += 1
-                name = draw(st.sampled_from(REPLACEMENT_KINDS))
-                size = draw(st.sampled_from([0, 5, 512])) if name in ("ffn", "swiglu") else 0
-                slots.append(Replacement(block, last, name, size))  # type: ignore[arg-type]
+                name = draw(st.sampled_from(kind_names()))
+                size = draw(st.sampled_from([0, 5, 512])) if kind_named(name).takes_size else 0
+                slots.append(Replacement(block, last, name, size))
                 block = last
         else:
             sources = [

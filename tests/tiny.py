@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -31,18 +31,18 @@ COMMON = {
 LLAMA = {**COMMON, "intermediate_size": 40, "num_key_value_heads": 2}
 MIXED_LLAMA = {**LLAMA, "sliding_window": WINDOW, "layer_types": TYPES}
 CONFIGS = {
-    "llama": lambda: tf.LlamaConfig(**LLAMA),
-    "mistral": lambda: tf.MistralConfig(**LLAMA, sliding_window=WINDOW),
-    "qwen2": lambda: tf.Qwen2Config(**MIXED_LLAMA, use_sliding_window=True),
-    "qwen3": lambda: tf.Qwen3Config(**MIXED_LLAMA, head_dim=12, use_sliding_window=True),
-    "gemma": lambda: tf.GemmaConfig(**LLAMA, head_dim=8),
-    "gemma2": lambda: tf.Gemma2Config(**MIXED_LLAMA, head_dim=8, final_logit_softcapping=3.0),
-    "gemma3_text": lambda: tf.Gemma3TextConfig(**MIXED_LLAMA, head_dim=12),
-    "phi3": lambda: tf.Phi3Config(**LLAMA, sliding_window=None),
-    "olmo2": lambda: tf.Olmo2Config(**LLAMA),
-    "gpt2": lambda: tf.GPT2Config(**COMMON),
-    "gpt_neox": lambda: tf.GPTNeoXConfig(**COMMON, intermediate_size=40),
-    "opt": lambda: tf.OPTConfig(**COMMON, ffn_dim=40, word_embed_proj_dim=WIDTH),
+    "llama": partial(tf.LlamaConfig, **LLAMA),
+    "mistral": partial(tf.MistralConfig, **LLAMA, sliding_window=WINDOW),
+    "qwen2": partial(tf.Qwen2Config, **MIXED_LLAMA, use_sliding_window=True),
+    "qwen3": partial(tf.Qwen3Config, **MIXED_LLAMA, head_dim=12, use_sliding_window=True),
+    "gemma": partial(tf.GemmaConfig, **LLAMA, head_dim=8),
+    "gemma2": partial(tf.Gemma2Config, **MIXED_LLAMA, head_dim=8, final_logit_softcapping=3.0),
+    "gemma3_text": partial(tf.Gemma3TextConfig, **MIXED_LLAMA, head_dim=12),
+    "phi3": partial(tf.Phi3Config, **LLAMA, sliding_window=None),
+    "olmo2": partial(tf.Olmo2Config, **LLAMA),
+    "gpt2": partial(tf.GPT2Config, **COMMON),
+    "gpt_neox": partial(tf.GPTNeoXConfig, **COMMON, intermediate_size=40),
+    "opt": partial(tf.OPTConfig, **COMMON, ffn_dim=40, word_embed_proj_dim=WIDTH),
 }
 
 

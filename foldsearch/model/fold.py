@@ -12,7 +12,6 @@ from foldsearch.errors import ModelError, PlanError
 from foldsearch.model.blocks import FOLDED_PREFIX, Family, decoder_blocks, family_of
 from foldsearch.model.folded import FOLD_SCHEMA, folded_config_class, folded_model_class, place_slots
 from foldsearch.model.parts import Borrowed, OutputNorm, Replaced
-from foldsearch.plan.cost import DEFAULT_EXPANSION
 from foldsearch.plan.plan import FoldPlan, Replacement, Slot, check_ranks
 
 if TYPE_CHECKING:
@@ -98,9 +97,8 @@ def layer_map(plan: FoldPlan, width: int) -> list[dict[str, Any]]:
             names = ("home", "attention", "mlp", "rank", "norm")
             entries.append({name: getattr(slot, name) for name in names})
             continue
-        own = slot.first if slot.kind == "layer" else None
-        hidden = slot.size or DEFAULT_EXPANSION * width
-        replaced = {"last": slot.last, "kind": slot.kind, "hidden": hidden}
+        own = slot.first if slot.is_block else None
+        replaced = {"last": slot.last, "kind": slot.kind, "hidden": slot.hidden(width)}
         entries.append(
             {
                 "home": slot.first, "attention": own, "mlp": own, "rank": 0, "norm": False, "replaced": replaced,

@@ -15,8 +15,8 @@ This file is shipped inside folded exports, so it needs torch and transformers o
                 home: the block whose norms, attention type and rotation the position keeps
                 attention, mlp: the block whose weights the unit runs, or null where the unit is absent
                 rank: of the low-rank adapters on the borrowed units; norm: whether their outputs are normalised
-                replaced: home to last are replaced by a network of this kind and hidden width; of kind `layer`, by the
-                block `home` with weights of its own
+                replaced: home to last are replaced by a network of this kind (see networks.py) and hidden width, or,
+                where the position has units, by the block `home` with weights of its own
 """
 
 from functools import cache
@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .blocks import FAMILIES, FOLDED_PREFIX, Unit, decoder_blocks, family_of
-from .parts import AbsentAttention, AbsentMLP, Borrowed, OutputNorm, Replaced
+from .networks import NETWORKS
+from .parts import AbsentAttention, AbsentMLP, Borrowed, OutputNorm
 
 if TYPE_CHECKING:  # transformers is imported where it is used: this file may run while it is being imported
     from transformers import PretrainedConfig, PreTrainedModel
@@ -190,7 +191,7 @@ def _in_place(slot: dict[str, Any], config: Any) -> nn.Module:
     replaced = slot.get("replaced")
     if replaced is None:
         return AbsentMLP()
-    return Replaced(replaced["kind"], config.hidden_size, replaced["hidden"])
+    return NETWORKS[replaced["kind"]](config.hidden_size, replaced["hidden"])
 
 
 def _remove(block: nn.Module, unit: Unit, absent: nn.Module) -> None:

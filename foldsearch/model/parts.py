@@ -100,60 +100,50 @@ class OutputNorm(nn.Module):
 class Replaced(nn.Module):
     """A small network in place of a run of blocks: what they add to the residual stream, as a function of its input.
 
-        linear: down · x + bias                     one matrix; with the stream itself, x + down · x + bias
-        ffn:    down · relu(up · n + up_bias) + bias            n = x / rms(x)
-        swiglu: down · (silu(gate · n) * up · n)                no biases
+        down · features(x) + bias
 
-    Parameters: down (D, H), up and gate (H, D), bias (D), up_bias (H); for `linear` H is D. They may be float32 in a
-    bfloat16 model; products are taken in x's dtype. Sources: LLM-Streamline section 3 (ffn, swiglu), ReplaceMe and
-    LinearPatch (linear); that it adds to the stream, and so starts as nothing, is ours, and so is n: the states of the
-    first tokens of a text are a hundred times larger than the others', and products of them drown everything.
+    A kind of network (networks.py) says which parameters there are, by name and shape, and what the features are.
+    Parameters: down (D, H) and, in some kinds, bias (D), both found in closed form; the others make the features. They
+    may be float32 in a bfloat16 model; products are taken in x's dtype. That the network adds to the stream, and so
+    starts as nothing, is ours.
     """
 
-    def __init__(self, kind: str, width: int, hidden: int) -> None:
+    down: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, **shapes: tuple[int, ...]) -> None:
         super().__init__()
-        self.kind = kind
-        self.down = nn.Parameter(torch.empty(width, width if kind == "linear" else hidden))
-        if kind != "linear":
-            self.up = nn.Parameter(torch.empty(hidden, width))
-        if kind == "swiglu":
-            self.gate = nn.Parameter(torch.empty(hidden, width))
-        else:
-            self.bias = nn.Parameter(torch.empty(width))
-        if kind == "ffn":
-            self.up_bias = nn.Parameter(torch.empty(hidden))
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        if "bias" not in shapes:
+            self.register_parameter("bias", None)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """It adds nothing at first: down and the biases are zero; the rest is random, so that down gets a gradient."""
         for name, parameter in self.named_parameters():
-            if name in ("up", "gate"):
-                start_HD = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(start_HD * parameter.shape[1] ** -0.5)
+            if name != "down" and parameter.dim() > 1:
+                start = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(start * parameter.shape[1] ** -0.5)
             else:
                 parameter.zero_()
 
     def features(self, x: Tensor) -> Tensor:
         """What `down` reads, (..., H), from x (..., D)."""
-        if self.kind == "linear":
-            return x
-        x = functional.rms_norm(x.float(), x.shape[-1:], eps=NORM_EPS).to(x.dtype)
-        up = functional.linear(
-            x, self.up.to(x.dtype), self.up_bias.to(x.dtype) if self.kind == "ffn" else None
-        )
-        if self.kind == "ffn":
-            return functional.relu(up)
-        return functional.silu(functional.linear(x, self.gate.to(x.dtype))) * up
+        raise NotImplementedError
+
+    def hold_linear_maps(self) -> None:
+        """Set the features to some of which every linear map is a sum, if the kind has such; else leave them."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """From hidden_states (..., D) to what is added to them, (..., D)."""
-        bias = None if self.kind == "swiglu" else self.bias.to(hidden_states.dtype)
+        bias = None if self.bias is None else self.bias.to(hidden_states.dtype)
         return functional.linear(self.features(hidden_states), self.down.to(hidden_states.dtype), bias)
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
-        return f"{self.kind}, width={self.down.shape[0]}, hidden={self.down.shape[1]}"
+        return f"width={self.down.shape[0]}, hidden={self.down.shape[1]}"
 
 
 class AbsentAttention(nn.Module):

@@ -29,9 +29,9 @@ from transformers import PreTrainedModel
 
 from foldsearch.model.blocks import decoder_blocks
 from foldsearch.model.evidence import hidden_of, other_inputs
+from foldsearch.model.networks import NETWORKS
 from foldsearch.model.parts import Replaced
 from foldsearch.model.states import in_float64
-from foldsearch.plan.cost import DEFAULT_EXPANSION
 from foldsearch.plan.plan import Replacement
 from foldsearch.progress import CountProgress
 
@@ -92,21 +92,24 @@ def fit_replacement(
     """
     settings = settings or FitSettings()
     run = _Run.cut(states[slot.first], states[slot.last + 1], settings.held_out)
-    if slot.kind == "layer":
+    if slot.is_block:
         return _fit_layer(dense, decoder_blocks(dense)[slot.first], run, ids_NT, settings, progress)
     device = dense.device
-    hidden = slot.size or DEFAULT_EXPANSION * dense.config.hidden_size
-    net = Replaced(slot.kind, dense.config.hidden_size, hidden).to(device)
+    width = dense.config.hidden_size
+    net = NETWORKS[slot.kind](width, slot.hidden(width)).to(device)
     net.reset_parameters(torch.Generator().manual_seed(settings.seed))
     tried = {"nothing": _values(net)}
     errors = {"nothing": 1.0}
     if net.down.shape[1] <= MOST_FEATURES:
-        _spread_features(net)
+        net.hold_linear_maps()
         solve_down(net, run.train, run.held_out)
         tried["closed form"], errors["closed form"] = _values(net), run.error(net, settings.batch, device)
         if errors["closed form"] >= 1:
             _load(net, tried["nothing"])
-    if slot.kind != "linear" and settings.epochs:
+    learns_features = any(name not in ("down", "bias") for name, _ in net.named_parameters())
+    if (
+        learns_features and settings.epochs
+    ):  # without features of its own, the closed form is the best there is
         _train(net, net, run.train, settings, progress)
         tried["trained"], errors["trained"] = _values(net), run.error(net, settings.batch, device)
     return _best(tried, errors)
@@ -157,7 +160,7 @@ def solve_down(net: Replaced, train: tuple[Tensor, Tensor], held_out: tuple[Tens
     Returns:
         The ridge that was chosen, in mean squares of a feature.
     """
-    bias = net.kind != "swiglu"
+    bias = net.bias is not None
     gram, cross, _ = _moments(net, *train, bias=bias)
     held_gram, held_cross, held_square = _moments(net, *held_out, bias=bias)
     num_features = net.down.shape[1]
@@ -182,7 +185,7 @@ def solve_down(net: Replaced, train: tuple[Tensor, Tensor], held_out: tuple[Tens
             best = (min(missed, best[0]) if best else missed, ridge, solution_HD)
     assert best is not None, "a ridge of the features' own size is always solvable"
     net.down.copy_(best[2][:num_features].T)
-    if bias:
+    if net.bias is not None:
         net.bias.copy_(best[2][num_features])
     return best[1]
 
@@ -209,16 +212,6 @@ def _moments(
         cross += features.T @ added
         square += float(added.square().sum())
     return gram, cross, square
-
-
-@torch.no_grad()
-def _spread_features(net: Replaced) -> None:
-    """relu of n and of −n first: n = relu(n) − relu(−n), so every linear map is among what `down` can say."""
-    width, hidden = net.down.shape
-    if net.kind == "ffn" and hidden >= 2 * width:
-        identity = torch.eye(width, device=net.up.device)
-        net.up[:width] = identity
-        net.up[width : 2 * width] = -identity
 
 
 # ---- training on states

@@ -137,7 +137,7 @@ def new_values(model: PreTrainedModel) -> dict[str, Tensor]:
             for name, parameter in module.named_parameters(recurse=False):
                 found[f"{names[id(module)]}.{name}"] = parameter.detach()
     for block, slot in zip(decoder_blocks(model), model.config.fold["slots"], strict=True):
-        if slot.get("replaced", {}).get("kind") == "layer":
+        if slot.get("replaced") and slot["attention"] is not None:  # a copy of a block
             for name, parameter in block.named_parameters():
                 found[f"{names[id(block)]}.{name}"] = parameter.detach()
     return found

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from foldsearch.errors import BudgetError
+from foldsearch.plan.kinds import kind_named
 from foldsearch.plan.plan import FoldPlan, Replacement
 
 GB = 10**9
-DEFAULT_EXPANSION = 4  # hidden width of a replacement that names none, in widths of the model
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -204,7 +204,7 @@ def price(plan: FoldPlan, table: CostTable, target: Target) -> Cost:
             parameters, slot_macs = replacement_cost(slot, table)
             carried += parameters
             macs += slot_macs
-            if slot.kind == "layer":  # it attends, as the block that it copies does
+            if slot.is_block:  # it attends, as the block that it copies does
                 attention = table.blocks[slot.first].attention
                 seen_tokens = min(context, attention.window) if attention.window else context
                 prefill_context_macs += attention.context_macs
@@ -260,17 +260,11 @@ def price(plan: FoldPlan, table: CostTable, target: Target) -> Cost:
 def replacement_cost(slot: Replacement, table: CostTable) -> tuple[int, int]:
     """Parameters and context-free MACs per token of a replacement.
 
-    `linear` and `ffn` have biases, `swiglu` has none; `layer` copies the first replaced block, whose KV cache and
-    context term `price` adds.
+    A copy of a block also has a KV cache and work that grows with the context; `price` adds both.
     """
-    width = table.width
-    if slot.kind == "linear":
-        return width * width + width, width * width
-    if slot.kind == "layer":
-        block = table.blocks[slot.first]
-        parameters = sum(unit.weights + unit.norms for unit in (block.attention, block.mlp)) + block.other
-        return parameters, block.attention.macs + block.mlp.macs
-    hidden = slot.size or DEFAULT_EXPANSION * width
-    if slot.kind == "ffn":
-        return 2 * width * hidden + hidden + width, 2 * width * hidden
-    return 3 * width * hidden, 3 * width * hidden
+    kind = kind_named(slot.kind)
+    if kind.cost is not None:
+        return kind.cost(table.width, slot.hidden(table.width))
+    block = table.blocks[slot.first]
+    parameters = sum(unit.weights + unit.norms for unit in (block.attention, block.mlp)) + block.other
+    return parameters, block.attention.macs + block.mlp.macs

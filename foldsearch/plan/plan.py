@@ -28,13 +28,11 @@ from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from foldsearch.errors import PlanError
+from foldsearch.plan.kinds import DEFAULT_EXPANSION, kind_named
 
 SCHEMA = 1
-ReplacementKind = Literal["linear", "ffn", "swiglu", "layer"]
 UnitName = Literal["attention", "mlp"]
 UNITS: tuple[UnitName, ...] = get_args(UnitName)
-REPLACEMENT_KINDS: tuple[ReplacementKind, ...] = get_args(ReplacementKind)
-SIZED_KINDS: tuple[ReplacementKind, ...] = ("ffn", "swiglu")  # those with a hidden width
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +56,23 @@ class Slot:
 class Replacement:
     """One small network in place of blocks first..last (LLM-Streamline).
 
-    size: hidden width of `ffn` and `swiglu`; 0 means the default, four times the model's width.
+    kind: its name in `foldsearch.plan.kinds`. size: its hidden width, where the kind takes one; 0 means the default,
+    four times the model's width.
     """
 
     first: int
     last: int
-    kind: ReplacementKind
+    kind: str
     size: int = 0
+
+    @property
+    def is_block(self) -> bool:
+        """Whether it is a block like the model's own, with attention and a KV cache."""
+        return kind_named(self.kind).is_block
+
+    def hidden(self, width: int) -> int:
+        """Its hidden width in a model of this width."""
+        return self.size or DEFAULT_EXPANSION * width
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,11 +225,7 @@ def _check_slots(plan: FoldPlan) -> None:
                     f"{where} replaces blocks {slot.first} to {slot.last}, but blocks go from 0 to {last_block}, "
                     "first before last."
                 )
-            if slot.kind not in REPLACEMENT_KINDS:
-                raise PlanError(
-                    f"{where} is replaced by '{slot.kind}'. Known kinds: {', '.join(REPLACEMENT_KINDS)}."
-                )
-            if slot.size and slot.kind not in SIZED_KINDS:
+            if not kind_named(slot.kind).takes_size and slot.size:
                 raise PlanError(
                     f"{where}: a '{slot.kind}' replacement has no size to set, got {slot.size}. Leave it out."
                 )
@@ -291,7 +295,7 @@ def _check_owners(plan: FoldPlan) -> None:
 
 def _check_attention(plan: FoldPlan) -> None:
     if not any(
-        slot.attention is not None if isinstance(slot, Slot) else slot.kind == "layer" for slot in plan.slots
+        slot.attention is not None if isinstance(slot, Slot) else slot.is_block for slot in plan.slots
     ):
         # No token would know of another one, and there would be no KV cache to decode with.
         raise PlanError(
@@ -340,8 +344,7 @@ def _parse_word(word: str, seen: set[int], num_blocks: int) -> list[Slot | Repla
     if part["kind"] is not None:
         if part["unit"] or part["source"] or carried:
             raise PlanError(f"'{word}': a replacement is written first-last~kind, with nothing else.")
-        kind: Any = part["kind"]
-        return [Replacement(home, last, kind, int(part["size"] or 0))]
+        return [Replacement(home, last, part["kind"], int(part["size"] or 0))]
     if part["last"] is not None and (part["unit"] or part["source"] or carried):
         raise PlanError(f"'{word}': a range is of whole blocks. Write the blocks one by one.")
     if part["source"] is None:

@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from foldsearch.errors import PlanError
 from foldsearch.plan.cost import DTYPE_BYTES, Cost, CostTable, Target, price, replacement_cost
-from foldsearch.plan.plan import FoldPlan, Replacement, ReplacementKind, Slot
+from foldsearch.plan.kinds import kind_named, kind_names
+from foldsearch.plan.plan import FoldPlan, Replacement, Slot
 
 Fate = Literal["drop", "share", "replace"]
 AdapterStart = Literal["zero", "svd", "data"]
@@ -35,7 +36,7 @@ class Proposal:
     gate_eps: of the gated training, where the criterion is "gate".
     fate: of the removed blocks: "drop": they are gone (FoldGPT); "share": each comes back as a child of a kept block
     (FlexiGPT); "replace": a network takes the place of every run of them (LLM-Streamline).
-    replacement: kind of that network, where the fate is "replace".
+    replacement: kind of that network (see `foldsearch.plan.kinds`), where the fate is "replace".
     group_size, group_start, num_groups: grouped sharing (see `fold_plan`); group_size 1 or num_groups 0 is none.
     adapter_rank: of each child. adapter_start: how adapters and output norms start (see `foldsearch.model.children`);
     None exactly where nothing carries one. attention_removed: kept blocks that lose their attention only.
@@ -49,7 +50,7 @@ class Proposal:
     num_removed: int = 0
     gate_eps: float | None = None
     fate: Fate = "drop"
-    replacement: ReplacementKind | None = None
+    replacement: str | None = None
     group_size: int = 1
     group_start: int = 0
     num_groups: int = 0
@@ -402,7 +403,7 @@ def lower_bound(proposal: Proposal, table: CostTable, target: Target) -> Cost:
         carried += children * proposal.adapter_rank * sums.smallest_adapter
         macs += children * proposal.adapter_rank * sums.smallest_adapter
     if proposal.replacement is not None and proposal.num_removed:  # one run at least
-        first = range(num_blocks) if proposal.replacement == "layer" else (0,)
+        first = range(num_blocks) if kind_named(proposal.replacement).is_block else (0,)
         prices = [replacement_cost(Replacement(block, block, proposal.replacement), table) for block in first]
         carried += min(parameters for parameters, _ in prices)
         macs += min(found for _, found in prices)
@@ -562,7 +563,7 @@ def _with_other_rank(plan: FoldPlan) -> Iterator[FoldPlan]:
 def _with_other_kind(plan: FoldPlan) -> Iterator[FoldPlan]:
     for position, slot in enumerate(plan.slots):
         if isinstance(slot, Replacement):
-            for kind in get_args(ReplacementKind):
+            for kind in kind_names():
                 yield from _put(plan, position, position + 1, Replacement(slot.first, slot.last, kind))
 
 

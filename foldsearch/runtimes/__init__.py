@@ -109,9 +109,9 @@ RUNTIMES: tuple[Runtime, ...] = (
         cannot=frozenset(),
         file="foldsearch.runtimes.folded",
         carries_code=True,
-        card="The folder holds the code that runs it (`folded.py`, `parts.py`, `blocks.py`, Apache-2.0): transformers "
-        "runs it only where `trust_remote_code=True` allows it, for the model and for the tokenizer. After "
-        "`import foldsearch` it is not needed.",
+        card="The folder holds the code that runs it (`folded.py`, `networks.py`, `parts.py`, `blocks.py`, Apache-2.0):"
+        " transformers runs it only where `trust_remote_code=True` allows it, for the model and for the tokenizer. "
+        "After `import foldsearch` it is not needed.",
     ),
     Runtime(
         name="expanded",

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 
 from foldsearch.model import blocks as blocks_file
 from foldsearch.model import folded as folded_file
+from foldsearch.model import networks as networks_file
 from foldsearch.model import parts as parts_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SHIPPED_CODE = tuple(Path(str(module.__file__)) for module in (folded_file, parts_file, blocks_file))
+SHIPPED_CODE = tuple(
+    Path(str(module.__file__)) for module in (folded_file, networks_file, parts_file, blocks_file)
+)
 
 
 def before_rounding(model: PreTrainedModel) -> tuple[PreTrainedModel, bool]:

@@ -29,7 +29,7 @@ def needs(plan: FoldPlan, *, by_position: bool) -> Iterator[Need]:
         plan: of the folded model.
         by_position: whether the model scales attention by a block's position (`CostTable.by_position`).
     """
-    if any(isinstance(slot, Replacement) and slot.kind != "layer" for slot in plan.slots):
+    if any(isinstance(slot, Replacement) and not slot.is_block for slot in plan.slots):
         yield "network"
     slots = [slot for slot in plan.slots if isinstance(slot, Slot)]
     if any(slot.norm for slot in slots):

@@ -6,7 +6,7 @@ A space knows no model, no data and no hardware. `narrow` cuts it to what can fi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
@@ -24,18 +24,24 @@ from pydantic_core import PydanticKnownError
 from foldsearch.criteria import criterion_names
 from foldsearch.errors import BudgetError, SpecError
 from foldsearch.plan.cost import GB, Budget, Cost, CostTable, Target, price
-from foldsearch.plan.plan import FoldPlan, ReplacementKind, is_foldable
+from foldsearch.plan.kinds import kind_named, kind_names
+from foldsearch.plan.plan import FoldPlan, is_foldable
 from foldsearch.plan.proposal import Fate, Origin, Proposal, fold_plan, lower_bound
 from foldsearch.runtimes import ALL_CAN, Runtime, runtime_named
 from foldsearch.runtimes.needs import WORDS
 
 
-def _known(name: str) -> str:
-    names = criterion_names()
-    if name not in names:
-        expected = f"{', '.join(map(repr, names[:-1]))} or {names[-1]!r}"
-        raise PydanticKnownError("literal_error", {"expected": expected})
-    return name
+def one_of(names: Callable[[], tuple[str, ...]]) -> AfterValidator:
+    """A name must be one of a list's; another is told in the words that pydantic has for a `Literal`."""
+
+    def check(name: str) -> str:
+        if name not in names():
+            *others, last = map(repr, names())
+            expected = f"{', '.join(others)} or {last}" if others else last
+            raise PydanticKnownError("literal_error", {"expected": expected})
+        return name
+
+    return AfterValidator(check)
 
 
 def _not_empty(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -45,7 +51,8 @@ def _not_empty(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 # After each name is known: pydantic's own bound counts only those that are, and would tell of two faults.
-Criteria = Annotated[tuple[Annotated[str, AfterValidator(_known)], ...], AfterValidator(_not_empty)]
+Criteria = Annotated[tuple[Annotated[str, one_of(criterion_names)], ...], AfterValidator(_not_empty)]
+Kinds = Annotated[tuple[Annotated[str, one_of(kind_names)], ...], AfterValidator(_not_empty)]
 Share01 = Annotated[float, Field(ge=0, le=1)]
 Rank = Annotated[int, Field(ge=0)]
 
@@ -121,7 +128,7 @@ class Children(TomlTable):
 class Replace(TomlTable):
     """Networks in place of runs of blocks, where their fate is "replace" (LLM-Streamline). kinds: of these networks."""
 
-    kinds: Annotated[tuple[ReplacementKind, ...], Field(min_length=1)] = ("linear",)
+    kinds: Kinds = ("linear",)
 
 
 class Recover(TomlTable):
@@ -400,7 +407,9 @@ def held_part(space: Space, runtime: Runtime) -> Space:
     Every child of a space has an output norm: what cannot do that shares nothing.
     """
     cannot = runtime.cannot
-    kinds = tuple(kind for kind in space.replace.kinds if kind == "layer" or "network" not in cannot)
+    kinds = tuple(
+        kind for kind in space.replace.kinds if kind_named(kind).is_block or "network" not in cannot
+    )
     lost = {*(() if kinds else ("replace",)), *(("share",) if "norm" in cannot else ())}
     return space.model_copy(
         update={

@@ -9,12 +9,11 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
-from pydantic_core import PydanticKnownError
 
 from foldsearch.plan.cost import DTYPE_BYTES, Budget, Cost, CostTable, Target, parse_flops, price
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.runtimes import listed, names, runtime_named
-from foldsearch.spec.space import Share01, Space, TomlTable, as_toml, narrow
+from foldsearch.runtimes import names, runtime_named
+from foldsearch.spec.space import Share01, Space, TomlTable, as_toml, narrow, one_of
 
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
@@ -25,13 +24,7 @@ OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 MOST = 1e9  # gigabytes, or seconds: beyond any machine's, and safe in arithmetic
 
 
-def _known_runtime(name: str) -> str:
-    if name not in names():
-        raise PydanticKnownError("literal_error", {"expected": listed()})
-    return name
-
-
-RuntimeName = Annotated[str, AfterValidator(_known_runtime)]
+RuntimeName = Annotated[str, one_of(names)]
 
 
 class TargetSettings(TomlTable):

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from foldsearch.plan.kinds import kind_named
 from foldsearch.runtimes import runtime_named
 from foldsearch.spec.load import load_space, shipped
 from foldsearch.spec.space import held_part
@@ -110,7 +111,8 @@ def _left_out(study: Study) -> Iterator[str]:
         )
     runtime = runtime_named(study.target.runtime)
     held = held_part(space, runtime)
-    kinds = [kind for kind in space.replace.kinds if kind != "layer" and "network" in runtime.cannot]
+    networks = "network" in runtime.cannot
+    kinds = [kind for kind in space.replace.kinds if networks and not kind_named(kind).is_block]
     lost = [
         *(["space.fates 'share'"] if "share" in set(space.fates) - set(held.fates) else []),
         *(

@@ -25,7 +25,7 @@ from foldsearch.model.evidence import best_window, influence_order, measure_evid
 from foldsearch.model.evolution import EvolutionSettings, evolve
 from foldsearch.model.fold import fold
 from foldsearch.model.judge import judge
-from foldsearch.model.parts import Replaced
+from foldsearch.model.networks import NETWORKS
 from foldsearch.model.replacements import FitSettings, solve_down
 from foldsearch.model.starts import StartSettings, folded_start
 from foldsearch.model.states import residual_states
@@ -105,7 +105,7 @@ def windows(bench: Bench, counts: list[int]) -> None:
 
 def fit_errors(states: Tensor, first: int, count: int) -> tuple[float, float, float]:
     held = len(states[0]) // 4
-    net = Replaced("linear", states.shape[-1], states.shape[-1])
+    net = NETWORKS["linear"](states.shape[-1], states.shape[-1])
     before, after = states[first], states[first + count]
     solve_down(net, (before[:-held], after[:-held]), (before[-held:], after[-held:]))
     x, y = before[-held:].float(), after[-held:].float()

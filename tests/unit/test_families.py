@@ -19,41 +19,25 @@ from foldsearch.model.fold import fold
 from foldsearch.model.folded import folded_model_class
 from foldsearch.model.parts import Borrowed, OutputNorm, Replaced
 from foldsearch.plan.plan import FoldPlan, Slot
+from tests.tiny import CONFIGS, WIDTH
 from tests.tolerances import OTHER_WAY, REORDERED
 
-NUM_BLOCKS, WIDTH, TOKENS, WINDOW = 6, 32, 20, 7
+NUM_BLOCKS, TOKENS = 6, 20
 SLIDING, FULL = "sliding_attention", "full_attention"
 # dropping any of the first blocks shifts this list against itself
 TYPES = [SLIDING, SLIDING, FULL, SLIDING, FULL, FULL]
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": WIDTH,
-    "num_hidden_layers": NUM_BLOCKS,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
+CHANGES = {  # to the tiny models, so that all that a family can have is there once
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "gpt2": {"scale_attn_by_inverse_layer_idx": True},
+    "phi3": {"sliding_window": 7},
 }
-LLAMA = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
-CONFIGS = {
-    "llama": lambda: tf.LlamaConfig(**LLAMA, attention_bias=True, mlp_bias=True),
-    "mistral": lambda: tf.MistralConfig(**LLAMA, sliding_window=WINDOW),
-    "qwen2": lambda: tf.Qwen2Config(
-        **LLAMA, use_sliding_window=True, sliding_window=WINDOW, layer_types=TYPES
-    ),
-    "qwen3": lambda: tf.Qwen3Config(
-        **LLAMA, head_dim=8, use_sliding_window=True, sliding_window=WINDOW, layer_types=TYPES
-    ),
-    "gemma": lambda: tf.GemmaConfig(**LLAMA, head_dim=8),
-    "gemma2": lambda: tf.Gemma2Config(**LLAMA, head_dim=8, sliding_window=WINDOW, layer_types=TYPES),
-    "gemma3_text": lambda: tf.Gemma3TextConfig(**LLAMA, head_dim=8, sliding_window=WINDOW, layer_types=TYPES),
-    "phi3": lambda: tf.Phi3Config(**LLAMA, sliding_window=WINDOW),
-    "olmo2": lambda: tf.Olmo2Config(**LLAMA),
-    "gpt2": lambda: tf.GPT2Config(**SIZES, scale_attn_by_inverse_layer_idx=True),
-    "gpt_neox": lambda: tf.GPTNeoXConfig(**SIZES, intermediate_size=48),
-    "opt": lambda: tf.OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=WIDTH),
-}
+
+
+def config(name):
+    types = {"layer_types": TYPES} if "layer_types" in CONFIGS[name].keywords else {}
+    return CONFIGS[name](num_hidden_layers=NUM_BLOCKS, **types, **CHANGES.get(name, {}))
+
+
 MIXED = "0 1=3+r4+n 2 3 3=3+r2 4=2a0m 5=2m"
 REPLACED = "0 1-2~linear 3 4-5~swiglu8"
 HALVES = "0m 1a 2=3a 3 4a=3+r2 5m"
@@ -62,7 +46,7 @@ HALVES = "0m 1a 2=3a 3 4a=3+r2 5m"
 @cache
 def dense_model(name):
     torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+    model = tf.AutoModelForCausalLM.from_config(config(name)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
@@ -298,7 +282,7 @@ def test_cached_decoding_equals_one_full_forward(name, text):
     torch.testing.assert_close(torch.cat(steps, 1), full_BTV, **OTHER_WAY)
     filled = [getattr(layer, "keys", None) is not None for layer in cache.layers]
     assert filled == [
-        slot.attention is not None if isinstance(slot, Slot) else slot.kind == "layer"
+        slot.attention is not None if isinstance(slot, Slot) else slot.is_block
         for slot in FoldPlan.parse(text, NUM_BLOCKS).slots
     ]
 

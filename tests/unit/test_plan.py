@@ -147,7 +147,7 @@ def test_malformed_json(text, message):
             "replaces blocks 2 to 1, but blocks go from 0 to 4, first before last",
         ),
         ([Replacement(3, 5, "linear")], "position 0 replaces blocks 3 to 5, but blocks go from 0 to 4"),
-        ([Replacement(0, 1, "lstm")], "replaced by 'lstm'. Known kinds: linear, ffn, swiglu, layer."),
+        ([Replacement(0, 1, "lstm")], "is one of linear, ffn, swiglu, layer; got 'lstm'. Name one of these."),
         ([Replacement(0, 1, "layer", 8)], "a 'layer' replacement has no size to set, got 8. Leave it out."),
         ([Replacement(0, 1, "ffn", -8)], "the size of a replacement is positive, got -8"),
         ([Slot(5, 5, 5)], "position 0 (home) names block 5, but blocks go from 0 to 4"),

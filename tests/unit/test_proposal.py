@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from foldsearch.errors import PlanError
 from foldsearch.plan.cost import BlockCost, Cost, CostTable, Target, UnitCost, price
-from foldsearch.plan.plan import REPLACEMENT_KINDS, FoldPlan, Replacement, Slot
+from foldsearch.plan.kinds import kind_names
+from foldsearch.plan.plan import FoldPlan, Replacement, Slot
 from foldsearch.plan.proposal import (
     Proposal,
     fold_plan,
@@ -48,7 +49,7 @@ def tables(draw: st.DrawFn, num_blocks: int) -> CostTable:
 def proposals(draw: st.DrawFn, num_blocks: int) -> Proposal:
     criterion = draw(st.sampled_from(["gate", "block_influence", "window", "greedy"]))
     fate = draw(st.sampled_from(["drop", "share", "replace"]))
-    kinds = st.sampled_from(REPLACEMENT_KINDS)
+    kinds = st.sampled_from(kind_names())
     num_removed = draw(st.integers(0, num_blocks - 1))
     return Proposal(
         criterion=criterion,  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from foldsearch.model import replacements
 from foldsearch.model.blocks import FAMILIES, decoder_blocks
 from foldsearch.model.evidence import hidden_of
 from foldsearch.model.fold import cast, fold
+from foldsearch.model.networks import NETWORKS
 from foldsearch.model.parts import Replaced
 from foldsearch.model.replacements import RIDGES, Fit, FitSettings, fit_replacement, solve_down
 from foldsearch.model.states import residual_states
@@ -109,7 +110,7 @@ def ridge_by_numpy(features_MH: Tensor, added_MD: Tensor, ridge: float, *, bias:
 def test_linear_is_the_weighted_ridge_solution(monkeypatch, name, ridge):
     monkeypatch.setattr(replacements, "RIDGES", (ridge,))
     before, after = real_states(name)[1], real_states(name)[3]
-    net = Replaced("linear", WIDTH, WIDTH)
+    net = NETWORKS["linear"](WIDTH, WIDTH)
     assert solve_down(net, (before[:-HELD], after[:-HELD]), (before[-HELD:], after[-HELD:])) == ridge
     train, added = before[:-HELD].flatten(0, 1), (after - before)[:-HELD].flatten(0, 1)
     expected = ridge_by_numpy(train, added, ridge, bias=True)
@@ -141,7 +142,7 @@ def test_the_ridge_is_the_best_on_held_out_states(monkeypatch, kind, chunk):
     monkeypatch.setattr(replacements, "LEAST_SIZE", 0.0)  # the floor has a test of its own
     chosen = set()
     for noise in (0.003, 0.1, 1.0, 10.0):
-        net = Replaced(kind, WIDTH, 40)
+        net = NETWORKS[kind](WIDTH, 40)
         x = normal(8, LENGTH, WIDTH)
         values = dict(net.named_parameters())
         features = features_by_hand(kind, values, x).detach()
@@ -174,7 +175,7 @@ def test_a_weak_ridge_is_not_lost_in_rounding(monkeypatch, chunk):
     """More features than tokens: all but the ridge is rounding there. Oracle: numpy in float64."""
     monkeypatch.setattr(replacements, "RIDGES", (1e-6,))
     monkeypatch.setattr(replacements, "CHUNK", chunk)
-    net = Replaced("ffn", WIDTH, 4 * WIDTH)
+    net = NETWORKS["ffn"](WIDTH, 4 * WIDTH)
     net.reset_parameters(torch.Generator().manual_seed(0))
     before, after = normal(4, LENGTH, WIDTH), normal(4, LENGTH, WIDTH, seed=1)
     solve_down(net, (before, after), (before, after))
@@ -216,7 +217,7 @@ def test_where_nothing_helps_nothing_is_chosen(kind):
     assert fit.errors["nothing"] == 1.0
     assert min(error for name, error in fit.errors.items() if name != "nothing") > 1.0
     assert fit.chosen == "nothing"
-    net = Replaced(kind, WIDTH, 4 * WIDTH)
+    net = NETWORKS[kind](WIDTH, 4 * WIDTH)
     net.load_state_dict(fit.values)
     assert not net(states[1]).any()
 
@@ -225,7 +226,7 @@ def test_where_nothing_helps_nothing_is_chosen(kind):
 def test_a_run_that_adds_nothing_is_replaced_by_nothing(kind):
     states = planted(normal(8, LENGTH, WIDTH), torch.zeros(8, LENGTH, WIDTH))
     fit = fitted(kind, states, TRAINED)
-    net = Replaced(kind, WIDTH, 4 * WIDTH)
+    net = NETWORKS[kind](WIDTH, 4 * WIDTH)
     net.load_state_dict(fit.values)
     assert fit.errors[fit.chosen] == 0.0
     assert not net(states[1]).any()
@@ -251,7 +252,7 @@ def test_the_least_error_on_held_out_states_is_chosen(kind, settings):
 @pytest.mark.parametrize("kind", ["ffn", "swiglu"])
 def test_training_finds_what_a_linear_solve_cannot(kind):
     """Another network of the kind, half as wide: its features are not among the random ones."""
-    teacher = Replaced(kind, WIDTH, 16)
+    teacher = NETWORKS[kind](WIDTH, 16)
     x = normal(60, LENGTH, WIDTH)
     with torch.no_grad():
         teacher.down.copy_(normal(WIDTH, 16, seed=7))
