@@ -328,6 +328,12 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
         choices=("line", "paragraph"),
         help="what a document of a .txt file is, if not all of it",
     )
+    parser.add_argument(
+        "--unseen",
+        metavar="KIND",
+        action="append",
+        help="a kind of text that is measured on at the end only; may be given more than once",
+    )
 
 
 def _add_study_options(parser: argparse.ArgumentParser, *, model: bool = True) -> None:

@@ -154,7 +154,8 @@ def _check_text(words: Sequence[str]) -> None:
 # ---- the study of the options
 
 _OVERRIDES = {
-    "model": "model", "data": "data", "text_column": "text_column", "sample_by": "sample_by", "space": "space",
+    "model": "model", "data": "data", "text_column": "text_column", "sample_by": "sample_by", "unseen": "kinds.unseen",
+    "space": "space",
     "sampler": "sampler", "trials": "trials", "time": "seconds",
     "jobs": "jobs", "seed": "seed", "device": "device", "budget_gb": "budget.gb", "budget_flops": "budget.flops",
     "dtype": "target.dtype", "context": "target.context", "batch": "target.batch", "runtime": "target.runtime",
@@ -403,7 +404,7 @@ def _chosen(args: argparse.Namespace, view: RunView) -> Entry:
 def _evaluate(args: argparse.Namespace) -> int:
     from foldsearch.api import open_run
     from foldsearch.evaluate import Asked, evaluate_trial
-    from foldsearch.report.terminal import console, evaluation_table
+    from foldsearch.report.terminal import console, evaluation_table, kinds_table
 
     view = open_run(args.run)
     entry = _chosen(args, view)
@@ -412,6 +413,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     with _status() as progress:
         found = evaluate_trial(view, entry.number, asked, progress=progress, notice=_say)
     out = console()
+    if (by_kind := kinds_table(entry.result)) is not None:
+        out.print(by_kind)
+        out.print()
     out.print(evaluation_table(found))
     for one in found:
         _print_line(out, f"Written: {printable(one.file)}")

@@ -19,7 +19,7 @@ from foldsearch.errors import RunError, quote_error
 from foldsearch.files import replace_atomically
 from foldsearch.model import source
 from foldsearch.model.judge import DenseTargets, dense_targets
-from foldsearch.model.tokens import Splits, TokenSet
+from foldsearch.model.tokens import SPLITS, Kinds, Splits, TokenSet
 from foldsearch.model.workbench import Workbench
 from foldsearch.paths import printable
 from foldsearch.plan.cost import Budget, Cost, CostTable, Target, price
@@ -74,7 +74,18 @@ def write_splits(path: Path, splits: Splits) -> None:
     tensors = {f"{one.name}.ids": one.ids_NT.contiguous() for one in sets}
     tensors |= {f"{one.name}.document": one.document_N.contiguous() for one in sets}
     tensors |= {f"{one.name}.text": one.text_NT.contiguous() for one in sets}
-    metadata = {one.name: json.dumps(one.documents) for one in sets}
+    tensors |= {f"{one.name}.kind": one.kinds.of_N.contiguous() for one in sets}
+    metadata = {
+        one.name: json.dumps(
+            {
+                "documents": one.documents,
+                "kinds": one.kinds.names,
+                "unseen": one.kinds.unseen,
+                "over": one.kinds.over,
+            }
+        )
+        for one in sets
+    }
     replace_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
@@ -90,22 +101,24 @@ def read_splits(run_folder: Path) -> Splits:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
-            sets = [
-                TokenSet(
-                    name,
-                    file.get_tensor(f"{name}.ids"),
-                    file.get_tensor(f"{name}.document"),
-                    tuple(json.loads(metadata[name])),
-                    file.get_tensor(f"{name}.text"),
-                )
-                for name in ("search", "recovery", "report")
-            ]
+            sets = [_read_set(file, name, json.loads(metadata[name])) for name in SPLITS]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         remedy = "Put back a copy of it, or start a new run."
         raise RunError(
             quote_error(f"the token sets of a run, '{printable(path)}', cannot be read", error, remedy)
         ) from error
     return Splits(*sets)
+
+
+def _read_set(file: Any, name: str, about: dict[str, Any]) -> TokenSet:
+    return TokenSet(
+        name,
+        file.get_tensor(f"{name}.ids"),
+        file.get_tensor(f"{name}.document"),
+        tuple(about["documents"]),
+        file.get_tensor(f"{name}.text"),
+        Kinds(tuple(about["kinds"]), file.get_tensor(f"{name}.kind"), tuple(about["unseen"]), about["over"]),
+    )
 
 
 # ---- the dense model

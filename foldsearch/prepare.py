@@ -314,10 +314,12 @@ def make_study_splits(
         tokenizer,
         sequence_length=sizes.sequence_length,
         num_sequences=num_sequences,
+        unseen=() if search_only else study.kinds.unseen,
+        over=study.kinds.objective,
         progress=lambda message: progress(message, 0.0),
         notice=notice,
     )
 
 
 def _source(settings: SourceSettings) -> Source:
-    return Source(settings.source, settings.text_column, settings.sample_by, settings.weight)
+    return Source(settings.source, settings.text_column, settings.sample_by, settings.weight, settings.kind)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -31,8 +31,8 @@ from foldsearch.model.head import (
     last_hidden,
     log_normaliser,
 )
-from foldsearch.model.tokens import TokenSet
-from foldsearch.plan.result import Quality
+from foldsearch.model.tokens import Over, TokenSet
+from foldsearch.plan.result import KindQuality, Quality
 
 TOKENS_AT_ONCE = 4096  # of the blocks, when judging
 SCHEMA = 2  # of the kept answers: 2 has the positions that are scored
@@ -176,7 +176,8 @@ def cross_terms(
 def judge(model: PreTrainedModel, tokens: TokenSet, targets: DenseTargets) -> Quality:
     """The quality of a model on a token set, beside the dense one.
 
-    KL(dense ‖ model), the next-token loss and agreement are means over the scored positions (see `TokenSet`). A
+    KL(dense ‖ model), the next-token loss and agreement are means over the scored positions (see `TokenSet`); where
+    there are several kinds of text, the KL is one figure made of those of the kinds (see `Kinds`). A
     position agrees where no logit is above that of the dense model's likeliest token (equal ones are common in
     bfloat16). Standard errors are clustered by document (sequences of a document are not independent), the
     perplexity's by the delta method.
@@ -209,18 +210,49 @@ def judge(model: PreTrainedModel, tokens: TokenSet, targets: DenseTargets) -> Qu
     kl_NP, loss_NP, same_NP = (
         torch.cat(parts).cpu().double().view(shape) for parts in (kl_parts, loss_parts, same_parts)
     )
-    scored_NP = targets.scored_NP.cpu()
+    seen_N = tokens.kinds.counted()
+    assert seen_N.any(), "a set that is measured on holds a kind of text that counts"
+    seen = targets if seen_N.all() else targets.of(seen_N)
+    scored_NP = seen.scored_NP.cpu()
+    loss_NP, same_NP, document_N = loss_NP[seen_N], same_NP[seen_N], tokens.document_N[seen_N]
     loss = float(loss_NP[scored_NP].mean())
     perplexity = math.exp(min(loss, 700.0))
+    kinds = _by_kind(kl_NP, tokens, targets.scored_NP.cpu())
+    kl, kl_se = _over_kinds(kinds, tokens.kinds.over)
     return Quality(
-        kl=float(kl_NP[scored_NP].mean()),
-        kl_se=clustered_error(kl_NP, tokens.document_N, scored_NP),
+        kl=kl,
+        kl_se=kl_se,
         perplexity=perplexity,
-        perplexity_se=perplexity * clustered_error(loss_NP, tokens.document_N, scored_NP),
-        dense_perplexity=targets.perplexity,
+        perplexity_se=perplexity * clustered_error(loss_NP, document_N, scored_NP),
+        dense_perplexity=seen.perplexity,
         agreement=float(same_NP[scored_NP].mean()),
         tokens=int(scored_NP.sum()),
+        kinds=kinds,
     )
+
+
+def _by_kind(kl_NP: Tensor, tokens: TokenSet, scored_NP: Tensor) -> tuple[KindQuality, ...]:
+    """The KL of each kind of text that has sequences here."""
+    found = []
+    for index, name in enumerate(tokens.kinds.names):
+        of_kind_N = tokens.kinds.of_N == index
+        if of_kind_N.any():
+            mine_NP, mine_scored_NP = kl_NP[of_kind_N], scored_NP[of_kind_N]
+            error = clustered_error(mine_NP, tokens.document_N[of_kind_N], mine_scored_NP)
+            mean, count = float(mine_NP[mine_scored_NP].mean()), int(mine_scored_NP.sum())
+            found.append(KindQuality(name, mean, error, count, name in tokens.kinds.unseen))
+    return tuple(found)
+
+
+def _over_kinds(kinds: Sequence[KindQuality], over: Over) -> tuple[float, float]:
+    """One KL of those of the seen kinds, and its standard error: kinds have no document in common."""
+    seen = [kind for kind in kinds if not kind.unseen]
+    if len(seen) == 1 or over == "worst":
+        # A KL that is no number is the worst: `max` alone would pass over it.
+        worst = max(seen, key=lambda kind: math.inf if math.isnan(kind.kl) else kind.kl)
+        return worst.kl, worst.kl_se
+    mean = sum(kind.kl for kind in seen) / len(seen)
+    return mean, math.sqrt(sum(kind.kl_se**2 for kind in seen)) / len(seen)
 
 
 def clustered_error(values_NP: Tensor, document_N: Tensor, scored_NP: Tensor | None = None) -> float:

@@ -16,7 +16,13 @@ sequences, until there are enough. Where there are not, in this order:
 2. More sequences are taken of each document that has them.
 3. There are fewer sequences than asked for, at least two from different documents.
 
-Each of these is told. **Mixtures**: where sources have weights, each gives its share of the sequences of every set.
+Each of these is told.
+
+**Mixtures and kinds.** Documents that give sequences together are a *part*: those of a source with a weight, else those
+of a kind of text where kinds are named, else those of all sources. Each part gives its share of the sequences of every
+set, by its weight; without weights the parts are equal. All documents of a part, and so all of a sequence, are of one
+kind. Where kinds are named, each of them has documents enough for its share. A kind that is *unseen* gives its share of
+the report set, and nothing to the two others; what is dealt to those is not used.
 
 Shapes: N sequences, T tokens of a sequence.
 """
@@ -27,15 +33,15 @@ import hashlib
 import math
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from foldsearch.errors import DataError
 from foldsearch.model.rows import WriteChat
-from foldsearch.model.text import Source, count_of, load_documents
-from foldsearch.model.tokens import SPLITS, Splits, TokenSet, check_disjoint, front_of, text_ids
+from foldsearch.model.text import Source, count_of, load_documents, own_name
+from foldsearch.model.tokens import SPLITS, Kinds, Over, Splits, TokenSet, check_disjoint, front_of, text_ids
 from foldsearch.paths import printable
 from foldsearch.progress import Notice, unheard
 
@@ -64,6 +70,8 @@ def make_splits(
     num_sequences: Mapping[str, int],
     per_document: int = 2,
     limit: int | None = None,
+    unseen: Sequence[str] = (),
+    over: Over = "mean",
     progress: Notice = unheard,
     notice: Notice = unheard,
 ) -> Splits:
@@ -80,6 +88,8 @@ def make_splits(
         num_sequences: N for each of the three splits; 0 gives an empty set.
         per_document: at most this many sequences from one document, where there are documents enough.
         limit: as in `load_documents`; for each source.
+        unseen: kinds of text that are in the report set only.
+        over: how one KL is made of those of several kinds, see `Kinds`.
         progress: told, in words, what takes time.
         notice: told, in words, where a set is not as it was asked for.
 
@@ -98,8 +108,16 @@ def make_splits(
     else:
         dealt = [part.dealt(notice) for part in load(data)]
         parts = {name: [part[name] for part in dealt] for name in SPLITS}
+    for name in ("search", "recovery"):
+        parts[name] = [part for part in parts[name] if part.kind not in unseen]
+    names = dict.fromkeys(part.kind for name in SPLITS for part in parts[name])
+    if missing := [kind for kind in unseen if kind not in names]:
+        raise DataError(
+            f"an unseen kind must be one of {', '.join(names)}; got {', '.join(missing)}. Name kinds of the text."
+        )
+    kinds = Kinds(tuple(names), unseen=tuple(unseen), over=over)
     sets = {
-        name: _token_set(name, parts[name], cutter, num_sequences[name], per_document, notice)
+        name: _token_set(parts[name], cutter, _Wanted(name, num_sequences[name], per_document, kinds), notice)
         for name in SPLITS
     }
     return Splits(sets["search"], sets["recovery"], sets["report"])
@@ -125,14 +143,17 @@ def _check(data: Data, sequence_length: int, num_sequences: Mapping[str, int], p
 
 @dataclass(slots=True)
 class _Part:
-    """Documents that give sequences together: of a source with a weight, or of all sources.
+    """Documents that give sequences together; see the module's docstring.
 
-    left_out: how many were, because another split has them too.
+    kind: of text. is_named: whether somebody named the kind, and so asks for figures of it. left_out: how many
+    documents were, because another split has them too.
     """
 
     name: str
     weight: float
     pool: Pool
+    kind: str
+    is_named: bool = False
     left_out: int = 0
 
     def dealt(self, tell: Notice) -> dict[str, _Part]:
@@ -155,14 +176,14 @@ class _Part:
         for name in ("search", "report", "recovery"):
             taken = keys[start : start + num[name]]
             start += num[name]
-            found[name] = _Part(self.name, self.weight, {key: self.pool[key] for key in taken})
+            found[name] = replace(self, pool={key: self.pool[key] for key in taken})
         return found
 
 
 def _load(
     sources: Sources, tokenizer: PreTrainedTokenizerBase, limit: int | None, progress: Notice
 ) -> list[_Part]:
-    """One part for each source that has a weight, or one for all of them; no document is in two."""
+    """The parts of the sources; no document is in two of them."""
     given = [sources] if isinstance(sources, str | Source) else list(sources)
     every = [Source(one) if isinstance(one, str) else one for one in given]
     if not every:
@@ -179,11 +200,24 @@ def _load(
         texts = load_documents(source, write_chat=_chat_writer(tokenizer), limit=limit, progress=progress)
         pool = {key: text for key, text in _by_hash(texts).items() if key not in known}
         known |= pool.keys()
-        parts.append(_Part(printable(source.reference), source.weight or 1.0, pool))
+        name, kind = printable(source.reference), source.kind or own_name(source.reference)
+        parts.append(_Part(name, source.weight or 1.0, pool, kind, bool(source.kind)))
     if weights or len(parts) == 1:
         return parts
-    together = dict(sorted(item for part in parts for item in part.pool.items()))
-    return [_Part(", ".join(part.name for part in parts), 1.0, together)]
+    if not any(part.is_named for part in parts):
+        return [_together(parts, ", ".join(part.name for part in parts))]
+    return [_together([part for part in parts if part.kind == kind], kind) for kind in _kinds_of(parts)]
+
+
+def _together(parts: Sequence[_Part], kind: str) -> _Part:
+    """One part of several."""
+    pool = dict(sorted(item for part in parts for item in part.pool.items()))
+    name = ", ".join(part.name for part in parts)
+    return _Part(name, 1.0, pool, kind, any(part.is_named for part in parts))
+
+
+def _kinds_of(parts: Iterable[_Part]) -> list[str]:
+    return list(dict.fromkeys(part.kind for part in parts))
 
 
 def _by_hash(documents: Iterable[str]) -> Pool:
@@ -351,27 +385,68 @@ def _end_of(tokenizer: PreTrainedTokenizerBase, front: tuple[int, ...]) -> tuple
     return () if front else tuple(text_ids(tokenizer, "\n\n", front))
 
 
-def _token_set(
-    name: str, parts: list[_Part], cutter: _Cutter, wanted: int, per_document: int, tell: Notice
-) -> TokenSet:
-    shares = _shares([part.weight for part in parts], wanted)
-    found = [cutter.cut(part.pool, share, per_document) for part, share in zip(parts, shares, strict=True)]
-    pieces = sorted((piece for of in found for piece in of), key=lambda piece: piece.documents[0])
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What is asked of a set: so many sequences, from each document at most so many where there are enough."""
+
+    name: str
+    sequences: int
+    per_document: int
+    kinds: Kinds
+
+    def least(self, share: int) -> int:
+        """From how many documents a share of the sequences has to be."""
+        return min(LEAST, math.ceil(share / self.per_document))
+
+
+def _token_set(parts: list[_Part], cutter: _Cutter, wanted: _Wanted, tell: Notice) -> TokenSet:
+    shares = _shares([part.weight for part in parts], wanted.sequences)
+    found = [
+        cutter.cut(part.pool, share, wanted.per_document) for part, share in zip(parts, shares, strict=True)
+    ]
+    drawn = [(piece, part.kind) for part, of in zip(parts, found, strict=True) for piece in of]
+    drawn.sort(key=lambda one: one[0].documents[0])
+    pieces = [piece for piece, _ in drawn]
     # Pieces that share a document are of one cluster. A packed one shares none, so its first document stands for all.
     clusters = {key: index for index, key in enumerate(dict.fromkeys(piece.documents[0] for piece in pieces))}
-    if len(clusters) < min(LEAST, math.ceil(wanted / per_document)):
-        raise DataError(_too_few(name, parts, cutter.length, len(pieces)))
+    if len(clusters) < wanted.least(wanted.sequences):
+        raise DataError(_too_few(wanted.name, parts, cutter.length, len(pieces)))
+    if wanted.sequences:
+        _check_kinds(parts, shares, found, cutter.length, wanted)
     for part, share, of in zip(parts, shares, found, strict=True):
-        for words in _told(name, part, of, share, per_document):
+        for words in _told(wanted.name, part, of, share, wanted.per_document):
             tell(words)
     others = [key for piece in pieces for key in piece.documents[1:]]
+    of_N = torch.tensor([wanted.kinds.names.index(kind) for _, kind in drawn], dtype=torch.int64)
     return TokenSet(
-        name,
+        wanted.name,
         torch.tensor([piece.ids for piece in pieces], dtype=torch.int64).reshape(-1, cutter.length),
         torch.tensor([clusters[piece.documents[0]] for piece in pieces], dtype=torch.int64),
         (*clusters, *others),
         torch.tensor([piece.of_text for piece in pieces], dtype=torch.bool).reshape(-1, cutter.length),
+        wanted.kinds.take(of_N),
     )
+
+
+def _check_kinds(
+    parts: list[_Part], shares: Sequence[int], found: list[list[_Piece]], length: int, wanted: _Wanted
+) -> None:
+    """Refuse a kind that was named and has no share of a set, or too few documents for its share."""
+    if len(_kinds_of(parts)) == 1:
+        return
+    for kind in _kinds_of(part for part in parts if part.is_named):
+        mine = [index for index, part in enumerate(parts) if part.kind == kind]
+        share = sum(shares[index] for index in mine)
+        documents = {piece.documents[0] for index in mine for piece in found[index]}
+        if not share:
+            raise DataError(
+                f"{wanted.name}: each kind of text must have at least one sequence; got none of the kind '{kind}' "
+                f"among {wanted.sequences}. Ask for more sequences (splits.{wanted.name}), or give it more weight."
+            )
+        if len(documents) < wanted.least(share):
+            of_kind = [parts[index] for index in mine]
+            pieces = sum(len(found[index]) for index in mine)
+            raise DataError(f"the kind '{kind}': {_too_few(wanted.name, of_kind, length, pieces)}")
 
 
 def _shares(weights: Sequence[float], total: int) -> list[int]:

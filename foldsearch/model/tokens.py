@@ -7,6 +7,8 @@ SmolLM2). Models that were trained so are other models without it: a Gemma 3 270
 token that it predicts is of the text. So the last token in front is scored (what it predicts is how a text begins), and
 those before it are not.
 
+**Kinds of text.** Each sequence is of one kind (see `Kinds`), so that every figure can be told for each kind apart.
+
 Shapes: N sequences, T tokens of a sequence, P = T − 1 positions that predict a token.
 """
 
@@ -16,7 +18,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -26,10 +28,38 @@ from foldsearch.model.text import count_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SPLITS", "Splits", "TokenSet", "begun", "check_disjoint", "front_of", "text_ids"]
+__all__ = ["SPLITS", "Kinds", "Over", "Splits", "TokenSet", "begun", "check_disjoint", "front_of", "text_ids"]
 
 SPLITS = ("search", "recovery", "report")
+Over = Literal["mean", "worst"]
 _PROBE = "One, two."
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kinds:
+    """Which kind of text each sequence of a token set is of, and how one figure is made of several kinds.
+
+    Attributes:
+        names: of the kinds, in the order of the study.
+        of_N: int64, for each sequence the index of its kind in `names`.
+        unseen: kinds that nothing is fitted to and nothing is chosen on. They are told apart and count in no figure of
+            all kinds.
+        over: one KL of several kinds is their mean, each kind counting the same, or that of the worst kind.
+    """
+
+    names: tuple[str, ...] = ("text",)
+    of_N: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    unseen: tuple[str, ...] = ()
+    over: Over = "mean"
+
+    def counted(self) -> torch.Tensor:
+        """(N), bool: whether a sequence is of a kind that counts, as it is not unseen."""
+        unseen = torch.tensor([name in self.unseen for name in self.names], dtype=torch.bool)
+        return ~unseen[self.of_N]
+
+    def take(self, of_N: torch.Tensor) -> Kinds:
+        """The same kinds for other sequences, whose kinds are given."""
+        return Kinds(self.names, of_N, self.unseen, self.over)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,6 +75,7 @@ class TokenSet:
         documents: sha256 (hex) of the text of each document that is used.
         text_NT: bool, whether a token is of a text, not one that was put in front of it or between two; all are if not
             given.
+        kinds: of text, of each sequence; all are of one kind if not given.
     """
 
     name: str
@@ -52,10 +83,14 @@ class TokenSet:
     document_N: torch.Tensor
     documents: tuple[str, ...]
     text_NT: torch.Tensor = field(default_factory=lambda: torch.ones(0, dtype=torch.bool))
+    kinds: Kinds = field(default_factory=Kinds)
 
     def __post_init__(self) -> None:
         if not self.text_NT.numel():
             object.__setattr__(self, "text_NT", torch.ones_like(self.ids_NT, dtype=torch.bool))
+        if not self.kinds.of_N.numel():
+            one = torch.zeros(len(self.ids_NT), dtype=torch.int64)
+            object.__setattr__(self, "kinds", self.kinds.take(one))
         if self.ids_NT.dim() != 2 or self.ids_NT.dtype != torch.int64:
             raise DataError(
                 f"{self.name}: token ids are a 2-dimensional int64 tensor [sequences, tokens], not "
@@ -77,11 +112,21 @@ class TokenSet:
             raise DataError(
                 f"{self.name}: a sequence names a document that is not among the {len(self.documents)}."
             )
+        if self.kinds.of_N.shape != self.ids_NT.shape[:1] or self.kinds.of_N.dtype != torch.int64:
+            raise DataError(
+                f"{self.name}: each of the {len(self.ids_NT)} sequences is of one kind (int64), not "
+                f"{list(self.kinds.of_N.shape)} of {self.kinds.of_N.dtype}."
+            )
 
     def of(self, rows: list[int]) -> TokenSet:
         """Some of the sequences."""
         return TokenSet(
-            self.name, self.ids_NT[rows], self.document_N[rows], self.documents, self.text_NT[rows]
+            self.name,
+            self.ids_NT[rows],
+            self.document_N[rows],
+            self.documents,
+            self.text_NT[rows],
+            self.kinds.take(self.kinds.of_N[rows]),
         )
 
     @property
@@ -113,6 +158,7 @@ class TokenSet:
             self.document_N.repeat_interleave(pieces),
             self.documents,
             cut(self.text_NT),
+            self.kinds.take(self.kinds.of_N.repeat_interleave(pieces)),
         )
 
     @property
@@ -122,9 +168,13 @@ class TokenSet:
 
     @property
     def content_hash(self) -> str:
-        """16 hex digits over token ids and their documents: equal sets have equal hashes, whatever their name."""
+        """16 hex digits over token ids, their documents and kinds: equal sets have equal hashes, whatever their names.
+
+        Where all sequences are of one kind, it counts for nothing.
+        """
         digest = hashlib.sha256(f"{tuple(self.ids_NT.shape)}\n{self.documents}\n".encode())
-        for values in (self.ids_NT, self.document_N, self.text_NT):
+        kinds = (self.kinds.of_N,) if len(self.kinds.of_N.unique()) > 1 else ()
+        for values in (self.ids_NT, self.document_N, self.text_NT, *kinds):
             digest.update(values.cpu().contiguous().numpy().astype("<i8").tobytes())
         return digest.hexdigest()[:16]
 

@@ -12,11 +12,33 @@ State = Literal["measured", "known", "infeasible", "diverged", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
+class KindQuality:
+    """How near a folded model is to the dense one on one kind of text.
+
+    kl: mean KL(dense ‖ folded), nats per token. kl_se: its standard error, clustered by document. tokens: predicted
+    positions. unseen: nothing was fitted to texts of this kind or chosen on them.
+    """
+
+    name: str
+    kl: float
+    kl_se: float
+    tokens: int
+    unseen: bool = False
+
+    @property
+    def title(self) -> str:
+        """What a table calls the kind."""
+        return f"unseen: {self.name}" if self.unseen else self.name
+
+
+@dataclass(frozen=True, slots=True)
 class Quality:
     """How near a folded model is to the dense one on the same tokens.
 
-    kl: mean KL(dense ‖ folded), nats per token. *_se: standard errors, clustered by document.
-    agreement: share of positions with the same most likely next token. tokens: predicted positions.
+    kl: mean KL(dense ‖ folded), nats per token; of several kinds of text their mean, each counting the same, or that of
+    the worst, as the study chose. *_se: standard errors, clustered by document. agreement: share of positions with the
+    same most likely next token. tokens: predicted positions. kinds: each kind of text apart. Kinds that are unseen
+    count in none of the other figures.
     """
 
     kl: float
@@ -26,6 +48,17 @@ class Quality:
     dense_perplexity: float
     agreement: float
     tokens: int
+    kinds: tuple[KindQuality, ...] = ()
+
+    @property
+    def shown_kinds(self) -> tuple[KindQuality, ...]:
+        """The kinds that a table has columns for: none where there is one only."""
+        return self.kinds if len(self.kinds) > 1 else ()
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Quality:
+        """Read what `asdict` made."""
+        return cls(**{**value, "kinds": tuple(KindQuality(**kind) for kind in value["kinds"])})
 
 
 def rounded(value: float, form: str) -> str:
@@ -124,8 +157,10 @@ class TrialResult:
         """Read what `to_json` made."""
         value = dict(value)
         plan = FoldPlan.parse(value["plan"], value.pop("num_blocks"))
-        qualities = {name: Quality(**value[name]) if value[name] else None for name in ("quality", "report")}
+        qualities = {
+            name: Quality.from_json(value[name]) if value[name] else None for name in ("quality", "report")
+        }
         if setback := value["setback"]:
-            latest = Quality(**setback["latest"]) if setback["latest"] else None
+            latest = Quality.from_json(setback["latest"]) if setback["latest"] else None
             value["setback"] = Setback(setback["kept_tokens"], latest)
         return cls(**{**value, "plan": plan, "cost": Cost(**value["cost"]), **qualities})

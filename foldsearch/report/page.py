@@ -110,14 +110,20 @@ def _svg(plan: FoldPlan) -> str:
 
 def _trial_table(view: RunView) -> str:
     front = {entry.number for entry in view.front}
+    kinds = list(
+        dict.fromkeys(kind.title for entry in view.front_and_baselines for kind in entry.final.shown_kinds)
+    )
     rows = [
-        "<tr><th>trial<th class=l>plan<th>search KL<th>report KL<th>perplexity<th>ΔKL<th class=l>chosen by"
+        "<tr><th>trial<th class=l>plan<th>search KL<th>report KL"
+        + "".join(f"<th>{html.escape(kind)}" for kind in kinds)
+        + "<th>perplexity<th>ΔKL<th class=l>chosen by"
         "<th>weights<th>adapters<th>KV<th>activations<th>GB<th>prefill<th>decode"
     ]
     dense, perplexity = view.folder.dense, view.dense_perplexity
     rows.append(
         f"<tr class=dense><td>dense<td class=l>{_svg(FoldPlan.identity(view.folder.num_blocks))}<td>0<td>0"
-        f"<td>{'' if perplexity is None else f'{perplexity:.2f}'}<td><td class=l>{_cost_cells(dense, dense)}"
+        + "<td>0" * len(kinds)
+        + f"<td>{'' if perplexity is None else f'{perplexity:.2f}'}<td><td class=l>{_cost_cells(dense, dense)}"
     )
     for entry in view.front_and_baselines:
         gain = view.gain(entry)
@@ -130,9 +136,11 @@ def _trial_table(view: RunView) -> str:
         if setback := entry.result.setback_words:
             by += f" <span class=worse>{html.escape(setback)}</span>"
         final, change = entry.final, "—" if gain is None else rounded(gain, "+.3f")
+        by_title = {kind.title: with_error(kind.kl, kind.kl_se, ".3f") for kind in final.shown_kinds}
+        by_kind = "".join(f"<td>{by_title.get(kind, '')}" for kind in kinds)
         rows.append(
             f"<tr{' class=front' if entry.number in front else ''}><td>{entry.number}<td class=l>{_svg(entry.plan)}"
-            f"<td>{_kl(entry.quality)}<td>{_kl(final)}"
+            f"<td>{_kl(entry.quality)}<td>{_kl(final)}{by_kind}"
             f"<td>{with_error(final.perplexity, final.perplexity_se, '.2f')}"
             f"<td{shade}>{change}<td class=l>{by}{_cost_cells(entry.cost, dense)}"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from math import isfinite
 from statistics import median
@@ -19,7 +19,7 @@ from foldsearch.criteria import criterion_names
 from foldsearch.paths import printable
 from foldsearch.plan.cost import GB, Cost, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan, Slot
-from foldsearch.plan.result import TrialResult, rounded
+from foldsearch.plan.result import Quality, TrialResult, rounded
 from foldsearch.plan.strip import LEGEND, Cell, cells
 from foldsearch.report.colours import DROPPED, PAIRS, paint
 from foldsearch.report.grid import GAP, Column, Grid, fold_size
@@ -159,12 +159,30 @@ _LAYOUTS: tuple[tuple[tuple[str, ...], ...], ...] = (
 _AUTHORS_WIDTH = 12  # characters that a folded strip leaves for who chose the blocks
 
 
+_KIND = "kind "  # before a kind's title: what names its column, apart from all others
+
+
+def _layouts(kinds: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], ...]]:
+    """The columns of each table, for narrower and narrower lines, with those of the kinds of text."""
+    for layout in _LAYOUTS:
+        first, *rest = layout
+        if not kinds:
+            yield layout
+        elif not rest:
+            place = first.index(_KL[-1]) + 1
+            yield ((*first[:place], *kinds, *first[place:]),)
+        else:
+            yield (first, kinds, *rest)
+    if kinds:
+        yield (*_LAYOUTS[-1], *((kind,) for kind in kinds))
+
+
 def _front_tables(view: RunView, every: bool, width: int) -> list[Grid]:
     """The front in as few tables as fit the width: no number, mark, strip or figure is cut."""
     columns = _front_columns(view, every)
     key = tuple(columns[name] for name in _KEY)
     tables: list[Grid] = []
-    for layout in _LAYOUTS:
+    for layout in _layouts(tuple(name for name in columns if name.startswith(_KIND))):
         tables = [
             _plans_table(key, columns, width)
             if names == _PLAN
@@ -190,7 +208,7 @@ def _front_columns(view: RunView, every: bool) -> dict[str, Column]:
         cells = (row.get(name, "") for row in rows)
         texts = tuple(Text(cell) if isinstance(cell, str) else cell for cell in cells)
         right = name not in ("", *_PLAN)  # all others are figures
-        columns[name] = Column(Text(heads.get(name, name)), texts, right)
+        columns[name] = Column(Text(heads.get(name, name.removeprefix(_KIND))), texts, right)
     return columns
 
 
@@ -205,6 +223,8 @@ def _front_rows(view: RunView, every: bool) -> list[dict[str, str | Text]]:
         "plan": strip_text(FoldPlan.identity(folder.num_blocks)),
     }
     dense |= dict.fromkeys(_KL, "0") | {"perplexity": "" if perplexity is None else f"{perplexity:.2f}"}
+    kinds = dict.fromkeys(f"{_KIND}{kind.title}" for entry in shown for kind in entry.final.shown_kinds)
+    dense |= dict.fromkeys(kinds, "0")
     rows = [dense | _price(folder.dense, folder.dense)]
     for entry in shown:
         q, final, on_front = entry.quality, entry.final, entry.number in front
@@ -224,6 +244,8 @@ def _front_rows(view: RunView, every: bool) -> list[dict[str, str | Text]]:
             "Δ KL": _gain(view, entry),
             "chosen by": authors,
         }
+        for kind in final.shown_kinds:
+            row[f"{_KIND}{kind.title}"] = with_error(kind.kl, kind.kl_se, ".3f")
         rows.append(row | _price(entry.cost, folder.dense))
     return rows
 
@@ -344,9 +366,21 @@ def _footnote(view: RunView) -> Text:
         f"the search looked at, and over {first.final.tokens:,} of the report texts, which it did not; perplexity and "
         "Δ KL are of the latter. Δ KL: against the best baseline of about the same cost or less. GB decimal: weights + "
         "adapters + KV cache + activations. F: FLOPs per token. file: its size as a share of dense."
+        + _kinds_words(view.folder.study, first.final)
         + no_error,
         style="dim",
     )
+
+
+def _kinds_words(study: Study, final: Quality) -> str:
+    """How one KL is made of several kinds of text, and which are unseen; empty where there is one kind."""
+    if not final.shown_kinds:
+        return ""
+    over = "that of the worst kind" if study.kinds.objective == "worst" else "the mean over the kinds"
+    words = f"\nBy kind of text: report KL. A KL without a kind is {over}"
+    if any(kind.unseen for kind in final.kinds):
+        words += "; unseen kinds do not count in it: nothing was fitted, trained or chosen on them"
+    return words + "."
 
 
 def _setbacks(view: RunView, every: bool) -> list[Text]:
@@ -409,7 +443,31 @@ def results_table(results: Sequence[TrialResult]) -> Group:
         words += f"\n{NO_ERROR}"
     if last.setback_words:
         words += f"\n{last.setback_words}"
-    return Group(strip_text(last.plan), Text(str(last.plan), style="dim"), Text(), table, Text(), Text(words))
+    parts: list[RenderableType] = [
+        strip_text(last.plan),
+        Text(str(last.plan), style="dim"),
+        Text(),
+        table,
+        Text(),
+    ]
+    if (by_kind := kinds_table(last)) is not None:
+        parts += [by_kind, Text()]
+    return Group(*parts, Text(words))
+
+
+def kinds_table(result: TrialResult) -> Table | None:
+    """The KL of a trial on each kind of text, a column each; None where there is one kind."""
+    told = {"search KL": result.quality, "report KL": result.report}
+    shown = {name: quality.shown_kinds for name, quality in told.items() if quality is not None}
+    titles = dict.fromkeys(kind.title for kinds in shown.values() for kind in kinds)
+    if not titles:
+        return None
+    table = _plain_table("by kind of text", *(f"{title}>" for title in titles))
+    for name, kinds in shown.items():
+        found = {kind.title: with_error(kind.kl, kind.kl_se, ".4f") for kind in kinds}
+        if found:
+            table.add_row(name, *(found.get(title, "") for title in titles))
+    return table
 
 
 def price_table(plan: FoldPlan, table: CostTable, target: Target) -> Group:

@@ -19,7 +19,7 @@ from foldsearch.search.folder import RunFolder
 from foldsearch.search.records import Record, front, point, read_records
 
 SAME_COST = 1.02  # a baseline that costs a hair more is still the one to beat
-NO_ERROR = "± —: no standard error, as all texts of the split are one document."
+NO_ERROR = "± —: no standard error, as all texts of the split, or of the kind, are one document."
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +275,9 @@ def gb(size: int, dense: Cost) -> str:
 
 def has_errors(*qualities: Quality | None) -> bool:
     """Whether all of them have standard errors; those of a split that is one document have none."""
-    return all(isfinite(quality.kl_se) for quality in qualities if quality is not None)
+    told = [quality for quality in qualities if quality is not None]
+    errors = [*(quality.kl_se for quality in told), *(kind.kl_se for one in told for kind in one.shown_kinds)]
+    return all(map(isfinite, errors))
 
 
 def _kl(entry: Entry) -> float:

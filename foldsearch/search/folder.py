@@ -27,7 +27,7 @@ from foldsearch.plan.plan import FoldPlan
 from foldsearch.spec.load import study_from_json
 from foldsearch.spec.study import Study
 
-SCHEMA = 3
+SCHEMA = 4
 LIMITS = ("trials", "seconds", "jobs")  # what a resumed run may change
 
 

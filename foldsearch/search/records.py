@@ -552,6 +552,10 @@ def note(result: TrialResult) -> str:
             ),
             ("agreement", f"{quality.agreement:.1%}"),
         ]
+    for words, measured in (("search", result.quality), ("report", result.report)):
+        for kind in measured.shown_kinds if measured else ():
+            kl = f"{rounded(kind.kl, '.4f')}{_error(kind.kl_se, '.4f')} nats per token"
+            rows.append((f"KL to dense, {words} texts, {kind.title}", kl))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"`{result.plan}`\n\n`{strip(result.plan)}`\n\n| | |\n|---|---|\n{table}\n"
 

@@ -54,6 +54,8 @@ def load_study(
     path = _find(reference, "study", "studies")
     value = _read(path)
     given = {key: item for key, item in (overrides or {}).items() if item is not None}
+    if "data" in given and isinstance(kinds := value.get("kinds"), dict):
+        kinds.pop("unseen", None)  # it names kinds of the text that is replaced
     for key, item in given.items():
         _set(value, key.split("."), item)
     faults, of_space = _put_space(value)

@@ -5,11 +5,13 @@ Relative paths in a study are read from the current folder, as on the command li
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
+from foldsearch.model.text import own_name
 from foldsearch.plan.cost import DTYPE_BYTES, Budget, Cost, CostTable, Target, parse_flops, price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.runtimes import names, runtime_named
@@ -21,6 +23,7 @@ Objective = Literal["kl", "memory", "flops"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 
 
+LONGEST_KIND = 24  # characters: it heads a column of every table
 MOST = 1e9  # gigabytes, or seconds: beyond any machine's, and safe in arithmetic
 
 
@@ -122,9 +125,26 @@ class HalvingSettings(TomlTable):
     band: Share01 = 0.25
 
 
+class KindSettings(TomlTable):
+    """What becomes of the kinds of text (see `foldsearch.model.tokens.Kinds`).
+
+    unseen: kinds that are in the report texts only: nothing is fitted to them, trained or chosen on them. objective:
+    the KL that a search lowers is the mean over the other kinds, each counting the same, or that of the worst.
+    """
+
+    unseen: tuple[str, ...] = ()
+    objective: Literal["mean", "worst"] = "mean"
+
+
 def _reference(value: str) -> str:
     if not value.strip():
         raise ValueError("a reference is not empty; write a hub id, a folder or a file")
+    return value
+
+
+def _kind_name(value: str) -> str:
+    if not value.strip() or not value.isprintable() or len(value) > LONGEST_KIND:
+        raise ValueError(f"a kind of text is a name of 1 to {LONGEST_KIND} characters; got {as_toml(value)}")
     return value
 
 
@@ -135,11 +155,13 @@ SampleBy = Literal["line", "paragraph"]
 class SourceSettings(TomlTable):
     """A source of text, and how it is read (see `foldsearch.model.text.Source`).
 
-    source: a reference. text_column, sample_by: if they differ from the study's. weight: its share of the sequences of
-    every split, relative to the other sources'; either each of them has one or none.
+    source: a reference. kind: of text, such as "prose"; several sources may be of one. text_column, sample_by: if they
+    differ from the study's. weight: its share of the sequences of every split, relative to the other sources'; either
+    each of them has one or none.
     """
 
     source: Reference
+    kind: Annotated[str, AfterValidator(_kind_name)] | None = None
     text_column: str | None = None
     sample_by: SampleBy | None = None
     weight: Annotated[float, Field(gt=0, le=MOST)] | None = None
@@ -199,7 +221,7 @@ class Study(TomlTable):
     device multiplies it fast (CUDA, CPUs with AMX), else float32. trust_remote_code: let a model's own code run.
     rungs: recovery tokens trained on when each rung is measured. trials, seconds: when the search ends, whichever
     comes first; absent is no limit; the seconds are those of asking the dense model and of all trials. jobs: trials
-    at a time. seed: of everything random.
+    at a time. kinds: which kinds of text are unseen, and how one KL is made of several. seed: of everything random.
     """
 
     model: Reference
@@ -221,6 +243,7 @@ class Study(TomlTable):
     jobs: Positive = 1
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     splits: SplitSettings = SplitSettings()
+    kinds: KindSettings = KindSettings()
     gates: GateSettings = GateSettings()
     starts: StartSettings = StartSettings()
     recovery: RecoverySettings = RecoverySettings()
@@ -255,11 +278,43 @@ class Study(TomlTable):
                 )
         return value
 
+    @model_validator(mode="after")
+    def _known_kinds(self) -> Study:
+        unseen = self.kinds.unseen
+        if not unseen:
+            return self
+        found = self.sources()
+        splits = found if isinstance(found, dict) else dict.fromkeys(("search", "recovery", "report"), found)
+        known = list(dict.fromkeys(one.kind for one in splits["report"]))
+        if unknown := [name for name in unseen if name not in known]:
+            raise ValueError(
+                f"an unseen kind must be one of {', '.join(map(str, known))}, the kinds of the report texts; got "
+                f"{as_toml(unknown[0])}. Name one of these in kinds.unseen, or leave it out"
+            )
+        for split in ("search", "recovery") if isinstance(found, dict) else ():
+            if shared := [one.kind for one in splits[split] if one.kind in unseen]:
+                raise ValueError(
+                    f"an unseen kind must be in the report texts only; got {as_toml(shared[0])} in those of {split}. "
+                    "Leave it out there, or in kinds.unseen"
+                )
+        if set(known) == set(unseen):
+            raise ValueError(
+                f"at least one kind of text must be seen; got all of {', '.join(map(str, known))} in kinds.unseen. "
+                "Leave one out"
+            )
+        return self
+
     def sources(self) -> tuple[SourceSettings, ...] | dict[str, tuple[SourceSettings, ...]]:
-        """The sources of the text, or those of each split, with the study's way of reading them."""
+        """The sources of the text, or those of each split, with the study's way of reading them.
+
+        Where kinds of text are named, a source that names none is of a kind of its own name.
+        """
         if isinstance(self.data, Sources):
-            return {split: self._settings(getattr(self.data, split)) for split in Sources.model_fields}
-        return self._settings(self.data)
+            found = {split: self._settings(getattr(self.data, split)) for split in Sources.model_fields}
+            every = [one for of in found.values() for one in of]
+            return {split: self._with_kinds(of, every) for split, of in found.items()}
+        given = self._settings(self.data)
+        return self._with_kinds(given, given)
 
     def all_sources(self) -> tuple[SourceSettings, ...]:
         """The sources of all splits, each once."""
@@ -279,6 +334,14 @@ class Study(TomlTable):
             )
             for one in tables
         )
+
+    def _with_kinds(
+        self, sources: tuple[SourceSettings, ...], every: Sequence[SourceSettings]
+    ) -> tuple[SourceSettings, ...]:
+        if not self.kinds.unseen and not any(one.kind for one in every):
+            return sources
+        named = (one.kind or own_name(one.source) for one in sources)
+        return tuple(one.model_copy(update={"kind": kind}) for one, kind in zip(sources, named, strict=True))
 
     def narrowed(self, table: CostTable) -> Space:
         """The space, cut to what can keep the budget on a model of these costs.

@@ -19,10 +19,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from foldsearch import Asked, api, evaluate_trial
 from foldsearch import export as exporting
-from foldsearch.context import TrialContext, open_workbench, read_splits
+from foldsearch.context import TrialContext, open_workbench, read_splits, write_splits
 from foldsearch.draft import choose_blocks, choose_plan
 from foldsearch.model.source import open_tokenizer
-from foldsearch.model.tokens import TokenSet
+from foldsearch.model.tokens import Kinds, Splits, TokenSet
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.proposal import Proposal
 from foldsearch.prepare import prepare_context
@@ -89,6 +89,23 @@ def context(place: Path, study: Study) -> TrialContext:
         made = prepare_context(study, draft, cache_dir=place / "cache")
         folder = RunFolder.create(place / "run", draft, study, made.table, {})
     return prepare_context(study, folder.path, cache_dir=place / "cache")
+
+
+def test_the_kinds_of_a_runs_texts_are_read_as_they_were_written(
+    context: TrialContext, tmp_path: Path
+) -> None:
+    splits = read_splits(context.run_folder)
+
+    def of_kinds(tokens: TokenSet) -> TokenSet:
+        kinds = Kinds(("prose", 'a "b"'), torch.arange(len(tokens.ids_NT)) % 2, ("prose",), "worst")
+        return replace(tokens, kinds=kinds)
+
+    told = Splits(*map(of_kinds, (splits.search, splits.recovery, splits.report)))
+    write_splits(tmp_path / "tokens.safetensors", told)
+    for name in ("search", "recovery", "report"):
+        one, other = getattr(told, name).kinds, getattr(read_splits(tmp_path), name).kinds
+        assert (one.names, one.unseen, one.over) == (other.names, other.unseen, other.over)
+        assert torch.equal(one.of_N, other.of_N)
 
 
 def test_the_token_sets_of_a_run_know_what_is_text(context: TrialContext) -> None:

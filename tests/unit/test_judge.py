@@ -7,6 +7,7 @@ errors a sum over pairs and one regression in numpy.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,9 +19,10 @@ from torch.profiler import ProfilerActivity, profile
 from foldsearch.model import judge as judging
 from foldsearch.model.fold import fold
 from foldsearch.model.head import judged_logits
-from foldsearch.model.judge import ask_dense, batches, clustered_error, dense_targets, judge
-from foldsearch.model.tokens import TokenSet
+from foldsearch.model.judge import _over_kinds, ask_dense, batches, clustered_error, dense_targets, judge
+from foldsearch.model.tokens import Kinds, TokenSet
 from foldsearch.plan.plan import FoldPlan
+from foldsearch.plan.result import KindQuality
 from tests.tiny import NUM_BLOCKS, VOCABULARY, WIDTH, LogitRows, dense_model, token_set
 
 # Gemma 2 has a soft-capped head, GPT-2 a tied one, OPT learned positions
@@ -67,6 +69,62 @@ def test_quality_is_what_full_logits_say(name, tokens):
     assert found.perplexity_se == pytest.approx(
         found.perplexity * clustered_error(all_loss, tokens.document_N, scored), rel=1e-4
     )
+
+
+# Seven sequences of four documents: two of prose, three of talk, two of code.
+_KINDS = Kinds(("prose", "talk", "code"), torch.tensor([0, 0, 1, 1, 1, 2, 2]))
+_APART = torch.tensor([0, 0, 1, 1, 2, 3, 3])
+
+
+def of_kinds(**changes) -> TokenSet:
+    kinds = replace(_KINDS, **changes)
+    return TokenSet("report", TOKENS.ids_NT, _APART, ("a", "b", "c", "d"), _OF_TEXT, kinds)
+
+
+def test_each_kind_is_judged_as_if_it_stood_alone_and_counts_the_same():
+    """Oracle: a set of the kind's sequences alone; the mean of independent means."""
+    dense, model, tokens = dense_model(), folded("llama"), of_kinds()
+    found = judge(model, tokens, ask_dense(dense, tokens))
+    assert [kind.name for kind in found.kinds] == ["prose", "talk", "code"]
+    for kind, rows in zip(found.kinds, ([0, 1], [2, 3, 4], [5, 6]), strict=True):
+        alone = TokenSet("alone", TOKENS.ids_NT[rows], _APART[rows], tokens.documents, _OF_TEXT[rows])
+        theirs = judge(model, alone, ask_dense(dense, alone))
+        assert (kind.kl, kind.tokens) == (pytest.approx(theirs.kl, rel=1e-5), theirs.tokens)
+        assert kind.kl_se == pytest.approx(theirs.kl_se, rel=1e-5)
+        assert not kind.unseen
+    assert found.kl == pytest.approx(sum(kind.kl for kind in found.kinds) / 3, rel=1e-12)
+    assert found.kl_se == math.inf  # prose is one document, so nobody knows how far it strays
+    assert found.tokens == sum(kind.tokens for kind in found.kinds)
+
+
+def test_the_error_of_a_mean_over_kinds_is_that_of_independent_means():
+    kinds = [KindQuality(name, 1.0, error, 10) for name, error in (("a", 0.3), ("b", 0.4))]
+    assert _over_kinds(kinds, "mean") == (1.0, pytest.approx(0.25))
+
+
+def test_the_worst_kind_is_the_one_of_largest_kl():
+    dense, model = dense_model(), folded("llama")
+    tokens = of_kinds(over="worst")
+    found = judge(model, tokens, ask_dense(dense, tokens))
+    worst = max(found.kinds, key=lambda kind: kind.kl)
+    assert (found.kl, found.kl_se) == (worst.kl, worst.kl_se)
+    broken = [KindQuality("a", 2.0, 0.1, 10), KindQuality("b", math.nan, math.nan, 10)]
+    assert math.isnan(_over_kinds(broken, "worst")[0])
+
+
+def test_an_unseen_kind_is_told_and_counts_in_nothing_else():
+    """Oracle: the same set without the kind's sequences."""
+    dense, model, tokens = dense_model(), folded("llama"), of_kinds(unseen=("talk",))
+    found, rows = judge(model, tokens, ask_dense(dense, tokens)), [0, 1, 5, 6]
+    without = of_kinds().of(rows)
+    expected = judge(model, without, ask_dense(dense, without))
+    assert [(kind.name, kind.title, kind.unseen) for kind in found.kinds] == [
+        ("prose", "prose", False),
+        ("talk", "unseen: talk", True),
+        ("code", "code", False),
+    ]
+    for name in ("kl", "perplexity", "perplexity_se", "dense_perplexity", "agreement", "tokens"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-5), name
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -20,7 +20,7 @@ from foldsearch.errors import RunError
 from foldsearch.plan.front import dominates
 from foldsearch.plan.plan import FoldPlan, Slot
 from foldsearch.plan.proposal import Proposal
-from foldsearch.plan.result import Setback, TrialResult
+from foldsearch.plan.result import KindQuality, Setback, TrialResult
 from foldsearch.plan.strip import LEGEND, cells, strip
 from foldsearch.report import page, picture, terminal
 from foldsearch.report.colours import DROPPED, KEPT, PAIRS, REPLACED, paint
@@ -329,6 +329,54 @@ def test_a_split_of_one_document_has_no_standard_error(view: RunView) -> None:
         assert NO_ERROR in shown
         assert " ± —" in shown.replace(NO_ERROR, "")
         assert "± inf" not in shown
+
+
+KINDS = (KindQuality("prose", 0.5, 0.01, 60), KindQuality("code <x>", 1.25, 0.02, 40))
+UNSEEN = KindQuality("reference", 2.75, math.inf, 30, unseen=True)
+
+
+def with_kinds(view: RunView) -> RunView:
+    def told(record: Record) -> Record:
+        return replace(
+            record,
+            results=tuple(
+                replace(
+                    r,
+                    quality=r.quality and replace(r.quality, kinds=KINDS),
+                    report=r.report and replace(r.report, kinds=(*KINDS, UNSEEN)),
+                )
+                for r in record.results
+            ),
+        )
+
+    return replace(view, records=tuple(map(told, view.records)))
+
+
+@pytest.mark.parametrize("width", [60, 120, 300])
+def test_the_front_has_a_column_for_each_kind_of_text_whatever_the_width(view: RunView, width: int) -> None:
+    shown = text_of(terminal.front_report(with_kinds(view), width=width), width)
+    for words in ("prose", "code <x>", "unseen: reference", "0.500 ± 0.010", "1.250 ± 0.020", "2.750 ± —"):
+        assert words in shown
+    assert NO_ERROR in " ".join(shown.split())
+    assert max(map(len, shown.splitlines())) <= width
+    assert "By kind of text" not in text_of(terminal.front_report(view, width=width), width)
+
+
+def test_kinds_are_told_wherever_a_trial_is(view: RunView) -> None:
+    several = with_kinds(view)
+    last = several.front[0].result
+    assert TrialResult.from_json(json.loads(json.dumps(last.to_json()))) == last
+    shown = text_of(terminal.results_table([last]))
+    assert [line.split() for line in shown.splitlines() if line.startswith(("by kind", "report KL"))] == [
+        "by kind of text prose code <x> unseen: reference".split(),
+        "report KL 0.5000 ± 0.0100 1.2500 ± 0.0200 2.7500 ± —".split(),
+    ]
+    assert "<th>unseen: reference" in page._page(several)
+    assert "<th>code &lt;x&gt;" in page._page(several)
+    assert "| KL to dense, report texts, unseen: reference | 2.7500 nats per token |" in note(last)
+    assert "| KL to dense, search texts, prose | 0.5000 ± 0.0100 nats per token |" in note(last)
+    alone = replace(last, quality=replace(last.quality, kinds=KINDS[:1]), report=None)
+    assert terminal.kinds_table(alone) is None
 
 
 def test_all_shows_every_finished_trial_and_the_default_only_front_and_baselines(view: RunView) -> None:

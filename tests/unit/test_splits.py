@@ -575,6 +575,118 @@ def test_a_mixture_has_all_weights_or_none(tmp_path: Path, tokenizer) -> None:
         )
 
 
+# --------------------------------------------------------------------------------------------------- kinds of text
+
+
+def kinds_in(tokens: TokenSet) -> dict[str, int]:
+    found = [tokens.kinds.names[index] for index in tokens.kinds.of_N]
+    return {name: found.count(name) for name in tokens.kinds.names}
+
+
+@pytest.fixture
+def prose_and_code(tmp_path: Path) -> tuple[str, str]:
+    """Two folders of 80 documents, none in both."""
+    return tuple(
+        write_folder(tmp_path / name, [document(100 * index + number) for number in range(80)])
+        for index, name in enumerate(("prose", "code"))
+    )
+
+
+def test_named_kinds_give_equal_shares_and_each_sequence_knows_its_own(
+    tmp_path: Path, tokenizer, prose_and_code: tuple[str, str]
+) -> None:
+    """Two sources of one kind are taken together; a source without a kind is of a kind of its own name."""
+    prose, code = prose_and_code
+    more = write_folder(tmp_path / "more", [document(300 + number) for number in range(80)])
+    owner = {sha(path.read_text()): path.parent.name for path in tmp_path.rglob("*.txt")}
+    sources = [Source(prose, kind="prose"), Source(code), Source(more, kind="prose")]
+    splits = make_splits(sources, tokenizer, sequence_length=8, num_sequences=numbers(8, 20, 6))
+    for name, wanted in numbers(8, 20, 6).items():
+        tokens: TokenSet = getattr(splits, name)
+        assert kinds_in(tokens) == {"prose": wanted // 2, "code": wanted // 2}
+        owners = [owner[tokens.documents[index]] for index in tokens.document_N]
+        kinds = [tokens.kinds.names[index] for index in tokens.kinds.of_N]
+        assert [kind == "code" for kind in kinds] == [name == "code" for name in owners]
+
+
+def test_sources_without_weights_or_kinds_are_of_one_kind(tokenizer, prose_and_code: tuple[str, str]) -> None:
+    splits = make_splits(list(prose_and_code), tokenizer, sequence_length=8, num_sequences=numbers(4, 4, 4))
+    assert len(splits.search.kinds.names) == 1
+
+
+def test_sources_with_weights_are_of_kinds_of_their_own_names(
+    tokenizer, prose_and_code: tuple[str, str]
+) -> None:
+    sources = [Source(reference, weight=1) for reference in prose_and_code]
+    splits = make_splits(sources, tokenizer, sequence_length=8, num_sequences=numbers(4, 4, 4))
+    assert splits.report.kinds.names == ("prose", "code")
+
+
+def test_an_unseen_kind_is_in_the_report_set_alone_and_gives_the_same_sequences_as_when_it_is_seen(
+    tokenizer, prose_and_code: tuple[str, str]
+) -> None:
+    """So whether a kind was seen is the only difference between two figures of it."""
+    sources = [
+        Source(reference, kind=kind)
+        for reference, kind in zip(prose_and_code, ("prose", "code"), strict=True)
+    ]
+    seen, unseen = (
+        make_splits(sources, tokenizer, sequence_length=8, num_sequences=numbers(8, 20, 6), unseen=names)
+        for names in ((), ("code",))
+    )
+    assert kinds_in(unseen.search) == {"prose": 8, "code": 0}
+    assert kinds_in(unseen.recovery) == {"prose": 20, "code": 0}
+    assert torch.equal(unseen.report.ids_NT, seen.report.ids_NT)
+    assert unseen.report.kinds.counted().tolist() == [index == 0 for index in seen.report.kinds.of_N]
+    # of the code, only documents that are dealt to the report set
+    assert all(split_of(key) == "report" for key in unseen.report.documents)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "unseen", "words"),
+    [
+        (numbers(1, 4, 4), (), r"^search: each kind of text must have at least one sequence; got none"),
+        (numbers(4, 4, 12), (), r"^the kind 'code': report: at least 2 sequences of 8 tokens"),
+        (numbers(4, 4, 4), ("speech",), r"an unseen kind must be one of prose, code; got speech"),
+    ],
+)
+def test_a_kind_without_documents_for_its_share_is_refused(
+    tmp_path: Path, tokenizer, wanted: dict[str, int], unseen: tuple[str, ...], words: str
+) -> None:
+    """The code has two documents in the search set and one in the report set: too few to be dealt by number."""
+    dealt = {name: [] for name in SPLITS}
+    for index in range(200):
+        dealt[split_of(sha(document(index)))].append(document(index))
+    few = [*dealt["search"][:2], *dealt["recovery"][:2], dealt["report"][0]]
+    others = [text for of in dealt.values() for text in of if text not in few]
+    long = write_folder(tmp_path / "long", others)
+    code = write_folder(tmp_path / "code", few)
+    with pytest.raises(DataError, match=words):
+        make_splits(
+            [Source(long, kind="prose"), Source(code, kind="code")],
+            tokenizer,
+            sequence_length=8,
+            num_sequences=wanted,
+            unseen=unseen,
+        )
+
+
+def test_a_sequence_of_short_documents_is_of_one_kind(tmp_path: Path, tokenizer) -> None:
+    folders = [
+        write_folder(tmp_path / name, [document(250 * index + number, 3) for number in range(120)])
+        for index, name in enumerate(("prose", "code"))
+    ]
+    owner = {sha(path.read_text()): path.parent.name for path in tmp_path.rglob("*.txt")}
+    sources = [Source(folder, kind=Path(folder).name) for folder in folders]
+    splits = make_splits(sources, tokenizer, sequence_length=8, num_sequences=numbers(4, 4, 4))
+    for name in SPLITS:
+        tokens: TokenSet = getattr(splits, name)
+        for ids_T, kind in zip(tokens.ids_NT, tokens.kinds.of_N, strict=True):
+            whole = words(ids_T).split("w1 ")[0]  # the first document, before <s> or the end token
+            first = " ".join(whole.split()[:3])
+            assert owner[sha(first)] == tokens.kinds.names[kind]
+
+
 # --------------------------------------------------------------------------------------------------------------- chats
 
 

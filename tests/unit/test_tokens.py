@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from foldsearch.errors import DataError
-from foldsearch.model.tokens import SPLITS, Splits, TokenSet, begun, front_of
+from foldsearch.model.tokens import SPLITS, Kinds, Splits, TokenSet, begun, front_of
 from tests.tiny import tokenizer
 
 # ------------------------------------------------------------------------------------------------ how a text begins
@@ -105,3 +105,33 @@ def test_content_hash_depends_on_tokens_shape_and_documents() -> None:
 def test_token_set_checks_its_tensors(ids_NT: torch.Tensor, document_N: torch.Tensor) -> None:
     with pytest.raises(DataError, match="search"):
         TokenSet("search", ids_NT, document_N, ("a",))
+
+
+# --------------------------------------------------------------------------------------------------- kinds of text
+
+
+def of_kinds(names: tuple[str, ...], of_N: list[int]) -> TokenSet:
+    one = token_set("search", ("a", "b"))
+    kinds = Kinds(names, torch.tensor(of_N))
+    return TokenSet("search", one.ids_NT, one.document_N, one.documents, one.text_NT, kinds)
+
+
+def test_one_kind_is_no_content_whatever_its_name_and_several_are() -> None:
+    """What was kept of a text before kinds were known is found again."""
+    plain = token_set("search", ("a", "b"))
+    assert of_kinds(("prose", "code"), [1, 1]).content_hash == plain.content_hash
+    several = of_kinds(("prose", "code"), [0, 1])
+    assert several.content_hash != plain.content_hash
+    assert several.content_hash == of_kinds(("speech", "talk"), [0, 1]).content_hash
+
+
+def test_sequences_keep_their_kind_when_some_are_taken_or_all_are_cut() -> None:
+    several = of_kinds(("prose", "code"), [0, 1])
+    assert several.of([1, 0]).kinds.of_N.tolist() == [1, 0]
+    assert several.cut(2).kinds.of_N.tolist() == [0, 0, 1, 1]
+    assert several.of([1]).kinds.names == ("prose", "code")
+
+
+def test_each_sequence_is_of_one_kind() -> None:
+    with pytest.raises(DataError, match=r"each of the 2 sequences is of one kind \(int64\), not \[3\]"):
+        of_kinds(("prose",), [0, 0, 0])
