@@ -23,13 +23,8 @@ from foldsearch.errors import InputError, describe_error
 from foldsearch.files import write_json
 from foldsearch.machine import Machine
 from foldsearch.model.judge import judge
-from foldsearch.model.recover import (
-    Diverged,
-    Recovery,
-    RecoverySettings,
-    attach,
-    load_trained,
-)
+from foldsearch.model.recover import Diverged, Recovery, attach, load_trained
+from foldsearch.model.training import RecoveryTraining
 from foldsearch.plan.cost import Cost, price
 from foldsearch.plan.proposal import Proposal
 from foldsearch.plan.result import Quality, Setback, TrialResult, trained_for
@@ -230,7 +225,7 @@ class _Course:
                 # Text draws a model away from the dense one, most of all where that is at a loss: wrong for a folded
                 # model, which is to be like it, and right for an extension, which is to become better.
                 wanted = EXTENSION_NEXT_TOKEN if record.plan.is_extension else 0.0
-            settings = RecoverySettings(
+            training = RecoveryTraining(
                 learning_rate=record.learning_rate,
                 delta_rank=record.delta_rank,
                 next_token=wanted,
@@ -241,7 +236,7 @@ class _Course:
             )
             bench = self._bench
             self._recovery = Recovery(
-                self._model, settings, bench.splits.recovery, bench.recovery, study.rungs[-1]
+                self._model, training, bench.splits.recovery, bench.recovery, study.rungs[-1]
             )
             if (self._folder / "optimizer.safetensors").exists():
                 self._recovery.load(self._folder)  # it may be ahead of the record

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from foldsearch.errors import PlanError
+from foldsearch.model.training import FITTED_TOKENS, GATE_STEPS
 from foldsearch.progress import StageProgress, silent
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ class Question:
     most: int
     setting: float | None = None
     seed: int = 0
-    gate_steps: int = 20
-    fitted_tokens: int = 8192
+    gate_steps: int = GATE_STEPS
+    fitted_tokens: int = FITTED_TOKENS
     say: StageProgress = silent
 
 

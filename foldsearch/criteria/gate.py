@@ -1,7 +1,10 @@
 """Learnable gates, trained under a FLOPs constraint: the blocks whose gates close first are removed."""
 
+from dataclasses import asdict
+
 from foldsearch.criteria import Choice, Question
 from foldsearch.model import gates
+from foldsearch.model.training import GateTraining
 from foldsearch.progress import counting
 
 
@@ -9,21 +12,19 @@ def choose(question: Question) -> Choice:
     """The blocks of lowest rank after gated training on the recovery tokens, and how the training went."""
     bench, tokens = question.bench, question.bench.splits.recovery
     assert question.setting is not None, "gates are asked with an eps"
-    settings = gates.GateSettings(
-        count=question.count, eps=question.setting, steps=question.gate_steps, seed=question.seed
-    )
+    training = GateTraining(question.count, question.setting, question.gate_steps, question.seed)
     macs = [float(block.attention.macs + block.mlp.macs) for block in bench.table.blocks]
     value, known = bench.once(
         "gates",
         tokens,
         lambda: gates.train_gates(
-            bench.dense, tokens, settings, block_macs=macs, progress=counting(question.say, "training gates")
+            bench.dense, tokens, training, block_macs=macs, progress=counting(question.say, "training gates")
         ).to_json(),
-        **settings.to_json(),
+        **asdict(training),
     )
     found = gates.GateResult.from_json(value)
     summary = {
-        "eps": settings.eps,
+        "eps": training.eps,
         "steps": found.steps,
         "tokens": found.tokens,
         "polarized": found.polarized,

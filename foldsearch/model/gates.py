@@ -43,6 +43,7 @@ from foldsearch.model.evidence import BlockRun, measure_evidence
 from foldsearch.model.head import POSITIONS_AT_ONCE, head_logits, last_hidden, log_normaliser
 from foldsearch.model.judge import DenseTargets, ask_dense, cross_terms
 from foldsearch.model.tokens import TokenSet
+from foldsearch.model.training import GateTraining
 from foldsearch.progress import CountProgress
 
 CLOSED, OPEN = 0.05, 0.95  # a gate outside these is polarized
@@ -73,33 +74,6 @@ SHORTLIST = 3  # so many gates of the lowest weights are tried closed before one
 # At the end, so many of the kept blocks are tried in place of the two removed ones that matter most.
 SWAPPED_IN = 4
 SWAP_ROUNDS = 2  # each makes one swap at most
-
-
-@dataclass(frozen=True, slots=True)
-class GateSettings:
-    """How gates are trained.
-
-    Attributes:
-        count: blocks to remove.
-        eps: width of the gates around the threshold, in units of log weight: small is hard, large tries more gates.
-        steps: training steps.
-        seed: of the sequences and of the gates.
-    """
-
-    count: int
-    eps: float = 0.5
-    steps: int = 20
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.eps <= 0.0:
-            raise InputError(f"The gates' eps is above 0, but here it is {self.eps}. Try 0.5.")
-        if self.steps < 1:
-            raise InputError(f"Gates train for at least 1 step, but here are {self.steps}. Try 20.")
-
-    def to_json(self) -> dict[str, Any]:
-        """A dict of plain values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +164,7 @@ class GatedModel:
 def train_gates(
     dense: PreTrainedModel,
     tokens: TokenSet,
-    settings: GateSettings,
+    settings: GateTraining,
     *,
     block_macs: Sequence[float],
     progress: CountProgress | None = None,
@@ -343,7 +317,7 @@ class _Weights:
         return torch.maximum(values_L, 1e-3 * start_L.median())
 
 
-def _expected(weight_L: Tensor, cost_L: Tensor, closed: Sequence[int], settings: GateSettings) -> Tensor:
+def _expected(weight_L: Tensor, cost_L: Tensor, closed: Sequence[int], settings: GateTraining) -> Tensor:
     """Expected openings: 0 for the closed gates, among the others less by what is still to be removed."""
     open_L = torch.ones_like(weight_L)
     open_L[list(closed)] = 0.0
@@ -375,7 +349,7 @@ def _sample(expected_L: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     return gates_BL, play
 
 
-def _due(step: int, settings: GateSettings) -> int:
+def _due(step: int, settings: GateTraining) -> int:
     """How many gates are closed for good after this step."""
     done = (step + 1) / settings.steps
     if done < WARMUP:
@@ -464,7 +438,7 @@ def kl_to_dense(
     return loss_B, nn.functional.pad(slope.unflatten(0, (num_sequences, num_positions)), (0, 0, 0, 1))
 
 
-def _check(settings: GateSettings, num_blocks: int, cost_L: Tensor, tokens: TokenSet) -> None:
+def _check(settings: GateTraining, num_blocks: int, cost_L: Tensor, tokens: TokenSet) -> None:
     if not 1 <= settings.count < num_blocks:
         raise InputError(
             f"From 1 to {num_blocks - 1} of {num_blocks} blocks can be removed, but the gates' count is "

@@ -25,7 +25,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ from foldsearch.model.head import POSITIONS_AT_ONCE, head_logits, last_hidden, l
 from foldsearch.model.judge import DenseTargets, cross_terms
 from foldsearch.model.parts import Borrowed, OutputNorm, Replaced
 from foldsearch.model.tokens import TokenSet
+from foldsearch.model.training import RecoveryTraining
 
 TOGETHER = 8  # elements of a vector that may move as far as those of a low-rank factor
 LEAST = 0.1  # RMS of a vector that is counted at least
@@ -52,26 +52,6 @@ LEAST = 0.1  # RMS of a vector that is counted at least
 
 class Diverged(FoldsearchError):
     """The recovery's loss is not a number any more."""
-
-
-@dataclass(frozen=True, slots=True)
-class RecoverySettings:
-    """How a folded model is trained.
-
-    learning_rate: of AdamW at its peak, in RMS of the weights that are changed (see `step_units`). delta_rank: of the
-    deltas; 0 trains norms and what children carry only. next_token, kl, tail: weights of the loss (above). batch:
-    sequences of a step. warmup: share of all tokens; then a cosine down to a tenth. clip: of the gradient's norm.
-    """
-
-    learning_rate: float = 0.05
-    delta_rank: int = 8
-    next_token: float = 0.0
-    kl: float = 1.0
-    tail: float = 0.1
-    batch: int = 2
-    warmup: float = 0.1
-    clip: float = 1.0
-    seed: int = 0
 
 
 class Delta(nn.Module):
@@ -218,7 +198,7 @@ class Recovery:
     def __init__(
         self,
         model: PreTrainedModel,
-        settings: RecoverySettings,
+        settings: RecoveryTraining,
         tokens: TokenSet,
         targets: DenseTargets,
         total_tokens: int,

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from foldsearch.model.text import own_name
+from foldsearch.model.training import FITTED_TOKENS, GATE_STEPS, RecoveryTraining
 from foldsearch.plan.cost import DTYPE_BYTES, Budget, Cost, CostTable, Target, parse_flops, price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.runtimes import names, runtime_named
@@ -21,6 +22,7 @@ Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Objective = Literal["kl", "memory", "flops"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+RECOVERY = RecoveryTraining()  # the defaults
 
 
 LONGEST_KIND = 24  # characters: it heads a column of every table
@@ -83,27 +85,27 @@ class SplitSettings(TomlTable):
 
 
 class GateSettings(TomlTable):
-    """Gated training (see `foldsearch.model.gates.GateSettings`). steps: training steps."""
+    """Gated training (see `foldsearch.model.training.GateTraining`). steps: training steps."""
 
-    steps: Positive = 20
+    steps: Positive = GATE_STEPS
 
 
 class StartSettings(TomlTable):
     """What replacements and adapters start from. tokens: of the recovery text, that they are fitted to."""
 
-    tokens: Positive = 8192
+    tokens: Positive = FITTED_TOKENS
 
 
 class RecoverySettings(TomlTable):
-    """Recovery training (see `foldsearch.model.recover.RecoverySettings`).
+    """Recovery training (see `foldsearch.model.training.RecoveryTraining`).
 
     batch: sequences of a step. kl, tail, next_token: weights of the KL divergence to the dense model, of the tail-layer
     distillation, and of the next-token loss; the last is None where the trial chooses it by its plan.
     """
 
-    batch: Positive = 2
-    kl: Weight = 1.0
-    tail: Weight = 0.1
+    batch: Positive = RECOVERY.batch
+    kl: Weight = RECOVERY.kl
+    tail: Weight = RECOVERY.tail
     next_token: Weight | None = None
 
     @model_validator(mode="after")

@@ -37,7 +37,6 @@ from foldsearch.model.gates import (
     SEQUENCES,
     SEQUENCES_PER_STEP,
     GatedModel,
-    GateSettings,
     kl_to_dense,
     train_gates,
 )
@@ -46,10 +45,11 @@ from foldsearch.model.judge import ask_dense
 from foldsearch.model.source import open_dense, open_tokenizer, prepare
 from foldsearch.model.splits import make_splits
 from foldsearch.model.tokens import TokenSet
+from foldsearch.model.training import GateTraining
 
 COUNTS = (3, 6, 9)
 EPS = (0.1, 0.5, 1.0)  # of the picture
-CLOSING = GateSettings(count=6)  # the defaults of the package
+CLOSING = GateTraining(count=6)  # the defaults of the package
 # Of every recipe, so that the table compares at equal tokens.
 BUDGET = CLOSING.steps * SEQUENCES_PER_STEP * POSITIONS
 
@@ -175,7 +175,7 @@ def constrained(weight_BL: Tensor, width: float, total: float) -> Tensor:
     return ((weight_BL - tau_B[:, None]) / width).sigmoid()
 
 
-def closing(dense: nn.Module, tokens: TokenSet, settings: GateSettings) -> dict[str, Any]:
+def closing(dense: nn.Module, tokens: TokenSet, settings: GateTraining) -> dict[str, Any]:
     result = train_gates(dense, tokens, settings, block_macs=[1.0] * len(decoder_blocks(dense)))
     return {
         "order": list(result.ranking),

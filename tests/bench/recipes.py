@@ -31,9 +31,10 @@ from foldsearch.context import TrialContext, open_workbench
 from foldsearch.model import source
 from foldsearch.model.judge import DenseTargets, clustered_error, dense_targets, judge
 from foldsearch.model.parts import Replaced
-from foldsearch.model.recover import Diverged, Recovery, RecoverySettings
+from foldsearch.model.recover import Diverged, Recovery
 from foldsearch.model.starts import StartSettings, folded_start
 from foldsearch.model.tokens import TokenSet
+from foldsearch.model.training import RecoveryTraining
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.prepare import prepare_context
 from foldsearch.spec.space import Space
@@ -134,7 +135,7 @@ def train(bench: Bench, text: str, recipe: str, seed: int, marks: list[int]) -> 
     model = bench.started(FoldPlan.parse(text, len(bench.context.table.blocks)))
     kl, perplexity = bench.measure(model)
     found = {"kl": {"0": kl}, "perplexity": {"0": perplexity}}
-    settings = RecoverySettings(learning_rate=learning_rate, seed=seed, **weights)
+    settings = RecoveryTraining(learning_rate=learning_rate, seed=seed, **weights)
     recovery = Recovery(model, settings, bench.recovery, bench.recovery_targets, max(marks))
     if not in_units:
         as_before(recovery)

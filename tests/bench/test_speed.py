@@ -33,7 +33,8 @@ from foldsearch.context import TrialContext, open_workbench
 from foldsearch.model import source
 from foldsearch.model.fold import fold
 from foldsearch.model.judge import batches, judge
-from foldsearch.model.recover import Recovery, RecoverySettings
+from foldsearch.model.recover import Recovery
+from foldsearch.model.training import RecoveryTraining
 from foldsearch.plan.cost import Budget, Target, price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.proposal import Proposal
@@ -254,7 +255,7 @@ def work_alone(run_folder: Path, plan: str, number: int) -> None:
     watcher.join()
     end = trimmed_bytes()
     model = fold(bench.dense, FoldPlan.parse(plan, 30))
-    recovery = Recovery(model, RecoverySettings(delta_rank=8), bench.splits.recovery, bench.recovery, 1)
+    recovery = Recovery(model, RecoveryTraining(delta_rank=8), bench.splits.recovery, bench.recovery, 1)
     recovery.train(1)  # Adam's state is made by the first step
     trained = sum(parameter.numel() for parameter in recovery.trained.values())
     weights = sum(path.stat().st_size for path in Path(context.files.folder).glob("*.safetensors"))

@@ -17,9 +17,10 @@ from foldsearch.model.head import last_hidden
 from foldsearch.model.judge import ask_dense, judge
 from foldsearch.model.measure import last_logits_macs, measure
 from foldsearch.model.networks import NETWORKS
-from foldsearch.model.recover import Recovery, RecoverySettings, merge
+from foldsearch.model.recover import Recovery, merge
 from foldsearch.model.replacements import FitSettings, fit_replacement
 from foldsearch.model.starts import StartSettings, folded_start, new_values
+from foldsearch.model.training import RecoveryTraining
 from foldsearch.plan.cost import CostTable, Target, price
 from foldsearch.plan.kinds import KINDS, Kind
 from foldsearch.plan.plan import FoldPlan, Replacement
@@ -137,7 +138,7 @@ def test_a_plan_of_every_kind_is_fitted_trained_and_shipped(tmp_path):
     fitted = {name: value.clone() for name, value in new_values(model).items()}
     targets = ask_dense(dense, tokens)
     before = judge(model, tokens, targets).kl
-    recovery = Recovery(model, RecoverySettings(learning_rate=0.2), tokens, targets, 1280)
+    recovery = Recovery(model, RecoveryTraining(learning_rate=0.2), tokens, targets, 1280)
     recovery.train(1280)
     merge(model)
     assert judge(model, tokens, targets).kl < before

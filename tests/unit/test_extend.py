@@ -20,8 +20,9 @@ from foldsearch.model.children import start_adapters
 from foldsearch.model.fold import fold
 from foldsearch.model.judge import ask_dense, judge
 from foldsearch.model.parts import GAMMA_START, OutputNorm
-from foldsearch.model.recover import Recovery, RecoverySettings
+from foldsearch.model.recover import Recovery
 from foldsearch.model.starts import new_values
+from foldsearch.model.training import RecoveryTraining
 from foldsearch.plan.cost import Target, price
 from foldsearch.plan.extend import DEFAULT_RANK, PATTERNS, extended, rank_of
 from foldsearch.plan.plan import UNITS, FoldPlan, Replacement, Slot
@@ -262,7 +263,7 @@ def test_training_reaches_all_that_repeats_carry(start):
     model = fold(dense_model(), FoldPlan.parse(TEXT, NUM_BLOCKS))
     start_adapters(model, dense_model(), TOKENS.ids_NT, start)
     before = {key: value.clone() for key, value in new_values(model).items()}
-    settings = RecoverySettings(learning_rate=0.05, delta_rank=2, next_token=1.0, kl=0.0, tail=0.0)
+    settings = RecoveryTraining(learning_rate=0.05, delta_rank=2, next_token=1.0, kl=0.0, tail=0.0)
     recovery = Recovery(model, settings, TOKENS, ask_dense(dense_model(), TOKENS), 400)
     recovery.train(400)
     for key, value in before.items():

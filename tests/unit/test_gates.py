@@ -15,17 +15,17 @@ from foldsearch.model.gates import (
     SHORTLIST,
     GatedModel,
     GateResult,
-    GateSettings,
     _Weights,
     kl_to_dense,
     train_gates,
 )
 from foldsearch.model.head import last_hidden
 from foldsearch.model.judge import ask_dense
+from foldsearch.model.training import GateTraining
 from tests.tiny import as_tokens
 
 NUM_BLOCKS = 6
-SETTINGS = GateSettings(count=2, steps=12)
+SETTINGS = GateTraining(count=2, steps=12)
 ONES = [1.0] * NUM_BLOCKS
 
 

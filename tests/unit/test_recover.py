@@ -26,13 +26,13 @@ from foldsearch.model.recover import (
     Delta,
     Diverged,
     Recovery,
-    RecoverySettings,
     attach,
     load_trained,
     merge,
     step_units,
 )
 from foldsearch.model.tokens import TokenSet
+from foldsearch.model.training import RecoveryTraining
 from foldsearch.plan.plan import FoldPlan, Slot
 from tests.tiny import NUM_BLOCKS, as_tokens, dense_model, token_set
 
@@ -42,7 +42,7 @@ REPLACED = "0~linear 1 1=1+r2 2~layer 3~ffn8 4~swiglu8"
 TEXTS = (TEXT, REPLACED)
 TOKENS = token_set("recovery", sequences=8, length=20)
 STEP = 2 * 20  # tokens
-SETTINGS = RecoverySettings(learning_rate=0.05, delta_rank=2)
+SETTINGS = RecoveryTraining(learning_rate=0.05, delta_rank=2)
 
 
 def folded(name: str = "llama", text: str = TEXT):
@@ -51,7 +51,7 @@ def folded(name: str = "llama", text: str = TEXT):
 
 def recovery(
     name: str = "llama",
-    settings: RecoverySettings = SETTINGS,
+    settings: RecoveryTraining = SETTINGS,
     total: int = 6 * STEP,
     text: str = TEXT,
     tokens: TokenSet = TOKENS,
@@ -272,7 +272,7 @@ def test_the_gradient_is_that_of_the_plain_loss(name, weights, front, monkeypatc
     Of what stands in front of a text only the last token is trained on: it predicts how the text begins.
     """
     next_token, kl, tail = weights
-    settings = RecoverySettings(delta_rank=2, next_token=next_token, kl=kl, tail=tail, clip=1e9)
+    settings = RecoveryTraining(delta_rank=2, next_token=next_token, kl=kl, tail=tail, clip=1e9)
     ours = recovery(name, settings, tokens=as_tokens(TOKENS.ids_NT, front))
     scatter(ours.trained, scale=0.03)
     rows = list(range(len(TOKENS.ids_NT)))
@@ -310,7 +310,7 @@ def test_the_gradient_is_that_of_the_plain_loss(name, weights, front, monkeypatc
 
 
 def test_the_gradient_is_clipped(monkeypatch):
-    ours = recovery(settings=RecoverySettings(delta_rank=2, clip=1e-3))
+    ours = recovery(settings=RecoveryTraining(delta_rank=2, clip=1e-3))
     norms = []
     monkeypatch.setattr(
         ours._optimizer,
@@ -414,7 +414,7 @@ def test_what_is_saved_rebuilds_the_model(tmp_path, text):
 
 
 def test_an_absurd_learning_rate_diverges():
-    ours = recovery(settings=RecoverySettings(learning_rate=1e30, delta_rank=2), total=20 * STEP)
+    ours = recovery(settings=RecoveryTraining(learning_rate=1e30, delta_rank=2), total=20 * STEP)
     with pytest.raises(Diverged, match=r"became nan after \d+ tokens at learning rate 1e\+30. Lower the"):
         ours.train(20 * STEP)
     assert not ours.model.training
@@ -422,7 +422,7 @@ def test_an_absurd_learning_rate_diverges():
 
 def test_learning_rates(monkeypatch):
     """Twenty steps: up to the peak in two, then a cosine down to a tenth; each parameter in its own unit."""
-    ours = recovery(settings=RecoverySettings(learning_rate=1.0, delta_rank=2), total=20 * STEP)
+    ours = recovery(settings=RecoveryTraining(learning_rate=1.0, delta_rank=2), total=20 * STEP)
     units = step_units(ours.model)
     rates = []
 
@@ -479,7 +479,7 @@ def test_steps_are_in_units_of_the_weights(name):
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_first_step_moves_by_the_learning_rate_in_units(text):
     """Adam's first step is the learning rate times the gradient's sign."""
-    ours = recovery(settings=RecoverySettings(learning_rate=0.03, delta_rank=2, warmup=0.0), text=text)
+    ours = recovery(settings=RecoveryTraining(learning_rate=0.03, delta_rank=2, warmup=0.0), text=text)
     started = {key: parameter.detach().clone() for key, parameter in ours.trained.items()}
     ours.train(STEP)
     moved = 0
@@ -504,7 +504,7 @@ def test_going_back_is_to_begin_anew_at_a_lower_rate():
     ours.train(3 * STEP)
     ours.go_back(started, 0.25)
     ours.train(6 * STEP)
-    slow = RecoverySettings(learning_rate=SETTINGS.learning_rate / 4, delta_rank=2)
+    slow = RecoveryTraining(learning_rate=SETTINGS.learning_rate / 4, delta_rank=2)
     other = recovery(settings=slow, total=8 * STEP)
     for _ in range(3 * 2):
         next(other._order)
