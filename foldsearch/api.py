@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
-from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,6 @@ from foldsearch.files import replace_atomically, write_json
 from foldsearch.paths import command, printable
 from foldsearch.plan.cost import CostTable
 from foldsearch.plan.plan import FoldPlan, check_ranks
-from foldsearch.plan.proposal import Proposal
 from foldsearch.plan.result import TrialResult
 from foldsearch.progress import Notice, StageProgress, silent, unheard
 
@@ -181,6 +179,8 @@ def try_plan(
         ModelError, DataError: the model or the text cannot be used.
     """
     from foldsearch.prepare import prepare_context
+    from foldsearch.proposal import Given, Proposal
+    from foldsearch.spec.propose import Plain, propose_recovery
     from foldsearch.spec.unused import unused_settings
     from foldsearch.trial import run_trial
 
@@ -198,13 +198,11 @@ def try_plan(
             progress=progress,
             notice=notice,
         )
-        recover = study.space.recover
+        given = Given(FoldPlan.parse(text, len(context.table.blocks)))
         proposal = Proposal(
-            "given",
-            plan=FoldPlan.parse(text, len(context.table.blocks)),
-            learning_rate=sqrt(recover.learning_rate[0] * recover.learning_rate[1]),
-            delta_rank=recover.delta_ranks[len(recover.delta_ranks) // 2],
-            origin="hand",
+            given,
+            propose_recovery(Plain({"delta_rank": study.space.recover.middle_rank}), study.space),
+            "hand",
         )
         yield from run_trial(proposal, context, number=_TRIED, progress=progress)
 

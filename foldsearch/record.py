@@ -31,8 +31,7 @@ from foldsearch.machine import Machine
 from foldsearch.model.content import file_hash
 from foldsearch.model.recover import saved_tokens
 from foldsearch.paths import printable
-from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.proposal import AdapterStart
+from foldsearch.plan.plan import AdapterStart, FoldPlan
 from foldsearch.plan.result import TrialResult
 
 START, RECOVERED = "start.safetensors", "recovered.safetensors"  # what a trial's model is rebuilt from

@@ -26,9 +26,9 @@ from foldsearch.model.judge import judge
 from foldsearch.model.recover import Diverged, Recovery, attach, load_trained
 from foldsearch.model.training import RecoveryTraining
 from foldsearch.plan.cost import Cost, price
-from foldsearch.plan.proposal import Proposal
 from foldsearch.plan.result import Quality, Setback, TrialResult, trained_for
 from foldsearch.progress import StageProgress, TimeUp, silent
+from foldsearch.proposal import Proposal
 from foldsearch.rebuild import folded_model, kept_model
 from foldsearch.record import TrialRecord, check_state, copy_state, hold_plan, plan_path
 
@@ -62,8 +62,15 @@ def run_trial(
         if isinstance(drafted, TrialResult):
             yield drafted
             return
-        recovery = (proposal.learning_rate, proposal.delta_rank, proposal.adapter_start)
-        record = TrialRecord(drafted.plan, *recovery, drafted.gates, ())
+        recovery = proposal.recovery
+        record = TrialRecord(
+            drafted.plan,
+            recovery.learning_rate,
+            recovery.delta_rank,
+            proposal.fold.adapter_start,
+            drafted.gates,
+            (),
+        )
     cost = price(record.plan, context.table, context.target)
     with hold_plan(plan_path(context, record), context) as (free, owner):
         if owner is not None and owner != number:

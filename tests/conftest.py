@@ -37,12 +37,12 @@ settings.load_profile("unhurried")
 def _recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of fake trials, written by the search's own records; tests get copies of it."""
     from foldsearch.plan.plan import FoldPlan
-    from foldsearch.plan.proposal import fold_plan
     from foldsearch.search.folder import RunFolder
     from foldsearch.search.records import Records
     from foldsearch.spec.load import load_study
-    from foldsearch.spec.space import baseline_count
+    from foldsearch.spec.propose import baseline_count
     from tests.fake_trial import NUM_BLOCKS, ORDERS, TABLE, result_of
+    from tests.proposals import criterion_in, ordered_plan
 
     path = tmp_path_factory.mktemp("recorded") / "run"
     study = load_study(
@@ -62,17 +62,17 @@ def _recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if number == 5:
             records.fail(number, "crashed: out of paper")
             continue
-        plan = fold_plan(ORDERS.get(proposal.criterion, ())[: proposal.num_removed], proposal, NUM_BLOCKS)
+        plan = ordered_plan(proposal, ORDERS, NUM_BLOCKS)
         owner = measured.setdefault(plan, number)
         for rung in range(3):
-            result = result_of(plan, study, rung, proposal.learning_rate)
+            result = result_of(plan, study, rung, proposal.recovery.learning_rate)
             if rung == 2:
                 assert result.quality is not None
                 report = replace(
                     result.quality, kl=1.1 * result.quality.kl, dense_perplexity=33.0, tokens=222
                 )
                 result = replace(result, report=report)
-            if proposal.criterion == "gate":
+            if criterion_in(proposal) == "gate":
                 gates = {"steps": 20, "tokens": 1000, "polarized": 0.9, "soft_loss": 2.0, "hard_loss": 2.5}
                 result = replace(result, gates={**gates, "from_cache": number > 4})
             if owner != number:

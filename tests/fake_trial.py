@@ -16,9 +16,10 @@ from pathlib import Path
 from foldsearch.files import write_json
 from foldsearch.plan.cost import BlockCost, CostTable, UnitCost, price
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.proposal import Proposal, fold_plan
 from foldsearch.plan.result import Quality, TrialResult
+from foldsearch.proposal import Proposal
 from foldsearch.spec.study import Study
+from tests.proposals import ordered_plan
 
 NUM_BLOCKS = 12
 BLOCK = BlockCost(
@@ -92,7 +93,7 @@ def run_trial(
     place = context.run_folder / "trials" / f"{number:05}"
     beside = context.run_folder.parent / "faults.json"
     faults = json.loads(beside.read_text()) if beside.is_file() else {}
-    plan = fold_plan(ORDERS.get(proposal.criterion, ())[: proposal.num_removed], proposal, NUM_BLOCKS)
+    plan = ordered_plan(proposal, ORDERS, NUM_BLOCKS)
     path = place / "trial.json"
     known = json.loads(path.read_text())["results"] if path.is_file() else []
     for rung in range(len(known), len(study.rungs)):
@@ -119,7 +120,7 @@ def run_trial(
             time.sleep(min(0.1, left))
             if progress is not None:
                 progress("recovery", 0.5)
-        result = result_of(plan, study, rung, proposal.learning_rate)
+        result = result_of(plan, study, rung, proposal.recovery.learning_rate)
         known.append(result.to_json())
         write_json(path, {"results": known})
         yield result

@@ -13,13 +13,14 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from foldsearch.plan.cost import CostTable, price
 from foldsearch.plan.plan import FoldPlan, Slot
-from foldsearch.plan.proposal import Proposal
 from foldsearch.plan.result import Quality, TrialResult
+from foldsearch.proposal import Proposal
 from foldsearch.search.folder import RunFolder
 from foldsearch.search.records import Records, point
 from foldsearch.spec.load import load_study
 from foldsearch.spec.study import Study
 from tests.fake_trial import BLOCK, TABLE
+from tests.proposals import removing
 
 NUM_BLOCKS = 30
 CRITERIA = ("block_influence", "window", "linear_window", "greedy", "uniform", "random")
@@ -78,7 +79,7 @@ def _row(
 def _proposal(number: int, rng: random.Random) -> tuple[Proposal, FoldPlan]:
     if number < len(CRITERIA) * len(BASELINE_COUNTS):
         criterion, count = CRITERIA[number % len(CRITERIA)], BASELINE_COUNTS[number // len(CRITERIA)]
-        proposal = Proposal(criterion, num_removed=count, origin="baseline")  # type: ignore[arg-type]
+        proposal = removing(criterion, count, origin="baseline")
         return proposal, FoldPlan.dropping(rng.sample(range(1, NUM_BLOCKS - 1), count), NUM_BLOCKS)
     count = rng.randint(1, 16)
     removed = sorted(rng.sample(range(1, NUM_BLOCKS), count))
@@ -91,7 +92,7 @@ def _proposal(number: int, rng: random.Random) -> tuple[Proposal, FoldPlan]:
         elif block in children:
             owner = max(other for other in kept if other < block)
             slots.append(Slot(block, owner, owner, rank=rng.choice((0, 8))))
-    return Proposal("window", num_removed=count), FoldPlan(tuple(slots), NUM_BLOCKS)
+    return removing("window", count), FoldPlan(tuple(slots), NUM_BLOCKS)
 
 
 def _results(

@@ -48,12 +48,24 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
+class Setting:
+    """A number above 0 that a criterion is asked with.
+
+    key: of a space, which lists the values. values: where the space names none. most: the largest value.
+    """
+
+    key: str
+    values: tuple[float, ...]
+    most: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Criterion:
     """One way to choose the blocks.
 
     name: in a space and in the study. title: in reports. marker: of matplotlib, in pictures. source: the paper, or
-    "ours". max_runs: how many runs of neighbours it may cut; None: any number. setting: the key of a space that lists
-    the values it is asked with; "": it has none. is_simple: whether reports hold the search against it.
+    "ours". max_runs: how many runs of neighbours it may cut; None: any number. setting: its own, if it has one.
+    is_simple: whether reports hold the search against it. is_fitted: whether it fits networks to text.
     """
 
     name: str
@@ -61,21 +73,43 @@ class Criterion:
     marker: str
     source: str
     max_runs: int | None = None
-    setting: str = ""
+    setting: Setting | None = None
     is_simple: bool = True
+    is_fitted: bool = False
     module: str = ""  # where `choose` is, if not in the file of its name
 
+    @property
+    def setting_key(self) -> str:
+        """The key of a space that lists the values of its setting; empty where it has none."""
+        return self.setting.key if self.setting is not None else ""
+
     def choose(self, question: Question) -> Choice:
-        """The blocks that this criterion removes."""
+        """The blocks that this criterion removes.
+
+        Raises:
+            PlanError: the count is not between 1 and the number of blocks less one.
+        """
+        num_blocks = len(question.bench.table.blocks)
+        if not 1 <= question.count < num_blocks:
+            raise PlanError(
+                f"from 1 to {num_blocks - 1} of {num_blocks} blocks can be removed, got {question.count}."
+            )
         answer: Choice = importlib.import_module(self.module or f"{__name__}.{self.name}").choose(question)
         return answer
 
 
 CRITERIA: list[Criterion] = [
-    Criterion("gate", "gates", "o", "FoldGPT-style, arXiv 2407.00928", setting="gate_eps", is_simple=False),
+    Criterion(
+        "gate",
+        "gates",
+        "o",
+        "FoldGPT-style, arXiv 2407.00928",
+        setting=Setting("gate_eps", (0.5,)),
+        is_simple=False,
+    ),
     Criterion("block_influence", "Block Influence", "s", "ShortGPT, arXiv 2403.03853"),
     Criterion("window", "cosine window", "D", "LLM-Streamline, arXiv 2403.19135", max_runs=1),
-    Criterion("linear_window", "linear window", "d", "ours", max_runs=1),
+    Criterion("linear_window", "linear window", "d", "ours", max_runs=1, is_fitted=True),
     Criterion("greedy", "greedy", "^", "SLEB, arXiv 2402.09025"),
     Criterion("uniform", "uniform", "P", "blocks at even distances"),
     Criterion("random", "random", "X", "any blocks"),

@@ -1,9 +1,15 @@
 """Any blocks: what every other criterion has to beat."""
 
+from random import Random
+
 from foldsearch.criteria import Choice, Question
-from foldsearch.plan.proposal import random_drop
 
 
 def choose(question: Question) -> Choice:
     """Blocks drawn with the seed; every choice is as likely as any other."""
-    return Choice(random_drop(question.count, len(question.bench.table.blocks), question.seed))
+    return Choice(random_blocks(question.count, len(question.bench.table.blocks), question.seed))
+
+
+def random_blocks(count: int, num_blocks: int, seed: int) -> tuple[int, ...]:
+    """So many different blocks, in order."""
+    return tuple(sorted(Random(seed).sample(range(num_blocks), count)))

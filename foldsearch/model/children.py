@@ -35,7 +35,7 @@ from foldsearch.model.folded import linears
 from foldsearch.model.head import last_hidden
 from foldsearch.model.parts import NORM_EPS, Borrowed, OutputNorm
 from foldsearch.model.states import in_float64
-from foldsearch.plan.proposal import AdapterStart
+from foldsearch.plan.plan import AdapterStart
 from foldsearch.progress import CountProgress
 
 Metric = Literal["low_rank", "frobenius"]

@@ -23,8 +23,7 @@ from foldsearch.model.parts import Borrowed, OutputNorm, Replaced
 from foldsearch.model.replacements import FitSettings, fit_replacement
 from foldsearch.model.states import residual_states
 from foldsearch.model.tokens import TokenSet
-from foldsearch.plan.plan import FoldPlan, Replacement, Slot
-from foldsearch.plan.proposal import AdapterStart
+from foldsearch.plan.plan import AdapterStart, FoldPlan, Replacement, Slot
 from foldsearch.progress import CountProgress, StageProgress, counting, silent
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from foldsearch.files import once
-from foldsearch.model.children import base_distances
+from foldsearch.model.children import base_blocks, base_distances
 from foldsearch.model.evidence import Evidence, measure_evidence
 from foldsearch.model.judge import DenseTargets
 from foldsearch.model.source import DenseFiles
@@ -70,3 +70,7 @@ class Workbench:
         path = self.cache_dir / "bases" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         value, _ = once(path, lambda: base_distances(self.dense, rank).tolist())
         return value  # type: ignore[no-any-return]
+
+    def base_blocks(self, removed: Sequence[int], say: StageProgress) -> dict[int, int]:
+        """FlexiGPT's base block of each removed one: the kept block that is nearest by `base_distances`."""
+        return base_blocks(self.base_distances(say), removed)

@@ -31,6 +31,7 @@ from foldsearch.errors import PlanError
 from foldsearch.plan.kinds import DEFAULT_EXPANSION, kind_named
 
 SCHEMA = 1
+AdapterStart = Literal["zero", "svd", "data"]
 UnitName = Literal["attention", "mlp"]
 UNITS: tuple[UnitName, ...] = get_args(UnitName)
 
@@ -450,3 +451,8 @@ def check_ranks(plan: FoldPlan, width: int) -> None:
                 f"an adapter's rank is at most the model's width, {width}, but block {slot.home} asks for {slot.rank}. "
                 "Lower it: at that rank it would cost more than the block's own weights."
             )
+
+
+def adapter_start(start: AdapterStart, rank: int) -> AdapterStart:
+    """How children of this rank start: without adapters, only "data" starts the output norms in a way of its own."""
+    return start if rank or start == "data" else "zero"

@@ -43,7 +43,7 @@ from foldsearch.search.events import (
 
 if TYPE_CHECKING:
     from foldsearch.plan.cost import Cost
-    from foldsearch.plan.proposal import Proposal
+    from foldsearch.proposal import Proposal
 
 QUIET_SECONDS = 25  # in a log file, a line after so long without one: at least every half minute
 _LOOK_SECONDS = 1.0

@@ -13,8 +13,8 @@ from foldsearch.paths import command, printable
 from foldsearch.plan.cost import GB, Cost
 from foldsearch.plan.front import knee
 from foldsearch.plan.plan import FoldPlan, Slot
-from foldsearch.plan.proposal import Proposal
 from foldsearch.plan.result import Quality, TrialResult, rounded
+from foldsearch.proposal import Given, Proposal
 from foldsearch.search.folder import RunFolder
 from foldsearch.search.records import Record, front, point, read_records
 
@@ -55,7 +55,7 @@ class Entry:
     @property
     def baseline(self) -> str | None:
         """The first simple baseline that gives this plan."""
-        baselines = [p.criterion for p in self.proposals if p.origin == "baseline"]
+        baselines = [p.removed.criterion for p in self.proposals if p.removed and p.origin == "baseline"]
         names = [name for name in baselines if criterion_of(name).is_simple]
         return names[0] if names else None
 
@@ -184,7 +184,7 @@ class RunView:
         for entry in sorted(self.finished, key=_kl, reverse=True):
             if only_drops(entry.plan):
                 for proposal in entry.proposals:
-                    name = proposal.origin if proposal.criterion == "given" else proposal.criterion
+                    name = proposal.removed.criterion if proposal.removed else proposal.origin
                     found.setdefault(len(entry.plan.dropped), {})[name] = entry
         return {count: row for count, row in sorted(found.items()) if len(row) > 1}
 
@@ -231,15 +231,15 @@ class RunView:
 
 def author(proposal: Proposal) -> str:
     """Who chose the blocks of a proposal, in a word or two, and what became of them where they are not dropped."""
-    if proposal.criterion == "given":
+    fold, removed = proposal.fold, proposal.removed
+    if isinstance(fold, Given):
         return proposal.origin
-    if proposal.criterion == "none":  # no block is removed
-        return "sharing" if proposal.num_groups else "attention"
-    name = proposal.criterion.replace("block_influence", "influence").replace("_", " ")
-    if proposal.gate_eps is not None:
-        name += f" {proposal.gate_eps:g}"
-    fates = {"drop": "", "share": " → children", "replace": f" → {proposal.replacement}"}
-    return name + (fates[proposal.fate] if proposal.num_removed else "")
+    if removed is None:
+        return "sharing" if fold.groups else "attention"
+    name = removed.criterion.replace("block_influence", "influence").replace("_", " ")
+    if removed.setting is not None:
+        name += f" {removed.setting:g}"
+    return f"{name} → {removed.fate.title}" if removed.fate.title else name
 
 
 def only_drops(plan: FoldPlan) -> bool:

@@ -9,7 +9,8 @@ from pathlib import Path
 from foldsearch.plan.cost import GB, Cost, CostTable
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.search.folder import RunFolder
-from foldsearch.spec.space import feasible_share, first_trials, for_runtime, narrow, size, smallest
+from foldsearch.spec.fit import feasible_share, for_runtime, narrow, size, smallest
+from foldsearch.spec.propose import first_trials
 from foldsearch.spec.study import Study
 
 GATE_STEP_TOKENS = 512  # for estimates
@@ -87,7 +88,7 @@ def plan_search(
     search_tokens = splits.search * splits.sequence_length
     tokens = len(study.rungs) * search_tokens + splits.report * splits.sequence_length + 3 * study.rungs[-1]
     fewest, most = space.counts(num_blocks)
-    gates = "gate" in space.criteria and min(trials, (most - fewest + 1) * len(space.gate_eps))
+    gates = "gate" in space.criteria and min(trials, (most - fewest + 1) * len(space.settings("gate")))
     gate_tokens = 3 * gates * study.gates.steps * GATE_STEP_TOKENS
     forward = run.dense.prefill_macs + table.head_macs
     seconds = forward * (trials * tokens + gate_tokens) / rate  # trials at a time share the processor

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from foldsearch.plan.proposal import Proposal
 from foldsearch.plan.result import TrialResult
+from foldsearch.proposal import Proposal
 from foldsearch.search.folder import RunFolder
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from foldsearch.bound import lower_bound
 from foldsearch.plan.cost import Cost
-from foldsearch.plan.proposal import Proposal, lower_bound
+from foldsearch.proposal import Proposal
 from foldsearch.search.dry_run import GATE_STEP_TOKENS
 from foldsearch.search.folder import RunFolder
 from foldsearch.search.records import Record
@@ -80,7 +81,8 @@ class Pace:
         """Seconds that a trial of this proposal takes from a rung on, if nothing stops it."""
         cost = lower_bound(proposal, self.folder.table, self.folder.target)
         seconds = sum(self.rung(rung, cost) for rung in range(first_rung, len(self.folder.study.rungs)))
-        if proposal.criterion == "gate" and not first_rung and not cached_gates:
+        removed = proposal.removed
+        if removed is not None and removed.criterion == "gate" and not first_rung and not cached_gates:
             seconds += self._gate()
         return seconds
 

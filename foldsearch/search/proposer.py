@@ -18,15 +18,15 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
+from foldsearch.fates import fate_named
 from foldsearch.paths import command
 from foldsearch.plan.front import contributions, knee, normalise
-from foldsearch.plan.plan import FoldPlan, Replacement, Slot
-from foldsearch.plan.proposal import Fate, Proposal
+from foldsearch.proposal import Proposal
 from foldsearch.search.dry_run import MACS_PER_SECOND, num_cpus
 from foldsearch.search.outcome import ALIKE_FAILURES, failing_alike
 from foldsearch.search.pace import Pace
 from foldsearch.search.records import Record, Records, front, point
-from foldsearch.spec.space import baseline, baseline_count, baseline_fits, first_trials, is_baseline
+from foldsearch.spec.propose import baseline, baseline_count, baseline_fits, first_trials, is_baseline
 
 CLOSING_COUNTS = 2
 CLOSING_ROUNDS = 2  # closing trials may move the front to other counts: look again, where time allows
@@ -235,9 +235,9 @@ def missing_baselines(records: Records) -> list[tuple[str, int]]:
     """Criteria and counts that the front ends on, and whose plans have not reached the last rung."""
     known = records.all()
     done = {
-        (record.proposal.criterion, record.proposal.num_removed)
+        (removed.criterion, removed.count)
         for record in known
-        if record.proposal is not None
+        if record.proposal is not None and (removed := record.removed) is not None
         if is_baseline(record.proposal, records.space, records.folder.num_blocks)
         if record.state in ("finished", "failed") or record.exempt
     }
@@ -258,18 +258,14 @@ def _promising(records: Records, known: list[Record]) -> list[int]:
     order = (knee(points), *sorted(range(len(points)), key=lambda i: -added[i]))
     space, folder = records.space, records.folder
     fewest, most = space.counts(folder.num_blocks)
-    counts = dict.fromkeys(_num_removed(ends[i].plan, space.fates[0]) for i in order)
+    fate = fate_named(
+        space.fates[0]
+    )  # of the baselines: how many blocks one would remove to get as far as the plan
+    counts = dict.fromkeys(len(fate.undo(ends[i].plan)[0]) for i in order)
     terms = (folder.table, folder.target, folder.budget)
     return [c for c in counts if max(1, fewest) <= c <= most and baseline_fits(space, c, *terms)][
         :CLOSING_COUNTS
     ]
-
-
-def _num_removed(plan: FoldPlan, fate: Fate) -> int:
-    """How many blocks a baseline whose removed blocks meet this fate would remove to get as far as the plan."""
-    replaced = sum(slot.last - slot.first + 1 for slot in plan.slots if isinstance(slot, Replacement))
-    children = sum(slot.mlp not in (None, slot.home) for slot in plan.slots if isinstance(slot, Slot))
-    return len(plan.dropped) + replaced + (children if fate == "share" else 0)
 
 
 class Proposer(Searcher):

@@ -25,23 +25,21 @@ import optuna
 import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
+from foldsearch.bound import lower_bound
 from foldsearch.errors import BudgetError, RunError, quote_error
+from foldsearch.fates import Option
 from foldsearch.paths import printable
 from foldsearch.plan.cost import GB, Cost, price
 from foldsearch.plan.front import non_dominated
+from foldsearch.plan.neighbour import neighbour
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.proposal import (
-    Origin,
-    Proposal,
-    fold_plan,
-    lower_bound,
-    neighbour,
-    removal,
-)
 from foldsearch.plan.result import TrialResult, rounded
 from foldsearch.plan.strip import strip
+from foldsearch.proposal import Fold, Given, Origin, Proposal, Removed, fold_plan
 from foldsearch.search.folder import RunFolder
-from foldsearch.spec.space import Option, Space, baseline, can_run, narrow, propose, propose_recovery, repair
+from foldsearch.spec.fit import can_run, narrow, repair
+from foldsearch.spec.propose import plain_answers, propose, propose_recovery
+from foldsearch.spec.space import Space
 from foldsearch.spec.study import Objective, Study
 
 if TYPE_CHECKING:
@@ -84,6 +82,11 @@ class Record:
     def is_trial(self) -> bool:
         """Whether it counts as a trial: not those that were rejected, or known to be a repeat, before anything ran."""
         return self.state not in ("infeasible", "repeat") or bool(self.results)
+
+    @property
+    def removed(self) -> Removed | None:
+        """The blocks that its criterion was to choose, if it has one."""
+        return None if self.proposal is None else self.proposal.removed
 
     @property
     def last(self) -> TrialResult | None:
@@ -196,36 +199,22 @@ class Records:
     def queue(
         self, criterion: str, num_removed: int, *, origin: Origin = "baseline", closing: bool = False
     ) -> None:
-        """Put a trial first in line: a criterion at a count, nothing shared, recovery settings in mid-range.
-
-        Its gate_eps is that of the best gates so far, else the middle one of the space.
-        """
-        plain = baseline(self.space, criterion, num_removed, self.folder.num_blocks)
-        params: dict[str, Any] = {  # those that its kind of proposal is not asked for are passed over
-            "num_removed": num_removed,
-            "criterion": criterion,
-            "fate": plain.fate,
-            "num_groups": 0,
-            "attention_removed": plain.attention_removed,
-            "child_rank": plain.adapter_rank,
-            "adapter_start": plain.adapter_start,
-            "replacement": plain.replacement,
-            "learning_rate": plain.learning_rate,
-            "delta_rank": plain.delta_rank,
-        }
-        if criterion == "gate":
-            params["gate_eps"] = self._best_eps()
-        self.study.enqueue_trial(params, user_attrs={"origin": origin, "closing": closing})
+        """Put a trial first in line: a baseline of the space, with the best setting of its criterion so far."""
+        plain = plain_answers(self.space, criterion, num_removed, self._best_setting(criterion))
+        propose(plain, self.space, self.folder.num_blocks)
+        self.study.enqueue_trial(plain.answers, user_attrs={"origin": origin, "closing": closing})
         self._records.append(Record(len(self._records), "waiting", None, (), closing=closing))
 
-    def _best_eps(self) -> float:
-        gated = [
-            (record.last.quality.kl, record.proposal.gate_eps)
+    def _best_setting(self, criterion: str) -> float | None:
+        """The setting of a criterion that led to the lowest KL; None where none did yet, or it has none."""
+        tried = [
+            (record.last.quality.kl, removed.setting)
             for record in self._records
             if record.state == "finished" and record.last is not None and record.last.quality is not None
-            if record.proposal is not None and record.proposal.gate_eps is not None
+            if (removed := record.removed) is not None
+            if removed.criterion == criterion and removed.setting is not None
         ]
-        return min(gated)[1] if gated else self.space.gate_eps[len(self.space.gate_eps) // 2]
+        return min(tried)[1] if tried else None
 
     @property
     def anyone_waits(self) -> bool:
@@ -314,32 +303,33 @@ class Records:
             for record in self._records
             if record.proposal is not None and record.state not in ("failed", "infeasible")
         ]
-        wanted = _without_recovery(proposal)
         for record in measured:
-            if record.proposal is not None and _without_recovery(record.proposal) == wanted:
+            if record.proposal is not None and record.proposal.fold == proposal.fold:
                 return record.number
-        plan = self._plan_of(proposal)
+        plan = self._plan_of(proposal.fold)
         for record in measured:
             same_start = (
-                record.proposal is not None and record.proposal.adapter_start == proposal.adapter_start
+                record.proposal is not None
+                and record.proposal.fold.adapter_start == proposal.fold.adapter_start
             )
             if plan is not None and record.last is not None and record.last.plan == plan and same_start:
                 return record.number
         return None
 
-    def _plan_of(self, proposal: Proposal) -> FoldPlan | None:
+    def _plan_of(self, fold: Fold | Given) -> FoldPlan | None:
         """The plan of a proposal, where an earlier one tells which blocks its criterion removes."""
-        if proposal.plan is not None or not proposal.num_removed or proposal.attention_removed:
-            return proposal.plan
-        ranking = (proposal.criterion, proposal.num_removed, proposal.gate_eps)
+        if isinstance(fold, Given):
+            return fold.plan
+        if fold.removed is None or fold.attention_removed:
+            return None
         for record in self._records:
-            other, result = record.proposal, record.last
+            other, result = record.removed, record.last
             if other is None or result is None or result.state == "infeasible":
                 continue
-            if (other.criterion, other.num_removed, other.gate_eps) == ranking:
-                removed, bases = removal(result.plan, other)
-                if proposal.fate != "share" or bases:
-                    return fold_plan(removed, proposal, self.folder.num_blocks, bases=bases or None)
+            if other.ranking == fold.removed.ranking:
+                blocks, bases = other.fate.undo(result.plan)
+                if bases or not fold.removed.fate.needs_bases:
+                    return fold_plan(blocks, fold, self.folder.num_blocks, bases=bases)
         return None
 
     def _neighbour(self, trial: optuna.Trial) -> Proposal | None:
@@ -367,15 +357,8 @@ class Records:
             if plan is None or plan in tried or not can_run(plan, self.folder.table, self.folder.target):
                 continue
             if self.folder.budget.admits(price(plan, self.folder.table, self.folder.target)):
-                learning_rate, delta_rank = propose_recovery(_Suggest(trial), self.space)
-                return Proposal(
-                    "given",
-                    adapter_start=parent.proposal.adapter_start,
-                    learning_rate=learning_rate,
-                    delta_rank=delta_rank,
-                    plan=plan,
-                    origin="neighbour",
-                )
+                given = Given(plan, parent.proposal.fold.adapter_start)
+                return Proposal(given, propose_recovery(_Suggest(trial), self.space), "neighbour")
         return None
 
     # ---- what became of whom
@@ -448,11 +431,11 @@ class Records:
         cheap for the budget that their count was chosen for. Then it is tried with one block more.
         """
         record = self.get(number)
-        proposal = record.proposal
+        proposal, removed = record.proposal, record.removed
         if proposal is None or proposal.origin not in ("baseline", "start") or record.closing:
             return
-        if proposal.num_removed < self.space.counts(self.folder.num_blocks)[1]:
-            self.queue(proposal.criterion, proposal.num_removed + 1, origin=proposal.origin)
+        if removed is not None and removed.count < self.space.counts(self.folder.num_blocks)[1]:
+            self.queue(removed.criterion, removed.count + 1, origin=proposal.origin)
 
     def cut(self, number: int, reason: str) -> None:
         """Write down that the time limit ended a trial; a run that goes on begins with it. It is on no front."""
@@ -510,11 +493,6 @@ class Records:
         from optuna_dashboard import save_note
 
         save_note(self._trials[number], note(result))
-
-
-def _without_recovery(proposal: Proposal) -> Proposal:
-    """What a proposal comes to before any training, whoever made it."""
-    return replace(proposal, learning_rate=1.0, delta_rank=0, origin="sampler")
 
 
 def ended(result: TrialResult) -> bool:

@@ -17,9 +17,9 @@ from ray import tune
 
 from foldsearch.errors import describe_error
 from foldsearch.files import alone, disk_is_full, write_json
-from foldsearch.plan.proposal import Proposal
 from foldsearch.plan.result import TrialResult
 from foldsearch.progress import TimeUp
+from foldsearch.proposal import Proposal
 from foldsearch.search.folder import RunFolder
 
 PROGRESS_SECONDS = 1.0

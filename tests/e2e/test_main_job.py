@@ -93,7 +93,8 @@ def test_a_run_ends_with_a_front_within_the_budget(run: Path, place: Path) -> No
     view = RunView.open(run)
     assert len(view.finished) >= 3
     assert all(entry.cost.memory_bytes <= 240_000 for entry in view.finished)
-    assert {"gate", "window", "greedy"} <= {p.criterion for e in view.finished for p in e.proposals}
+    proposals = [proposal for entry in view.finished for proposal in entry.proposals]
+    assert {"gate", "window", "greedy"} <= {p.removed.criterion for p in proposals if p.removed}
     log = (place / "run.log").read_text()
     assert f"{len(view.front)} on the front" in log
     assert "gates: 2 steps" in log
@@ -233,13 +234,12 @@ def test_everything_is_searched_and_what_it_replaces_is_exported(place: Path) ->
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     view = RunView.open(place / "runs" / "everything")
-    fates = {p.fate for entry in view.finished for p in entry.proposals}
-    assert {"drop", "replace", "share"} <= {
-        record.proposal.fate for record in view.records if record.proposal is not None
-    }
-    assert "replace" in fates
+    tried = {record.removed.fate.name for record in view.records if record.removed is not None}
+    assert {"drop", "replace", "share"} <= tried
     number = next(
-        entry.number for entry in view.finished if any(p.fate == "replace" for p in entry.proposals)
+        entry.number
+        for entry in view.finished
+        if any(p.removed and p.removed.fate.name == "replace" for p in entry.proposals)
     )
     done = foldsearch("export", "runs/everything", "--trial", str(number), "--out", "replaced", cwd=place)
     assert done.code == 0, done.err

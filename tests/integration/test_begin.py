@@ -21,16 +21,18 @@ from foldsearch import Asked, api, evaluate_trial
 from foldsearch import export as exporting
 from foldsearch.context import TrialContext, open_workbench, read_splits, write_splits
 from foldsearch.draft import choose_blocks, choose_plan
+from foldsearch.fates import Replace, Share
 from foldsearch.model.source import open_tokenizer
 from foldsearch.model.tokens import Kinds, Splits, TokenSet
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.proposal import Proposal
 from foldsearch.prepare import prepare_context
+from foldsearch.proposal import Proposal
 from foldsearch.search.folder import RunFolder
 from foldsearch.search.records import Records
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import GateSettings, SplitSettings, Study
 from foldsearch.trial import run_trial
+from tests.proposals import removing
 from tests.tiny import VOCABULARY, save_model, write_corpus
 
 FRONT = [2, 1]  # </s> <s>: as odd as any tokenizer may be
@@ -119,17 +121,17 @@ def test_the_token_sets_of_a_run_know_what_is_text(context: TrialContext) -> Non
 
 @pytest.mark.parametrize("criterion", ["gate", "block_influence", "linear_window", "greedy", "evolution"])
 def test_what_chooses_blocks(context: TrialContext, criterion: str) -> None:
-    proposal = Proposal(criterion, 1, gate_eps=0.5 if criterion == "gate" else None)  # type: ignore[arg-type]
+    proposal = removing(criterion, 1)
     with watched():
-        choose_blocks(proposal, context, lambda stage, share: None)
+        choose_blocks(proposal.removed, context, lambda stage, share: None)
 
 
 @pytest.mark.parametrize(
     "proposal",
     [
-        Proposal("window", 1, fate="share", adapter_rank=2, adapter_start="data", delta_rank=2),
-        Proposal("window", 1, fate="replace", replacement="ffn", delta_rank=2),
-        Proposal("window", 1, attention_removed=1, delta_rank=2),
+        removing("window", 1, Share(2, "data"), delta_rank=2),
+        removing("window", 1, Replace("ffn"), delta_rank=2),
+        removing("window", 1, attention=1, delta_rank=2),
     ],
     ids=["children", "replacement", "attention"],
 )
@@ -183,6 +185,6 @@ def test_a_plan_that_is_typed(context: TrialContext, study: Study, place: Path, 
     with watched():
         *_, last = api.try_plan("0-2 4", study)
     assert last.plan == FoldPlan.parse("0-2 4", 5)
-    plan, _ = choose_plan(Proposal("window", 1), context, lambda stage, share: None)
+    plan, _ = choose_plan(removing("window", 1).fold, context, lambda stage, share: None)
     assert plan.num_blocks == 5
     assert open_tokenizer(context.files)("w5").input_ids == [*FRONT, 5, 2]

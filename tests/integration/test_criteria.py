@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from foldsearch import criteria
-from foldsearch.context import TrialContext
+from foldsearch.bound import lower_bound
+from foldsearch.context import TrialContext, open_workbench
 from foldsearch.criteria import CRITERIA, Choice, Criterion, Question
 from foldsearch.draft import choose_plan
 from foldsearch.errors import PlanError
+from foldsearch.fates import Drop, Replace, Share
+from foldsearch.fates.replace import runs
 from foldsearch.plan.cost import price
-from foldsearch.plan.proposal import Proposal, lower_bound, stretches
 from foldsearch.prepare import prepare_context
 from foldsearch.progress import silent
-from foldsearch.spec.space import Space, propose
+from foldsearch.spec.propose import propose
+from foldsearch.spec.space import Space
 from foldsearch.spec.study import GateSettings, SplitSettings, Study
 from foldsearch.trial import run_trial
+from tests.proposals import count_of, removing, retrained
 from tests.tiny import NUM_BLOCKS, save_model, write_corpus
 
 NAMES = [criterion.name for criterion in CRITERIA]
@@ -43,28 +46,24 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> TrialContext:
     return prepare_context(study, place / "run", cache_dir=place / "cache")
 
 
-def proposed(criterion: str, count: int) -> Proposal:
-    return Proposal(criterion, count, gate_eps=0.5 if criterion == "gate" else None)
-
-
 @pytest.mark.parametrize("count", [1, 2, NUM_BLOCKS - 1])
 @pytest.mark.parametrize("criterion", CRITERIA, ids=NAMES)
 def test_the_law_of_criteria(context: TrialContext, criterion: Criterion, count: int) -> None:
     """As many blocks as were asked for, each once and in order, in no more runs than it says, always the same ones."""
-    proposal = proposed(criterion.name, count)
-    plan, _ = choose_plan(proposal, context, silent)
+    proposal = removing(criterion.name, count)
+    plan, _ = choose_plan(proposal.fold, context, silent)
     assert len(plan.dropped) == count
     assert list(plan.dropped) == sorted(set(plan.dropped))
-    assert criterion.max_runs is None or len(list(stretches(plan.dropped))) <= criterion.max_runs
-    assert choose_plan(proposal, context, silent)[0] == plan
+    assert criterion.max_runs is None or len(list(runs(plan.dropped))) <= criterion.max_runs
+    assert choose_plan(proposal.fold, context, silent)[0] == plan
 
 
 @pytest.mark.parametrize("criterion", NAMES)
 def test_no_plan_is_below_the_bound_of_its_proposal(context: TrialContext, criterion: str) -> None:
     """The bound knows the count alone; the plan's own price is the oracle."""
-    for fate, kind in (("drop", None), ("share", None), ("replace", "linear"), ("replace", "layer")):
-        proposal = replace(proposed(criterion, 2), fate=fate, replacement=kind)
-        plan, _ = choose_plan(proposal, context, silent)
+    for fate in (Drop(), Share(), Replace("linear"), Replace("layer")):
+        proposal = removing(criterion, 2, fate)
+        plan, _ = choose_plan(proposal.fold, context, silent)
         exact = price(plan, context.table, context.target)
         bound = lower_bound(proposal, context.table, context.target)
         assert bound.memory_bytes <= exact.memory_bytes
@@ -77,7 +76,7 @@ def test_the_list() -> None:
         assert len(set(values)) == len(values)
     for criterion in CRITERIA:
         assert criterion.source
-        assert not criterion.setting or criterion.setting in Space.model_fields
+        assert not criterion.setting or criterion.setting_key in Space.model_fields
 
 
 def test_a_new_criterion_is_a_file_and_a_line(
@@ -117,11 +116,18 @@ def test_a_new_criterion_is_a_file_and_a_line(
             return options[0]
 
     proposal = propose(Suggest(), space, NUM_BLOCKS)  # a search proposes it
-    (result,) = run_trial(replace(proposal, delta_rank=0), context, number=77)  # a trial measures it
-    assert result.plan.dropped == tuple(range(proposal.num_removed))
+    (result,) = run_trial(retrained(proposal, delta_rank=0), context, number=77)  # a trial measures it
+    assert result.plan.dropped == tuple(range(count_of(proposal)))
     assert result.quality is not None
     assert criteria.criterion_of("first").title == "first blocks"  # pictures and tables name it
     sys.modules.pop("first_blocks", None)
+
+
+@pytest.mark.parametrize("count", [0, NUM_BLOCKS, -1])
+@pytest.mark.parametrize("criterion", CRITERIA, ids=NAMES)
+def test_a_block_is_left(context: TrialContext, criterion: Criterion, count: int) -> None:
+    with pytest.raises(PlanError, match=f"from 1 to {NUM_BLOCKS - 1} of"):
+        criterion.choose(Question(open_workbench(context), count, 1))
 
 
 def test_an_unknown_criterion_is_told() -> None:
@@ -130,6 +136,4 @@ def test_an_unknown_criterion_is_told() -> None:
 
 
 def test_a_question_needs_a_bench_and_a_count_only(context: TrialContext) -> None:
-    from foldsearch.context import open_workbench
-
     assert criteria.criterion_of("uniform").choose(Question(open_workbench(context), 1, 1)) == Choice((2,))

@@ -19,8 +19,8 @@ from foldsearch.model.parts import Borrowed
 from foldsearch.plan.cost import price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.runtimes.needs import WORDS, needs
+from foldsearch.spec.fit import can_run, for_runtime
 from foldsearch.spec.load import load_space, load_study
-from foldsearch.spec.space import can_run, for_runtime
 from foldsearch.spec.unused import unused_settings
 from tests.split_runtime import ENTRY as SPLIT
 from tests.tiny import NUM_BLOCKS, dense_model

@@ -24,24 +24,26 @@ from foldsearch import trial as trials
 from foldsearch.context import TrialContext, open_workbench, read_splits
 from foldsearch.criteria import evolution, greedy, linear_window
 from foldsearch.errors import RunError
+from foldsearch.fates import Replace, Share
 from foldsearch.model import gates, workbench
 from foldsearch.model.recover import Recovery
 from foldsearch.plan.cost import Budget, price
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.proposal import Proposal
 from foldsearch.plan.result import TrialResult
 from foldsearch.prepare import prepare_context
 from foldsearch.progress import TimeUp
+from foldsearch.proposal import Groups, Proposal
 from foldsearch.rebuild import quality_of, recovered_model
 from foldsearch.record import TrialRecord
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import GateSettings, SplitSettings, Study
 from foldsearch.trial import run_trial
+from tests.proposals import changed, given, removing, retrained
 from tests.tiny import NUM_BLOCKS, save_model, write_corpus
 
 RUNGS = (0, 64, 128)
-SHARING = Proposal("window", 1, group_size=2, num_groups=1, adapter_rank=2, learning_rate=0.05, delta_rank=2)
-HURTING = replace(SHARING, learning_rate=20.0)  # finite, and worse after every rung
+SHARING = removing("window", 1, groups=Groups(1, 2, rank=2), delta_rank=2)
+HURTING = retrained(SHARING, learning_rate=20.0)  # finite, and worse after every rung
 
 
 @pytest.fixture(scope="module")
@@ -211,8 +213,7 @@ def test_a_trial_cut_in_the_middle_of_a_rung_goes_on_from_there(context, tmp_pat
 def test_a_known_plan_is_not_trained_again(context, monkeypatch):
     first = run(context, 0)
     monkeypatch.setattr(rebuild, "fold", never)
-    given = Proposal("given", plan=first[0].plan, learning_rate=0.02, delta_rank=1)
-    again = run(context, 7, given)
+    again = run(context, 7, given(first[0].plan, learning_rate=0.02, delta_rank=1))
     assert measured(again) == measured(first)
     assert {(result.state, result.known_from) for result in again} == {("known", 0)}
 
@@ -243,7 +244,7 @@ def test_another_trial_goes_on_with_a_stopped_plan(context, tmp_path, steps, sto
 @pytest.mark.parametrize("stop", [1, 2])
 def test_a_stopped_plan_is_trained_anew_with_other_settings(context, tmp_path, steps, stop):
     """Its untrained figures hold; what was trained with other settings is nobody else's."""
-    slower = replace(SHARING, learning_rate=0.03)
+    slower = retrained(SHARING, learning_rate=0.03)
     alone = replace(context, run_folder=tmp_path / "alone")
     shutil.copytree(context.run_folder, alone.run_folder)
     whole = run(alone, 5, slower)
@@ -262,12 +263,12 @@ def test_a_stopped_plan_is_trained_anew_with_other_settings(context, tmp_path, s
 
 def test_a_plan_whose_adapters_start_in_another_way_is_another_one(context):
     """Oracle: each alone in a run of its own would be measured."""
-    child = Proposal("random", 1, fate="share", adapter_rank=2, adapter_start="zero", delta_rank=2)
-    first, second = run(context, 0, child), run(context, 1, replace(child, adapter_start="data"))
+    child, fitted = (removing("random", 1, Share(2, start), delta_rank=2) for start in ("zero", "data"))
+    first, second = run(context, 0, child), run(context, 1, fitted)
     assert first[0].plan == second[0].plan
     assert {result.state for result in (*first, *second)} == {"measured"}
     assert first[0].quality != second[0].quality
-    again = run(context, 2, replace(child, adapter_start="data"))
+    again = run(context, 2, fitted)
     assert {(result.state, result.known_from) for result in again} == {("known", 1)}
 
 
@@ -304,9 +305,9 @@ def test_a_trial_waits_for_the_first_result_of_one_that_measures_its_plan(contex
 
 def test_a_plan_whose_training_diverged_is_trained_with_other_settings(context):
     plan = FoldPlan.dropping([2], NUM_BLOCKS)
-    proposal = Proposal("given", plan=plan, learning_rate=1e30, delta_rank=2)
+    proposal = given(plan, learning_rate=1e30, delta_rank=2)
     assert run(context, 0, proposal)[-1].training_diverged
-    results = run(context, 1, replace(proposal, learning_rate=0.03))
+    results = run(context, 1, retrained(proposal, learning_rate=0.03))
     assert [result.state for result in results] == [
         "known",
         "measured",
@@ -331,7 +332,7 @@ def test_what_cannot_fit_is_never_built(context, monkeypatch, criterion):
     ):
         monkeypatch.setattr(module, name, never)
     tight = replace(context, budget=Budget(memory_bytes=context.dense_cost.memory_bytes // 2, flops=10**9))
-    proposal = Proposal(criterion, 1, gate_eps=0.5 if criterion == "gate" else None)
+    proposal = removing(criterion, 1)
     (result,) = run(tight, 0, proposal)
     assert (result.state, result.quality, result.is_last_rung) == ("infeasible", None, False)
     assert result.reason.startswith("memory is ")
@@ -344,27 +345,27 @@ def test_what_cannot_fit_is_never_built(context, monkeypatch, criterion):
 def test_a_plan_typed_by_hand_is_measured_above_the_budget_too(context):
     tight = replace(context, budget=Budget(memory_bytes=1))
     plan = FoldPlan.dropping([2], NUM_BLOCKS)
-    results = run(tight, 0, Proposal("given", plan=plan, origin="hand"))
+    results = run(tight, 0, given(plan, origin="hand"))
     assert [result.state for result in results] == ["measured"] * 3
 
 
 def test_a_plan_is_not_lost_because_its_training_diverged(context):
     """The untrained model is the trial's result, with the reason beside it; no rung follows."""
-    first, last = results = run(context, 0, replace(SHARING, learning_rate=1e30))
+    first, last = results = run(context, 0, retrained(SHARING, learning_rate=1e30))
     assert [result.state for result in results] == ["measured"] * 2
     assert (last.rung, last.quality, last.is_last_rung) == (1, first.quality, True)
     assert (last.kept_tokens, last.training_diverged) == (0, True)
     assert "Lower the learning rate" in last.reason
     assert last.setback_words == "training diverged: kept untrained"
     assert_rebuilt(context, last)
-    assert run(context, 0, replace(SHARING, learning_rate=1e30)) == []  # nothing is left to do
+    assert run(context, 0, retrained(SHARING, learning_rate=1e30)) == []  # nothing is left to do
     assert not (context.trial_folder(0) / "optimizer.safetensors").exists()
 
 
 def test_a_divergence_in_the_very_last_step_is_told(context):
     """The last loss was a number; the model that the step left is not."""
     study = context.study.model_copy(update={"rungs": (0, 32)})
-    results = run(replace(context, study=study), 0, replace(SHARING, learning_rate=1e30))
+    results = run(replace(context, study=study), 0, retrained(SHARING, learning_rate=1e30))
     assert results[-1].training_diverged
     assert "KL is nan after 32 tokens" in results[-1].reason
 
@@ -492,7 +493,7 @@ def test_the_text_is_a_target_of_extensions_only_unless_the_study_says(
     monkeypatch.setattr(Recovery, "__init__", note)
     settings = context.study.recovery.model_copy(update={"next_token": said})
     study = context.study.model_copy(update={"rungs": (0, 32), "recovery": settings})
-    proposal = Proposal("given", plan=FoldPlan.parse(plan, NUM_BLOCKS), delta_rank=2, origin="hand")
+    proposal = given(FoldPlan.parse(plan, NUM_BLOCKS), delta_rank=2, origin="hand")
     run(replace(context, study=study), 0, proposal)
     assert weights == [(weight, 1.0, 0.1)]
 
@@ -507,17 +508,17 @@ def test_an_extension_is_compared_by_perplexity(context, monkeypatch):
         return quality if tokens.name == "report" else replace(quality, perplexity=next(perplexities))
 
     monkeypatch.setattr(trials, "judge", judge)
-    results = run(context, 0, Proposal("given", plan=plan, learning_rate=0.03, delta_rank=2, origin="hand"))
+    results = run(context, 0, given(plan, learning_rate=0.03, delta_rank=2, origin="hand"))
     assert results[0].quality.kl < results[1].quality.kl
     assert [result.quality.perplexity for result in results] == [30.0, 20.0, 20.0]
     assert results[-1].setback_words == "training hurt (perplexity 25.000): kept after 64 tokens"
 
 
 @pytest.mark.parametrize(
-    "proposal", [HURTING, replace(SHARING, learning_rate=1e30)], ids=["hurt", "diverged"]
+    "proposal", [HURTING, retrained(SHARING, learning_rate=1e30)], ids=["hurt", "diverged"]
 )
 def test_the_untrained_model_is_a_state_where_no_rung_measures_it(context, proposal):
-    untrained = next(run_trial(replace(proposal, learning_rate=0.03), context, number=7)).quality
+    untrained = next(run_trial(retrained(proposal, learning_rate=0.03), context, number=7)).quality
     shutil.rmtree(context.run_folder / "plans")
     study = context.study.model_copy(update={"rungs": (64, 128)})
     results = run(replace(context, study=study), proposal=proposal)
@@ -568,7 +569,7 @@ CRITERIA = ["block_influence", "window", "greedy", "gate", "uniform", "random", 
 def test_criteria(context, criterion, monkeypatch, tmp_path):
     fresh = replace(context, cache_dir=tmp_path / "cache")
     shutil.copytree(context.cache_dir / "targets", tmp_path / "cache" / "targets")
-    proposal = Proposal(criterion, 2, gate_eps=0.5 if criterion == "gate" else None, delta_rank=0)
+    proposal = removing(criterion, 2, delta_rank=0)
     first = next(run_trial(proposal, fresh, number=0))
     assert len(first.plan.dropped) == 2
     if "window" in criterion:
@@ -589,7 +590,7 @@ def test_criteria(context, criterion, monkeypatch, tmp_path):
         assert again.gates == {**first.gates, "from_cache": True}
         assert first.gates["steps"] == 2
         with pytest.raises(AssertionError, match="not to be called"):  # another eps is another training
-            next(run_trial(replace(proposal, gate_eps=0.25), fresh, number=2))
+            next(run_trial(changed(proposal, setting=0.25), fresh, number=2))
 
 
 # ---- the model that was measured
@@ -597,14 +598,14 @@ def test_criteria(context, criterion, monkeypatch, tmp_path):
 
 FATES = [
     SHARING,
-    Proposal("window", 2, fate="share", adapter_rank=4, adapter_start="data", delta_rank=2),
-    Proposal("window", 2, fate="replace", replacement="linear", delta_rank=2),
-    Proposal("window", 2, fate="replace", replacement="layer", delta_rank=2),
-    Proposal("random", 2, fate="replace", replacement="swiglu", attention_removed=1, delta_rank=2),
+    removing("window", 2, Share(4, "data"), delta_rank=2),
+    removing("window", 2, Replace("linear"), delta_rank=2),
+    removing("window", 2, Replace("layer"), delta_rank=2),
+    removing("random", 2, Replace("swiglu"), attention=1, delta_rank=2),
 ]
 
 
-@pytest.mark.parametrize("proposal", FATES, ids=lambda proposal: f"{proposal.fate} {proposal.replacement}")
+@pytest.mark.parametrize("proposal", FATES, ids=lambda proposal: str(proposal.removed.fate))
 def test_the_recovered_model_is_the_one_that_was_measured(context, proposal):
     last = run(context, proposal=proposal)[-1]
     assert last.state == "measured"
@@ -616,7 +617,7 @@ def test_the_recovered_model_is_the_one_that_was_measured(context, proposal):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("proposal", FATES, ids=lambda proposal: f"{proposal.fate} {proposal.replacement}")
+@pytest.mark.parametrize("proposal", FATES, ids=lambda proposal: str(proposal.removed.fate))
 def test_an_untrained_rung_is_rebuilt_too(context, proposal):
     generator = run_trial(proposal, context, number=0)
     first = next(generator)

@@ -25,8 +25,7 @@ from foldsearch.model.starts import new_values
 from foldsearch.model.training import RecoveryTraining
 from foldsearch.plan.cost import Target, price
 from foldsearch.plan.extend import DEFAULT_RANK, PATTERNS, extended, rank_of
-from foldsearch.plan.plan import UNITS, FoldPlan, Replacement, Slot
-from foldsearch.plan.proposal import AdapterStart
+from foldsearch.plan.plan import UNITS, AdapterStart, FoldPlan, Replacement, Slot
 from tests.strategies import plans, tables
 from tests.tiny import CONFIGS, NUM_BLOCKS, dense_model, token_set
 

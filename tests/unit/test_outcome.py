@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.proposal import Proposal
 from foldsearch.plan.result import rounded
 from foldsearch.search.outcome import failing_alike, why_no_front
 from foldsearch.search.records import Record, RecordState
 from tests.fake_driver import study
 from tests.fake_trial import NUM_BLOCKS, result_of
+from tests.proposals import removing
 
 RESULT = result_of(FoldPlan.dropping([3], NUM_BLOCKS), study(), 0)
 DIVERGED = "diverged: the loss became nan after {} tokens at learning rate {:g}. Lower the learning rate."
@@ -20,7 +20,7 @@ DIVERGED = "diverged: the loss became nan after {} tokens at learning rate {:g}.
 
 def records(*ends: tuple[RecordState, str]) -> list[Record]:
     return [
-        Record(i, state, Proposal("window", 1), (RESULT,), reason) for i, (state, reason) in enumerate(ends)
+        Record(i, state, removing("window", 1), (RESULT,), reason) for i, (state, reason) in enumerate(ends)
     ]
 
 

@@ -19,22 +19,24 @@ from optuna.trial import TrialState
 from optuna_dashboard._note import get_note
 
 from foldsearch.errors import BudgetError, RunError
+from foldsearch.fates import Replace, Share
 from foldsearch.plan.cost import price
 from foldsearch.plan.front import dominates
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.proposal import Proposal, fold_plan, removal
 from foldsearch.plan.result import TrialResult
+from foldsearch.proposal import Groups, Proposal, fold_plan
 from foldsearch.runtimes import runtime_named
 from foldsearch.search.dry_run import plan_search
 from foldsearch.search.folder import RunFolder
 from foldsearch.search.proposer import Line, missing_baselines
 from foldsearch.search.records import STUDY_NAME, Record, Records, front, note, point, read_records
 from foldsearch.spec.load import shipped
-from foldsearch.spec.space import baseline_count, is_baseline
+from foldsearch.spec.propose import baseline_count, is_baseline
 from foldsearch.spec.study import BudgetSettings, Objective, Study
 from tests.fake_driver import SPACE
 from tests.fake_driver import study as small_study
 from tests.fake_trial import NUM_BLOCKS, ORDERS, TABLE, result_of
+from tests.proposals import changed, count_of, criterion_in, given, groups_of, ordered_plan, retrained
 
 
 @pytest.fixture
@@ -59,14 +61,13 @@ def frozen(records: Records, number: int) -> optuna.trial.FrozenTrial:
 
 
 def plan_of(proposal: Proposal) -> FoldPlan:
-    removed = ORDERS.get(proposal.criterion, ())[: proposal.num_removed]
-    return fold_plan(removed, proposal, NUM_BLOCKS, bases=dict.fromkeys(removed, 0))
+    return ordered_plan(proposal, ORDERS, NUM_BLOCKS, base=0)
 
 
 def run_whole(records: Records, number: int, proposal: Proposal) -> None:
     study = records.folder.study
     for rung in range(len(study.rungs)):
-        records.record(number, result_of(plan_of(proposal), study, rung, proposal.learning_rate))
+        records.record(number, result_of(plan_of(proposal), study, rung, proposal.recovery.learning_rate))
     records.finish(number)
 
 
@@ -86,7 +87,7 @@ def test_a_trial_that_reached_the_last_rung_is_complete(records: Records, study:
     number, proposal = records.ask()
     run_whole(records, number, proposal)
     trial = frozen(records, number)
-    last = result_of(plan_of(proposal), study, 2, proposal.learning_rate)
+    last = result_of(plan_of(proposal), study, 2, proposal.recovery.learning_rate)
     assert trial.state == TrialState.COMPLETE
     assert last.quality is not None
     assert trial.values == [last.quality.kl, last.cost.memory_bytes / 1e9, last.cost.flops]
@@ -252,10 +253,10 @@ def test_a_plan_counts_once_with_the_best_of_its_starts(tmp_path: Path) -> None:
         for rung in range(3):
             result = result_of(plan_of(proposal), records.folder.study, rung)
             assert result.quality is not None
-            kl = result.quality.kl - (proposal.adapter_start == "data")
+            kl = result.quality.kl - (proposal.fold.adapter_start == "data")
             records.record(number, replace(result, quality=replace(result.quality, kl=kl)))
         records.finish(number)
-        kl_of[proposal.adapter_start] = number
+        kl_of[proposal.fold.adapter_start] = number
     assert len({records.get(number).last.plan for number in kl_of.values()}) == 1
     assert [record.number for record in records.front()] == [kl_of["data"]]
 
@@ -298,24 +299,25 @@ def test_what_a_criterion_removes_is_read_off_any_plan_of_it(records: Records) -
     Line(records)
     number, proposal = records.ask()
     run_whole(records, number, proposal)
-    count = proposal.num_removed
-    gate = replace(proposal, origin="sampler", learning_rate=2e-3)
+    count = count_of(proposal)
+    gate = replace(retrained(proposal, learning_rate=2e-3), origin="sampler")
     assert records.foretell(gate) == number  # recovery settings aside
-    assert records.foretell(replace(gate, num_removed=count + 1)) is None
-    assert records.foretell(replace(gate, gate_eps=1.0)) is None  # other gates
-    given = Proposal("given", plan=plan_of(proposal))
-    assert records.foretell(given) == number
-    replaced = replace(gate, fate="replace", replacement="linear")
+    assert records.foretell(changed(gate, count=count + 1)) is None
+    assert records.foretell(changed(gate, setting=1.0)) is None  # other gates
+    assert records.foretell(given(plan_of(proposal))) == number
+    replaced = changed(gate, fate=Replace("linear"))
     assert records.foretell(replaced) is None
     for other in (
         replaced,
-        replace(gate, fate="share", adapter_rank=8),
-        replace(gate, num_groups=1, group_size=2, group_start=1, adapter_rank=8),
+        changed(gate, fate=Share(8)),
+        changed(gate, groups=Groups(1, 2, start=1, rank=8)),
     ):
         removed = ORDERS["gate"][:count]
         bases = dict.fromkeys(removed, 0)
-        plan = fold_plan(removed, other, NUM_BLOCKS, bases=bases)
-        assert removal(plan, other) == (tuple(sorted(removed)), bases if other.fate == "share" else {})
+        plan = fold_plan(removed, other.fold, NUM_BLOCKS, bases=bases)
+        assert other.removed is not None
+        fate = other.removed.fate
+        assert fate.undo(plan) == (tuple(sorted(removed)), bases if fate.name == "share" else {})
 
 
 def test_after_many_repeats_a_neighbour_is_taken(tmp_path: Path) -> None:
@@ -337,7 +339,7 @@ def test_a_neighbour_starts_its_adapters_as_its_parent_did(tmp_path: Path) -> No
     proposals = run_line(records)
     children = [p for p in proposals if p.plan is not None and "+r" in str(p.plan)]
     assert children
-    assert {proposal.adapter_start for proposal in children} == {"data"}
+    assert {proposal.fold.adapter_start for proposal in children} == {"data"}
 
 
 # ---- the front
@@ -370,12 +372,12 @@ def test_each_criterion_comes_first_at_the_count_that_just_fits(records: Records
     }
     assert count == min(k for k, cost in costs.items() if budget.admits(cost))
     first = [line.next(num_running=0) for _ in range(4)]
-    criteria = [asked[1].criterion for asked in first if asked is not None]
+    criteria = [criterion_in(asked[1]) for asked in first if asked is not None]
     assert criteria == list(records.space.criteria)
     for asked in first:
         assert asked is not None
         proposal = asked[1]
-        assert (proposal.num_removed, proposal.num_groups, proposal.origin) == (count, 0, "baseline")
+        assert (count_of(proposal), groups_of(proposal), proposal.origin) == (count, None, "baseline")
         assert records.get(asked[0]).exempt
 
 
@@ -385,9 +387,9 @@ def test_without_a_budget_the_far_end_of_the_front_is_begun_with_too(tmp_path: P
     proposals = [asked[1] for asked in (line.next(num_running=0) for _ in range(5)) if asked is not None]
     fewest, most = line.records.space.counts(NUM_BLOCKS)
     assert fewest < round(0.2 * NUM_BLOCKS) < most
-    counts = [proposal.num_removed for proposal in proposals]
+    counts = [count_of(proposal) for proposal in proposals]
     assert counts == [round(0.2 * NUM_BLOCKS)] * 4 + [most]
-    assert (proposals[4].criterion, proposals[4].origin) == (line.records.space.criteria[0], "start")
+    assert (criterion_in(proposals[4]), proposals[4].origin) == (line.records.space.criteria[0], "start")
 
 
 def test_the_line_ends_with_what_the_front_still_needs(records: Records, study: Study) -> None:
@@ -416,9 +418,9 @@ def test_a_baseline_that_misses_the_budget_is_tried_with_one_block_more(tmp_path
     assert records.finish(number) == "infeasible"
     proposals = [records.ask()[1] for _ in range(4)]
     assert not records.anyone_waits
-    assert [(p.criterion, p.num_removed, p.origin) for p in proposals] == [
+    assert [(criterion_in(p), count_of(p), p.origin) for p in proposals] == [
         *((criterion, count, "baseline") for criterion in records.space.criteria[1:]),
-        (proposal.criterion, count + 1, origin),
+        (criterion_in(proposal), count + 1, origin),
     ]
 
 
@@ -427,7 +429,7 @@ def test_a_baseline_at_the_most_blocks_is_not_tried_with_more(tmp_path: Path) ->
     most = records.space.counts(NUM_BLOCKS)[1]
     Line(records)
     asked = [records.ask() for _ in records.all()]
-    number = next(number for number, proposal in asked if proposal.num_removed == most)
+    number = next(number for number, proposal in asked if count_of(proposal) == most)
     over = replace(result_of(FoldPlan.identity(NUM_BLOCKS), records.folder.study, 0), quality=None)
     records.record(number, replace(over, state="infeasible"))
     assert records.finish(number) == "infeasible"
@@ -467,7 +469,7 @@ def test_all_that_is_asked_for_fits_and_neighbours_are_among_it(tmp_path: Path, 
     assert len(neighbours) > 5
     assert len(set(neighbours)) == len(neighbours)
     low, high = study.space.recover.learning_rate
-    assert all(low <= proposal.learning_rate <= high for proposal in proposals)
+    assert all(low <= proposal.recovery.learning_rate <= high for proposal in proposals)
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
@@ -496,7 +498,7 @@ def test_reopened_it_goes_on_and_repeats_no_suggestion(records: Records, study: 
     assert again.ask() == first[2]  # interrupted before it
     number, proposal = again.ask()
     assert number == 3
-    assert proposal.learning_rate not in {one.learning_rate for _, one in first}
+    assert proposal.recovery.learning_rate not in {one.recovery.learning_rate for _, one in first}
 
 
 def test_a_trial_that_was_only_not_told_is_told(records: Records, study: Study) -> None:
@@ -688,11 +690,7 @@ def test_a_space_recognises_its_own_baselines(tmp_path: Path, name: str) -> None
         assert proposal.origin in ("baseline", "start")
         assert is_baseline(proposal, records.space, NUM_BLOCKS)
         run_whole(records, number, proposal)
-    tried = {
-        (record.proposal.criterion, record.proposal.num_removed)
-        for record in records.all()
-        if record.proposal
-    }
+    tried = {(record.removed.criterion, record.removed.count) for record in records.all() if record.removed}
     assert len(tried) == begun_with
     assert not tried & set(missing_baselines(records))
 

@@ -17,17 +17,19 @@ from rich.console import Console
 
 from foldsearch.criteria import CRITERIA
 from foldsearch.errors import RunError
+from foldsearch.fates import Replace, Share
 from foldsearch.plan.front import dominates
 from foldsearch.plan.plan import FoldPlan, Slot
-from foldsearch.plan.proposal import Proposal
 from foldsearch.plan.result import KindQuality, Setback, TrialResult
 from foldsearch.plan.strip import LEGEND, cells, strip
+from foldsearch.proposal import Proposal
 from foldsearch.report import page, picture, terminal
 from foldsearch.report.colours import DROPPED, KEPT, PAIRS, REPLACED, paint
 from foldsearch.report.live import RunDisplay
 from foldsearch.report.view import NO_ERROR, Entry, RunView, author, counted
 from foldsearch.search import events, records
 from foldsearch.search.records import Record, note
+from tests.proposals import removing
 
 
 @pytest.fixture
@@ -47,7 +49,7 @@ def test_every_baseline_has_a_name_and_a_marker_of_its_own() -> None:
 
 def test_who_stopped_because_another_trial_measured_the_plan_is_among_its_authors(view: RunView) -> None:
     record = next(r for r in view.records if r.state == "finished" and r.last and r.last.state == "measured")
-    proposal = Proposal("uniform", num_removed=4, origin="baseline")
+    proposal = removing("uniform", 4, origin="baseline")
     twin = Record(99, "stopped", proposal, record.results[:1], "trial 0 measures the same plan")
     more = replace(view, records=(*view.records, twin))
     (entry,) = (entry for entry in more.finished if entry.number == record.number)
@@ -59,9 +61,9 @@ def test_who_stopped_because_another_trial_measured_the_plan_is_among_its_author
 @pytest.mark.parametrize(
     ("proposal", "words"),
     [
-        (Proposal("block_influence", num_removed=2), "influence"),
-        (Proposal("gate", num_removed=2, gate_eps=0.5, fate="share"), "gate 0.5 → children"),
-        (Proposal("linear_window", 2, fate="replace", replacement="ffn"), "linear window → ffn"),
+        (removing("block_influence", 2), "influence"),
+        (removing("gate", 2, Share()), "gate 0.5 → children"),
+        (removing("linear_window", 2, Replace("ffn")), "linear window → ffn"),
     ],
 )
 def test_an_author_says_what_became_of_the_blocks(proposal: Proposal, words: str) -> None:
@@ -142,7 +144,7 @@ def test_a_plan_that_two_criteria_chose_is_one_row_with_both_names(view: RunView
     assert view.records[3].last.known_from == 0
     shown = {entry.number: entry for entry in view.finished}
     assert 3 not in shown
-    assert shown[0].authors == (f"gate {shown[0].proposals[0].gate_eps:g}", "greedy")
+    assert shown[0].authors == (f"gate {shown[0].proposals[0].removed.setting:g}", "greedy")
     assert shown[0].baseline == "greedy"
 
 
@@ -630,7 +632,7 @@ def test_a_terminal_shows_where_the_running_trials_are(view: RunView) -> None:
     screen = Console(file=out, width=120, force_terminal=True)
     with RunDisplay(screen) as display:
         display(events.SearchStarted(view.folder, 0, 14))
-        display(events.TrialStarted(3, Proposal("window", 4), resumed=False))
+        display(events.TrialStarted(3, removing("window", 4), resumed=False))
         display(events.TrialProgress(3, "recovery", 0.25))
         bottom = text_of(display._bottom())
     assert "window" in bottom

@@ -13,25 +13,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from foldsearch.bound import lower_bound
 from foldsearch.errors import BudgetError, SpecError
+from foldsearch.fates import Drop, Replace, Share
+from foldsearch.fates.replace import Networks
+from foldsearch.fates.share import Children
 from foldsearch.plan.cost import BlockCost, Budget, CostTable, Target, UnitCost, price
 from foldsearch.plan.plan import FoldPlan, Slot
-from foldsearch.plan.proposal import Proposal, fold_plan, lower_bound
+from foldsearch.proposal import Fold, Proposal, Removed, fold_plan
+from foldsearch.proposal import Groups as Grouped
 from foldsearch.runtimes import runtime_named
+from foldsearch.spec.fit import feasible_share, narrow, repair, size, smallest
 from foldsearch.spec.load import load_space, shipped
-from foldsearch.spec.space import (
-    Children,
-    Groups,
-    RandomSuggest,
-    Replace,
-    Space,
-    feasible_share,
-    narrow,
-    propose,
-    repair,
-    size,
-    smallest,
-)
+from foldsearch.spec.propose import RandomSuggest, propose
+from foldsearch.spec.space import Groups, Space
+from tests.proposals import count_of, criterion_in, groups_of
 
 N = 10
 FATES, KINDS = ("drop", "share", "replace"), ("linear", "ffn", "swiglu", "layer")
@@ -52,7 +48,7 @@ def spaces(draw: st.DrawFn) -> Space:
         children=Children(
             ranks=tuple(draw(st.sets(st.integers(0, 8), min_size=1))), starts=("zero", "svd", "data")
         ),
-        replace=Replace(kinds=tuple(draw(st.sets(st.sampled_from(KINDS), min_size=1)))),
+        replace=Networks(kinds=tuple(draw(st.sets(st.sampled_from(KINDS), min_size=1)))),
         gate_eps=(0.1, 0.01),
         groups=Groups(
             max_groups=draw(st.integers(0, 3)),
@@ -69,16 +65,19 @@ def test_proposals_are_lawful_in_range_and_never_the_dense_model(
 ) -> None:
     proposal = propose(RandomSuggest(seed), space, num_blocks)
     fewest, most = space.counts(num_blocks)
-    assert fewest <= proposal.num_removed <= most
-    assert not proposal.num_removed or proposal.fate in space.fates
-    assert proposal.replacement is None or proposal.replacement in space.replace.kinds
-    removed = range(proposal.num_removed)
-    bases = dict.fromkeys(removed, num_blocks - 1)
-    plan = fold_plan(removed, proposal, num_blocks, bases=bases, attention_order=range(num_blocks))
-    assert proposal.criterion in (space.criteria if proposal.num_removed else ("none",))
+    assert fewest <= count_of(proposal) <= most
+    removed = proposal.removed
+    assert removed is None or removed.fate.name in space.fates
+    assert (
+        removed is None or not isinstance(removed.fate, Replace) or removed.fate.kind in space.replace.kinds
+    )
+    assert criterion_in(proposal) in (space.criteria if removed else ("",))
+    gone = range(count_of(proposal))
+    bases = dict.fromkeys(gone, num_blocks - 1)
+    plan = fold_plan(gone, proposal.fold, num_blocks, bases=bases, attention_order=range(num_blocks))
     assert any(slot.attention is not None for slot in plan.slots if isinstance(slot, Slot))
     low, high = space.recover.learning_rate
-    assert low <= proposal.learning_rate <= high
+    assert low <= proposal.recovery.learning_rate <= high
     if num_blocks > 1:
         assert plan != FoldPlan.identity(num_blocks)
 
@@ -111,35 +110,41 @@ def every_proposal(space: Space) -> list[Proposal]:
         kept_thick = max(0, min(math.floor(high * N + 1e-9), N - count - 1))  # one attention stays
         if not min(math.ceil(low * N - 1e-9), kept_thick) <= thinned <= kept_thick:
             continue
-        plain = Proposal("window", num_removed=count, attention_removed=thinned)
+        grouped = [None, *every_group(space, N - count)]
         if not count:
-            found += [plain] if thinned else []
-            found += with_groups(plain, space)
+            found += [Fold(None, groups, thinned) for groups in grouped if thinned or groups]
             continue
         if "share" in space.fates:
-            found += [
-                replace(plain, fate="share", adapter_rank=rank, adapter_start=start)
-                for rank in space.children.ranks
-                for start in space.children.starts
-            ]
-        bare = [plain] if "drop" in space.fates else []
-        if "replace" in space.fates:
-            bare += [replace(plain, fate="replace", replacement=kind) for kind in space.replace.kinds]
-        for proposal in bare:
-            found += [proposal, *with_groups(proposal, space)]
-    return found
+            children = (
+                Share(rank, start) for rank in space.children.ranks for start in space.children.starts
+            )
+            found += [Fold(Removed("window", count, fate), None, thinned) for fate in children]
+        bare = [Drop()] if "drop" in space.fates else []
+        bare += map(Replace, space.replace.kinds) if "replace" in space.fates else []
+        found += [
+            Fold(Removed("window", count, fate), groups, thinned) for fate in bare for groups in grouped
+        ]
+    return [Proposal(fold) for fold in found]
 
 
-def with_groups(proposal: Proposal, space: Space) -> list[Proposal]:
-    retained = N - proposal.num_removed
-    first, last = (max(0, min(int(share * retained), retained - 2)) for share in space.groups.start)
+def every_group(space: Space, num_kept: int) -> list[Grouped]:
+    first, last = (max(0, min(int(share * num_kept), num_kept - 2)) for share in space.groups.start)
     return [
-        replace(proposal, num_groups=groups, group_size=group_size, group_start=start, adapter_rank=rank)
-        for groups in range(1, space.groups.max_groups + 1)
+        Grouped(count, group_size, start, rank)
+        for count in range(1, space.groups.max_groups + 1)
         for group_size in space.groups.group_sizes
         for rank in space.groups.adapter_ranks
         for start in range(first, last + 1)
     ]
+
+
+def may_stand_in(other: Proposal, proposal: Proposal) -> bool:
+    """Whether the other has the same count, fate and attention, and as many groups or more."""
+    one, two = (
+        (count_of(p), p.removed and p.removed.fate.name, p.fold.attention_removed) for p in (other, proposal)
+    )
+    (many, few) = (0 if (groups := groups_of(p)) is None else groups.count for p in (other, proposal))
+    return one == two and many >= few
 
 
 @settings(max_examples=60, deadline=None)
@@ -153,23 +158,20 @@ def test_narrowing_loses_nothing_and_repair_ends_inside_the_budget(space: Space,
             narrow(space, TABLE, TARGET, budget)
         return
     narrowed = narrow(space, TABLE, TARGET, budget)
-    counts = {proposal.num_removed for proposal in fitting}
+    counts = {count_of(proposal) for proposal in fitting}
     assert narrowed.counts(N) == (min(counts), max(counts))
     suggest = RandomSuggest(0)
     for _ in range(30):
         proposal = propose(suggest, narrowed, N)
         repaired = repair(proposal, narrowed, TABLE, TARGET, budget)
         if repaired is None:
-            assert not any(
-                p.num_removed == proposal.num_removed
-                and p.num_groups >= proposal.num_groups
-                and p.fate == proposal.fate
-                and p.attention_removed == proposal.attention_removed
-                for p in fitting
-            )
+            assert not any(may_stand_in(other, proposal) for other in fitting)
         else:
             assert budget.admits(lower_bound(repaired, TABLE, TARGET))
-            assert (repaired.num_removed, repaired.criterion) == (proposal.num_removed, proposal.criterion)
+            assert (count_of(repaired), criterion_in(repaired)) == (
+                count_of(proposal),
+                criterion_in(proposal),
+            )
             if budget.admits(lower_bound(proposal, TABLE, TARGET)):
                 assert repaired == proposal
 
@@ -178,7 +180,7 @@ def test_narrowing_loses_nothing_and_repair_ends_inside_the_budget(space: Space,
 def test_size_counts_every_proposal_once_a_criterion(space: Space) -> None:
     criteria = 3 + len(space.gate_eps)
     every = set(every_proposal(space))
-    removing = sum(proposal.num_removed > 0 for proposal in every)
+    removing = sum(count_of(proposal) > 0 for proposal in every)
     assert size(space, N) == criteria * removing + (len(every) - removing)
 
 
@@ -190,13 +192,13 @@ def test_smallest_is_the_smallest(space: Space) -> None:
     assert cost.memory_bytes == min(
         price(
             fold_plan(
-                removed[: p.num_removed], p, N, bases=dict.fromkeys(removed, 0), attention_order=range(N)
+                removed[: count_of(p)], p.fold, N, bases=dict.fromkeys(removed, 0), attention_order=range(N)
             ),
             TABLE,
             TARGET,
         ).memory_bytes
         for p in every_proposal(space)
-        if p.num_removed < N
+        if count_of(p) < N
     )
 
 
@@ -234,8 +236,10 @@ def test_an_expanded_runtime_is_offered_what_it_can_hold_only(name: str) -> None
         suggest, found = RandomSuggest(0), []
         for _ in range(200):
             proposal = propose(suggest, space, N)
-            removed = range(1, 1 + proposal.num_removed)
-            plan = fold_plan(removed, proposal, N, bases=dict.fromkeys(removed, 0), attention_order=range(N))
+            removed = range(1, 1 + count_of(proposal))
+            plan = fold_plan(
+                removed, proposal.fold, N, bases=dict.fromkeys(removed, 0), attention_order=range(N)
+            )
             found.append(runtime_named("expanded").refusal(plan) is None)
         return found
 
@@ -244,7 +248,7 @@ def test_an_expanded_runtime_is_offered_what_it_can_hold_only(name: str) -> None
     narrowed = narrow(space, TABLE, EXPANDED, Budget())
     assert all(held(narrowed))
     assert {
-        proposal.num_removed for proposal in (propose(RandomSuggest(i), narrowed, N) for i in range(99))
+        count_of(proposal) for proposal in (propose(RandomSuggest(i), narrowed, N) for i in range(99))
     } == set(range(1, narrowed.counts(N)[1] + 1))
     plan, _ = smallest(space, TABLE, EXPANDED)
     assert runtime_named("expanded").refusal(plan) is None
@@ -256,7 +260,7 @@ def test_an_expanded_runtime_is_offered_what_it_can_hold_only(name: str) -> None
     "space",
     [
         load_space("flexigpt"),  # children only
-        Space(fates=("replace",), replace=Replace(kinds=("linear", "swiglu"))),
+        Space(fates=("replace",), replace=Networks(kinds=("linear", "swiglu"))),
         Space(removal=(0.0, 0.05), groups=Groups(max_groups=2)),  # groups only
         Space(removal=(0.0, 0.0), attention=(0.1, 0.4)),
     ],

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.proposal import Proposal
+from foldsearch.proposal import Proposal
 from foldsearch.search.folder import RunFolder
 from foldsearch.search.records import Record, front, read_records
 from tests.bench.spaces import front_points, report, row_of, spent, volume
 from tests.fake_driver import study
 from tests.fake_trial import NUM_BLOCKS, result_of
+from tests.proposals import changed, removing
 
 LIMITS = {"tokens": 1000, "trials": 50}
 
@@ -36,7 +37,7 @@ def test_tokens_by_hand():
     rungs = [result_of(plan, asked, rung) for rung in range(3)]
     known = [replace(result, state="known", known_from=0) for result in rungs]
     gated = [replace(result, gates={"tokens": 1000, "from_cache": True}) for result in rungs]
-    window, gate = Proposal("window", num_removed=1), Proposal("gate", num_removed=1, gate_eps=0.5)
+    window, gate = removing("window", 1), removing("gate", 1)
 
     def tokens(*records: tuple[Proposal, list]) -> list[int]:
         made = [Record(i, "finished", p, tuple(results)) for i, (p, results) in enumerate(records)]
@@ -51,7 +52,7 @@ def test_tokens_by_hand():
         300,
     ]  # goes on where 0 stopped
     assert tokens((gate, gated), (gate, known)) == [400, 1000, 300]
-    other = replace(gate, gate_eps=1.0)
+    other = changed(gate, setting=1.0)
     assert tokens((gate, gated), (gate, gated[:1]), (other, gated[:1])) == [400, 2000, 500]
     reported = [*rungs[:2], replace(rungs[2], report=rungs[2].quality)]
     assert tokens((window, reported)) == [400, 0, 400]

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 
 from foldsearch.errors import SpecError
-from foldsearch.plan.proposal import fold_plan
 from foldsearch.progress import TimeUp
 from foldsearch.search import proposer, run, worker
 from foldsearch.search.folder import RunFolder
@@ -21,6 +20,7 @@ from foldsearch.search.proposer import Line
 from foldsearch.search.records import Records, read_records
 from tests.fake_driver import study
 from tests.fake_trial import NUM_BLOCKS, ORDERS, TABLE, result_of
+from tests.proposals import ordered_plan
 
 
 class Clock(SimpleNamespace):
@@ -72,9 +72,8 @@ def simulate(line: Line, clock: Clock, rung_seconds: tuple[float, ...]) -> list[
         clock.now, number, rung = heapq.heappop(lanes)
         record = records.get(number)
         assert record.proposal is not None
-        removed = ORDERS.get(record.proposal.criterion, ())[: record.proposal.num_removed]
-        plan = fold_plan(removed, record.proposal, NUM_BLOCKS, bases=dict.fromkeys(removed, 0))
-        result = result_of(plan, line.study, rung, record.proposal.learning_rate)
+        plan = ordered_plan(record.proposal, ORDERS, NUM_BLOCKS, base=0)
+        result = result_of(plan, line.study, rung, record.proposal.recovery.learning_rate)
         records.record(number, replace(result, seconds=sum(rung_seconds[: rung + 1])))
         line.began(number)
         if rung == rungs - 1:

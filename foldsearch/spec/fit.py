@@ -1,0 +1,251 @@
+"""What of a space can fit: a runtime, a budget, and a proposal that is a little too dear."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from foldsearch.bound import lower_bound
+from foldsearch.errors import BudgetError, SpecError
+from foldsearch.fates import fate_named
+from foldsearch.plan.cost import GB, Budget, Cost, CostTable, Target, price
+from foldsearch.plan.plan import FoldPlan, is_foldable
+from foldsearch.proposal import Fold, Groups, Proposal, Removed, fold_plan
+from foldsearch.runtimes import ALL_CAN, Runtime, runtime_named
+from foldsearch.runtimes.needs import WORDS
+from foldsearch.spec.propose import RandomSuggest, propose
+from foldsearch.spec.space import Space
+
+
+def for_runtime(space: Space, table: CostTable, target: Target) -> Space:
+    """The part of the space that the runtime can hold, and its ranks as whole numbers.
+
+    Raises:
+        SpecError: it can hold no plan of the space.
+    """
+    space, runtime = space.for_width(table.width), runtime_named(target.runtime)
+    if not runtime.cannot:
+        return space
+    held = held_part(space, runtime)
+    changes = (
+        math.floor(space.removal[1] * len(table.blocks) + 1e-9) or held.attention[1] or held.groups.max_groups
+    )
+    lacks = "" if held.fates and changes else f"the space '{space.name}' has none"
+    if table.by_position and "moved block" in runtime.cannot:
+        lacks = "this model scales attention by a block's position, so its blocks cannot move either"
+    if lacks:
+        without = [
+            what for need, (what, _) in WORDS.items() if need in runtime.cannot and need != "moved block"
+        ]
+        raise SpecError(
+            f"the {runtime.name} runtime runs {runtime.blocks}, so it can hold plans without {', '.join(without)} "
+            f"only; but {lacks}. Let the space remove blocks (removal) and drop them (fates), or take the {ALL_CAN} "
+            "runtime."
+        )
+    return held
+
+
+def held_part(space: Space, runtime: Runtime) -> Space:
+    """The part of the space that the runtime can hold; its fates are empty where that is none.
+
+    Every child of a group has an output norm: what cannot do that shares nothing.
+    """
+    cannot = runtime.cannot
+    held = {fate: table for fate in space.fates if (table := space.table(fate).held(cannot)) is not None}
+    return space.with_tables(held).model_copy(
+        update={
+            "fates": tuple(held),
+            "attention": (0.0, 0.0) if "half block" in cannot else space.attention,
+            "groups": space.groups.model_copy(update={"max_groups": 0}) if "norm" in cannot else space.groups,
+        }
+    )
+
+
+def can_run(plan: FoldPlan, table: CostTable, target: Target) -> bool:
+    """Whether a lawful plan can be folded from the model of the table, and held by the runtime."""
+    refusal = runtime_named(target.runtime).refusal(plan, by_position=table.by_position)
+    return refusal is None and is_foldable(plan, table.width)
+
+
+def narrow(space: Space, table: CostTable, target: Target, budget: Budget) -> Space:
+    """The part of the space that the runtime can hold, its counts cut to those at which some proposal can fit.
+
+    Ranks are whole numbers in it.
+
+    Raises:
+        BudgetError: no proposal of the space can; the message says the smallest price and its plan.
+        SpecError: the runtime can hold no plan of the space.
+    """
+    space = for_runtime(space, table, target)
+    num_blocks = len(table.blocks)
+    fewest, most = space.counts(num_blocks)
+    fitting = [
+        count
+        for count in range(fewest, most + 1)
+        if any(
+            budget.admits(lower_bound(proposal, table, target))
+            for proposal in _extremes(space, num_blocks, count)
+        )
+    ]
+    if not fitting:
+        raise BudgetError(_unreachable(space, table, target, budget))
+    return space.model_copy(update={"removal": (fitting[0] / num_blocks, fitting[-1] / num_blocks)})
+
+
+def smallest(space: Space, table: CostTable, target: Target) -> tuple[FoldPlan, Cost]:
+    """The plan of the space that needs the least memory, and its price.
+
+    Where all blocks cost the same, which of them it drops is only an example.
+    """
+    space = for_runtime(space, table, target)
+    num_blocks = len(table.blocks)
+    fewest, most = space.counts(num_blocks)
+    alone = [
+        price(FoldPlan.dropping([block], num_blocks), table, target).memory_bytes
+        for block in range(num_blocks)
+    ]
+    order = sorted(range(num_blocks - 1, -1, -1), key=lambda block: alone[block])
+    plans = [
+        fold_plan(
+            order[:count],
+            proposal.fold,
+            num_blocks,
+            bases=dict.fromkeys(order[:count], order[-1]),
+            attention_order=range(num_blocks),
+        )
+        for count in range(fewest, most + 1)
+        for proposal in _extremes(space, num_blocks, count)
+    ]
+    prices = [price(plan, table, target) for plan in plans]
+    least = min(range(len(plans)), key=lambda i: prices[i].memory_bytes)
+    return plans[least], prices[least]
+
+
+def repair(
+    proposal: Proposal, space: Space, table: CostTable, target: Target, budget: Budget
+) -> Proposal | None:
+    """The proposal itself if its lower bound fits, else the nearest one that does; None if none does.
+
+    The count and the criterion stay. Nearest: what stands nearest in the fate's own table first, for each of these
+    more groups, then larger ones, then an earlier start, then smaller adapters.
+    """
+    nearest = _nearest(proposal, space, len(table.blocks))
+    return next((other for other in nearest if budget.admits(lower_bound(other, table, target))), None)
+
+
+def _nearest(proposal: Proposal, space: Space, num_blocks: int) -> Iterator[Proposal]:
+    """The proposal and what may stand in for it, the nearest first."""
+    fold, removed = proposal.fold, proposal.removed
+    if not isinstance(fold, Fold):
+        yield proposal
+        return
+    others: list[Removed | None] = [None]
+    if removed is not None:
+        fates = space.table(removed.fate.name).nearest(removed.fate)
+        others = [replace(removed, fate=fate) for fate in fates]
+    yield proposal
+    for other in others:
+        yield replace(proposal, fold=replace(fold, removed=other))
+        if other is None or other.fate.has_groups:
+            for groups in _nearest_groups(fold.groups, space, num_blocks - (removed.count if removed else 0)):
+                yield replace(proposal, fold=replace(fold, removed=other, groups=groups))
+
+
+def _nearest_groups(asked: Groups | None, space: Space, num_kept: int) -> Iterator[Groups]:
+    groups = space.groups
+    earliest = groups.first_start(num_kept)
+    least = Groups(1, min(groups.group_sizes), earliest) if asked is None else asked
+    ranks, starts = sorted(set(groups.adapter_ranks), reverse=True), [earliest]
+    if asked is not None:
+        ranks = sorted({asked.rank, *(rank for rank in ranks if rank < asked.rank)}, reverse=True)
+        starts = list(dict.fromkeys((asked.start, min(earliest, asked.start))))
+    for rank in ranks:
+        for start in starts:
+            for size in sorted(size for size in groups.group_sizes if size >= least.size):
+                for count in range(least.count, groups.max_groups + 1):
+                    yield Groups(count, size, start, rank)
+
+
+def feasible_share(
+    space: Space,
+    table: CostTable,
+    target: Target,
+    budget: Budget,
+    *,
+    num_proposals: int = 100_000,
+    seed: int = 0,
+) -> float:
+    """Share of random proposals whose lower bound fits as they are, before any repair.
+
+    About 50 µs a proposal.
+    """
+    suggest = RandomSuggest(seed)
+    space = for_runtime(space, table, target)
+    fitting = sum(
+        budget.admits(lower_bound(propose(suggest, space, len(table.blocks)), table, target))
+        for _ in range(num_proposals)
+    )
+    return fitting / num_proposals
+
+
+def size(space: Space, num_blocks: int) -> int:
+    """Number of different proposals of the space, recovery settings and neighbour moves not counted."""
+    fewest, most = space.counts(num_blocks)
+    criteria = sum(len(space.settings(criterion)) for criterion in space.criteria)
+    fates = [(space.table(fate).size(), fate_named(fate).has_groups) for fate in space.fates]
+    groups, total = space.groups, 0
+    for count in range(fewest, most + 1):
+        kept = num_blocks - count
+        starts = groups.start_at(groups.start[1], kept) - groups.first_start(kept) + 1
+        grouped = groups.max_groups * len(groups.group_sizes) * starts * len(groups.adapter_ranks)
+        fewest_thin, most_thin = space.attention_counts(num_blocks, count)
+        for thinned in range(fewest_thin, most_thin + 1):
+            if count:
+                total += criteria * sum(size * (1 + grouped * with_groups) for size, with_groups in fates)
+            else:  # nothing is ranked
+                total += bool(thinned) + grouped
+    return total
+
+
+def _extremes(space: Space, num_blocks: int, count: int) -> Iterator[Proposal]:
+    """Proposals among which the cheapest of a count is: as little or as much of everything as the space allows."""
+    _, thinned = space.attention_counts(num_blocks, count)
+    groups = space.groups
+    every: list[Groups | None] = [
+        Groups(number, size, groups.first_start(num_blocks - count), min(groups.adapter_ranks))
+        for size in groups.group_sizes
+        for number in range(1, groups.max_groups + 1)
+    ]
+    removals: list[Removed | None] = [None]
+    if count:
+        criterion = space.criteria[0]  # they all choose as many
+        setting = space.settings(criterion)[0]
+        removals = [
+            Removed(criterion, count, fate, setting)
+            for name in space.fates
+            for fate in space.table(name).cheapest()
+        ]
+    for removed in removals:
+        if count or thinned or not groups.max_groups:
+            yield Proposal(Fold(removed, None, thinned))
+        if removed is None or removed.fate.has_groups:
+            yield from (Proposal(Fold(removed, one, thinned)) for one in every)
+
+
+def _unreachable(space: Space, table: CostTable, target: Target, budget: Budget) -> str:
+    plan, cost = smallest(space, table, target)
+    words = []
+    load = f"shorten the context ({target.context} tokens)"
+    if target.batch > 1:
+        load += f", serve fewer sequences at once (batch, now {target.batch})"
+    if budget.memory_bytes is not None:
+        words.append(f"{budget.memory_bytes / GB:.6g} GB")
+    if budget.flops is not None:
+        words.append(f"{budget.flops:.4g} FLOPs per token")
+    return (
+        f"no plan of the space '{space.name}' keeps the budget of {' and '.join(words)}: its smallest reaches "
+        f"{cost.memory_bytes / GB:.4f} GB and {cost.flops:.4g} FLOPs per token with a plan such as '{plan}'. "
+        f"Raise the budget, {load}, or let the space remove more "
+        f"(removal, now up to {space.removal[1]:g})."
+    )
