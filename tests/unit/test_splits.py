@@ -18,9 +18,11 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from foldsearch.errors import DataError
-from foldsearch.model.splits import make_splits, split_of
+from foldsearch.model import splits as splits_file
+from foldsearch.model.splits import SplitRules, split_of
 from foldsearch.model.text import Source
 from foldsearch.model.tokens import SPLITS, TokenSet
+from foldsearch.progress import unheard
 
 
 class Counting(PreTrainedTokenizerFast):
@@ -70,6 +72,10 @@ def write_folder(folder: Path, texts: list[str]) -> str:
 
 def numbers(search: int, recovery: int, report: int) -> dict[str, int]:
     return {"search": search, "recovery": recovery, "report": report}
+
+
+def make_splits(data, tokenizer, *, progress=unheard, notice=unheard, **rules):
+    return splits_file.make_splits(data, tokenizer, SplitRules(**rules), progress=progress, notice=notice)
 
 
 def words(ids: torch.Tensor) -> str:
