@@ -32,6 +32,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from foldsearch.model.register import register
+from foldsearch.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from foldsearch.api import export_trial, inspect_model, open_run, try_plan
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from foldsearch.search.run import run_search
     from foldsearch.spec.load import load_study
 
-__version__ = "0.1.0"
 
 __all__ = [
     "load_study",

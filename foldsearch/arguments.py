@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import foldsearch
 from foldsearch import runtimes
 from foldsearch.plan.extend import DEFAULT_RANK, PATTERNS
+from foldsearch.version import __version__
 
 _ABOUT = """\
 From a decoder LLM and a device budget to a Pareto front of folded models that were really
@@ -94,7 +94,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 def command_line() -> argparse.ArgumentParser:
     """The parser of the whole command line: `verb` of what it returns is the name of the verb."""
     parser = argparse.ArgumentParser(prog="foldsearch", description=_ABOUT, formatter_class=_Help)
-    parser.add_argument("--version", action="version", version=f"foldsearch {foldsearch.__version__}")
+    parser.add_argument("--version", action="version", version=f"foldsearch {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True)
     for name, summary, more, add_arguments in _VERBS:
         description = f"{summary[0].upper()}{summary[1:]}."

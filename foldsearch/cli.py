@@ -416,7 +416,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     if (by_kind := kinds_table(entry.result)) is not None:
         out.print(by_kind)
         out.print()
-    out.print(evaluation_table(found))
+    questions = {one.name: one.choices for one in found if one.choices is not None}
+    out.print(evaluation_table(questions, [score for one in found for score in one.scores]))
     for one in found:
         _print_line(out, f"Written: {printable(one.file)}")
     return 0

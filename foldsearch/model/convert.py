@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,14 +27,55 @@ from foldsearch.model.gguf.weights import TensorReader, read_weights
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from foldsearch.model.source import ModelSource
-
-__all__ = ["DTYPES", "RECORD", "convert", "name_some", "quiet", "write_error", "write_gguf_tokenizer"]
+__all__ = [
+    "DTYPES",
+    "RECORD",
+    "ModelSource",
+    "convert",
+    "name_some",
+    "quiet",
+    "write_error",
+    "write_gguf_tokenizer",
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RECORD = "foldsearch.json"  # written last into a converted folder
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """The files of a model as they were found; no weight was read.
+
+    Attributes:
+        reference: what the person typed.
+        folder: where the files lie.
+        weights: safetensors, .bin, or a .gguf (all its parts, where it has several). Empty where they are still on the
+            hub, or are not there at all: `prepare` fetches them, or says what is missing.
+        small: config, tokenizer, code: empty for a GGUF, which holds its own.
+        trust_remote_code: whether code that came with the model may run.
+        hub_id: org/name of a model of the hub, else "".
+        commit: of the hub model, resolved; else "".
+    """
+
+    reference: str
+    folder: Path
+    weights: tuple[Path, ...]
+    small: tuple[Path, ...]
+    trust_remote_code: bool = False
+    hub_id: str = ""
+    commit: str = ""
+
+    @property
+    def gguf_file(self) -> str | None:
+        """The name of the GGUF file that holds everything; None for a folder of a transformers model."""
+        return self.weights[0].name if self.weights and self.weights[0].suffix == ".gguf" else None
+
+    @property
+    def place(self) -> Path:
+        """What a person would look at: the GGUF file, or the folder."""
+        return self.folder / self.gguf_file if self.gguf_file else self.folder
 
 
 def convert(source: ModelSource, config: PretrainedConfig, target: Path, dtype: str, say: Say) -> None:

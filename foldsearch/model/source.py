@@ -48,6 +48,7 @@ from foldsearch.model.content import ContentHashes, content_of
 from foldsearch.model.convert import (
     DTYPES,
     RECORD,
+    ModelSource,
     convert,
     name_some,
     quiet,
@@ -110,40 +111,6 @@ class DenseFiles:
     content_hash: str
     note: str
     trust_remote_code: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSource:
-    """The files of a model as they were found; no weight was read.
-
-    Attributes:
-        reference: what the person typed.
-        folder: where the files lie.
-        weights: safetensors, .bin, or a .gguf (all its parts, where it has several). Empty where they are still on the
-            hub, or are not there at all: `prepare` fetches them, or says what is missing.
-        small: config, tokenizer, code: empty for a GGUF, which holds its own.
-        trust_remote_code: whether code that came with the model may run.
-        hub_id: org/name of a model of the hub, else "".
-        commit: of the hub model, resolved; else "".
-    """
-
-    reference: str
-    folder: Path
-    weights: tuple[Path, ...]
-    small: tuple[Path, ...]
-    trust_remote_code: bool = False
-    hub_id: str = ""
-    commit: str = ""
-
-    @property
-    def gguf_file(self) -> str | None:
-        """The name of the GGUF file that holds everything; None for a folder of a transformers model."""
-        return self.weights[0].name if self.weights and self.weights[0].suffix == ".gguf" else None
-
-    @property
-    def place(self) -> Path:
-        """What a person would look at: the GGUF file, or the folder."""
-        return self.folder / self.gguf_file if self.gguf_file else self.folder
 
 
 def check_cache(cache_dir: Path) -> None:

@@ -40,9 +40,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from foldsearch.cache import Entry as CacheEntry
-    from foldsearch.evaluate import Evaluation
     from foldsearch.export.figures import ExportReport
+    from foldsearch.model.choices import ChoiceQuality
     from foldsearch.model.evidence import Evidence
+    from foldsearch.model.harness import TaskScore
     from foldsearch.search.dry_run import DryRun
     from foldsearch.spec.study import Study
 
@@ -587,15 +588,13 @@ def export_table(report: ExportReport, folder: Path) -> Group:
     )
 
 
-def evaluation_table(found: Sequence[Evaluation]) -> Group:
-    """What a folded model still knows, beside dense: `foldsearch evaluate`."""
+def evaluation_table(asked: Mapping[str, ChoiceQuality], scores: Sequence[TaskScore]) -> Group:
+    """What a folded model still knows, beside dense: question files by their names, and tasks."""
     parts: list[RenderableType] = []
-    asked = [(one.name, one.choices) for one in found if one.choices is not None]
-    scores = [score for one in found for score in one.scores]
     if asked:
         table = _plain_table("questions", "items>", "dense accuracy>", "folded accuracy>", "agreement>")
         _columns(table, "stability>", "eff. items>")
-        for name, quality in asked:
+        for name, quality in asked.items():
             table.add_row(
                 name,
                 f"{quality.items:,}",
@@ -610,7 +609,7 @@ def evaluation_table(found: Sequence[Evaluation]) -> Group:
             "same, weighted by how far apart dense's perplexities of the options are; eff. items: what those weights "
             "are worth in questions of equal weight."
         )
-        if not all(isfinite(quality.accuracy_se) for _, quality in asked):
+        if not all(isfinite(quality.accuracy_se) for quality in asked.values()):
             words += " ± —: no standard error, as there is one question."
         parts += [table, Text(), Text(words, style="dim")]
     if scores:

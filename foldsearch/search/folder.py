@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from foldsearch import __version__
 from foldsearch.errors import FoldsearchError, RunError, quote_error
 from foldsearch.files import check_writable, disk_is_full, write_json
 from foldsearch.paths import beside, check_path, command, printable
@@ -26,6 +25,7 @@ from foldsearch.plan.cost import Budget, Cost, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.spec.load import study_from_json
 from foldsearch.spec.study import Study
+from foldsearch.version import __version__
 
 SCHEMA = 4
 LIMITS = ("trials", "seconds", "jobs")  # what a resumed run may change
