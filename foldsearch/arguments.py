@@ -316,7 +316,7 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", metavar="D", action="append",
         help="text: hub data set, folder, package:NAME, or file (.txt, .jsonl, .json, .csv, .parquet, ...); "
-        "may be given more than once",
+        "may be given more than once; own: is text that the model writes itself, to train on",
     )  # fmt: skip
     parser.add_argument(
         "--text-column",

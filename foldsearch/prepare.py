@@ -20,9 +20,10 @@ from foldsearch.model import source
 from foldsearch.model.checks import check_lengths, check_tokens
 from foldsearch.model.content import ContentHashes
 from foldsearch.model.measure import measure
+from foldsearch.model.own_text import OwnText, first_tokens, kept_text, with_own_text
 from foldsearch.model.splits import SplitRules, make_splits
 from foldsearch.model.text import Source, check_reference, holds, local_path
-from foldsearch.model.tokens import Splits
+from foldsearch.model.tokens import Splits, front_of
 from foldsearch.paths import printable
 from foldsearch.plan.cost import CostTable, price
 from foldsearch.plan.plan import FoldPlan
@@ -144,12 +145,20 @@ def prepare_context(
     progress("pricing the dense model", 0.0)
     table = measure(config)
     check(table)
-    splits = _splits_of(study, run_folder, found, made, progress, notice)
+    splits = _splits_of(study, run_folder, found, progress, notice)
+    writes = study.own_text()[1] > 0 and not (run_folder / TOKENS).exists()
+    if not writes:
+        _keep_splits(splits, run_folder, made)
     sets = (splits.search, splits.recovery, splits.report)
     check_tokens(study.model, config.vocab_size, (one.ids_NT for one in sets))
     files, content = prepare_model(
         study, found, run_folder=run_folder, cache_dir=cache_dir, progress=progress
     )
+    began = time.monotonic()
+    if writes:
+        splits = _with_own_text(splits, study, files, (device, cache_dir), progress)
+        _keep_splits(splits, run_folder, made)
+    writing_seconds = time.monotonic() - began
     opened = AutoConfig.from_pretrained(files.folder, trust_remote_code=files.trust_remote_code)
     if opened.tie_word_embeddings != config.tie_word_embeddings:
         # The config says tied, but the checkpoint holds two matrices that differ: only the weights could tell.
@@ -159,7 +168,8 @@ def prepare_context(
     context = TrialContext(study, files, table, study.budget.value(dense), run_folder, cache_dir, device)
     if made is None:
         _identity_of(context, found, content, splits).write(run_folder)
-    return _asked(context, progress)
+    context = _asked(context, progress)
+    return replace(context, asking_seconds=context.asking_seconds + writing_seconds)
 
 
 def _asked(context: TrialContext, progress: StageProgress) -> TrialContext:
@@ -223,25 +233,29 @@ def _splits_of(
     study: Study,
     run_folder: Path,
     found: source.ModelSource,
-    made: Identity | None,
     progress: StageProgress,
     notice: Notice,
 ) -> Splits:
-    """The token sets of a run, cut where there are none yet.
+    """The token sets of a run, cut where there are none yet; those lack what the dense model writes itself.
 
     Raises:
-        DataError: the text cannot be used. RunError: the token sets are not those that the run was made with.
+        DataError: the text cannot be used.
     """
-    path = run_folder / TOKENS
-    if path.exists():
-        splits = read_splits(run_folder)
-    else:
-        splits = make_study_splits(study, source.open_tokenizer(found), progress, notice=notice)
+    if (run_folder / TOKENS).exists():
+        return read_splits(run_folder)
+    return make_study_splits(study, source.open_tokenizer(found), progress, notice=notice)
+
+
+def _keep_splits(splits: Splits, run_folder: Path, made: Identity | None) -> None:
+    """Write the token sets of a run, where it has none yet.
+
+    Raises:
+        RunError: they are not those that the run was made with.
+    """
     if made is not None:
         made.check_tokens(_token_hashes(splits), run_folder)
-    if not path.exists():
-        write_splits(path, splits)
-    return splits
+    if not (run_folder / TOKENS).exists():
+        write_splits(run_folder / TOKENS, splits)
 
 
 def _token_hashes(splits: Splits) -> dict[str, str]:
@@ -289,7 +303,7 @@ def make_study_splits(
     search_only: bool = False,
     notice: Notice = unheard,
 ) -> Splits:
-    """The token sets of a study.
+    """The token sets of a study, but for the text that the dense model writes itself.
 
     Args:
         study: whose text, and how much of it.
@@ -304,7 +318,8 @@ def make_study_splits(
     progress("reading the text", 0.0)
     sources = study.sources()
     sizes = study.splits
-    num_sequences = {"search": sizes.search, "recovery": sizes.recovery, "report": sizes.report}
+    recovery = sizes.recovery - study.own_text()[1]
+    num_sequences = {"search": sizes.search, "recovery": recovery, "report": sizes.report}
     if search_only:
         num_sequences |= {"recovery": 0, "report": 0}
     return make_splits(
@@ -321,6 +336,27 @@ def make_study_splits(
         progress=lambda message: progress(message, 0.0),
         notice=notice,
     )
+
+
+def _with_own_text(
+    splits: Splits, study: Study, files: source.DenseFiles, where: tuple[str, Path], say: StageProgress
+) -> Splits:
+    """The token sets with what the dense model writes itself among the recovery texts; where: device and cache."""
+    (kind, count), (device, cache_dir) = study.own_text(), where
+    stage = f"the dense model writes {count} sequences itself"
+    say(stage, 0.0)
+    tokenizer = source.open_tokenizer(files)
+    wanted = OwnText(count, study.splits.sequence_length, front_of(tokenizer), study.seed)
+    dense = source.open_dense(files, device=device)
+    ids_NT = kept_text(
+        dense,
+        first_tokens(tokenizer, dense.config.vocab_size),
+        wanted,
+        model_hash=files.content_hash,
+        cache_dir=cache_dir,
+        progress=lambda share: say(stage, share),
+    )
+    return replace(splits, recovery=with_own_text(splits.recovery, ids_NT, kind, len(wanted.front)))
 
 
 def _source(settings: SourceSettings) -> Source:

@@ -124,7 +124,7 @@ def make_splits(
 
     if isinstance(data, Mapping):
         _check_names("data", data)
-        parts = {name: load(data[name]) for name in SPLITS}
+        parts = {name: load(data[name]) if data[name] or rules.num_sequences[name] else [] for name in SPLITS}
         _part_from_others({name: of for name, of in parts.items() if rules.num_sequences[name]}, cutter.size)
     else:
         dealt = [part.dealt(notice) for part in load(data)]

@@ -5,7 +5,6 @@ Relative paths in a study are read from the current folder, as on the command li
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
@@ -27,6 +26,7 @@ OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 RECOVERY = RecoveryTraining()  # the defaults
 
 
+OWN = "own:"  # as a source: text that the dense model writes itself
 LONGEST_KIND = 24  # characters: it heads a column of every table
 MOST = 1e9  # gigabytes, or seconds: beyond any machine's, and safe in arithmetic
 
@@ -218,9 +218,10 @@ class Study(TomlTable):
 
     model: a reference, as `foldsearch.model.source` reads it. revision: branch, tag or commit of a hub model.
     data: one source of text or a list of them, split by document, or a table of search, recovery and report. A source
-    is a reference, as `foldsearch.model.text` reads it, or a table of `SourceSettings`. text_column: key or column that
-    holds the text of a row, dotted where it is nested. sample_by: what a document of a plain text file is, if not what
-    stands between two blank lines or form feeds.
+    is a reference, as `foldsearch.model.text` reads it, or a table of `SourceSettings`; "own:" is text that the dense
+    model writes itself (`foldsearch.model.own_text`), a kind of the recovery texts only. text_column: key or column
+    that holds the text of a row, dotted where it is nested. sample_by: what a document of a plain text file is, if not
+    what stands between two blank lines or form feeds.
     device: "auto" takes CUDA, then MPS, then the CPU. precision: what trials compute in; "auto" is bfloat16 where the
     device multiplies it fast (CUDA, CPUs with AMX), else float32. trust_remote_code: let a model's own code run.
     rungs: recovery tokens trained on when each rung is measured. trials, seconds: when the search ends, whichever
@@ -283,19 +284,40 @@ class Study(TomlTable):
         return value
 
     @model_validator(mode="after")
+    def _own_text_is_not_all(self) -> Study:
+        splits = self._by_split()
+        for split in ("search", "report"):
+            others = [one for one in splits[split] if one.source != OWN]
+            if not others or (isinstance(self.data, Sources) and len(others) < len(splits[split])):
+                raise ValueError(
+                    f"the {split} texts must be of other sources than the model itself; got '{OWN}' for them. "
+                    "Add a source, and keep it for data.recovery where each split has text of its own"
+                )
+        if any(one.kind in self.kinds.unseen for one in splits["recovery"] if one.source == OWN):
+            raise ValueError(
+                f"an unseen kind must be in the report texts only; got that of '{OWN}', which is trained on. "
+                "Leave one of them out"
+            )
+        if any(one.source == OWN for one in splits["recovery"]) and not self.own_text()[1]:
+            raise ValueError(
+                f"'{OWN}' must be at least one of the recovery sequences; got none of {self.splits.recovery}. Raise "
+                "splits.recovery or its weight, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _known_kinds(self) -> Study:
         unseen = self.kinds.unseen
         if not unseen:
             return self
-        found = self.sources()
-        splits = found if isinstance(found, dict) else dict.fromkeys(("search", "recovery", "report"), found)
-        known = list(dict.fromkeys(one.kind for one in splits["report"]))
+        splits = self._by_split()
+        known = list(dict.fromkeys(one.kind for one in splits["report"] if one.source != OWN))
         if unknown := [name for name in unseen if name not in known]:
             raise ValueError(
                 f"an unseen kind must be one of {', '.join(map(str, known))}, the kinds of the report texts; got "
                 f"{as_toml(unknown[0])}. Name one of these in kinds.unseen, or leave it out"
             )
-        for split in ("search", "recovery") if isinstance(found, dict) else ():
+        for split in ("search", "recovery") if isinstance(self.data, Sources) else ():
             if shared := [one.kind for one in splits[split] if one.kind in unseen]:
                 raise ValueError(
                     f"an unseen kind must be in the report texts only; got {as_toml(shared[0])} in those of {split}. "
@@ -308,17 +330,44 @@ class Study(TomlTable):
             )
         return self
 
-    def sources(self) -> tuple[SourceSettings, ...] | dict[str, tuple[SourceSettings, ...]]:
-        """The sources of the text, or those of each split, with the study's way of reading them.
+    def _by_split(self) -> dict[str, tuple[SourceSettings, ...]]:
+        """The sources of each split, the model itself among them, with the study's way of reading them.
 
         Where kinds of text are named, a source that names none is of a kind of its own name.
         """
-        if isinstance(self.data, Sources):
-            found = {split: self._settings(getattr(self.data, split)) for split in Sources.model_fields}
-            every = [one for of in found.values() for one in of]
-            return {split: self._with_kinds(of, every) for split, of in found.items()}
-        given = self._settings(self.data)
-        return self._with_kinds(given, given)
+        given = {
+            split: self._settings(getattr(self.data, split) if isinstance(self.data, Sources) else self.data)
+            for split in Sources.model_fields
+        }
+        every = [one for of in given.values() for one in of]
+        if not self.kinds.unseen and not any(one.kind or one.source == OWN for one in every):
+            return given
+        return {
+            split: tuple(one.model_copy(update={"kind": one.kind or own_name(one.source)}) for one in of)
+            for split, of in given.items()
+        }
+
+    def sources(self) -> tuple[SourceSettings, ...] | dict[str, tuple[SourceSettings, ...]]:
+        """The sources of the text, or those of each split, with the study's way of reading them and their kinds.
+
+        The model itself is not among them, see `own_text`.
+        """
+        found = {
+            split: tuple(one for one in of if one.source != OWN) for split, of in self._by_split().items()
+        }
+        return found if isinstance(self.data, Sources) else found["search"]
+
+    def own_text(self) -> tuple[str, int]:
+        """The kind of the text that the dense model writes itself, and how many of the recovery sequences are of it."""
+        sources = [one for one in self._by_split()["recovery"] if one.kind not in self.kinds.unseen]
+        own = [one for one in sources if one.source == OWN]
+        if not own:
+            return "", 0
+        whole = sum(one.weight or 0.0 for one in sources)  # 0 where nobody has a weight: equal shares then
+        share = (
+            sum(one.weight or 0.0 for one in own) / whole if whole else 1 / len({one.kind for one in sources})
+        )
+        return str(own[0].kind), round(share * self.splits.recovery)
 
     def all_sources(self) -> tuple[SourceSettings, ...]:
         """The sources of all splits, each once."""
@@ -338,14 +387,6 @@ class Study(TomlTable):
             )
             for one in tables
         )
-
-    def _with_kinds(
-        self, sources: tuple[SourceSettings, ...], every: Sequence[SourceSettings]
-    ) -> tuple[SourceSettings, ...]:
-        if not self.kinds.unseen and not any(one.kind for one in every):
-            return sources
-        named = (one.kind or own_name(one.source) for one in sources)
-        return tuple(one.model_copy(update={"kind": kind}) for one, kind in zip(sources, named, strict=True))
 
     def narrowed(self, table: CostTable) -> Space:
         """The space, cut to what can keep the budget on a model of these costs.

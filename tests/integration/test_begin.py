@@ -22,6 +22,7 @@ from foldsearch import export as exporting
 from foldsearch.context import TrialContext, open_workbench, read_splits, write_splits
 from foldsearch.draft import choose_blocks, choose_plan
 from foldsearch.fates import Replace, Share
+from foldsearch.model import own_text
 from foldsearch.model.source import open_tokenizer
 from foldsearch.model.tokens import Kinds, Splits, TokenSet
 from foldsearch.plan.plan import FoldPlan
@@ -108,6 +109,38 @@ def test_the_kinds_of_a_runs_texts_are_read_as_they_were_written(
         one, other = getattr(told, name).kinds, getattr(read_splits(tmp_path), name).kinds
         assert (one.names, one.unseen, one.over) == (other.names, other.unseen, other.over)
         assert torch.equal(one.of_N, other.of_N)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_the_model_writes_itself_is_among_the_recovery_texts_and_is_written_once(
+    place: Path, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: bool
+) -> None:
+    corpus = str(place / "corpus")
+    data = {"search": corpus, "recovery": "own:", "report": corpus} if alone else [corpus, "own:"]
+    if alone:  # search and report texts of their own have no document in common
+        write_corpus(tmp_path / "other", seed=9)
+        data = {"search": corpus, "recovery": "own:", "report": str(tmp_path / "other")}
+    mixed = Study.model_validate({**study.model_dump(mode="json"), "data": data}, strict=False)
+    told: list[tuple[str, float]] = []
+    with watched():
+        context = prepare_context(
+            mixed, tmp_path / "run", cache_dir=tmp_path / "cache", progress=lambda *words: told.append(words)
+        )
+    splits = read_splits(tmp_path / "run")
+    counted = [splits.recovery.kinds.names[index] for index in splits.recovery.kinds.of_N].count("own")
+    assert (counted, len(splits.recovery.ids_NT)) == (8 if alone else 4, 8)
+    assert "own" not in [*splits.search.kinds.names, *splits.report.kinds.names]
+    assert splits.recovery.text_NT.tolist() == [[False] * 2 + [True] * (LENGTH - 2)] * 8
+    stage = f"the dense model writes {counted} sequences itself"
+    assert (stage, 1.0) in told
+    # again, from what is kept: in the run, and where that is gone in the cache
+    monkeypatch.setattr(own_text, "write_text", None)
+    assert replace(context, asking_seconds=0) == prepare_context(
+        mixed, tmp_path / "run", cache_dir=tmp_path / "cache"
+    )
+    (tmp_path / "run" / "tokens.safetensors").unlink()
+    prepare_context(mixed, tmp_path / "run", cache_dir=tmp_path / "cache")
+    assert read_splits(tmp_path / "run").recovery.content_hash == splits.recovery.content_hash
 
 
 def test_the_token_sets_of_a_run_know_what_is_text(context: TrialContext) -> None:

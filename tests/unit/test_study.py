@@ -303,6 +303,47 @@ def test_faults_of_kinds(tmp_path: Path, data: str, kinds: str, expected: str) -
     assert faults(text, tmp_path) == [expected]
 
 
+OWN_AND = '["a", "own:", { source = "b", kind = "talk" }, { source = "c", kind = "talk" }]'
+
+
+@pytest.mark.parametrize(
+    ("data", "more", "expected"),
+    [
+        ('["a", "own:"]', "", ("own", 32)),  # of 64: half is of the kind "a"
+        (OWN_AND, "", ("own", 21)),  # a third, as there are three kinds
+        (OWN_AND, '[kinds]\nunseen = ["talk"]', ("own", 32)),  # what is unseen takes no share of it
+        ('[{ source = "a", weight = 3 }, { source = "own:", kind = "mine", weight = 1 }]', "", ("mine", 16)),
+        ('{ search = "a", recovery = "own:", report = "b" }', "", ("own", 64)),
+        ('["a", "b"]', "", ("", 0)),
+    ],
+)
+def test_own_text_is_a_kind_of_the_recovery_texts(
+    tmp_path: Path, data: str, more: str, expected: tuple[str, int]
+) -> None:
+    study = load_study(write(tmp_path, f'model = "m"\nspace = "foldgpt"\ndata = {data}\n{more}\n'))
+    assert study.own_text() == expected
+    assert "own:" not in [one.source for one in study.all_sources()]
+
+
+@pytest.mark.parametrize(
+    ("data", "more", "words"),
+    [
+        ('"own:"', "", "the search texts must be of other sources than the model itself; got 'own:'"),
+        ('{ search = ["a", "own:"], recovery = "b", report = "c" }', "", "the search texts must be of other"),
+        ('{ search = "a", recovery = "b", report = "own:" }', "", "the report texts must be of other"),
+        ('["a", "own:"]', '[kinds]\nunseen = ["own"]', "got that of 'own:', which is trained on"),
+        (
+            '[{ source = "a", weight = 300 }, { source = "own:", weight = 1 }]',
+            "",
+            "'own:' must be at least one of the recovery sequences; got none of 64",
+        ),
+    ],
+)
+def test_faults_of_own_text(tmp_path: Path, data: str, more: str, words: str) -> None:
+    (fault,) = faults(f'model = "m"\nspace = "foldgpt"\ndata = {data}\n{more}\n', tmp_path)
+    assert words in fault
+
+
 def test_another_text_has_no_unseen_kinds_unless_they_are_named_too(tmp_path: Path) -> None:
     text = (
         f'model = "m"\nspace = "foldgpt"\ndata = {KINDS}\n[kinds]\nunseen = ["prose"]\nobjective = "worst"\n'
