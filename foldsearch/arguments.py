@@ -149,6 +149,9 @@ def _try(parser: argparse.ArgumentParser) -> None:
     _add_study(parser, "settings")
     _add_study_options(parser)
     _add_tokens(parser, "recovery tokens")
+    parser.add_argument(
+        "--no-heal", action="store_true", help="show the plan as it is, not healed in closed form"
+    )
     _add_out(parser, "keep the trained parameters and results here")
 
 

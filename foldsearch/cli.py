@@ -316,8 +316,11 @@ def _whole_or_absent(folder: Path | None) -> Iterator[None]:
 
 
 def _tried_study(args: argparse.Namespace) -> Study:
-    """The study whose last rung is `--tokens`."""
-    return _study(args, **({} if args.tokens is None else {"rungs": sorted({0, args.tokens})}))
+    """The study whose last rung is `--tokens`, without healing where `--no-heal` says so."""
+    more: dict[str, Any] = {} if args.tokens is None else {"rungs": sorted({0, args.tokens})}
+    if getattr(args, "no_heal", False):
+        more["healing.tokens"] = 0
+    return _study(args, **more)
 
 
 def _show_results(results: list[TrialResult]) -> int:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from foldsearch.context import TrialContext, open_workbench
@@ -17,23 +20,24 @@ from foldsearch.errors import RunError, VerificationError
 from foldsearch.files import replace_atomically
 from foldsearch.machine import Machine
 from foldsearch.model.fold import fold
+from foldsearch.model.heal import heal, is_healable
 from foldsearch.model.judge import judge
 from foldsearch.model.recover import attach, load_trained, merge
-from foldsearch.model.starts import StartSettings, folded_start, new_values
+from foldsearch.model.starts import StartSettings, fitting_tokens, folded_start, new_values
+from foldsearch.model.states import residual_states
 from foldsearch.paths import printable
-from foldsearch.plan.plan import Replacement
-from foldsearch.plan.result import Quality, TrialResult
-from foldsearch.progress import StageProgress, silent
+from foldsearch.plan.result import Healing, Quality, TrialResult
+from foldsearch.progress import StageProgress, counting, silent
 from foldsearch.record import RECOVERED, START, TrialRecord, check_state, is_ahead
+
+HEALING = "healing"  # of what is told with the start of a trial
 
 
 def folded_model(
     record: TrialRecord, context: TrialContext, folder: Path, say: StageProgress
 ) -> PreTrainedModel:
-    """The folded model before recovery; what was fitted for it is kept in the trial's folder."""
+    """The folded model before recovery; what was fitted for it, and healed in it, is kept in the trial's folder."""
     bench = open_workbench(context, say)
-    if not any(isinstance(slot, Replacement) or slot.rank or slot.norm for slot in record.plan.slots):
-        return fold(bench.dense, record.plan)
     path = folder / START
     if path.exists():
         return fold(bench.dense, record.plan, load_file(path))
@@ -46,9 +50,52 @@ def folded_model(
         cache_dir=context.cache_dir,
         progress=say,
     )
-    values = {name: value.contiguous() for name, value in new_values(model).items()}
-    replace_atomically(path, lambda temporary: save_file(values, temporary, {"found": json.dumps(found)}))
+    values = new_values(model)
+    # What runs deeper than the dense model is to become better than it, not more like it.
+    if context.study.healing.tokens and not record.plan.is_extension and is_healable(model):
+        healed, healing = _heal(model, context, say)
+        values, found = values | healed, found | {HEALING: asdict(healing)}
+    if found:
+        values = {name: value.contiguous() for name, value in values.items()}
+        replace_atomically(path, lambda temporary: save_file(values, temporary, {"found": json.dumps(found)}))
     return model
+
+
+def _heal(
+    model: PreTrainedModel, context: TrialContext, say: StageProgress
+) -> tuple[dict[str, Tensor], Healing]:
+    """Heal a folded model in place; what is new in it, and what is told of it."""
+    began = time.perf_counter()
+    bench = open_workbench(context)
+    ids_NT = fitting_tokens(bench.splits.recovery.ids_NT, context.study.healing.tokens)
+    states = residual_states(
+        bench.dense,
+        ids_NT,
+        model_hash=context.files.content_hash,
+        cache_dir=context.cache_dir,
+        progress=counting(say, "residual states"),
+    )
+    healed = heal(model, states, ids_NT, counting(say, "healing"))
+    solved = len(healed.blocks)
+    healing = Healing(
+        tokens=healed.tokens,
+        solved=solved,
+        changed=sum(block.ridge is not None for block in healed.blocks),
+        before=sum(block.before for block in healed.blocks) / solved,
+        after=sum(block.after for block in healed.blocks) / solved,
+        seconds=time.perf_counter() - began,
+    )
+    return healed.values, healing
+
+
+def healing_of(folder: Path) -> Healing | None:
+    """What healing did to the model of a trial's folder, once that was folded; None where it did nothing."""
+    path = folder / START
+    if not path.exists():
+        return None
+    with safe_open(path, framework="pt") as file:
+        found = json.loads(file.metadata()["found"]).get(HEALING)
+    return Healing(**found) if found else None
 
 
 def kept_model(record: TrialRecord, context: TrialContext, folder: Path, kept_tokens: int) -> PreTrainedModel:

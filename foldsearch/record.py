@@ -1,7 +1,7 @@
 """A trial as it stands on disk: enough to go on from its last rung, and to rebuild its model.
 
 trials/00012/trial.json             plan, recovery settings, results so far
-trials/00012/start.safetensors      fitted replacements and adapters, where the plan has any
+trials/00012/start.safetensors      fitted replacements and adapters, and healed matrices, where there are any
 trials/00012/recovered.safetensors  what recovery trained, at the trial's best state; none where that is untrained
 trials/00012/optimizer.safetensors  its latest state, to go on from; until the last rung
 plans/<plan id>.json                which trial measures the plan: no plan is trained twice

@@ -1,4 +1,4 @@
-"""One trial, rung by rung: draft → fold → measure → recover a little → measure → recover more.
+"""One trial, rung by rung: draft → fold → heal → measure → recover a little → measure → recover more.
 
 It knows neither Optuna nor Ray and can run alone in one process. What it learnt is on disk after every rung (see
 `foldsearch.record`), so a trial that was stopped or killed goes on from its last rung when it is run again. What is
@@ -29,7 +29,7 @@ from foldsearch.plan.cost import Cost, price
 from foldsearch.plan.result import Quality, Setback, TrialResult, trained_for
 from foldsearch.progress import StageProgress, TimeUp, silent
 from foldsearch.proposal import Proposal
-from foldsearch.rebuild import folded_model, kept_model
+from foldsearch.rebuild import folded_model, healing_of, kept_model
 from foldsearch.record import TrialRecord, check_state, copy_state, hold_plan, plan_path
 
 EXTENSION_NEXT_TOKEN = 0.5  # weight of the next-token loss for extensions, where the study does not say
@@ -97,6 +97,7 @@ def run_trial(
                     cost=cost,
                     seconds=spent + time.perf_counter() - began,
                     gates=record.gates,
+                    healing=healing_of(folder),
                 )
                 record = replace(record, results=(*record.results, result))
                 record.write(folder, Machine.here(context.device))

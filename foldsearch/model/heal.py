@@ -111,9 +111,7 @@ def heal(
             f"Give {2 * length} tokens or more."
         )
     places = _places(model)
-    begin = next((i for i, place in enumerate(places) if place.is_touched), len(places))
-    if not any(place.writer for place in places[begin:]):
-        return Healed({}, (), 0)
+    begin = _first_touched(places)
     inputs = other_inputs(model, list(decoder_blocks(model)), ids_NT)
     text = _Text(states, begin, num_sequences - max(1, round(HELD_OUT * num_sequences)), model.device)
     values: dict[str, Tensor] = {}
@@ -135,6 +133,19 @@ def heal(
         if progress is not None:
             progress(index + 1 - begin, len(places) - begin)
     return Healed(values, tuple(blocks), num_sequences * length)
+
+
+def is_healable(model: PreTrainedModel) -> bool:
+    """Whether anything would be solved: something was taken out, and a position from there on has a matrix of its own.
+
+    It costs nothing, where the dense model's states are still to be computed.
+    """
+    places = _places(model)
+    return any(place.writer for place in places[_first_touched(places) :])
+
+
+def _first_touched(places: list[_Place]) -> int:
+    return next((index for index, place in enumerate(places) if place.is_touched), len(places))
 
 
 def _heal_one(
@@ -167,7 +178,8 @@ def _heal_one(
             if solution_FD is not None:
                 left_MD = left_MD - writer.change(h_MF, solution_FD)
             total += float((left_MD.square() * weight_NT1[here].flatten(0, 1)).sum(dtype=torch.float64))
-        return total / sum(weight_NT1[here].numel() for here, _ in held_out)
+        error = total / sum(weight_NT1[here].numel() for here, _ in held_out)
+        return math.inf if math.isnan(error) else error
 
     before = missed(None)
     if not math.isfinite(before + sums[True].square):
@@ -176,9 +188,9 @@ def _heal_one(
             f"not a finite number. Compute in float32, or leave healing out."
         )
     number, after = _best_ridge(lambda number: missed(sums[True].solved(RIDGES[number], writer)), first_ridge)
-    if not after < before:
-        return HealedBlock(place.position, None, before, before), number
     solution_FD = (sums[True] + sums[False]).solved(RIDGES[number], writer)
+    if not (after < before and bool(solution_FD.isfinite().all())):
+        return HealedBlock(place.position, None, before, before), number
     for here, h_MF in read:
         own_BTD = text.own_NTD[here]
         own_BTD += writer.change(h_MF, solution_FD).view_as(own_BTD).to(own_BTD.dtype)
@@ -266,7 +278,7 @@ def _shared(model: PreTrainedModel) -> set[int]:
 
 def _writer(block: nn.Module, slot: dict[str, Any], family: Family, shared: set[int]) -> _Writer | None:
     unit = family.mlp
-    if slot.get("replaced", {}).get("kind", "layer") != "layer":
+    if isinstance(block.get_submodule(unit.modules[-1]), Replaced):
         path = norm = unit.modules[-1]
     else:
         if slot["mlp"] is None:
@@ -455,13 +467,14 @@ class _Moments:
         self.square += float(wanted_MD.square().sum(dtype=torch.float64))
 
     def solved(self, ridge: float, writer: _Writer) -> Tensor:
-        """The ridge solution, (F, D), float32, on the writer's device."""
+        """The ridge solution, (F, D), float32, on the writer's device; no numbers where rounding leaves none."""
         size = len(self.gram_FF) - writer.has_bias
         diagonal = self.gram_FF.diagonal()
         scale = float(diagonal[:size].mean())
         regular_FF = self.gram_FF.clone()
         regular_FF.diagonal()[:size] += ridge * scale
         regular_FF.diagonal()[size:] += BIAS_RIDGE * scale
-        return torch.cholesky_solve(self.cross_FD, torch.linalg.cholesky(regular_FF)).to(
-            writer.device, torch.float32
-        )
+        factor_FF, failed = torch.linalg.cholesky_ex(regular_FF)
+        if failed:
+            return torch.full_like(self.cross_FD, math.nan, device=writer.device, dtype=torch.float32)
+        return torch.cholesky_solve(self.cross_FD, factor_FF).to(writer.device, torch.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from foldsearch.plan.cost import Cost
@@ -93,6 +93,35 @@ class Setback:
 
 
 @dataclass(frozen=True, slots=True)
+class Healing:
+    """What healing in closed form did to a folded model, before anything was trained (see `foldsearch.model.heal`).
+
+    Attributes:
+        tokens: of the text that it was fitted to, which go forward only.
+        solved: positions whose output was solved again.
+        changed: of them, those that were changed.
+        before: relative squared error of what these positions give, mean over them, on held-out tokens: as they were.
+        after: the same, as they were solved.
+        seconds: that it took.
+    """
+
+    tokens: int
+    solved: int
+    changed: int
+    before: float
+    after: float
+    seconds: float = field(compare=False)
+
+    @property
+    def words(self) -> str:
+        """In one line of a report."""
+        return (
+            f"healed in closed form on {self.tokens:,} tokens, forward only: {self.changed} of {self.solved} positions "
+            f"changed, held-out error {self.before:.3f} → {self.after:.3f}, {self.seconds:.0f} s"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class TrialResult:
     """One plan at one rung.
 
@@ -104,6 +133,7 @@ class TrialResult:
     recovery_tokens: tokens trained on so far, whichever state is kept. is_last_rung: no further rung follows, as it is
     the study's last one or the training diverged in it (`reason` says how). seconds: spent by this trial so far.
     gates: summary of the gated training behind the plan (steps, tokens, polarized, ranking, whether from the cache).
+    healing: of the untrained model; None where nothing was healed.
     """
 
     plan: FoldPlan
@@ -119,6 +149,7 @@ class TrialResult:
     gates: dict[str, Any] | None = None
     report: Quality | None = None
     setback: Setback | None = None
+    healing: Healing | None = None
 
     @property
     def kept_tokens(self) -> int:
@@ -163,4 +194,5 @@ class TrialResult:
         if setback := value["setback"]:
             latest = Quality.from_json(setback["latest"]) if setback["latest"] else None
             value["setback"] = Setback(setback["kept_tokens"], latest)
-        return cls(**{**value, "plan": plan, "cost": Cost(**value["cost"]), **qualities})
+        healing = Healing(**value["healing"]) if value["healing"] else None
+        return cls(**{**value, "plan": plan, "cost": Cost(**value["cost"]), **qualities, "healing": healing})

@@ -249,11 +249,9 @@ class RunDisplay:
             )
         )
         rungs = ", ".join(f"{tokens:,}" for tokens in study.rungs)
-        self._print(
-            Text(
-                f"KL to dense in nats per token, after recovery on {rungs} tokens, is measured on the search texts"
-            )
-        )
+        healed = f"healing on {study.healing.tokens:,} tokens and " if study.healing.tokens else ""
+        words = f"after {healed}recovery on {rungs} tokens, is measured on the search texts"
+        self._print(Text(f"KL to dense in nats per token, {words}"))
         heads = f"{'trial':>5}  {'by':<{_BY_WIDTH}}  {ruler(folder.num_blocks):<{folder.num_blocks}}  {'GB':>7}  KL"
         self._print(Text(heads, style="bold", no_wrap=True))
 

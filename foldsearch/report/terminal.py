@@ -442,6 +442,8 @@ def results_table(results: Sequence[TrialResult]) -> Group:
         words += f"; dense has perplexity {last.quality.dense_perplexity:.2f} on the same texts"
     if not has_errors(last.quality, last.report):
         words += f"\n{NO_ERROR}"
+    if last.healing is not None:
+        words += f"\n{last.healing.words}"
     if last.setback_words:
         words += f"\n{last.setback_words}"
     parts: list[RenderableType] = [

@@ -14,6 +14,7 @@ from foldsearch.spec.propose import first_trials
 from foldsearch.spec.study import Study
 
 GATE_STEP_TOKENS = 512  # for estimates
+HEALING = 3.0  # forward passes that a token of healing costs: its own, the sums over it, and its share of the solving
 MACS_PER_SECOND = 3e10  # of a CPU in a forward pass, where nothing is known of it
 
 
@@ -86,7 +87,9 @@ def plan_search(
     splits = study.splits
     # A training token costs about three forward passes; gates are trained once a count and a value of gate_eps.
     search_tokens = splits.search * splits.sequence_length
+    healing_tokens = min(study.healing.tokens, splits.recovery * splits.sequence_length)
     tokens = len(study.rungs) * search_tokens + splits.report * splits.sequence_length + 3 * study.rungs[-1]
+    tokens += round(HEALING * healing_tokens)
     fewest, most = space.counts(num_blocks)
     gates = "gate" in space.criteria and min(trials, (most - fewest + 1) * len(space.settings("gate")))
     gate_tokens = 3 * gates * study.gates.steps * GATE_STEP_TOKENS
@@ -97,6 +100,8 @@ def plan_search(
     rank = max(space.recover.delta_ranks)
     trained = sum(block.attention.adapter_width + block.mlp.adapter_width for block in table.blocks)
     trained_bytes = 4 * trained * (rank + max(space.groups.adapter_ranks))
+    # What healing changes is a trial's own: of each MLP the matrix that writes, which is half of its weights at most.
+    healed_bytes = 4 * sum(block.mlp.weights for block in table.blocks) // 2 if healing_tokens else 0
     activations = (
         4
         * splits.sequence_length
@@ -113,8 +118,9 @@ def plan_search(
         trials=trials,
         seconds=seconds,
         # What was trained, and beside it the optimizer's file of a trial that was stopped: the same and two moments.
-        disk_bytes=trials * 4 * trained_bytes + 10**7,
+        disk_bytes=trials * (4 * trained_bytes + healed_bytes) + 10**7,
         # weights once for the machine; each trial its parameters, gradients, two moments, activations, Python
-        memory_bytes=run.dense.weight_bytes + study.jobs * (4 * trained_bytes + activations + 6 * 10**8),
+        memory_bytes=run.dense.weight_bytes
+        + study.jobs * (4 * trained_bytes + healed_bytes + activations + 6 * 10**8),
         notice=dense_fits(run),
     )

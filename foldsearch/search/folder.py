@@ -27,7 +27,7 @@ from foldsearch.spec.load import study_from_json
 from foldsearch.spec.study import Study
 from foldsearch.version import __version__
 
-SCHEMA = 4
+SCHEMA = 5
 LIMITS = ("trials", "seconds", "jobs")  # what a resumed run may change
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from foldsearch.bound import lower_bound
 from foldsearch.plan.cost import Cost
 from foldsearch.proposal import Proposal
-from foldsearch.search.dry_run import GATE_STEP_TOKENS
+from foldsearch.search.dry_run import GATE_STEP_TOKENS, HEALING
 from foldsearch.search.folder import RunFolder
 from foldsearch.search.records import Record
 from foldsearch.spec.study import Study
@@ -25,8 +25,9 @@ def rung_work(study: Study, rung: int) -> float:
     """Tokens that a trial goes over from the rung before to the end of this one, in forward passes."""
     length, splits = study.splits.sequence_length, study.splits
     trained = study.rungs[rung] - (study.rungs[rung - 1] if rung else 0)
+    healed = 0 if rung else min(study.healing.tokens, splits.recovery * length)
     report = splits.report if rung == len(study.rungs) - 1 else 0
-    return TRAINING * trained + (splits.search + report) * length
+    return HEALING * healed + TRAINING * trained + (splits.search + report) * length
 
 
 @dataclass(slots=True)

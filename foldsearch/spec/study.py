@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from foldsearch.model.text import own_name
-from foldsearch.model.training import FITTED_TOKENS, GATE_STEPS, RecoveryTraining
+from foldsearch.model.training import FITTED_TOKENS, GATE_STEPS, HEALED_TOKENS, RecoveryTraining
 from foldsearch.plan.cost import DTYPE_BYTES, Budget, Cost, CostTable, Target, parse_flops, price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.runtimes import names, runtime_named
@@ -96,6 +96,15 @@ class StartSettings(TomlTable):
     """What replacements and adapters start from. tokens: of the recovery text, that they are fitted to."""
 
     tokens: Positive = FITTED_TOKENS
+
+
+class HealingSettings(TomlTable):
+    """Healing in closed form, between fold and recovery (see `foldsearch.model.heal`).
+
+    tokens: of the recovery text, that it is fitted to; whole sequences, at least two. 0 heals nothing.
+    """
+
+    tokens: Annotated[int, Field(ge=0)] = HEALED_TOKENS
 
 
 class RecoverySettings(TomlTable):
@@ -251,6 +260,7 @@ class Study(TomlTable):
     kinds: KindSettings = KindSettings()
     gates: GateSettings = GateSettings()
     starts: StartSettings = StartSettings()
+    healing: HealingSettings = HealingSettings()
     recovery: RecoverySettings = RecoverySettings()
     halving: HalvingSettings = HalvingSettings()
 
@@ -267,6 +277,15 @@ class Study(TomlTable):
         if any(a >= b for a, b in pairwise(value)):
             raise ValueError(f"each rung trains on more tokens than the one before; got {list(value)}")
         return value
+
+    @model_validator(mode="after")
+    def _can_heal(self) -> Study:
+        if self.healing.tokens and self.splits.recovery < 2:
+            raise ValueError(
+                "healing needs a recovery sequence to fit to and another to choose on: splits.recovery is at least 2, "
+                f"or healing.tokens is 0; got {self.splits.recovery} and {self.healing.tokens}"
+            )
+        return self
 
     @field_validator("data")
     @classmethod

@@ -26,7 +26,10 @@ from foldsearch.criteria import evolution, greedy, linear_window
 from foldsearch.errors import RunError
 from foldsearch.fates import Replace, Share
 from foldsearch.model import gates, workbench
+from foldsearch.model.fold import fold
+from foldsearch.model.heal import heal
 from foldsearch.model.recover import Recovery
+from foldsearch.model.states import residual_states
 from foldsearch.plan.cost import Budget, price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import TrialResult
@@ -36,7 +39,7 @@ from foldsearch.proposal import Groups, Proposal
 from foldsearch.rebuild import quality_of, recovered_model
 from foldsearch.record import TrialRecord
 from foldsearch.spec.space import Space
-from foldsearch.spec.study import GateSettings, SplitSettings, Study
+from foldsearch.spec.study import GateSettings, HealingSettings, SplitSettings, Study
 from foldsearch.trial import run_trial
 from tests.proposals import changed, given, removing, retrained
 from tests.tiny import NUM_BLOCKS, save_model, write_corpus
@@ -426,8 +429,11 @@ def test_after_training_that_hurt_it_goes_on_from_the_best_state_at_a_lower_rate
         deltas = [name for name in trained_before if name.endswith("_proj.up") and name not in start]
         assert deltas
         assert not any(trained_before[name].any() for name in deltas)
-        assert start.keys() <= trained_before.keys()
-        assert all(torch.equal(trained_before[name], value) for name, value in start.items())
+        healed = {
+            name for name in start if name.endswith("_proj.weight")
+        }  # what deltas sit on; not trained itself
+        assert start.keys() - healed <= trained_before.keys()
+        assert all(torch.equal(trained_before[name], start[name]) for name in start.keys() - healed)
 
 
 def test_a_trial_killed_after_training_from_an_earlier_state_goes_on(context, tmp_path, monkeypatch, steps):
@@ -596,8 +602,10 @@ def test_criteria(context, criterion, monkeypatch, tmp_path):
 # ---- the model that was measured
 
 
+DROPPING = given(FoldPlan.parse("0 3-4", NUM_BLOCKS), delta_rank=2, origin="hand")
 FATES = [
     SHARING,
+    DROPPING,
     removing("window", 2, Share(4, "data"), delta_rank=2),
     removing("window", 2, Replace("linear"), delta_rank=2),
     removing("window", 2, Replace("layer"), delta_rank=2),
@@ -605,7 +613,9 @@ FATES = [
 ]
 
 
-@pytest.mark.parametrize("proposal", FATES, ids=lambda proposal: str(proposal.removed.fate))
+@pytest.mark.parametrize(
+    "proposal", FATES, ids=lambda proposal: str(proposal.removed and proposal.removed.fate)
+)
 def test_the_recovered_model_is_the_one_that_was_measured(context, proposal):
     last = run(context, proposal=proposal)[-1]
     assert last.state == "measured"
@@ -617,7 +627,9 @@ def test_the_recovered_model_is_the_one_that_was_measured(context, proposal):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("proposal", FATES, ids=lambda proposal: str(proposal.removed.fate))
+@pytest.mark.parametrize(
+    "proposal", FATES, ids=lambda proposal: str(proposal.removed and proposal.removed.fate)
+)
 def test_an_untrained_rung_is_rebuilt_too(context, proposal):
     generator = run_trial(proposal, context, number=0)
     first = next(generator)
@@ -633,6 +645,82 @@ def test_what_was_not_measured_cannot_be_rebuilt(context):
     os.unlink(context.trial_folder(0) / "recovered.safetensors")
     with pytest.raises(RunError, match=r"is gone. Run it again"):
         recovered_model(context, 0)
+
+
+# ---- healing
+
+
+def healed_on(context: TrialContext, tokens: int, **more: object) -> TrialContext:
+    healing = HealingSettings(tokens=tokens)
+    return replace(context, study=context.study.model_copy(update={"healing": healing, **more}))
+
+
+def test_what_is_measured_first_is_the_fold_healed(context):
+    """Oracle: the fold, the states and the healing called by themselves, on the recovery text's first sequences."""
+    context = healed_on(context, 6 * 16 + 5, rungs=(0,))
+    (result,) = run(context, proposal=DROPPING)
+    bench = open_workbench(context)
+    ids_NT = bench.splits.recovery.ids_NT[:6]
+    model = fold(bench.dense, result.plan)
+    states = residual_states(
+        bench.dense, ids_NT, model_hash=context.files.content_hash, cache_dir=context.cache_dir
+    )
+    healed = heal(model, states, ids_NT)
+    assert healed.values
+    assert quality_of(context, model) == (result.quality, result.report)
+    assert result.healing is not None
+    assert (result.healing.tokens, result.healing.solved) == (6 * 16, len(healed.blocks))
+    assert result.healing.changed == sum(block.ridge is not None for block in healed.blocks)
+    assert result.healing.after < result.healing.before
+    stored = load_file(context.trial_folder(0) / "start.safetensors")
+    assert stored.keys() == healed.values.keys()
+    assert all(torch.equal(stored[name], value) for name, value in healed.values.items())
+    # nothing is added: the same tensors as those of the fold as it was, of the same shapes
+    plain = {name: value.shape for name, value in fold(bench.dense, result.plan).state_dict().items()}
+    assert {name: value.shape for name, value in model.state_dict().items()} == plain
+
+
+def test_healing_can_be_left_out(context, tmp_path):
+    without = replace(healed_on(context, 0), run_folder=tmp_path / "without")
+    shutil.copytree(context.run_folder, without.run_folder)
+    healed, plain = next(run_trial(DROPPING, context, number=0)), next(run_trial(DROPPING, without, number=0))
+    assert plain.healing is None
+    assert healed.healing is not None
+    assert healed.quality != plain.quality
+    assert list(without.trial_folder(0).iterdir()) == [without.trial_folder(0) / "trial.json"]
+    assert (healed.plan, healed.cost) == (plain.plan, plain.cost)
+
+
+@pytest.mark.parametrize(
+    "proposal", FATES, ids=lambda proposal: str(proposal.removed and proposal.removed.fate)
+)
+def test_a_model_that_was_healed_is_rebuilt_from_what_is_kept_and_without_it(context, monkeypatch, proposal):
+    last = run(context, proposal=proposal)[-1]
+    with monkeypatch.context() as patched:
+        patched.setattr(rebuild, "heal", never)
+        model, result = recovered_model(context, 0)
+    assert quality_of(context, model) == (last.quality, last.report)
+    (context.trial_folder(0) / "start.safetensors").unlink()
+    again, _ = recovered_model(context, 0)
+    kept = model.state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in again.state_dict().items())
+    assert result.healing == last.healing
+
+
+@pytest.mark.parametrize("plan", ["0-4", "0 1 1=1+n 2-4"])
+def test_what_lost_nothing_is_not_healed(context, monkeypatch, plan):
+    monkeypatch.setattr(rebuild, "heal", never)
+    proposal = given(FoldPlan.parse(plan, NUM_BLOCKS), origin="hand")
+    assert next(run_trial(proposal, context, number=0)).healing is None
+
+
+def test_states_that_are_no_numbers_fail_the_trial(context, monkeypatch):
+    monkeypatch.setattr(
+        rebuild, "residual_states", lambda *args, **kwargs: residual_states(*args, **kwargs) * math.inf
+    )
+    (result,) = run(context, proposal=DROPPING)
+    assert result.state == "failed"
+    assert "healing must read finite states" in result.reason
 
 
 # ---- what is shared
