@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from foldsearch.errors import SpecError
 from foldsearch.paths import printable
 from foldsearch.spec.space import Space
-from foldsearch.spec.study import EACH, NAME, SEVERAL, SOURCE, Sources, SourceSettings, Study
+from foldsearch.spec.study import EACH, NAME, SEVERAL, SOURCE, FaultOf, Sources, SourceSettings, Study
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -227,6 +227,8 @@ def _faults(model: type[BaseModel], error: ValidationError) -> Iterator[_Fault]:
         if detail["type"] == "too_short" and any(_inside(other["loc"], detail["loc"]) for other in details):
             continue  # short only because its wrong members were left out
         keys = [key for key in detail["loc"] if key not in _WAYS]
+        if isinstance(fault := detail.get("ctx", {}).get("error"), FaultOf):
+            keys += fault.keys
         yield keys, _fault(model, keys, detail)
 
 

@@ -138,6 +138,14 @@ class HalvingSettings(TomlTable):
     band: Share01 = 0.25
 
 
+class FaultOf(ValueError):
+    """A fault that only the whole study shows, and the keys that lead to what is to be mended."""
+
+    def __init__(self, keys: tuple[str, ...], words: str) -> None:
+        super().__init__(words)
+        self.keys = keys
+
+
 class KindSettings(TomlTable):
     """What becomes of the kinds of text (see `foldsearch.model.tokens.Kinds`).
 
@@ -308,19 +316,22 @@ class Study(TomlTable):
         for split in ("search", "report"):
             others = [one for one in splits[split] if one.source != OWN]
             if not others or (isinstance(self.data, Sources) and len(others) < len(splits[split])):
-                raise ValueError(
+                raise FaultOf(
+                    ("data",),
                     f"the {split} texts must be of other sources than the model itself; got '{OWN}' for them. "
-                    "Add a source, and keep it for data.recovery where each split has text of its own"
+                    "Add a source, and keep it for data.recovery where each split has text of its own",
                 )
         if any(one.kind in self.kinds.unseen for one in splits["recovery"] if one.source == OWN):
-            raise ValueError(
+            raise FaultOf(
+                ("kinds", "unseen"),
                 f"an unseen kind must be in the report texts only; got that of '{OWN}', which is trained on. "
-                "Leave one of them out"
+                "Leave one of them out",
             )
         if any(one.source == OWN for one in splits["recovery"]) and not self.own_text()[1]:
-            raise ValueError(
+            raise FaultOf(
+                ("data",),
                 f"'{OWN}' must be at least one of the recovery sequences; got none of {self.splits.recovery}. Raise "
-                "splits.recovery or its weight, or leave it out"
+                "splits.recovery or its weight, or leave it out",
             )
         return self
 
@@ -332,20 +343,23 @@ class Study(TomlTable):
         splits = self._by_split()
         known = list(dict.fromkeys(one.kind for one in splits["report"] if one.source != OWN))
         if unknown := [name for name in unseen if name not in known]:
-            raise ValueError(
+            raise FaultOf(
+                ("kinds", "unseen"),
                 f"an unseen kind must be one of {', '.join(map(str, known))}, the kinds of the report texts; got "
-                f"{as_toml(unknown[0])}. Name one of these in kinds.unseen, or leave it out"
+                f"{as_toml(unknown[0])}. Name one of these in kinds.unseen, or leave it out",
             )
         for split in ("search", "recovery") if isinstance(self.data, Sources) else ():
             if shared := [one.kind for one in splits[split] if one.kind in unseen]:
-                raise ValueError(
+                raise FaultOf(
+                    ("kinds", "unseen"),
                     f"an unseen kind must be in the report texts only; got {as_toml(shared[0])} in those of {split}. "
-                    "Leave it out there, or in kinds.unseen"
+                    "Leave it out there, or in kinds.unseen",
                 )
         if set(known) == set(unseen):
-            raise ValueError(
+            raise FaultOf(
+                ("kinds", "unseen"),
                 f"at least one kind of text must be seen; got all of {', '.join(map(str, known))} in kinds.unseen. "
-                "Leave one out"
+                "Leave one out",
             )
         return self
 

@@ -275,19 +275,19 @@ def test_where_kinds_are_named_a_source_without_one_is_of_its_own_name(tmp_path:
         (
             KINDS,
             'unseen = ["porse"]',
-            "the file: an unseen kind must be one of prose, sotu, code, the kinds of the report texts; got "
+            "kinds.unseen: an unseen kind must be one of prose, sotu, code, the kinds of the report texts; got "
             "'porse'. Name one of these in kinds.unseen, or leave it out.",
         ),
         (
             KINDS,
             'unseen = ["prose", "sotu", "code"]',
-            "the file: at least one kind of text must be seen; got all of prose, sotu, code in kinds.unseen. Leave "
+            "kinds.unseen: at least one kind of text must be seen; got all of prose, sotu, code in kinds.unseen. Leave "
             "one out.",
         ),
         (
             '{ search = "a", recovery = ["c", "d"], report = ["d", "e"] }',
             'unseen = ["d"]',
-            "the file: an unseen kind must be in the report texts only; got 'd' in those of recovery. Leave it out "
+            "kinds.unseen: an unseen kind must be in the report texts only; got 'd' in those of recovery. Leave it out "
             "there, or in kinds.unseen.",
         ),
         (KINDS, 'objective = "best"', "kinds.objective: must be one of 'mean' or 'worst'; got \"best\"."),
@@ -342,6 +342,14 @@ def test_own_text_is_a_kind_of_the_recovery_texts(
 def test_faults_of_own_text(tmp_path: Path, data: str, more: str, words: str) -> None:
     (fault,) = faults(f'model = "m"\nspace = "foldgpt"\ndata = {data}\n{more}\n', tmp_path)
     assert words in fault
+    assert fault.startswith("kinds.unseen: " if "unseen" in more else "data: ")
+
+
+def test_a_fault_of_a_typed_kind_is_told_by_its_option() -> None:
+    with pytest.raises(
+        SpecError, match=r"^the command line: 1 fault\n  --unseen: an unseen kind must be one of"
+    ):
+        load_study("default", {"kinds.unseen": ["nosuch"]}, options={"kinds.unseen": "--unseen"})
 
 
 def test_another_text_has_no_unseen_kinds_unless_they_are_named_too(tmp_path: Path) -> None:
