@@ -416,6 +416,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     with _status() as progress:
         found = evaluate_trial(view, entry.number, asked, progress=progress, notice=_say)
     out = console()
+    _print_line(out, f"Trial {entry.number}: {entry.result.tokens_words}.\n")
     if (by_kind := kinds_table(entry.result)) is not None:
         out.print(by_kind)
         out.print()

@@ -112,6 +112,8 @@ def evaluate_trial(
         "plan": str(result.plan),
         "model": folder.study.model,
         "dtype": context.files.dtype,
+        "recovery_tokens": result.kept_tokens,
+        "healing_tokens": result.healing.tokens if result.healing else 0,
         "limit": asked.limit,
     }
 

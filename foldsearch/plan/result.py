@@ -157,6 +157,12 @@ class TrialResult:
         return self.recovery_tokens if self.setback is None else self.setback.kept_tokens
 
     @property
+    def tokens_words(self) -> str:
+        """What the kept state was made with: a token of healing goes forward only, one of training back too."""
+        healed = f"healed on {self.healing.tokens:,} tokens (forward only), " if self.healing else ""
+        return f"{healed}trained on {self.kept_tokens:,} tokens"
+
+    @property
     def setback_words(self) -> str:
         """How training hurt and what is kept, for one line of a report; empty where it did not."""
         if self.setback is None:

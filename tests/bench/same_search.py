@@ -4,6 +4,10 @@
     PYTHONPATH=.   python tests/bench/same_search.py after.json
     cmp before.json after.json
 
+A number after the file sets the tokens of healing, 0 for none; without one they are as the code has them:
+
+    PYTHONPATH=.   python tests/bench/same_search.py after.json 0
+
 The search takes every criterion, fate and replacement, on a tiny random model, one trial at a time, on one thread: the
 same code gives the same bytes on the same machine. It takes about half a minute.
 """
@@ -63,8 +67,9 @@ def told(record: Record) -> list[object]:
     ]
 
 
-def main(out: Path) -> None:
+def main(out: Path, healing_tokens: int | None = None) -> None:
     """Run the search, and write what came of it."""
+    healing = {} if healing_tokens is None else {"healing": {"tokens": healing_tokens}}
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
@@ -85,6 +90,7 @@ def main(out: Path) -> None:
                 "precision": "float32",
                 "device": "cpu",
                 "target": {"dtype": "float32", "context": 64},
+                **healing,
             },
         )
         run_search(study, place / "run")
@@ -93,4 +99,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)

@@ -128,6 +128,8 @@ def test_questions_are_answered_and_written_down(place: Path) -> None:
         assert row["dense"] == pytest.approx(dense, rel=1e-4)
         assert row["folded"] == pytest.approx(ours, rel=1e-4)
     assert (written["trial"], written["limit"], written["dtype"]) == (0, None, "float32")
+    assert (written["healing_tokens"], written["recovery_tokens"]) == (8 * 32, 64)
+    assert "healed on 256 tokens (forward only), trained on 64 tokens" in " ".join(out.split())
     assert f"{expected.accuracy:.1%} ± {expected.accuracy_se:.1%}" in out
     assert "00000-q.json" in out
     assert "q.jsonl, dense ..." in err

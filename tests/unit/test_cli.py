@@ -18,14 +18,14 @@ import pytest
 
 import foldsearch
 from foldsearch import api, arguments, cli
-from foldsearch.errors import RunError, VerificationError
+from foldsearch.errors import InputError, RunError, VerificationError
 from foldsearch.report import live
 from foldsearch.report.terminal import console
 from foldsearch.report.view import RunView
 from foldsearch.search import events
 from foldsearch.search.folder import RunFolder
 from foldsearch.search.records import read_records
-from foldsearch.spec.study import SourceSettings, Study
+from foldsearch.spec.study import HealingSettings, SourceSettings, Study
 from tests.fake_trial import TABLE
 
 VERBS = (
@@ -151,6 +151,21 @@ def test_every_verb_that_reads_text_takes_sources_and_how_to_read_them(
     assert list(several.all_sources()) == expected
     assert one.data == "a.txt"
     assert one.text_column is None
+
+
+@pytest.mark.parametrize("tokens", [0, HealingSettings().tokens])
+def test_a_plan_can_be_tried_as_it_is(shell: Shell, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    seen: list[Study] = []
+
+    def try_plan(plan: str, study: Study, **_: object) -> list[object]:
+        seen.append(study)
+        raise InputError("seen.")
+
+    monkeypatch.setattr(api, "try_plan", try_plan)
+    shell("try", "0-3", "--tokens", "0", *([] if tokens else ["--no-heal"]))
+    (study,) = seen
+    assert study.healing.tokens == tokens
+    assert study.rungs == (0,)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])

@@ -20,7 +20,7 @@ from foldsearch.errors import RunError
 from foldsearch.fates import Replace, Share
 from foldsearch.plan.front import dominates
 from foldsearch.plan.plan import FoldPlan, Slot
-from foldsearch.plan.result import KindQuality, Setback, TrialResult
+from foldsearch.plan.result import Healing, KindQuality, Setback, TrialResult
 from foldsearch.plan.strip import LEGEND, cells, strip
 from foldsearch.proposal import Proposal
 from foldsearch.report import page, picture, terminal
@@ -331,6 +331,20 @@ def test_a_split_of_one_document_has_no_standard_error(view: RunView) -> None:
         assert NO_ERROR in shown
         assert " ± —" in shown.replace(NO_ERROR, "")
         assert "± inf" not in shown
+
+
+def test_tokens_of_healing_and_of_training_are_both_told(view: RunView) -> None:
+    last = next(record.last for record in view.records if record.last and record.last.recovery_tokens)
+    healed = replace(last, healing=Healing(8192, 20, 18, 0.5, 0.375, 41.0))
+    shown = " ".join(text_of(terminal.results_table([healed]), 200).split())
+    assert (
+        "healed in closed form on 8,192 tokens, forward only: 18 of 20 positions changed, held-out error 0.500 → 0.375"
+        in shown
+    )
+    trained = f"trained on {last.kept_tokens:,} tokens"
+    assert healed.tokens_words == f"healed on 8,192 tokens (forward only), {trained}"
+    assert last.tokens_words == trained
+    assert "healed" not in text_of(terminal.results_table([last]), 200)
 
 
 KINDS = (KindQuality("prose", 0.5, 0.01, 60), KindQuality("code <x>", 1.25, 0.02, 40))
