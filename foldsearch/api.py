@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from foldsearch.codec import to_json
 from foldsearch.errors import RunError, quote_error
 from foldsearch.files import replace_atomically, write_json
 from foldsearch.paths import command, printable
@@ -355,7 +356,7 @@ def _export(
             "note": context.files.note,
             **({"trial": number, "run": context.run_folder.name} if entry else {}),
             "rebuilt": asdict(rebuilt),
-            "result": result.to_json(),
+            "result": to_json(result),
         },
     )
     return export(model, open_tokenizer(context.files), out, shipment)

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from foldsearch.codec import from_json, to_json
 from foldsearch.errors import RunError, quote_error
 from foldsearch.files import write_json
 from foldsearch.model.content import ContentHashes
@@ -76,7 +77,7 @@ class Identity:
 
     def write(self, run_folder: Path) -> None:
         """Keep it in the run folder."""
-        write_json(run_folder / FILE, {"schema": SCHEMA, **asdict(self)})
+        write_json(run_folder / FILE, {"schema": SCHEMA, **to_json(self)})
 
     @classmethod
     def read(cls, run_folder: Path) -> Identity | None:
@@ -90,11 +91,9 @@ class Identity:
             return None
         try:
             value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if value.pop("schema") != SCHEMA:
+            if value["schema"] != SCHEMA:
                 raise ValueError("it is of another version of foldsearch")
-            content = ContentHashes(**value.pop("content"))
-            places = tuple(Place(**place) for place in value.pop("places"))
-            return cls(content=content, places=places, **value)
+            return from_json(cls, value)
         except (OSError, ValueError, KeyError, TypeError) as error:
             remedy = "Put back a copy of it, or start a new run."
             raise RunError(quote_error(f"'{printable(path)}' cannot be read", error, remedy)) from error

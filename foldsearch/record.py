@@ -18,12 +18,13 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from foldsearch.codec import from_json, to_json
 from foldsearch.context import TrialContext
 from foldsearch.errors import RunError
 from foldsearch.files import replace_atomically, write_json
@@ -72,31 +73,15 @@ class TrialRecord:
 
     def write(self, folder: Path, machine: Machine) -> None:
         """Keep it in the trial's folder, with the machine that its last result was measured on."""
-        files = {name: folder / name for name in (START, RECOVERED)}
-        value = {
-            "plan": str(self.plan),
-            "num_blocks": self.plan.num_blocks,
-            "learning_rate": self.learning_rate,
-            "delta_rank": self.delta_rank,
-            "adapter_start": self.adapter_start,
-            "gates": self.gates,
-            "results": [result.to_json() for result in self.results],
-            "machine": asdict(machine),
-            "files": {name: file_hash(path) for name, path in files.items() if path.exists()},
-        }
-        write_json(folder / "trial.json", value)
+        paths = {name: folder / name for name in (START, RECOVERED)}
+        files = {name: file_hash(path) for name, path in paths.items() if path.exists()}
+        write_json(folder / "trial.json", to_json(replace(self, machine=machine, files=files)))
 
     @classmethod
     def read(cls, folder: Path) -> TrialRecord | None:
         """What `write` kept; None where the trial has no result yet."""
         path = folder / "trial.json"
-        if not path.exists():
-            return None
-        value = json.loads(path.read_text())
-        plan = FoldPlan.parse(value["plan"], value["num_blocks"])
-        results = tuple(TrialResult.from_json(result) for result in value["results"])
-        settings = (value["learning_rate"], value["delta_rank"], value["adapter_start"])
-        return cls(plan, *settings, value["gates"], results, Machine(**value["machine"]), value["files"])
+        return from_json(cls, json.loads(path.read_text())) if path.exists() else None
 
 
 def check_state(record: TrialRecord, folder: Path) -> None:

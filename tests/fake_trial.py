@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from foldsearch.codec import to_json
 from foldsearch.files import write_json
 from foldsearch.plan.cost import BlockCost, CostTable, UnitCost, price
 from foldsearch.plan.plan import FoldPlan
@@ -121,6 +122,6 @@ def run_trial(
             if progress is not None:
                 progress("recovery", 0.5)
         result = result_of(plan, study, rung, proposal.recovery.learning_rate)
-        known.append(result.to_json())
+        known.append(to_json(result))
         write_json(path, {"results": known})
         yield result

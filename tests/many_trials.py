@@ -11,6 +11,7 @@ from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from foldsearch.codec import to_json
 from foldsearch.plan.cost import CostTable, price
 from foldsearch.plan.plan import FoldPlan, Slot
 from foldsearch.plan.result import Quality, TrialResult
@@ -71,7 +72,7 @@ def _row(
     results: list[TrialResult],
     values: tuple[float, ...] | None = None,
 ) -> FrozenTrial:
-    rungs = {f"rung {result.rung}": result.to_json() for result in results}
+    rungs = {f"rung {result.rung}": to_json(result) for result in results}
     trial: FrozenTrial = create_trial(state=state, values=values, user_attrs=attributes | rungs)
     return trial
 

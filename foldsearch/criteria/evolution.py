@@ -1,5 +1,7 @@
 """Evolution: plans of a count are mutated and selected by KL, from those of the window and Block Influence on."""
 
+from dataclasses import asdict
+
 from foldsearch.criteria import Choice, Question
 from foldsearch.model.evidence import best_window, influence_order
 from foldsearch.model.evolution import EvolutionResult, EvolutionSettings, evolve
@@ -16,13 +18,14 @@ def choose(question: Question) -> Choice:
         for blocks in (best_window(evidence, count), influence_order(evidence)[:count])
     ]
     settings = EvolutionSettings(seed=question.seed)
-    value, _ = bench.once(
+    found, _ = bench.once(
         "evolution",
+        EvolutionResult,
         tokens,
         lambda: evolve(
             bench.dense, tokens, bench.search, starts, settings, progress=counting(question.say, "evolution")
-        ).to_json(),
+        ),
         count=count,
-        evolution=settings.to_json(),
+        evolution=asdict(settings),
     )
-    return Choice(EvolutionResult.from_json(value).plan.dropped)
+    return Choice(found.plan.dropped)

@@ -14,15 +14,15 @@ def choose(question: Question) -> Choice:
     assert question.setting is not None, "gates are asked with an eps"
     training = GateTraining(question.count, question.setting, question.gate_steps, question.seed)
     macs = [float(block.attention.macs + block.mlp.macs) for block in bench.table.blocks]
-    value, known = bench.once(
+    found, known = bench.once(
         "gates",
+        gates.GateResult,
         tokens,
         lambda: gates.train_gates(
             bench.dense, tokens, training, block_macs=macs, progress=counting(question.say, "training gates")
-        ).to_json(),
+        ),
         **asdict(training),
     )
-    found = gates.GateResult.from_json(value)
     summary = {
         "eps": training.eps,
         "steps": found.steps,

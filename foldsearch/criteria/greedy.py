@@ -17,13 +17,14 @@ def choose(question: Question) -> Choice:
     """The first blocks of the greedy order; one order serves every count of a space."""
     bench, tokens = question.bench, question.bench.splits.search
     rows, most = greedy_rows(tokens), question.most
-    value, _ = bench.once(
+    found, _ = bench.once(
         "greedy",
+        GreedyResult,
         tokens,
         lambda: greedy_order(
             bench.dense, tokens.of(rows), max(most, 1), progress=counting(question.say, "greedy removal")
-        ).to_json(),
+        ),
         rows=len(rows),
         most=most,
     )
-    return Choice(tuple(sorted(GreedyResult.from_json(value).order[: question.count])))
+    return Choice(tuple(sorted(found.order[: question.count])))

@@ -23,12 +23,13 @@ def choose(question: Question) -> Choice:
         say = counting(question.say, "linear windows")
         return linear_window(bench.dense, question.count, states, tokens.of(rows), bench.search.of(rows), say)
 
-    value, _ = bench.once(
+    found, _ = bench.once(
         "windows",
+        tuple[int, ...],
         tokens,
         compute,
         count=question.count,
         rows=len(rows),
         fitted=[fitted, bench.splits.recovery.content_hash],
     )
-    return Choice(tuple(value))
+    return Choice(found)

@@ -9,8 +9,8 @@ Shapes: N sequences, B sequences of a batch, T positions, D width, V vocabulary,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,21 +48,6 @@ class Evidence:
     attention_cosine: tuple[float, ...]
     tokens: int
 
-    def to_json(self) -> dict[str, Any]:
-        """A dict of plain values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Evidence:
-        """The inverse of `to_json`."""
-        return cls(
-            block_cosine=tuple(data["block_cosine"]),
-            start_cosine=tuple(data["start_cosine"]),
-            window_cosine=tuple(tuple(row) for row in data["window_cosine"]),
-            attention_cosine=tuple(data["attention_cosine"]),
-            tokens=int(data["tokens"]),
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class GreedyResult:
@@ -81,21 +66,6 @@ class GreedyResult:
     dense_loss: float
     tokens: int
     evaluations: int
-
-    def to_json(self) -> dict[str, Any]:
-        """A dict of plain values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> GreedyResult:
-        """The inverse of `to_json`."""
-        return cls(
-            order=tuple(data["order"]),
-            losses=tuple(data["losses"]),
-            dense_loss=float(data["dense_loss"]),
-            tokens=int(data["tokens"]),
-            evaluations=int(data["evaluations"]),
-        )
 
 
 @torch.no_grad()

@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
@@ -75,15 +74,6 @@ class EvolutionSettings:
                 f"here are {list(self.survivors)}. Try 2, 1."
             )
 
-    def to_json(self) -> dict[str, Any]:
-        """A dict of plain values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> EvolutionSettings:
-        """The inverse of `to_json`."""
-        return cls(**{**data, "tokens": tuple(data["tokens"]), "survivors": tuple(data["survivors"])})
-
 
 @dataclass(frozen=True, slots=True)
 class EvolutionResult:
@@ -103,28 +93,6 @@ class EvolutionResult:
     history: tuple[float, ...]
     tokens: int
     evaluations: int
-
-    def to_json(self) -> dict[str, Any]:
-        """A dict of plain values; the plan as its text and number of blocks."""
-        return {
-            "plan": str(self.plan),
-            "num_blocks": self.plan.num_blocks,
-            "kl": self.kl,
-            "history": self.history,
-            "tokens": self.tokens,
-            "evaluations": self.evaluations,
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> EvolutionResult:
-        """The inverse of `to_json`."""
-        return cls(
-            plan=FoldPlan.parse(data["plan"], int(data["num_blocks"])),
-            kl=float(data["kl"]),
-            history=tuple(data["history"]),
-            tokens=int(data["tokens"]),
-            evaluations=int(data["evaluations"]),
-        )
 
 
 def evolve(

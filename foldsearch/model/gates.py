@@ -28,10 +28,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,22 +103,6 @@ class GateResult:
     tokens: int
     check_tokens: int
     seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """A dict of plain values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> GateResult:
-        """The inverse of `to_json`."""
-        return cls(
-            **{
-                **data,
-                "ranking": tuple(data["ranking"]),
-                "gates": tuple(data["gates"]),
-                "history": tuple(tuple(row) for row in data["history"]),
-            }
-        )
 
 
 class GatedModel:

@@ -7,10 +7,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
+from foldsearch.codec import from_json, to_json
 from foldsearch.files import once
 from foldsearch.model.children import base_blocks, base_distances
 from foldsearch.model.evidence import Evidence, measure_evidence
@@ -20,9 +21,10 @@ from foldsearch.model.tokens import Splits, TokenSet
 from foldsearch.plan.cost import CostTable
 from foldsearch.progress import StageProgress, counting
 
+Value = TypeVar("Value")
 BASE_RANK = 1 / 16  # of the base-block metric, in widths of the model: FlexiGPT's 256 for 4,096
 # Of what is kept. The keys hold what can be set; raise it when the code, or a constant, that computes them changes.
-SCHEMA = 3
+SCHEMA = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,25 +44,33 @@ class Workbench:
     cache_dir: Path
 
     def once(
-        self, kind: str, tokens: TokenSet, compute: Callable[[], Any], **settings: Any
-    ) -> tuple[Any, bool]:
-        """What `compute` gives, in JSON's types, and whether it was known: a function of model, tokens and settings.
+        self, name: str, kind: type[Value], tokens: TokenSet, compute: Callable[[], Value], **settings: Any
+    ) -> tuple[Value, bool]:
+        """What `compute` gives, and whether it was known: a function of model, tokens and settings.
 
         It is computed once per machine; trials that want the same at one time wait for it.
+
+        Args:
+            name: of the folder that it is kept in.
+            kind: its type.
+            tokens, settings: with the model, all that it depends on.
+            compute: asked where it is not known.
         """
         parts = [SCHEMA, self.files.content_hash, self.files.dtype, tokens.content_hash, settings]
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-        return once(self.cache_dir / kind / f"{key}.json", compute)
+        value, known = once(self.cache_dir / name / f"{key}.json", lambda: to_json(compute()))
+        return from_json(kind, value), known
 
     def evidence(self, say: StageProgress) -> Evidence:
         """What each block does on the search tokens."""
         tokens = self.splits.search
-        value, _ = self.once(
+        found, _ = self.once(
             "evidence",
+            Evidence,
             tokens,
-            lambda: measure_evidence(self.dense, tokens, progress=counting(say, "block influence")).to_json(),
+            lambda: measure_evidence(self.dense, tokens, progress=counting(say, "block influence")),
         )
-        return Evidence.from_json(value)
+        return found
 
     def base_distances(self, say: StageProgress) -> list[list[float]]:
         """FlexiGPT's distances between the blocks; of the weights alone, so they serve every text."""

@@ -7,7 +7,6 @@ A gigabyte budget bounds weights + adapters + KV cache + activations, for one ta
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from foldsearch.errors import BudgetError
 from foldsearch.plan.kinds import kind_named
@@ -86,21 +85,6 @@ class CostTable:
     vocabulary: int
     blocks: tuple[BlockCost, ...]
     by_position: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain dicts and lists."""
-        from dataclasses import asdict
-
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> CostTable:
-        """Read what `to_json` made."""
-        blocks = tuple(
-            BlockCost(UnitCost(**block["attention"]), UnitCost(**block["mlp"]), block["other"])
-            for block in value["blocks"]
-        )
-        return cls(**{**value, "blocks": blocks})
 
 
 @dataclass(frozen=True, slots=True)

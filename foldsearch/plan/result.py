@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from foldsearch.plan.cost import Cost
@@ -54,11 +54,6 @@ class Quality:
     def shown_kinds(self) -> tuple[KindQuality, ...]:
         """The kinds that a table has columns for: none where there is one only."""
         return self.kinds if len(self.kinds) > 1 else ()
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Quality:
-        """Read what `asdict` made."""
-        return cls(**{**value, "kinds": tuple(KindQuality(**kind) for kind in value["kinds"])})
 
 
 def rounded(value: float, form: str) -> str:
@@ -182,23 +177,3 @@ class TrialResult:
         """KL in nats per token, memory in bytes, FLOPs per token at decode: each to be minimised."""
         assert self.quality is not None
         return self.quality.kl, float(self.cost.memory_bytes), float(self.cost.flops)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain dicts; the plan as its text and number of blocks."""
-        value = asdict(self)
-        value["plan"], value["num_blocks"] = str(self.plan), self.plan.num_blocks
-        return value
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> TrialResult:
-        """Read what `to_json` made."""
-        value = dict(value)
-        plan = FoldPlan.parse(value["plan"], value.pop("num_blocks"))
-        qualities = {
-            name: Quality.from_json(value[name]) if value[name] else None for name in ("quality", "report")
-        }
-        if setback := value["setback"]:
-            latest = Quality.from_json(setback["latest"]) if setback["latest"] else None
-            value["setback"] = Setback(setback["kept_tokens"], latest)
-        healing = Healing(**value["healing"]) if value["healing"] else None
-        return cls(**{**value, "plan": plan, "cost": Cost(**value["cost"]), **qualities, "healing": healing})

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from foldsearch.codec import from_json, to_json
 from foldsearch.errors import FoldsearchError, RunError, quote_error
 from foldsearch.files import check_writable, disk_is_full, write_json
 from foldsearch.paths import beside, check_path, command, printable
@@ -92,7 +93,7 @@ class RunFolder:
         with _written(path):
             for name in ("plans", "trials", "report"):
                 (draft / name).mkdir(exist_ok=True)
-            write_json(draft / "table.json", table.to_json())
+            write_json(draft / "table.json", to_json(table))
             folder._write_study(draft / "study.json")
             draft.rename(path)
         return folder
@@ -124,7 +125,7 @@ class RunFolder:
             )
         try:
             study = study_from_json(value["study"])
-            table = CostTable.from_json(json.loads((path / "table.json").read_text()))
+            table = from_json(CostTable, json.loads((path / "table.json").read_text()))
         except (OSError, ValueError, KeyError, TypeError, FoldsearchError) as error:
             raise RunError(
                 quote_error(f"the run folder '{printable(path)}' is incomplete", error, "Start a new run.")

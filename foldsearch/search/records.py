@@ -26,6 +26,7 @@ import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
 from foldsearch.bound import lower_bound
+from foldsearch.codec import from_json, to_json
 from foldsearch.errors import BudgetError, RunError, quote_error
 from foldsearch.fates import Option
 from foldsearch.paths import printable
@@ -368,7 +369,7 @@ class Records:
         earlier = tuple(known for known in self.get(number).results if known.rung < result.rung)
         if not earlier:
             self._write(number, plan=str(result.plan))
-        self._write(number, **{f"rung {result.rung}": result.to_json()})
+        self._write(number, **{f"rung {result.rung}": to_json(result)})
         self._change(number, results=(*earlier, result))
 
     def finish(self, number: int) -> RecordState:
@@ -553,7 +554,7 @@ def _record(trial: FrozenTrial) -> Record:
         trial.number,
         "stopped" if cut else state,
         Proposal.from_json(attributes["proposal"]) if "proposal" in attributes else None,
-        tuple(TrialResult.from_json(attributes[name]) for name in rungs),
+        tuple(from_json(TrialResult, attributes[name]) for name in rungs),
         cut or attributes.get("reason", ""),
         attributes.get("closing", False),
         bool(cut),

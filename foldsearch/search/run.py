@@ -18,6 +18,7 @@ from typing import Any
 
 from ray import tune
 
+from foldsearch.codec import from_json
 from foldsearch.errors import RunError, SpecError, describe_error, quote_error
 from foldsearch.files import disk_is_full
 from foldsearch.identity import Identity
@@ -290,7 +291,7 @@ class Search:
         if "result" not in message:
             self._end_without_result(number, message)
             return True
-        result = TrialResult.from_json(message["result"])
+        result = from_json(TrialResult, message["result"])
         known_rungs = {known.rung for known in self.records.get(number).results}
         if message.get("again") and result.rung in known_rungs and not ended(result):
             return False  # it went on from here before it was interrupted

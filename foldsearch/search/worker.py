@@ -15,6 +15,7 @@ from typing import Any
 
 from ray import tune
 
+from foldsearch.codec import to_json
 from foldsearch.errors import describe_error
 from foldsearch.files import alone, disk_is_full, write_json
 from foldsearch.plan.result import TrialResult
@@ -92,7 +93,7 @@ class TrialRunner(tune.Trainable):
                 self._results = self._start()
                 if (known := self._known()) is not None:
                     return {"result": json.dumps({"result": known, "again": True})}
-            message = {"result": next(self._results).to_json()}
+            message = {"result": to_json(next(self._results))}
         except TimeUp as stop:
             message = {"time up": str(stop)}
         except StopIteration:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from foldsearch import draft as drafts
 from foldsearch import rebuild, record
 from foldsearch import trial as trials
+from foldsearch.codec import from_json, to_json
 from foldsearch.context import TrialContext, open_workbench, read_splits
 from foldsearch.criteria import evolution, greedy, linear_window
 from foldsearch.errors import RunError
@@ -123,7 +124,7 @@ def test_a_result_for_every_rung(context):
         "recovered.safetensors", "start.safetensors", "trial.json",
     ]  # fmt: skip
     stored = json.loads((folder / "trial.json").read_text())["results"]
-    assert [TrialResult.from_json(value) for value in stored] == results
+    assert [from_json(TrialResult, value) for value in stored] == results
 
 
 def test_the_same_seed_gives_the_same_trial(context):
@@ -342,7 +343,7 @@ def test_what_cannot_fit_is_never_built(context, monkeypatch, criterion):
     assert "flops" not in result.reason
     assert result.cost.memory_bytes > tight.budget.memory_bytes
     assert not context.trial_folder(0).exists()
-    assert TrialResult.from_json(json.loads(json.dumps(result.to_json()))) == result
+    assert from_json(TrialResult, json.loads(json.dumps(to_json(result)))) == result
 
 
 def test_a_plan_typed_by_hand_is_measured_above_the_budget_too(context):
@@ -389,7 +390,7 @@ def test_a_divergence_that_leaves_nothing_is_a_trial_without_a_result(context, m
 def assert_rebuilt(context: TrialContext, last: TrialResult, number: int = 0) -> None:
     """The model that is exported is the one whose quality the result tells, on both token sets."""
     model, result = recovered_model(context, number)
-    assert result == TrialResult.from_json(json.loads(json.dumps(last.to_json())))
+    assert result == from_json(TrialResult, json.loads(json.dumps(to_json(last))))
     assert quality_of(context, model) == (last.quality, last.report)
 
 
@@ -620,7 +621,7 @@ def test_the_recovered_model_is_the_one_that_was_measured(context, proposal):
     last = run(context, proposal=proposal)[-1]
     assert last.state == "measured"
     model, result = recovered_model(context, 0)
-    assert result == TrialResult.from_json(json.loads(json.dumps(last.to_json())))
+    assert result == from_json(TrialResult, json.loads(json.dumps(to_json(last))))
     search, report = quality_of(context, model)
     assert search == last.quality
     assert report == last.report

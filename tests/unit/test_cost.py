@@ -13,6 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from foldsearch.codec import from_json, to_json
 from foldsearch.errors import BudgetError, PlanError
 from foldsearch.plan.cost import (
     BlockCost,
@@ -242,7 +243,7 @@ def test_the_table_must_be_of_the_model():
 @given(st.data())
 def test_a_table_survives_json(data):
     table = data.draw(tables(data.draw(st.integers(1, 4))))
-    assert CostTable.from_json(json.loads(json.dumps(table.to_json()))) == table
+    assert from_json(CostTable, json.loads(json.dumps(to_json(table)))) == table
 
 
 # ---- budgets

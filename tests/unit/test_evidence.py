@@ -3,6 +3,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from foldsearch.codec import from_json, to_json
 from foldsearch.errors import InputError
 from foldsearch.model.evidence import (
     BlockRun,
@@ -118,7 +119,7 @@ def test_rankings_of_known_evidence() -> None:
     assert best_window(evidence, 1) == (1,)
     assert best_window(evidence, 2) == (2, 3)
     assert best_window(evidence, 3) == (1, 2, 3)
-    assert Evidence.from_json(evidence.to_json()) == evidence
+    assert from_json(Evidence, to_json(evidence)) == evidence
     with pytest.raises(InputError, match="From 1 to 4 blocks"):
         best_window(evidence, 5)
 
@@ -133,7 +134,7 @@ def test_exact_greedy_equals_brute_force(dense: LlamaForCausalLM, ids_NT: Tensor
         assert loss == pytest.approx(losses[order[-1]], abs=1e-5)
     assert result.order == tuple(order)
     assert result.dense_loss == pytest.approx(without(dense, [], ids_NT, front), abs=1e-5)
-    assert GreedyResult.from_json(result.to_json()) == result
+    assert from_json(GreedyResult, to_json(result)) == result
 
 
 def test_lazy_greedy_finds_planted_redundancy_with_fewer_runs(

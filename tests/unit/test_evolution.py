@@ -11,12 +11,14 @@ import itertools
 import json
 import random
 from collections import Counter
+from dataclasses import asdict
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from foldsearch.codec import from_json, to_json
 from foldsearch.errors import InputError, PlanError
 from foldsearch.model import evolution
 from foldsearch.model.evolution import EvolutionResult, EvolutionSettings, evolve, mutate
@@ -211,10 +213,9 @@ def test_the_same_seed_gives_the_same_bits():
     second = evolve(DENSE, TOKENS, TARGETS, dropping(0, 2), settings)
     assert first == second
     assert first.history[-1] == first.kl
-    other = EvolutionSettings(**{**settings.to_json(), "seed": 1})
+    other = EvolutionSettings(**{**asdict(settings), "seed": 1})
     assert evolve(DENSE, TOKENS, TARGETS, dropping(0, 2), other).history != first.history
-    assert EvolutionResult.from_json(json.loads(json.dumps(first.to_json()))) == first
-    assert EvolutionSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    assert from_json(EvolutionResult, json.loads(json.dumps(to_json(first)))) == first
 
 
 def test_fewer_plans_than_offspring_is_no_trouble():

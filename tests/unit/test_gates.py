@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from foldsearch.codec import from_json, to_json
 from foldsearch.errors import InputError
 from foldsearch.model import gates
 from foldsearch.model.gates import (
@@ -131,7 +132,7 @@ def test_the_same_seed_gives_the_same_gates(dense: LlamaForCausalLM, ids_NT: Ten
     )
     assert replace(one, seconds=0.0) == replace(again, seconds=0.0)
     assert one.history != other.history
-    assert GateResult.from_json(one.to_json()) == one
+    assert from_json(GateResult, to_json(one)) == one
 
 
 def test_planted_redundancy_is_ranked_first(dense: LlamaForCausalLM, ids_NT: Tensor) -> None:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from foldsearch.codec import to_json
 from foldsearch.plan.front import dominates
 from foldsearch.search.folder import RunFolder
 from foldsearch.search.halving import decide
@@ -141,7 +142,7 @@ def ends_of(folder: Path, objectives: tuple[Objective, ...]) -> dict[int, tuple[
         number, proposal = trial
         context = fake_trial.FakeContext(asked, fake_trial.TABLE, run.path)
         for result in fake_trial.run_trial(proposal, context, number=number):
-            if search.judge(number, json.dumps({"result": result.to_json()})):
+            if search.judge(number, json.dumps({"result": to_json(result)})):
                 break
     ends = {record.number: (record.state, len(record.results)) for record in records.all()}
     return ends | {-1 - i: ("front", record.number) for i, record in enumerate(records.front())}

@@ -18,6 +18,7 @@ import pytest
 from optuna.trial import TrialState
 from optuna_dashboard._note import get_note
 
+from foldsearch.codec import from_json, to_json
 from foldsearch.errors import BudgetError, RunError
 from foldsearch.fates import Replace, Share
 from foldsearch.plan.cost import price
@@ -602,7 +603,7 @@ def test_a_budget_out_of_reach_is_refused(tmp_path: Path, study: Study) -> None:
 
 def test_results_survive_json(study: Study) -> None:
     result = result_of(FoldPlan.dropping([3], NUM_BLOCKS), study, 1)
-    assert TrialResult.from_json(json.loads(json.dumps(result.to_json()))) == result
+    assert from_json(TrialResult, json.loads(json.dumps(to_json(result)))) == result
 
 
 # ---- the dry run

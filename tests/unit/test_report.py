@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from foldsearch.codec import from_json, to_json
 from foldsearch.criteria import CRITERIA
 from foldsearch.errors import RunError
 from foldsearch.fates import Replace, Share
@@ -381,7 +382,7 @@ def test_the_front_has_a_column_for_each_kind_of_text_whatever_the_width(view: R
 def test_kinds_are_told_wherever_a_trial_is(view: RunView) -> None:
     several = with_kinds(view)
     last = several.front[0].result
-    assert TrialResult.from_json(json.loads(json.dumps(last.to_json()))) == last
+    assert from_json(TrialResult, json.loads(json.dumps(to_json(last)))) == last
     shown = text_of(terminal.results_table([last]))
     assert [line.split() for line in shown.splitlines() if line.startswith(("by kind", "report KL"))] == [
         "by kind of text prose code <x> unseen: reference".split(),
@@ -685,7 +686,7 @@ def test_training_that_hurt_is_said_everywhere(
     setback = Setback(kept_tokens, None if latest is None else replace(entry.quality, kl=latest))
     last = replace(entry.result, setback=setback)
     assert last.kept_tokens == kept_tokens
-    assert TrialResult.from_json(json.loads(json.dumps(last.to_json()))) == last
+    assert from_json(TrialResult, json.loads(json.dumps(to_json(last)))) == last
     hurt = replace(record, results=(*record.results[:-1], last))
     more = replace(view, records=tuple(hurt if old is record else old for old in view.records))
     for width in (80, 200):

@@ -1,0 +1,39 @@
+"""Our values as JSON, and back: cattrs reads the types of their fields. A plan is its text and its number of blocks."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from cattrs import Converter
+from cattrs.errors import CattrsError
+
+from foldsearch.plan.plan import FoldPlan
+
+Value = TypeVar("Value")
+
+_CONVERTER = Converter(
+    detailed_validation=False
+)  # the first fault as the error that it is, not a group of all
+_CONVERTER.register_unstructure_hook(
+    FoldPlan, lambda plan: {"plan": str(plan), "num_blocks": plan.num_blocks}
+)
+_CONVERTER.register_structure_hook(
+    FoldPlan, lambda value, _: FoldPlan.parse(value["plan"], value["num_blocks"])
+)
+
+
+def to_json(value: object) -> Any:
+    """The value in JSON's types."""
+    return _CONVERTER.unstructure(value)
+
+
+def from_json(kind: type[Value], value: Any) -> Value:
+    """Read what `to_json` made of a value of this type.
+
+    Raises:
+        ValueError, KeyError, TypeError, PlanError: it is no such value.
+    """
+    try:
+        return _CONVERTER.structure(value, kind)
+    except CattrsError as error:
+        raise ValueError(str(error)) from error
