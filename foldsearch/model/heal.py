@@ -24,8 +24,10 @@ Shapes: N sequences, T positions, M tokens of a batch, D width of the stream, F 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -84,7 +86,6 @@ class Healed:
     tokens: int
 
 
-@torch.no_grad()
 def heal(
     model: PreTrainedModel, states: Tensor, ids_NT: Tensor, progress: CountProgress | None = None
 ) -> Healed:
@@ -103,36 +104,111 @@ def heal(
     Raises:
         InputError: there is only one sequence. ModelError: a state is no finite number.
     """
-    ids_NT = ids_NT[: states.shape[1]]
-    num_sequences, length = ids_NT.shape
-    if num_sequences < 2:
-        raise InputError(
-            f"healing must have a sequence to fit to and another to choose on; got {num_sequences} of {length} tokens. "
-            f"Give {2 * length} tokens or more."
-        )
-    places = _places(model)
-    begin = _first_touched(places)
-    inputs = other_inputs(model, list(decoder_blocks(model)), ids_NT)
-    text = _Text(states, begin, num_sequences - max(1, round(HELD_OUT * num_sequences)), model.device)
-    values: dict[str, Tensor] = {}
-    blocks: list[HealedBlock] = []
-    ridge = FIRST_RIDGE
-    for index, place in enumerate(places[begin:], begin):
-        others, named = inputs[index]
+    return Healer(states, ids_NT).heal(model, progress)[0]
 
-        def run(own_BTD: Tensor, place: _Place = place, others: Any = others, named: Any = named) -> Tensor:
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Step:
+    """What healing came to at one position: the states after it, its new parameters, what is told, and the ridge."""
+
+    own_NTD: Tensor
+    values: dict[str, Tensor]
+    block: HealedBlock | None
+    ridge: int
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(value.nbytes for value in (self.own_NTD, *self.values.values()))
+
+
+class Healer:
+    """Heals folded models of one dense model on one text, see `heal`.
+
+    Plans that begin alike are healed alike up to where they part: that part is computed once, while it is kept.
+    """
+
+    def __init__(self, states: Tensor, ids_NT: Tensor, *, num_led: int = 0, most_bytes: int = 0) -> None:
+        """See `heal` for the others.
+
+        Args:
+            states: of the dense model.
+            ids_NT: the tokens that they are of.
+            num_led: so many of the last sequences go along only: nothing is fitted to them or chosen on them.
+            most_bytes: of the states and parameters that are kept; what was used longest ago goes first.
+
+        Raises:
+            InputError: there is only one sequence to fit to.
+        """
+        self._states, self._ids_NT = states, ids_NT[: states.shape[1]]
+        num, length = self._ids_NT.shape
+        self._num_text = num - num_led
+        if self._num_text < 2:
+            raise InputError(
+                f"healing must have a sequence to fit to and another to choose on; got {self._num_text} of {length} "
+                f"tokens. Give {2 * length} tokens or more."
+            )
+        self._num_led, self._most_bytes = num_led, most_bytes
+        self._kept: OrderedDict[tuple[str, ...], _Step] = OrderedDict()
+        self._kept_bytes = 0
+        self._inputs: dict[int, Any] = {}  # what the model hands a block besides the states, by its home
+
+    @torch.no_grad()
+    def heal(self, model: PreTrainedModel, progress: CountProgress | None = None) -> tuple[Healed, Tensor]:
+        """Heal a folded model in place; also its states after the last position, for the sequences that are led."""
+        places = _places(model)
+        begin = _first_touched(places)
+        if any(place.reads not in self._inputs for place in places):
+            inputs = other_inputs(model, list(decoder_blocks(model)), self._ids_NT)
+            self._inputs |= {place.reads: given for place, given in zip(places, inputs, strict=True)}
+        num_fitted = self._num_text - max(1, round(HELD_OUT * self._num_text))
+        text = _Text(self._states, begin, (num_fitted, self._num_text), model.device)
+        values: dict[str, Tensor] = {}
+        blocks: list[HealedBlock] = []
+        ridge = FIRST_RIDGE
+        for index, place in enumerate(places[begin:], begin):
+            key = tuple(one.key for one in places[: index + 1])
+            step = self._kept.get(key)
+            if step is None:
+                step = self._step(place, text, ridge)
+                self._keep(key, step)
+            else:
+                self._kept.move_to_end(key)
+                text.own_NTD = step.own_NTD
+                for name, value in step.values.items():
+                    assert place.writer is not None
+                    place.writer.take(name, value)
+            ridge = step.ridge
+            values |= {f"{place.path}.{name}": value for name, value in step.values.items()}
+            if step.block is not None:
+                blocks.append(step.block)
+            if progress is not None:
+                progress(index + 1 - begin, len(places) - begin)
+        tokens = self._num_text * self._ids_NT.shape[1] if blocks else 0
+        return Healed(values, tuple(blocks), tokens), text.own_NTD[self._num_text :]
+
+    def _step(self, place: _Place, text: _Text, ridge: int) -> _Step:
+        others, named = self._inputs[place.reads]
+
+        def run(own_BTD: Tensor) -> Tensor:
             return hidden_of(place.block(own_BTD, *others, **named))
 
+        if self._most_bytes:
+            text.own_NTD = text.own_NTD.clone()  # that of the position before is kept
         if place.writer is None:
             text.advance(run)
-        else:
-            found, ridge = _heal_one(place, place.writer, text, run, ridge)
-            blocks.append(found)
-            if found.ridge is not None:
-                values |= {f"{place.path}.{name}": value for name, value in place.writer.parameters().items()}
-        if progress is not None:
-            progress(index + 1 - begin, len(places) - begin)
-    return Healed(values, tuple(blocks), num_sequences * length)
+            return _Step(text.own_NTD, {}, None, ridge)
+        block, ridge = _heal_one(place, place.writer, text, run, ridge)
+        values = place.writer.parameters() if block.ridge is not None else {}
+        return _Step(text.own_NTD, values, block, ridge)
+
+    def _keep(self, key: tuple[str, ...], step: _Step) -> None:
+        if not self._most_bytes:
+            return
+        self._kept[key] = step
+        self._kept_bytes += step.num_bytes
+        while self._kept_bytes > self._most_bytes and len(self._kept) > 1:
+            _, oldest = self._kept.popitem(last=False)
+            self._kept_bytes -= oldest.num_bytes
 
 
 def is_healable(model: PreTrainedModel) -> bool:
@@ -154,7 +230,7 @@ def _heal_one(
     """Solve one position, and let the text go through it; also the ridge that served, by its number."""
     weight_NT1 = text.weights(place)
     read: list[tuple[slice, Tensor]] = []  # what the matrix reads of all of the text: a few depths of states
-    sums = {True: _Moments(), False: _Moments()}  # by whether it is fitted to
+    sums: dict[str, Any] = {part: _sums_for(writer, text) for part in ("fitted", "held out")}
 
     def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         read.append((here, writer.reads(args[0])))
@@ -163,12 +239,13 @@ def _heal_one(
     try:
         for here in text.batches():
             text.own_NTD[here] = run(text.own_NTD[here])
-            features_MF = writer.features(read[-1][1])
-            weight_M1 = weight_NT1[here].flatten(0, 1)
-            sums[text.is_fitted_to(here)].add(features_MF, text.missing(place, here), weight_M1)
+            if (part := text.part(here)) in sums:
+                features_MF = writer.features(read[-1][1])
+                weight_M1 = weight_NT1[here].flatten(0, 1)
+                sums[part].add(features_MF, text.missing(place, here), weight_M1)
     finally:
         handle.remove()
-    held_out = [(here, h_MF) for here, h_MF in read if not text.is_fitted_to(here)]
+    held_out = [(here, h_MF) for here, h_MF in read if text.part(here) == "held out"]
 
     def missed(solution_FD: Tensor | None) -> float:
         """Of the held-out tokens, the mean relative squared error of the output."""
@@ -182,13 +259,15 @@ def _heal_one(
         return math.inf if math.isnan(error) else error
 
     before = missed(None)
-    if not math.isfinite(before + sums[True].square):
+    if not math.isfinite(before + sums["fitted"].square):
         raise ModelError(
             f"healing must read finite states, but the output of position {place.position} of the folded model is "
             f"not a finite number. Compute in float32, or leave healing out."
         )
-    number, after = _best_ridge(lambda number: missed(sums[True].solved(RIDGES[number], writer)), first_ridge)
-    solution_FD = (sums[True] + sums[False]).solved(RIDGES[number], writer)
+    number, after = _best_ridge(
+        lambda number: missed(sums["fitted"].solved(RIDGES[number], writer)), first_ridge
+    )
+    solution_FD = (sums["fitted"] + sums["held out"]).solved(RIDGES[number], writer)
     if not (after < before and bool(solution_FD.isfinite().all())):
         return HealedBlock(place.position, None, before, before), number
     for here, h_MF in read:
@@ -221,6 +300,7 @@ class _Place:
 
     Attributes:
         position: its number.
+        key: all that its healing depends on, beside the positions before it.
         path: of its block, in the model.
         block: the block.
         reads: depth of the dense state that it should read.
@@ -230,6 +310,7 @@ class _Place:
     """
 
     position: int
+    key: str
     path: str
     block: nn.Module
     reads: int
@@ -253,6 +334,7 @@ def _places(model: PreTrainedModel) -> list[_Place]:
         places.append(
             _Place(
                 position,
+                f"{meets} {sorted(slot.items())}",
                 f"{family.blocks}.{position}",
                 block,
                 home,
@@ -351,10 +433,20 @@ class _Writer:
         if self.has_bias:
             self._put("bias", self._bias.float() + solution_FD[inputs])
 
+    def take(self, name: str, value: Tensor) -> None:
+        """Take up what `parameters` told."""
+        self._put(name.rpartition(".")[2], value)
+
     def parameters(self) -> dict[str, Tensor]:
         """What `add` changes, by its name in the block."""
         names = (self._weight, *(["bias"] if self.has_bias else []))
         return {f"{self.path}.{name}": getattr(self.module, name).detach() for name in names}
+
+    @property
+    def num_features(self) -> int:
+        """Of what the change is linear in."""
+        weight: Tensor = getattr(self.module, self._weight)
+        return weight.shape[0 if isinstance(self.module, Conv1D) else 1] + self.has_bias
 
     @property
     def _bias(self) -> Tensor:
@@ -398,21 +490,28 @@ class _Text:
         own_NTD: in the dtype of the model, on its device.
     """
 
-    def __init__(self, states: Tensor, depth: int, num_fitted: int, device: torch.device) -> None:
-        self._states, self._num_fitted = states, num_fitted
+    def __init__(self, states: Tensor, depth: int, ends: tuple[int, int], device: torch.device) -> None:
+        """`ends`: of the sequences that are fitted to, and of those that are held out; others are led along."""
+        self._states, self._ends = states, ends
         self.own_NTD = states[depth].to(device, copy=True)
 
     def batches(self) -> Iterator[slice]:
-        """Of sequences; all of a batch is fitted to, or none."""
+        """Of sequences; all of a batch are of one part."""
         num, length = self.own_NTD.shape[:2]
         step = max(1, BATCH_TOKENS // length)
-        for first, last in ((0, self._num_fitted), (self._num_fitted, num)):
+        for first, last in pairwise((0, *self._ends, num)):
             for start in range(first, last, step):
                 yield slice(start, min(start + step, last))
 
-    def is_fitted_to(self, here: slice) -> bool:
-        """Whether a batch is fitted to; else it is held out."""
-        return here.stop <= self._num_fitted  # type: ignore[no-any-return]
+    def part(self, here: slice) -> str:
+        """Whether a batch is "fitted", "held out" or "led"."""
+        fitted, held_out = self._ends
+        return "fitted" if here.stop <= fitted else "held out" if here.stop <= held_out else "led"
+
+    @property
+    def num_tokens(self) -> int:
+        """Of those that are fitted to or held out."""
+        return self._ends[1] * self.own_NTD.shape[1]
 
     def advance(self, run: Callable[[Tensor], Tensor]) -> None:
         """Let a position run."""
@@ -431,6 +530,7 @@ class _Text:
             [
                 (after[here].float() - before[here].float()).square().sum(-1, keepdim=True)
                 for here in self.batches()
+                if self.part(here) != "led"
             ]
         )
         mean = float(sizes_NT1.mean(dtype=torch.float64))
@@ -440,6 +540,57 @@ class _Text:
                 "not finite numbers. Compute in float32, or leave healing out."
             )
         return (1 / sizes_NT1.clamp_min(max(LEAST_SIZE * mean, 1e-12))).to(self.own_NTD.device)
+
+
+def _sums_for(writer: _Writer, text: _Text) -> _Moments | _Tokens:
+    """What solves faster: sums over features, or over tokens where there are fewer of these."""
+    return _Tokens() if text.num_tokens < writer.num_features else _Moments()
+
+
+class _Tokens:
+    """The weighted tokens themselves, for few of them: one equation a token (the kernel form of ridge regression)."""
+
+    def __init__(self) -> None:
+        self._features: list[Tensor] = []
+        self._wanted: list[Tensor] = []
+        self._products: Tensor | None = None  # of the features but the bias, (M, M), float64
+        self.square = 0.0
+
+    def __add__(self, other: _Tokens) -> _Tokens:
+        both = _Tokens()
+        both._features, both._wanted = self._features + other._features, self._wanted + other._wanted
+        both.square = self.square + other.square
+        return both
+
+    def add(self, features_MF: Tensor, wanted_MD: Tensor, weight_M1: Tensor) -> None:
+        """Take up the tokens of a batch."""
+        root_M1 = weight_M1.sqrt()
+        self._features.append(features_MF * root_M1)
+        self._wanted.append(wanted_MD * root_M1)
+        self.square += float(self._wanted[-1].square().sum(dtype=torch.float64))
+
+    def solved(self, ridge: float, writer: _Writer) -> Tensor:
+        """As of `_Moments`: R⁻¹ Fᵀ (F R⁻¹ Fᵀ + 1)⁻¹ Y, R the diagonal of the ridges."""
+        features_MF, wanted_MD = torch.cat(self._features), torch.cat(self._wanted)
+        size = features_MF.shape[1] - writer.has_bias
+        own_MF = features_MF[:, :size]
+        if self._products is None:
+            self._products = in_float64(own_MF @ own_MF.T)
+        scale = float(self._products.diagonal().sum()) / size
+        regular_MM = self._products / (ridge * scale)
+        if writer.has_bias:
+            bias_M1 = in_float64(features_MF[:, size:])
+            regular_MM += bias_M1 @ bias_M1.T / (BIAS_RIDGE * scale)
+        regular_MM.diagonal().add_(1.0)
+        factor_MM, failed = torch.linalg.cholesky_ex(regular_MM)
+        if failed:
+            return torch.full((features_MF.shape[1], wanted_MD.shape[1]), math.nan, device=writer.device)
+        dual_MD = torch.cholesky_solve(in_float64(wanted_MD), factor_MM)
+        solution_FD = own_MF.T @ (dual_MD / (ridge * scale)).to(own_MF.device, torch.float32)
+        if writer.has_bias:
+            bias_1D = (in_float64(features_MF[:, size:]).T @ dual_MD) / (BIAS_RIDGE * scale)
+            solution_FD = torch.cat((solution_FD, bias_1D.to(solution_FD)))
+        return solution_FD
 
 
 class _Moments:

@@ -173,8 +173,12 @@ def cross_terms(
 
 
 @torch.inference_mode()
-def judge(model: PreTrainedModel, tokens: TokenSet, targets: DenseTargets) -> Quality:
+def judge(
+    model: PreTrainedModel, tokens: TokenSet, targets: DenseTargets, *, hidden_NTD: Tensor | None = None
+) -> Quality:
     """The quality of a model on a token set, beside the dense one.
+
+    hidden_NTD: of the model on these tokens, after its final norm, where that is known already.
 
     KL(dense ‖ model), the next-token loss and agreement are means over the scored positions (see `TokenSet`); where
     there are several kinds of text, the KL is one figure made of those of the kinds (see `Kinds`). A
@@ -188,7 +192,8 @@ def judge(model: PreTrainedModel, tokens: TokenSet, targets: DenseTargets) -> Qu
     done = 0
     for batch in batches(*tokens.ids_NT.shape):
         ids_BT = tokens.ids_NT[batch].to(model.device)
-        hidden = last_hidden(model, ids_BT)[:, :-1].flatten(0, 1)
+        hidden_BTD = last_hidden(model, ids_BT) if hidden_NTD is None else hidden_NTD[batch]
+        hidden = hidden_BTD[:, :-1].flatten(0, 1)
         here = slice(done, done + len(hidden))
         done = here.stop
         normaliser, next_logit, same = judged_logits(
