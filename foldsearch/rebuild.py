@@ -23,8 +23,7 @@ from foldsearch.model.fold import fold
 from foldsearch.model.heal import heal, is_healable
 from foldsearch.model.judge import judge
 from foldsearch.model.recover import attach, load_trained, merge
-from foldsearch.model.starts import StartSettings, fitting_tokens, folded_start, new_values
-from foldsearch.model.states import residual_states
+from foldsearch.model.starts import folded_start, new_values
 from foldsearch.paths import printable
 from foldsearch.plan.result import Healing, Quality, TrialResult
 from foldsearch.progress import StageProgress, counting, silent
@@ -41,15 +40,8 @@ def folded_model(
     path = folder / START
     if path.exists():
         return fold(bench.dense, record.plan, load_file(path))
-    model, found = folded_start(
-        bench.dense,
-        record.plan,
-        bench.splits.recovery.ids_NT,
-        StartSettings(adapters=record.adapter_start or "zero", tokens=context.study.starts.tokens),
-        model_hash=context.files.content_hash,
-        cache_dir=context.cache_dir,
-        progress=say,
-    )
+    text = bench.fit_text(context.study.starts.tokens)
+    model, found = folded_start(text, record.plan, adapters=record.adapter_start or "zero", progress=say)
     values = new_values(model)
     # What runs deeper than the dense model is to become better than it, not more like it.
     if context.study.healing.tokens and not record.plan.is_extension and is_healable(model):
@@ -66,16 +58,9 @@ def _heal(
 ) -> tuple[dict[str, Tensor], Healing]:
     """Heal a folded model in place; what is new in it, and what is told of it."""
     began = time.perf_counter()
-    bench = open_workbench(context)
-    ids_NT = fitting_tokens(bench.splits.recovery.ids_NT, context.study.healing.tokens)
-    states = residual_states(
-        bench.dense,
-        ids_NT,
-        model_hash=context.files.content_hash,
-        cache_dir=context.cache_dir,
-        progress=counting(say, "residual states"),
-    )
-    healed = heal(model, states, ids_NT, counting(say, "healing"))
+    text = open_workbench(context).fit_text(context.study.healing.tokens)
+    states = text.states(counting(say, "residual states"))
+    healed = heal(model, states, text.ids_NT, counting(say, "healing"))
     solved = len(healed.blocks)
     healing = Healing(
         tokens=healed.tokens,

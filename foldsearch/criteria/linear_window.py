@@ -2,8 +2,7 @@
 
 from foldsearch.criteria import Choice, Question
 from foldsearch.criteria.greedy import greedy_rows
-from foldsearch.model.starts import fitting_tokens, linear_window
-from foldsearch.model.states import residual_states
+from foldsearch.model.starts import linear_window
 from foldsearch.progress import counting
 
 
@@ -13,13 +12,7 @@ def choose(question: Question) -> Choice:
     rows = greedy_rows(tokens)
 
     def compute() -> tuple[int, ...]:
-        states = residual_states(
-            bench.dense,
-            fitting_tokens(bench.splits.recovery.ids_NT, fitted),
-            model_hash=bench.files.content_hash,
-            cache_dir=bench.cache_dir,
-            progress=counting(question.say, "residual states"),
-        )
+        states = bench.fit_text(fitted).states(counting(question.say, "residual states"))
         say = counting(question.say, "linear windows")
         return linear_window(bench.dense, question.count, states, tokens.of(rows), bench.search.of(rows), say)
 

@@ -7,8 +7,6 @@ states of the blocks that their children stand for (children.py).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,75 +19,49 @@ from foldsearch.model.fold import fold
 from foldsearch.model.judge import DenseTargets, judge
 from foldsearch.model.parts import Borrowed, OutputNorm, Replaced
 from foldsearch.model.replacements import FitSettings, fit_replacement
-from foldsearch.model.states import residual_states
+from foldsearch.model.states import FitText
 from foldsearch.model.tokens import TokenSet
 from foldsearch.plan.plan import AdapterStart, FoldPlan, Replacement, Slot
 from foldsearch.progress import CountProgress, StageProgress, counting, silent
 
 
-@dataclass(frozen=True, slots=True)
-class StartSettings:
-    """How what is new starts.
-
-    adapters: see `foldsearch.model.children`. tokens: of the text, for fits and calibration; whole sequences, at least
-    two. fit: of replacements; None is its defaults.
-    """
-
-    adapters: AdapterStart = "svd"
-    tokens: int = 8192
-    fit: FitSettings | None = None
-
-
 def folded_start(
-    dense: PreTrainedModel,
+    text: FitText,
     plan: FoldPlan,
-    ids_NT: Tensor,
-    settings: StartSettings,
     *,
-    model_hash: str,
-    cache_dir: Path,
+    adapters: AdapterStart = "svd",
+    fit: FitSettings | None = None,
     progress: StageProgress = silent,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """`fold`, with fitted replacements and adapters; and what the fits found, as plain values.
 
     Args:
-        dense: the model. plan: what to fold.
-        ids_NT: token ids of a text that is not measured on.
-        settings: how.
-        model_hash, cache_dir: see `foldsearch.model.states.residual_states`.
+        text: what they are fitted to, with the dense model.
+        plan: what to fold.
+        adapters: how they start, see `foldsearch.model.children`.
+        fit: of replacements; None is its defaults.
         progress: called with what is done and the share of it.
 
     Raises:
         ModelError, PlanError: see `fold`.
     """
+    dense, ids_NT = text.dense, text.ids_NT
     model = fold(dense, plan)
-    ids_NT = fitting_tokens(ids_NT, settings.tokens)
     summary: dict[str, Any] = {}
     if any(isinstance(slot, Replacement) for slot in plan.slots):
-        states = residual_states(
-            dense,
-            ids_NT,
-            model_hash=model_hash,
-            cache_dir=cache_dir,
-            progress=counting(progress, "residual states"),
-        )
+        states = text.states(counting(progress, "residual states"))
         for block, slot in zip(decoder_blocks(model), plan.slots, strict=True):
             if isinstance(slot, Replacement):
                 name = f"{slot.first}-{slot.last}~{slot.kind}"
-                fit = fit_replacement(
-                    dense, slot, states, ids_NT, settings.fit, counting(progress, f"fitting {name}")
+                found = fit_replacement(
+                    dense, slot, states, ids_NT, fit, counting(progress, f"fitting {name}")
                 )
-                _put(_new_module(block), fit.values)
-                summary[name] = {"errors": fit.errors, "chosen": fit.chosen}
+                _put(_new_module(block), found.values)
+                summary[name] = {"errors": found.errors, "chosen": found.chosen}
     if any(isinstance(slot, Slot) and (slot.rank or slot.norm) for slot in plan.slots):
-        start_adapters(model, dense, ids_NT, settings.adapters, counting(progress, "calibrating adapters"))
-        summary["adapters"] = settings.adapters
+        start_adapters(model, dense, ids_NT, adapters, counting(progress, "calibrating adapters"))
+        summary["adapters"] = adapters
     return model, summary
-
-
-def fitting_tokens(ids_NT: Tensor, tokens: int) -> Tensor:
-    """The first sequences of a text that hold so many tokens, at least two of them."""
-    return ids_NT[: max(2, tokens // ids_NT.shape[1])]
 
 
 def linear_window(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,6 +26,31 @@ from foldsearch.progress import CountProgress
 
 MOST_BYTES = 2 * 10**9
 BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FitText:
+    """A text that what is new in a folded model is fitted to, and the dense model's states on it.
+
+    dense: the dense model. ids_NT: token ids of whole sequences, of a text that is not measured on.
+    model_hash, cache_dir: see `residual_states`.
+    """
+
+    dense: PreTrainedModel
+    ids_NT: Tensor
+    model_hash: str
+    cache_dir: Path
+
+    def states(self, progress: CountProgress | None = None) -> Tensor:
+        """The states between the blocks; see `residual_states`."""
+        return residual_states(
+            self.dense, self.ids_NT, model_hash=self.model_hash, cache_dir=self.cache_dir, progress=progress
+        )
+
+
+def first_sequences(ids_NT: Tensor, tokens: int) -> Tensor:
+    """The first sequences of a text that hold so many tokens, at least two of them."""
+    return ids_NT[: max(2, tokens // ids_NT.shape[1])]
 
 
 def residual_states(

@@ -17,6 +17,7 @@ from foldsearch.model.children import base_blocks, base_distances
 from foldsearch.model.evidence import Evidence, measure_evidence
 from foldsearch.model.judge import DenseTargets
 from foldsearch.model.source import DenseFiles
+from foldsearch.model.states import FitText, first_sequences
 from foldsearch.model.tokens import Splits, TokenSet
 from foldsearch.plan.cost import CostTable
 from foldsearch.progress import StageProgress, counting
@@ -60,6 +61,11 @@ class Workbench:
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
         value, known = once(self.cache_dir / name / f"{key}.json", lambda: to_json(compute()))
         return from_json(kind, value), known
+
+    def fit_text(self, tokens: int) -> FitText:
+        """The first sequences of the recovery text that hold so many tokens."""
+        ids_NT = first_sequences(self.splits.recovery.ids_NT, tokens)
+        return FitText(self.dense, ids_NT, self.files.content_hash, self.cache_dir)
 
     def evidence(self, say: StageProgress) -> Evidence:
         """What each block does on the search tokens."""

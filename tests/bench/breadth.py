@@ -32,8 +32,8 @@ from foldsearch.model.judge import dense_targets, judge
 from foldsearch.model.own_text import OwnText, first_tokens, kept_text, with_own_text
 from foldsearch.model.recover import Recovery, RecoveryTraining
 from foldsearch.model.splits import SplitRules, make_splits
-from foldsearch.model.starts import StartSettings, folded_start
-from foldsearch.model.states import residual_states
+from foldsearch.model.starts import folded_start
+from foldsearch.model.states import FitText
 from foldsearch.model.tokens import TokenSet
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.prepare import make_study_splits
@@ -102,19 +102,17 @@ class Bench:
         return alone if name == "sotu" else with_own_text(alone, self.written(SEQUENCES), "own", 0)
 
     def states(self, tokens: TokenSet) -> Tensor:
-        return residual_states(
-            self.dense, tokens.ids_NT, model_hash=self.files.content_hash, cache_dir=self.cache
-        )
+        return self.fit_text(tokens).states()
+
+    def fit_text(self, tokens: TokenSet) -> FitText:
+        return FitText(self.dense, tokens.ids_NT, self.files.content_hash, self.cache)
 
     def kept(self) -> PreTrainedModel:
         return fold(self.dense, FoldPlan.parse(DROPPED, NUM_BLOCKS))
 
 
 def linear(bench: Bench, tokens: TokenSet) -> PreTrainedModel:
-    settings = StartSettings(tokens=tokens.num_tokens)
-    kept = {"model_hash": bench.files.content_hash, "cache_dir": bench.cache}
-    plan = FoldPlan.parse(LINEAR, NUM_BLOCKS)
-    return folded_start(bench.dense, plan, tokens.ids_NT, settings, **kept)[0]
+    return folded_start(bench.fit_text(tokens), FoldPlan.parse(LINEAR, NUM_BLOCKS))[0]
 
 
 def healed(bench: Bench, tokens: TokenSet) -> PreTrainedModel:

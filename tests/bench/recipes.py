@@ -32,7 +32,8 @@ from foldsearch.model import source
 from foldsearch.model.judge import DenseTargets, clustered_error, dense_targets, judge
 from foldsearch.model.parts import Replaced
 from foldsearch.model.recover import Diverged, Recovery
-from foldsearch.model.starts import StartSettings, folded_start
+from foldsearch.model.starts import folded_start
+from foldsearch.model.states import FitText
 from foldsearch.model.tokens import TokenSet
 from foldsearch.model.training import RecoveryTraining
 from foldsearch.plan.plan import FoldPlan
@@ -83,11 +84,9 @@ class Bench:
         return dense_targets(self.dense, tokens, model_hash=files.content_hash, cache_dir=cache_dir)
 
     def started(self, plan: FoldPlan) -> Any:
-        model, _ = folded_start(
-            self.dense, plan, self.recovery.ids_NT, StartSettings(adapters="data"),
-            model_hash=self.context.files.content_hash, cache_dir=self.context.cache_dir,
-        )  # fmt: skip
-        return model
+        files, cache_dir = self.context.files, self.context.cache_dir
+        text = FitText(self.dense, self.recovery.ids_NT, files.content_hash, cache_dir)
+        return folded_start(text, plan, adapters="data")[0]
 
     def measure(self, model: Any) -> tuple[list[float], float]:
         """KL of each sequence of the report texts, and the perplexity of all."""

@@ -27,8 +27,8 @@ from foldsearch.model.fold import fold
 from foldsearch.model.judge import judge
 from foldsearch.model.networks import NETWORKS
 from foldsearch.model.replacements import FitSettings, solve_down
-from foldsearch.model.starts import StartSettings, folded_start
-from foldsearch.model.states import residual_states
+from foldsearch.model.starts import folded_start
+from foldsearch.model.states import FitText
 from foldsearch.plan.plan import FoldPlan, Replacement
 from foldsearch.prepare import prepare_context
 from foldsearch.spec.space import Space
@@ -46,22 +46,17 @@ class Bench:
         self.context = prepare_context(study, folder, cache_dir=source.default_cache_dir())
         self.bench = open_workbench(self.context)
         self.dense, self.ids_NT = self.bench.dense, self.bench.splits.recovery.ids_NT
+        files = self.context.files
+        self.text = FitText(self.dense, self.ids_NT, files.content_hash, self.context.cache_dir)
 
     def kl(self, model) -> float:
         return judge(model, self.bench.splits.search, self.bench.search).kl
 
     def started(self, plan: FoldPlan, epochs: int = 1):
-        settings = StartSettings(fit=FitSettings(epochs=epochs))
-        return folded_start(
-            self.dense, plan, self.ids_NT, settings,
-            model_hash=self.context.files.content_hash, cache_dir=self.context.cache_dir,
-        )  # fmt: skip
+        return folded_start(self.text, plan, fit=FitSettings(epochs=epochs))
 
     def states(self) -> Tensor:
-        return residual_states(
-            self.dense, self.ids_NT,
-            model_hash=self.context.files.content_hash, cache_dir=self.context.cache_dir,
-        )  # fmt: skip
+        return self.text.states()
 
 
 def replaced(first: int, last: int, kind: str) -> FoldPlan:

@@ -19,7 +19,8 @@ from foldsearch.model.measure import last_logits_macs, measure
 from foldsearch.model.networks import NETWORKS
 from foldsearch.model.recover import Recovery, merge
 from foldsearch.model.replacements import FitSettings, fit_replacement
-from foldsearch.model.starts import StartSettings, folded_start, new_values
+from foldsearch.model.starts import folded_start, new_values
+from foldsearch.model.states import FitText
 from foldsearch.model.training import RecoveryTraining
 from foldsearch.plan.cost import CostTable, Target, price
 from foldsearch.plan.kinds import KINDS, Kind
@@ -129,10 +130,8 @@ def test_a_plan_of_every_kind_is_fitted_trained_and_shipped(tmp_path):
     text = " ".join(f"{block}~{kind.name}" for block, kind in enumerate(KINDS))
     plan = FoldPlan.parse(f"{text} {len(KINDS)}", len(KINDS) + 1)
     tokens = token_set("recovery", sequences=8)
-    settings = StartSettings(fit=FitSettings(epochs=2, learning_rate=1e-2))
-    model, told = folded_start(
-        dense, plan, tokens.ids_NT, settings, model_hash="of this test", cache_dir=tmp_path / "cache"
-    )
+    fitted_to = FitText(dense, tokens.ids_NT, "of this test", tmp_path / "cache")
+    model, told = folded_start(fitted_to, plan, fit=FitSettings(epochs=2, learning_rate=1e-2))
     for found in told.values():
         assert found["errors"][found["chosen"]] == min(found["errors"].values())
     fitted = {name: value.clone() for name, value in new_values(model).items()}

@@ -26,7 +26,7 @@ from foldsearch.context import TrialContext, open_workbench, read_splits
 from foldsearch.criteria import evolution, greedy, linear_window
 from foldsearch.errors import RunError
 from foldsearch.fates import Replace, Share
-from foldsearch.model import gates, workbench
+from foldsearch.model import gates, states, workbench
 from foldsearch.model.fold import fold
 from foldsearch.model.heal import heal
 from foldsearch.model.recover import Recovery
@@ -717,7 +717,7 @@ def test_what_lost_nothing_is_not_healed(context, monkeypatch, plan):
 
 def test_states_that_are_no_numbers_fail_the_trial(context, monkeypatch):
     monkeypatch.setattr(
-        rebuild, "residual_states", lambda *args, **kwargs: residual_states(*args, **kwargs) * math.inf
+        states, "residual_states", lambda *args, **kwargs: residual_states(*args, **kwargs) * math.inf
     )
     (result,) = run(context, proposal=DROPPING)
     assert result.state == "failed"

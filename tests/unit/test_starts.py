@@ -20,8 +20,8 @@ from foldsearch.model.children import start_adapters
 from foldsearch.model.fold import fold
 from foldsearch.model.parts import Borrowed, OutputNorm, Replaced
 from foldsearch.model.replacements import FitSettings, fit_replacement
-from foldsearch.model.starts import StartSettings, folded_start, new_values
-from foldsearch.model.states import residual_states
+from foldsearch.model.starts import folded_start, new_values
+from foldsearch.model.states import FitText, first_sequences, residual_states
 from foldsearch.plan.plan import FoldPlan, Replacement
 from tests.tiny import NUM_BLOCKS, WIDTH, dense_model, token_set
 
@@ -51,10 +51,9 @@ every_plan = pytest.mark.parametrize(
 
 @pytest.fixture
 def start(tmp_path):
-    def started(dense, text: str, settings: StartSettings | None = None, **rest):
+    def started(dense, text: str, ids_NT=IDS, **rest):
         plan = FoldPlan.parse(text, NUM_BLOCKS)
-        settings = settings or StartSettings()
-        return folded_start(dense, plan, IDS, settings, model_hash="m", cache_dir=tmp_path, **rest)
+        return folded_start(FitText(dense, ids_NT, "m", tmp_path), plan, **rest)
 
     return started
 
@@ -137,7 +136,7 @@ def test_what_was_fitted_is_what_the_model_has(name, start, tmp_path):
     """The fits and the adapters' start, called by themselves; and what they found, in plain values."""
     dense, text = dense_model(name), "0=4+r3+n 1~linear 2~swiglu8 3~layer 4"
     fit_settings = FitSettings(epochs=2, learning_rate=1e-2)
-    model, found = start(dense, text, StartSettings("data", fit=fit_settings))
+    model, found = start(dense, text, adapters="data", fit=fit_settings)
     expected = fold(dense, parse(text))
     start_adapters(expected, dense, IDS, "data")
     states = residual_states(dense, IDS, model_hash="m", cache_dir=tmp_path)
@@ -161,7 +160,7 @@ def test_the_start_is_written_to_nothing_of_the_dense_model(name, text, start):
     text = text.replace("1-2=3+r8+n", "1=3+r8+n 2=3+r8")
     dense = dense_model(name)
     kept = [parameter.clone() for parameter in dense.parameters()]
-    model, _ = start(dense, text, StartSettings("data"))
+    model, _ = start(dense, text, adapters="data")
     assert kl(dense, model) < kl(dense, fold(dense, parse(text)))
     assert all(torch.equal(p, old) for p, old in zip(dense.parameters(), kept, strict=True))
 
@@ -188,7 +187,7 @@ def test_a_run_that_adds_a_constant_is_replaced_without_loss(name, kind, start):
     dense = adding_constants(name)
     dropped = kl(dense, fold(dense, FoldPlan.dropping([1, 2, 3], NUM_BLOCKS)))
     fit = FitSettings(epochs=30, learning_rate=1e-2)
-    model, found = start(dense, f"0 1-3~{kind} 4", StartSettings(fit=fit))
+    model, found = start(dense, f"0 1-3~{kind} 4", fit=fit)
     (of_run,) = found.values()
     assert dropped > 0.05
     if kind == "layer":
@@ -222,7 +221,7 @@ def test_whole_sequences_of_the_text_and_two_at_least(monkeypatch, tokens, seque
         "start_adapters",
         lambda *args: (seen.append(("adapt", len(args[2]))), adapt(*args))[1],
     )
-    start(dense_model(), "0 1-2~linear 3 4=0+r2", StartSettings("data", tokens=tokens))
+    start(dense_model(), "0 1-2~linear 3 4=0+r2", first_sequences(IDS, tokens), adapters="data")
     assert seen == [("fit", sequences, sequences), ("adapt", sequences)]
 
 
@@ -243,7 +242,7 @@ def test_progress_names_what_is_done(start):
     start(
         dense_model(),
         "0 1-2~ffn8 3 4=0+r2",
-        StartSettings("data"),
+        adapters="data",
         progress=lambda stage, share: seen.setdefault(stage, []).append(share),
     )
     assert list(seen) == ["residual states", "fitting 1-2~ffn", "calibrating adapters"]
