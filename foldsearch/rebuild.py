@@ -47,7 +47,8 @@ def folded_model(
     if context.study.healing.tokens and not record.plan.is_extension and is_healable(model):
         healed, healing = _heal(model, context, say)
         values, found = values | healed, found | {HEALING: asdict(healing)}
-    if found:
+    # A start that was let go of is made again, but not written again: nobody measured this file.
+    if found and START not in record.files:
         values = {name: value.contiguous() for name, value in values.items()}
         replace_atomically(path, lambda temporary: save_file(values, temporary, {"found": json.dumps(found)}))
     return model

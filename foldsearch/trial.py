@@ -91,13 +91,14 @@ def run_trial(
         spent = record.results[-1].seconds if record.results else 0.0
         try:
             course = _Course(record, context, folder, progress)
+            healing = record.results[-1].healing if record.results else healing_of(folder)
             for rung in range(len(record.results), len(context.study.rungs)):
                 result = replace(
                     course.to_rung(rung),
                     cost=cost,
                     seconds=spent + time.perf_counter() - began,
                     gates=record.gates,
-                    healing=healing_of(folder),
+                    healing=healing,
                 )
                 record = replace(record, results=(*record.results, result))
                 record.write(folder, Machine.here(context.device))

@@ -124,4 +124,5 @@ def run_trial(
         result = result_of(plan, study, rung, proposal.recovery.learning_rate)
         known.append(to_json(result))
         write_json(path, {"results": known})
+        (place / "start.safetensors").touch()
         yield result

@@ -4,9 +4,11 @@ After blocks were taken out, the next block reads a stream that it was not train
 the folded model's own states so far, the matrix through which a position writes to the stream (`down_proj` in a Llama)
 is solved again by ridge regression:
 
-    min over ΔD of  Σ_t w_t ‖y_t − x_t − ΔD h_t‖² + λ ‖ΔD‖²
+    min over ΔD of  Σ_t w_t ‖y_t − x_t − ΔD h_t‖² + λ Σ_i q_i ‖ΔD_i‖²
 
-with h what the matrix reads, x the position's output as it is, and y the dense model's state before the next position.
+with h what the matrix reads, x the position's output as it is, y the dense model's state before the next position, and
+q_i = Σ_t w_t h_ti² for column i of the matrix: what a column adds to the stream costs alike, however much it reads
+(one ridge for all columns healed less, on texts of the same kind and of another; docs/log.md).
 The healed output is what the next position reads. Nothing is added to the model: no tensor, no byte, no FLOP, and a
 model that only dropped blocks stays in its stock architecture. Source: ours, after ReplaceMe's fused map (arXiv
 2505.02819) and the layer-by-layer least squares of one-shot pruning.
@@ -43,8 +45,11 @@ from foldsearch.model.parts import Borrowed, Replaced
 from foldsearch.model.states import in_float64
 from foldsearch.progress import CountProgress
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # in mean squares of what the matrix reads
-FIRST_RIDGE = 4  # of them; a block begins with the one that served the block before it
+RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # in squares of what a column reads
+LEAST_SQUARE = (
+    1e-6  # of the mean square: a column that reads hardly anything is penalised as one that reads so much
+)
+FIRST_RIDGE = 5  # of them; a block begins with the one that served the block before it
 BIAS_RIDGE = 1e-9  # a bias is free
 HELD_OUT = 0.25  # of the sequences, the last of them
 BATCH_TOKENS = 2048
@@ -60,7 +65,7 @@ class HealedBlock:
 
     Attributes:
         position: in the folded model.
-        ridge: that was chosen, in mean squares of what the matrix reads; None where no change was best.
+        ridge: that was chosen, in squares of what a column reads; None where no change was best.
         before: mean relative squared error of its output on held-out tokens, as it was.
         after: the same, with what was found on the others.
     """
@@ -621,10 +626,10 @@ class _Moments:
         """The ridge solution, (F, D), float32, on the writer's device; no numbers where rounding leaves none."""
         size = len(self.gram_FF) - writer.has_bias
         diagonal = self.gram_FF.diagonal()
-        scale = float(diagonal[:size].mean())
+        mean = float(diagonal[:size].mean())
         regular_FF = self.gram_FF.clone()
-        regular_FF.diagonal()[:size] += ridge * scale
-        regular_FF.diagonal()[size:] += BIAS_RIDGE * scale
+        regular_FF.diagonal()[:size] += ridge * diagonal[:size].clamp_min(LEAST_SQUARE * mean)
+        regular_FF.diagonal()[size:] += BIAS_RIDGE * mean
         factor_FF, failed = torch.linalg.cholesky_ex(regular_FF)
         if failed:
             return torch.full_like(self.cross_FD, math.nan, device=writer.device, dtype=torch.float32)

@@ -24,6 +24,7 @@ from foldsearch.files import disk_is_full
 from foldsearch.identity import Identity
 from foldsearch.paths import command, printable
 from foldsearch.plan.result import TrialResult
+from foldsearch.record import START
 from foldsearch.search.dry_run import dense_fits, num_cpus, num_gpus
 from foldsearch.search.events import (
     Event,
@@ -367,6 +368,8 @@ class Search:
             band=settings.band,
         )
         if not decision.goes_on:
+            # Healed matrices are large, and nobody exports a trial that was stopped. Who goes on with it heals again.
+            (self.folder.trial(number) / START).unlink(missing_ok=True)
             self.records.stop(number, decision.reason)
             self._ended(TrialStopped(number, result, decision.reason))
         return not decision.goes_on

@@ -96,6 +96,17 @@ def test_a_search_end_to_end_with_a_killed_worker_and_a_broken_trial(
     assert [event.number for event in told if isinstance(event, events.TrialRetried)] == [2]
     assert (times["2:0"], times["2:1"], times["2:2"]) == (1, 2, 1)
     assert records[2].state == "finished"
+
+    # what a trial starts from is large, and kept where it can be exported
+    kept = {path.parent.name for path in run.glob("trials/*/start.safetensors")}
+    ended = {
+        state: {f"{record.number:05d}" for record in records if record.state == state}
+        for state in ("finished", "stopped")
+    }
+    assert ended["stopped"]
+    assert ended["finished"] <= kept
+    assert not ended["stopped"] & kept
+
     assert {name: count for name, count in times.items() if count > 1} == {"2:1": 2}
 
     # the library and Ray print nothing

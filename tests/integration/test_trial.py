@@ -702,10 +702,22 @@ def test_a_model_that_was_healed_is_rebuilt_from_what_is_kept_and_without_it(con
         model, result = recovered_model(context, 0)
     assert quality_of(context, model) == (last.quality, last.report)
     (context.trial_folder(0) / "start.safetensors").unlink()
-    again, _ = recovered_model(context, 0)
-    kept = model.state_dict()
-    assert all(torch.equal(kept[name], value) for name, value in again.state_dict().items())
+    for _ in range(2):
+        again, _ = recovered_model(context, 0)
+        kept = model.state_dict()
+        assert all(torch.equal(kept[name], value) for name, value in again.state_dict().items())
     assert result.healing == last.healing
+
+
+def test_a_stopped_trial_whose_start_was_let_go_of_goes_on(context):
+    whole = run(context, 0, DROPPING)
+    shutil.rmtree(context.run_folder / "plans")
+    generator = run_trial(DROPPING, context, number=1)
+    next(generator)
+    generator.close()
+    (context.trial_folder(1) / "start.safetensors").unlink()
+    assert measured(run(context, 1, DROPPING)) == measured(whole[1:])
+    assert measured(run(context, 2, DROPPING)) == measured(whole)
 
 
 @pytest.mark.parametrize("plan", ["0-4", "0 1 1=1+n 2-4"])

@@ -97,9 +97,9 @@ def test_each_matrix_is_the_weighted_ridge_solution_on_the_models_own_states(nam
 
         def solved(rows: slice, h=h, x=x, y=y, weight=weight, ridge=block.ridge, inputs=inputs) -> Tensor:
             features = h[rows] * weight[rows, None].sqrt()
-            scale = features[:, :inputs].square().sum(0).mean()
+            squares = features[:, :inputs].square().sum(0)
             wanted = (y - x)[rows] * weight[rows, None].sqrt()
-            free = torch.eye(h.shape[1])[:inputs] * (ridge * scale).sqrt()
+            free = torch.eye(h.shape[1])[:inputs] * (ridge * squares).sqrt()[:, None]
             return torch.linalg.lstsq(
                 torch.cat((features, free.double())), torch.cat((wanted, torch.zeros(inputs, WIDTH))).double()
             ).solution
