@@ -23,7 +23,7 @@ _CONVERTER.register_structure_hook(
 
 
 def to_json(value: object) -> Any:
-    """The value in JSON's types."""
+    """Turn a value into what JSON has: dicts, lists, texts, numbers."""
     return _CONVERTER.unstructure(value)
 
 

@@ -60,10 +60,10 @@ class TrialRecord:
         return bool(self.results) and self.results[-1].recovery_tokens > 0
 
     def worth(self, other: TrialRecord) -> tuple[TrialResult, ...]:
-        """Its results, as far as they hold for another trial of the same plan.
+        """The results that hold for another trial of the same plan too.
 
-        All of them where that one would train in the same way, and where this one has reached the last rung: no plan
-        is trained twice. Else (it was stopped, or its training diverged) only those of the untrained model.
+        All of them if that one would train in the same way, or if this one has reached the last rung: no plan is
+        trained twice. Else (this one was stopped, or its training diverged) only those of the untrained model.
         """
         same = (self.learning_rate, self.delta_rank) == (other.learning_rate, other.delta_rank)
         last = self.results[-1]
@@ -79,7 +79,7 @@ class TrialRecord:
 
     @classmethod
     def read(cls, folder: Path) -> TrialRecord | None:
-        """What `write` kept; None where the trial has no result yet."""
+        """Read what `write` kept; None where the trial has no result yet."""
         path = folder / "trial.json"
         return from_json(cls, json.loads(path.read_text())) if path.exists() else None
 
@@ -110,7 +110,7 @@ def is_ahead(record: TrialRecord, folder: Path) -> bool:
 
 
 def copy_state(owner: Path, folder: Path, *, trained: bool) -> None:
-    """What another trial of the same plan starts from; and what it trained."""
+    """Copy the start of another trial of the same plan and, if asked, what that one trained."""
     names = ("start", "recovered", "optimizer") if trained else ("start",)
     for name in (f"{name}.safetensors" for name in names):
         if not (owner / name).exists():
@@ -119,7 +119,7 @@ def copy_state(owner: Path, folder: Path, *, trained: bool) -> None:
 
 
 def plan_path(context: TrialContext, record: TrialRecord) -> Path:
-    """One file a plan and a start of its adapters: together they say what the untrained model is."""
+    """The file that says which trial measures a plan; one for each start of adapters, which is another model."""
     start = "" if record.adapter_start is None else f"-{record.adapter_start}"
     return context.run_folder / "plans" / f"{record.plan.id}{start}.json"
 

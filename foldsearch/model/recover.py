@@ -51,7 +51,7 @@ LEAST = 0.1  # RMS of a vector that is counted at least
 
 
 class Diverged(FoldsearchError):
-    """The recovery's loss is not a number any more."""
+    """The loss of the recovery has become infinite or no number."""
 
 
 class Delta(nn.Module):
@@ -254,7 +254,7 @@ class Recovery:
         self._write(folder / "recovered.safetensors", self._trained_tensors())
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote, at the tokens it was written at."""
+        """Read what `save` wrote: training goes on from there, with the next sequence of the same order."""
         path = folder / "optimizer.safetensors"
         state = load_file(path)
         with torch.no_grad():
@@ -305,7 +305,7 @@ class Recovery:
                 module.train(mode)
 
     def _sequences(self) -> Iterator[int]:
-        """Every sequence once, in an order drawn anew for each pass."""
+        """Yield every sequence once, then once more in another random order, and so on without end."""
         generator = random.Random(self.settings.seed)
         while True:
             order = list(range(len(self.tokens.ids_NT)))

@@ -1,16 +1,16 @@
 """Fit what replaces a run of blocks to the dense model's residual states before and after it.
 
 A replacement adds to the stream, so its target is what the run added: R = Y − X for states X before and Y after.
-Whatever the kind, its last matrix, `down`, is linear in features of X, and so is found in closed form by ridge
-regression: the features of `linear` are X itself (ReplaceMe, LinearPatch); those of `ffn` and `swiglu` are random at
-first, but for relu(n) and relu(−n) among those of `ffn`: together they hold every linear map. Ridge is chosen on
-held-out sequences.
-Then `ffn`, `swiglu` and `layer` (a copy of the first block) train on the same states with mean squared error
-(LLM-Streamline section 3). Of all that was found, nothing at all included, the least held-out error wins. Random
-features and this choice are ours.
+The last matrix of a network, `down`, is linear in its features of X, whatever its kind, and so is found in closed form
+by ridge regression. The features of `linear` are X itself (ReplaceMe, LinearPatch); those of other kinds are random at
+first, except where a kind has some that hold every linear map (`hold_linear_maps`). Ridge is chosen on held-out
+sequences.
+Then networks with features of their own, and copies of a block (`layer`), train on the same states with mean squared
+error (LLM-Streamline section 3). Of all that was found, a network that adds nothing included, the one with the least
+held-out error is taken. Random features and this choice are ours.
 
-A token weighs 1 / ‖R‖², so every token's relative error counts alike; the first tokens of a text have states a hundred
-times larger than the others', and would be all that is fitted [ours].
+A token weighs 1 / ‖R‖², so every token's relative error counts the same; the first tokens of a text have states a
+hundred times larger than the others', and would be all that is fitted [ours].
 
 Shapes: M tokens, N sequences, T positions, B sequences of a step, D width, H features.
 """
@@ -65,8 +65,8 @@ class Fit:
     """A fitted replacement.
 
     values: parameters by their names in the module, float32 (`layer`: in the model's dtype). errors: mean relative
-    squared error on held-out tokens, by what was tried: "nothing" (1 by definition), "closed form", "trained", and
-    for `layer` "copy". chosen: which of them this is.
+    squared error on held-out tokens, by what was tried: "nothing" (1 by definition), "closed form" and "trained"; of
+    `layer`, "copy" and "trained". chosen: the one whose values these are.
     """
 
     values: dict[str, Tensor]
@@ -85,9 +85,12 @@ def fit_replacement(
     """Fit one replacement.
 
     Args:
-        dense: the model. slot: what is replaced, by what.
+        dense: the dense model.
+        slot: which blocks are replaced, and by which kind of network.
         states: (L + 1, N, T, D), from `foldsearch.model.states.residual_states`.
-        ids_NT: the same tokens; only their length matters (`layer` needs the dense model's masks and rotations).
+        ids_NT: the tokens of these states; only their length matters (`layer` needs the masks and rotations that the
+            dense model makes for it).
+        settings: how to fit; None is the defaults.
         progress: called with (done, total) training steps.
     """
     settings = settings or FitSettings()
@@ -106,33 +109,32 @@ def fit_replacement(
         tried["closed form"], errors["closed form"] = _values(net), run.error(net, settings.batch, device)
         if errors["closed form"] >= 1:
             _load(net, tried["nothing"])
-    learns_features = any(name not in ("down", "bias") for name, _ in net.named_parameters())
-    if (
-        learns_features and settings.epochs
-    ):  # without features of its own, the closed form is the best there is
+    # Where only `down` and `bias` can be trained, the closed form has found the best already.
+    of_features = {name for name, _ in net.named_parameters()} - {"down", "bias"}
+    if of_features and settings.epochs:
         _train(net, net, run.train, settings, progress)
         tried["trained"], errors["trained"] = _values(net), run.error(net, settings.batch, device)
     return _best(tried, errors)
 
 
 def _best(tried: dict[str, dict[str, Tensor]], errors: dict[str, float]) -> Fit:
-    """The values with the least held-out error; training may have left none that is a number."""
+    """Take the values with the least held-out error; an error that is no number (training diverged) is never it."""
     chosen = min(errors, key=lambda name: errors[name] if math.isfinite(errors[name]) else math.inf)
     return Fit(tried[chosen], errors, chosen)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Run:
-    """The residual states before and after a run of blocks, each (n, T, D): some to fit to, others to choose on."""
+    """The residual states before and after a run of blocks, each (n, T, D): one part to fit to, one to choose on."""
 
     train: tuple[Tensor, Tensor]
     held_out: tuple[Tensor, Tensor]
 
     @classmethod
     def cut(cls, before_NTD: Tensor, after_NTD: Tensor, share: float) -> _Run:
-        """Hold out the last sequences, so many as this share of them, and one at least."""
+        """Hold out this share of the sequences, the last ones, and at least one."""
         train = len(before_NTD) - max(1, round(share * len(before_NTD)))
-        if train <= 0:  # one sequence: there is nothing to choose on but itself
+        if train <= 0:  # there is one sequence only, so it is fitted to and chosen on
             return cls((before_NTD, after_NTD), (before_NTD, after_NTD))
         return cls((before_NTD[:train], after_NTD[:train]), (before_NTD[train:], after_NTD[train:]))
 
@@ -193,7 +195,7 @@ def solve_down(net: Replaced, train: tuple[Tensor, Tensor], held_out: tuple[Tens
 def _moments(
     net: Replaced, before_NTD: Tensor, after_NTD: Tensor, *, bias: bool
 ) -> tuple[Tensor, Tensor, float]:
-    """Weighted sums over tokens, float64: FᵀF (H, H), FᵀR (H, D) and ‖R‖², F with a column of ones for the bias."""
+    """Sum over tokens, weighted, in float64: FᵀF (H, H), FᵀR (H, D) and ‖R‖²; F has a column of ones for the bias."""
     size, device = net.down.shape[1] + bias, net.down.device
     gram = in_float64(torch.zeros(size, size, device=device))
     cross = in_float64(torch.zeros(size, net.down.shape[0], device=device))
@@ -224,7 +226,7 @@ def _train(
     settings: FitSettings,
     progress: CountProgress | None,
 ) -> None:
-    """Mean relative squared error of what is added, AdamW with a linear decay."""
+    """Train with AdamW and a linear decay on the mean relative squared error of what is added to the stream."""
     module.requires_grad_(True)
     parameters = list(module.parameters())
     device = parameters[0].device
@@ -264,7 +266,7 @@ def _fit_layer(
     )
 
     def added(before_BTD: Tensor) -> Tensor:
-        """What the block adds."""
+        """What the block adds to the stream."""
         return hidden_of(twin(before_BTD, *others, **named)) - before_BTD
 
     errors = {"copy": run.error(added, settings.batch, dense.device)}
@@ -276,16 +278,18 @@ def _fit_layer(
     return _best(tried, errors)
 
 
-# ---- small things
+# ---- errors and batches
 
 
 def _relative(made: Tensor, wanted: Tensor) -> Tensor:
-    """Squared error over squared size, per token."""
+    """The squared error of each token as a share of its squared size."""
     return (made - wanted).square().sum(-1) / _sizes(wanted)
 
 
 def _sizes(added: Tensor) -> Tensor:
-    """Squared size per token, with a floor: a token to which a run adds nothing must not outweigh all others."""
+    """The squared size of each token, with a lower limit: a token to which a run adds almost nothing must not outweigh
+    all others.
+    """
     size = added.square().sum(-1)
     return size.clamp_min(max(LEAST_SIZE * float(size.mean()), 1e-12))
 
@@ -293,7 +297,7 @@ def _sizes(added: Tensor) -> Tensor:
 def _pairs(
     before_NTD: Tensor, after_NTD: Tensor, batch: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of both, float32, on the device."""
+    """Both tensors in batches, in float32, on the device."""
     for before, after in zip(before_NTD.split(batch), after_NTD.split(batch), strict=True):
         yield before.to(device).float(), after.to(device).float()
 

@@ -1,4 +1,4 @@
-"""Where a folded model starts from, before recovery: what it has beyond the dense model's tensors gets good values.
+"""Give what a folded model has beyond the dense model's tensors good values, from which recovery then starts.
 
 Replacements are fitted to the residual stream (replacements.py), adapters and output norms to the weights or the
 states of the blocks that their children stand for (children.py).
@@ -33,13 +33,13 @@ def folded_start(
     fit: FitSettings | None = None,
     progress: StageProgress = silent,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """`fold`, with fitted replacements and adapters; and what the fits found, as plain values.
+    """Fold, and fit replacements and adapters. Returns the model, and what the fits found as plain values.
 
     Args:
-        text: what they are fitted to, with the dense model.
-        plan: what to fold.
-        adapters: how they start, see `foldsearch.model.children`.
-        fit: of replacements; None is its defaults.
+        text: the dense model, and the text that replacements and adapters are fitted to.
+        plan: the plan of the folded model.
+        adapters: how adapters start, see `foldsearch.model.children`.
+        fit: how replacements are fitted; None is the defaults.
         progress: called with what is done and the share of it.
 
     Raises:
@@ -72,7 +72,7 @@ def linear_window(
     targets: DenseTargets,
     progress: CountProgress | None = None,
 ) -> tuple[int, ...]:
-    """The `count` consecutive blocks whose linear replacement leaves the least KL to the dense model [ours].
+    """Find the `count` consecutive blocks whose linear replacement leaves the least KL to the dense model [ours].
 
     Every window is fitted in closed form, built and measured: states alone do not tell a window that can go from one
     that later blocks cannot do without (docs/log.md).
@@ -115,7 +115,7 @@ def new_values(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _new_module(block: torch.nn.Module) -> torch.nn.Module:
-    """The replacement inside a block; the block itself where it is a `layer`."""
+    """The network inside a block, or the block itself where that is what replaces others (`layer`)."""
     return next((module for module in block.modules() if isinstance(module, Replaced)), block)
 
 

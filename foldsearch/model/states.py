@@ -129,5 +129,5 @@ def _write(dense: PreTrainedModel, ids_NT: Tensor, path: Path, progress: CountPr
 
 
 def in_float64(value: Tensor) -> Tensor:
-    """As float64, on its device, or on the CPU where the device (MPS) has no such type."""
+    """Cast to float64 on the tensor's device, or on the CPU where the device (MPS) has no such type."""
     return (value.cpu() if value.device.type == "mps" else value).double()

@@ -106,17 +106,17 @@ class Cost:
 
     @property
     def memory_bytes(self) -> int:
-        """What `--budget-gb` bounds."""
+        """Everything that takes memory while the model runs: what a budget of memory bounds."""
         return self.weight_bytes + self.adapter_bytes + self.kv_bytes + self.activation_bytes
 
     @property
     def stored_bytes(self) -> int:
-        """What the folded file holds."""
+        """The weights in the file of an export, adapters and replacements included."""
         return self.weight_bytes + self.adapter_bytes
 
     @property
     def flops(self) -> int:
-        """FLOPs per token at decode: what `--budget-flops` bounds, and an objective of the search."""
+        """FLOPs per token at decode: what a budget of FLOPs bounds, and an objective of the search."""
         return 2 * self.decode_macs
 
 
@@ -166,7 +166,7 @@ def parse_flops(text: str, dense: Cost) -> int:
     flops = value * dense.flops if text.strip().endswith("x") else value
     if not 1 <= flops < float("inf"):  # below one: a share of dense whose x was forgotten
         raise BudgetError(
-            f"--budget-flops is FLOPs per token at decode (2.5e8) or a share of dense (0.8x), got '{text}'."
+            f"a budget of FLOPs must be FLOPs per token at decode (2.5e8) or a share of dense (0.8x); got '{text}'."
         )
     return int(flops)
 
@@ -242,7 +242,7 @@ def price(plan: FoldPlan, table: CostTable, target: Target) -> Cost:
 
 
 def replacement_cost(slot: Replacement, table: CostTable) -> tuple[int, int]:
-    """Parameters and context-free MACs per token of a replacement.
+    """Parameters of a replacement, and its MACs per token as far as they do not grow with the context.
 
     A copy of a block also has a KV cache and work that grows with the context; `price` adds both.
     """

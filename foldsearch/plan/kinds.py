@@ -17,7 +17,7 @@ DEFAULT_EXPANSION = 4  # hidden width of a network whose size is not named, in w
 class Kind:
     """One kind of network.
 
-    name: as a plan and a space have it. source: the paper.
+    name: as it is written in plans and spaces. source: the paper that it is from.
     cost: parameters, and MACs per token, of the network; asked with the model's width and the hidden width. None: the
     network is a copy of the first block that it replaces, so it costs what that block costs, and attends.
     takes_size: whether a plan may name the hidden width.
