@@ -47,16 +47,14 @@ from foldsearch.progress import CountProgress
 
 RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # in squares of what a column reads
 LEAST_SQUARE = (
-    1e-6  # of the mean square: a column that reads hardly anything is penalised as one that reads so much
+    1e-6  # of the mean square: a column that reads next to nothing counts as one that reads so much
 )
 FIRST_RIDGE = 5  # of them; a block begins with the one that served the block before it
 BIAS_RIDGE = 1e-9  # a bias is free
 HELD_OUT = 0.25  # of the sequences, the last of them
 BATCH_TOKENS = 2048
 LEAST_SIZE = 0.1  # of the mean squared size of what is added; smaller tokens weigh no more than such a one
-LEAST_GAIN = (
-    1e-2  # of the RMS of a norm's gains; a channel below it is let through by nothing, and stays as it is
-)
+LEAST_GAIN = 1e-2  # of the RMS of a norm's gains; a channel below it hardly gets through, and stays as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -558,7 +556,9 @@ class _Tokens:
     def __init__(self) -> None:
         self._features: list[Tensor] = []
         self._wanted: list[Tensor] = []
-        self._products: Tensor | None = None  # of the features but the bias, (M, M), float64
+        self._products: Tensor | None = (
+            None  # of the features but the bias, over their squares, (M, M), float64
+        )
         self.square = 0.0
 
     def __add__(self, other: _Tokens) -> _Tokens:
@@ -579,21 +579,23 @@ class _Tokens:
         features_MF, wanted_MD = torch.cat(self._features), torch.cat(self._wanted)
         size = features_MF.shape[1] - writer.has_bias
         own_MF = features_MF[:, :size]
+        square_F = own_MF.square().sum(0)
+        mean = float(square_F.mean())
+        square_F = square_F.clamp_min(LEAST_SQUARE * mean)
         if self._products is None:
-            self._products = in_float64(own_MF @ own_MF.T)
-        scale = float(self._products.diagonal().sum()) / size
-        regular_MM = self._products / (ridge * scale)
+            self._products = in_float64((own_MF / square_F) @ own_MF.T)
+        regular_MM = self._products / ridge
         if writer.has_bias:
             bias_M1 = in_float64(features_MF[:, size:])
-            regular_MM += bias_M1 @ bias_M1.T / (BIAS_RIDGE * scale)
+            regular_MM += bias_M1 @ bias_M1.T / (BIAS_RIDGE * mean)
         regular_MM.diagonal().add_(1.0)
         factor_MM, failed = torch.linalg.cholesky_ex(regular_MM)
         if failed:
             return torch.full((features_MF.shape[1], wanted_MD.shape[1]), math.nan, device=writer.device)
         dual_MD = torch.cholesky_solve(in_float64(wanted_MD), factor_MM)
-        solution_FD = own_MF.T @ (dual_MD / (ridge * scale)).to(own_MF.device, torch.float32)
+        solution_FD = (own_MF / square_F).T @ (dual_MD / ridge).to(own_MF.device, torch.float32)
         if writer.has_bias:
-            bias_1D = (in_float64(features_MF[:, size:]).T @ dual_MD) / (BIAS_RIDGE * scale)
+            bias_1D = (in_float64(features_MF[:, size:]).T @ dual_MD) / (BIAS_RIDGE * mean)
             solution_FD = torch.cat((solution_FD, bias_1D.to(solution_FD)))
         return solution_FD
 
