@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from foldsearch.codec import from_json, to_json
 from foldsearch.context import TrialContext, open_workbench
 from foldsearch.errors import RunError, VerificationError
 from foldsearch.files import replace_atomically
@@ -46,7 +47,7 @@ def folded_model(
     # What runs deeper than the dense model is to become better than it, not more like it.
     if context.study.healing.tokens and not record.plan.is_extension and is_healable(model):
         healed, healing = _heal(model, context, say)
-        values, found = values | healed, found | {HEALING: asdict(healing)}
+        values, found = values | healed, found | {HEALING: to_json(healing)}
     # A start that was let go of is made again, but not written again: nobody measured this file.
     if found and START not in record.files:
         values = {name: value.contiguous() for name, value in values.items()}
@@ -81,7 +82,7 @@ def healing_of(folder: Path) -> Healing | None:
         return None
     with safe_open(path, framework="pt") as file:
         found = json.loads(file.metadata()["found"]).get(HEALING)
-    return Healing(**found) if found else None
+    return from_json(Healing, found) if found else None
 
 
 def kept_model(record: TrialRecord, context: TrialContext, folder: Path, kept_tokens: int) -> PreTrainedModel:

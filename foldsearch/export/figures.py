@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 # Rounds that differ by more tell of the machine, not of the model: dropping a third of the blocks, which is a lot,
@@ -130,11 +129,6 @@ class ExportReport:
     threads: int
     versions: dict[str, str]
     details: dict[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain dicts, as in foldsearch.json."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # lists, no tuples
-        return plain
 
     @property
     def rows(self) -> list[tuple[str, str, str, str]]:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from foldsearch.codec import to_json
 from foldsearch.errors import (
     InputError,
     ModelError,
@@ -131,7 +132,7 @@ def export(
             weight_bytes=weight_bytes,
         )
         report = _report(job, shipment)
-        (temporary / "foldsearch.json").write_text(json.dumps(report.to_json(), indent=1))
+        (temporary / "foldsearch.json").write_text(json.dumps(to_json(report), indent=1))
         (temporary / "README.md").write_text(model_card(report, folder), encoding="utf-8")
     return report
 

@@ -17,8 +17,9 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
+from foldsearch.codec import from_json
 from foldsearch.errors import VerificationError
-from foldsearch.export import Shipment, export, load_exported, ship
+from foldsearch.export import ExportReport, Shipment, export, load_exported, ship
 from foldsearch.export.process import ModelProcess, ProcessError
 from foldsearch.model.fold import cast, fold
 from foldsearch.model.parts import Borrowed
@@ -133,7 +134,7 @@ def test_folded_export(tmp_path, monkeypatch):
     assert report.dense.weight_bytes == 2 * report.dense.parameters
     assert len(report.decode.exported) == len(report.decode.dense) >= 3
     assert min(report.decode.exported + report.decode.dense + report.prompt.exported) > 0
-    assert json.loads((out / "foldsearch.json").read_text()) == report.to_json()
+    assert from_json(ExportReport, json.loads((out / "foldsearch.json").read_text())) == report
     card = (out / "README.md").read_text()
     assert "# tiny, folded" in card
     assert str(plan) in card
