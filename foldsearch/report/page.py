@@ -72,7 +72,8 @@ def _page(view: RunView, picture: bytes = b"") -> str:
         "<h2>Front and baselines</h2>",
         "<p>KL to dense in nats per token, ± one standard error by document: on the search texts, and on the report "
         "texts, which no choice was made on. Perplexity and ΔKL are of the report texts. ΔKL: against the best "
-        "baseline of about the same cost or less. GB are decimal; FLOPs per token.</p>",
+        "baseline of about the same cost or less. GB are decimal; FLOPs per token. "
+        f"Models: {esc(view.tokens_words)}.</p>",
         _trial_table(view),
     ]
     first = view.finished[0]

@@ -366,9 +366,8 @@ def _footnote(view: RunView) -> Text:
         f"KL to dense in nats per token, ± one standard error by document: over {first.quality.tokens:,} tokens that "
         f"the search looked at, and over {first.final.tokens:,} of the report texts, which it did not; perplexity and "
         "Δ KL are of the latter. Δ KL: against the best baseline of about the same cost or less. GB decimal: weights + "
-        "adapters + KV cache + activations. F: FLOPs per token. file: its size as a share of dense."
-        + _kinds_words(view.folder.study, first.final)
-        + no_error,
+        "adapters + KV cache + activations. F: FLOPs per token. file: its size as a share of dense.\n"
+        f"Models: {view.tokens_words}." + _kinds_words(view.folder.study, first.final) + no_error,
         style="dim",
     )
 

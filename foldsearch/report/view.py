@@ -100,6 +100,13 @@ class RunView:
         return ", ".join(map(printable, names))
 
     @property
+    def tokens_words(self) -> str:
+        """What the trials' models were made with: a token of healing goes forward only, one of training back too."""
+        study = self.folder.study
+        healed = f"healed on {study.healing.tokens:,} tokens, forward only; " if study.healing.tokens else ""
+        return f"{healed}trained on {study.rungs[-1]:,} tokens at most"
+
+    @property
     def dense_perplexity(self) -> float | None:
         """Of the dense model on the report texts; None if no trial has reached the last rung yet."""
         finished = self.finished
