@@ -48,7 +48,7 @@ class Place:
         )
 
     def now(self, run_folder: Path) -> Path | None:
-        """Where it is now; None if it is at neither place."""
+        """Find it where it lay, or at the same place as seen from the run folder; None if it is at neither."""
         there = (Path(self.absolute), Path(os.path.realpath(run_folder)) / self.beside)
         return next((path for path in there if path.exists()), None)
 
@@ -81,7 +81,7 @@ class Identity:
 
     @classmethod
     def read(cls, run_folder: Path) -> Identity | None:
-        """What `write` kept; None where a run has not come so far.
+        """Read what `write` kept; None where a run has not come so far.
 
         Raises:
             RunError: it cannot be read.
@@ -99,7 +99,7 @@ class Identity:
             raise RunError(quote_error(f"'{printable(path)}' cannot be read", error, remedy)) from error
 
     def place_of(self, typed: str) -> Place | None:
-        """Where what a person typed lay; None for what is on the hub or in a package."""
+        """The place of what a person typed; None for what is on the hub or in a package."""
         return next((place for place in self.places if place.typed == typed), None)
 
     def path_of(self, typed: str, run_folder: Path) -> Path | None:
@@ -119,7 +119,7 @@ class Identity:
         return found
 
     def check_model(self, found: ContentHashes, where: Path, run_folder: Path) -> None:
-        """Whether a model is the one of the run; parts that are not known yet are not compared.
+        """Check that a model is the one of the run; parts that are not known yet are not compared.
 
         Raises:
             RunError: it is another one; the message says which part differs.
@@ -135,7 +135,7 @@ class Identity:
             )
 
     def check_tokens(self, found: dict[str, str], run_folder: Path) -> None:
-        """Whether token sets are those of the run.
+        """Check that token sets are those of the run.
 
         Raises:
             RunError: they are others; the message says which.

@@ -85,7 +85,7 @@ class TrialRecord:
 
 
 def check_state(record: TrialRecord, folder: Path) -> None:
-    """Whether the files that a trial's model is rebuilt from are as they were when its last result was measured.
+    """Check that the files from which a trial's model is rebuilt are as they were when its last result was measured.
 
     Raises:
         RunError: one was changed.
@@ -102,7 +102,7 @@ def check_state(record: TrialRecord, folder: Path) -> None:
 
 
 def is_ahead(record: TrialRecord, folder: Path) -> bool:
-    """Whether what recovery trained was trained on other tokens than the last result says."""
+    """Whether the trained weights on disk have seen other tokens than the last result says."""
     try:
         return saved_tokens(folder / RECOVERED) != record.results[-1].kept_tokens
     except (SafetensorError, OSError, KeyError, ValueError, TypeError):
@@ -126,16 +126,21 @@ def plan_path(context: TrialContext, record: TrialRecord) -> Path:
 
 @contextmanager
 def hold_plan(path: Path, context: TrialContext) -> Iterator[tuple[bool, int | None]]:
-    """Whether no other running trial measures the plan of this path, and the number of the trial that does or did.
+    """Hold the lock of a plan, so that no two running trials measure it.
 
-    Where another one has begun, this waits for its first result.
+    Where another trial has begun to measure it, this waits for that one's first result.
+
+    Yields:
+        Whether the lock is held here, and the number of the trial that measures, or has measured, the plan.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # A lock of the system and not a file that says "mine": it is let go of when its process is killed.
     lock = os.open(path.with_suffix(".lock"), os.O_CREAT | os.O_RDWR)
     try:
         while True:
             free = _is_free(lock)
             owner = json.loads(path.read_text())["trial"] if path.exists() else None
+            # The first result of the other trial is enough: the lock itself is held until its last rung.
             if free or (owner is not None and TrialRecord.read(context.trial_folder(owner)) is not None):
                 break
             time.sleep(WAIT_SECONDS)

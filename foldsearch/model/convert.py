@@ -221,7 +221,7 @@ def _quantisation_note(file: GgufFile) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bars and no warnings of the libraries on the terminal: what matters is raised, or told to `progress`."""
+    """Keep bars and warnings of the libraries from the terminal: what matters is raised, or told to `progress`."""
     from transformers.utils import logging
 
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -236,7 +236,7 @@ def quiet() -> Iterator[None]:
 
 
 def write_error(folder: Path, error: BaseException) -> ModelError:
-    """What could not be written under a folder, and what to do."""
+    """Make the error that says what could not be written under a folder, and what to do."""
     if disk_is_full(error):
         return ModelError(
             f"The disk that holds {folder} is full; nothing half-written was kept. Make room, or set FOLDSEARCH_CACHE "

@@ -136,20 +136,23 @@ def assemble(model: "PreTrainedModel") -> None:
             "a position without attention needs a KV cache that can skip it, which this version of transformers does "
             "not have: decoding would be wrong. Use transformers 5.23 or later."
         )
+    # One unit after the other: a position may own its attention and borrow its MLP.
     for unit_name, unit in (("attention", family.attention), ("mlp", family.mlp)):
         owners: dict[int, nn.Module] = {}
         borrowers: list[tuple[nn.Module, dict[str, Any]]] = []
-        seen: set[int] = set()
+        seen: set[int] = (
+            set()
+        )  # a block that stands here once more is a repeat: it borrows from its first occurrence
         for block, slot in zip(blocks, slots, strict=True):
             home, source = slot["home"], slot[unit_name]
-            if source is None:
+            if source is None:  # what replaces a run of blocks stands in the place of the MLP
                 _remove(
                     block, unit, AbsentAttention() if unit_name == "attention" else _in_place(slot, config)
                 )
             elif source == home and home not in seen:
                 owners[home] = block
             else:
-                borrowers.append((block, slot))  # an owner may stand later
+                borrowers.append((block, slot))  # bound below, when all owners are known: one may stand later
             seen.add(home)
         for block, slot in borrowers:
             _borrow(block, owners[slot[unit_name]], unit, slot["rank"])

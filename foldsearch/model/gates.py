@@ -216,14 +216,14 @@ def train_gates(
 
 
 def _influence(dense: PreTrainedModel, tokens: TokenSet) -> Tensor:
-    """Block Influence on the first step's sequences, in medians: what gates start from."""
+    """Measure Block Influence on the first step's sequences, in medians: the weights of the gates start from it."""
     first = tokens.of(list(range(min(len(tokens.ids_NT), SEQUENCES_PER_STEP))))
     influence_L = 1.0 - torch.tensor(measure_evidence(dense, first).block_cosine, dtype=torch.float64)
     return (influence_L / influence_L.median()).clamp(1e-3, MOST_INFLUENCE)
 
 
 class _Removal:
-    """The blocks that are closed for good, in the order they were, and the loss without them on a little text.
+    """The blocks that are closed for good, in the order in which they closed, and the loss without them on little text.
 
     Attributes:
         closed: block numbers.
@@ -272,7 +272,7 @@ class _Removal:
 
 
 class _Weights:
-    """Running mean, per gate, of the loss that closing it costs; it starts from Block Influence."""
+    """For each gate, the running mean of the loss that closing it costs; the mean starts from Block Influence."""
 
     def __init__(self, influence_L: Tensor) -> None:
         self._influence_L = influence_L
@@ -301,7 +301,9 @@ class _Weights:
 
 
 def _expected(weight_L: Tensor, cost_L: Tensor, closed: Sequence[int], settings: GateTraining) -> Tensor:
-    """Expected openings: 0 for the closed gates, among the others less by what is still to be removed."""
+    """The expected opening of each gate: 0 if it is closed for good; the openings of the others leave room for what is
+    still to be removed.
+    """
     open_L = torch.ones_like(weight_L)
     open_L[list(closed)] = 0.0
     left = settings.count - len(closed)
@@ -320,7 +322,10 @@ def _expected(weight_L: Tensor, cost_L: Tensor, closed: Sequence[int], settings:
 
 
 def _sample(expected_L: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Gates with these expected openings, (B, L), and which of them are in play: uniform, the rest open or closed."""
+    """Draw gates with these expected openings, (B, L), and say which are in play.
+
+    Those are uniformly random, the others are open or closed.
+    """
     half = (SEQUENCES_PER_STEP // 2, len(expected_L))
     # A uniform gate is half closed on average, so it plays twice as often as it is to be closed.
     play = torch.rand(half, generator=rng) < 2.0 * (1.0 - expected_L)
@@ -354,7 +359,7 @@ def _cut(tokens: TokenSet, rng: torch.Generator) -> TokenSet:
 
 
 def _slopes(model: GatedModel, ids_BT: Tensor, targets: DenseTargets, gates_BL: Tensor) -> Tensor:
-    """Slope of each sequence's KL in each of its gates, (B, L), on the CPU."""
+    """The slope of each sequence's KL along each of its gates, (B, L), on the CPU."""
     gates_BL = gates_BL.to(ids_BT.device).requires_grad_()
     with torch.enable_grad():
         hidden_BTD = model.hidden(ids_BT, gates_BL)
@@ -366,7 +371,9 @@ def _slopes(model: GatedModel, ids_BT: Tensor, targets: DenseTargets, gates_BL: 
 
 
 def _swaps(removed: Sequence[int], weight_L: Tensor) -> Iterator[list[int]]:
-    """The removed blocks with one swapped: the two that matter most for those that matter least of the kept."""
+    """Yield the removed blocks with one of them swapped: one of the two that matter most is kept, and one of the kept
+    blocks that matter least is removed in its place.
+    """
     by_weight = sorted(range(len(weight_L)), key=lambda i: (float(weight_L[i]), i))
     returns = [i for i in by_weight if i in removed][-2:]
     goes = [i for i in by_weight if i not in removed][:SWAPPED_IN]

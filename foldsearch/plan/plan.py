@@ -55,7 +55,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """One small network in place of blocks first..last (LLM-Streamline).
+    """One network, or one copied block, in place of blocks first..last (LLM-Streamline).
 
     kind: its name in `foldsearch.plan.kinds`. size: its hidden width, where the kind takes one; 0 means the default,
     four times the model's width.
@@ -101,7 +101,7 @@ class FoldPlan:
 
     @classmethod
     def dropping(cls, blocks: Iterable[int], num_blocks: int) -> FoldPlan:
-        """Every block except `blocks`."""
+        """A plan of every block except `blocks`."""
         dropped = set(blocks)
         if out_of_range := sorted(dropped - set(range(num_blocks))):
             raise PlanError(f"only blocks 0 to {num_blocks - 1} can be dropped, got {out_of_range}.")
@@ -162,7 +162,7 @@ class FoldPlan:
 
     @property
     def is_extension(self) -> bool:
-        """Whether it runs more positions than the dense model: it is to become better than that, not as good."""
+        """Whether it runs more positions than the dense model, so that it can become better and not only as good."""
         return self.depth > self.num_blocks
 
     def owners(self, unit: UnitName) -> frozenset[int]:
