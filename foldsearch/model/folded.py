@@ -140,9 +140,7 @@ def assemble(model: "PreTrainedModel") -> None:
     for unit_name, unit in (("attention", family.attention), ("mlp", family.mlp)):
         owners: dict[int, nn.Module] = {}
         borrowers: list[tuple[nn.Module, dict[str, Any]]] = []
-        seen: set[int] = (
-            set()
-        )  # a block that stands here once more is a repeat: it borrows from its first occurrence
+        seen: set[int] = set()  # to tell a repeat, which borrows from the first occurrence of its block
         for block, slot in zip(blocks, slots, strict=True):
             home, source = slot["home"], slot[unit_name]
             if source is None:  # what replaces a run of blocks stands in the place of the MLP
