@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from foldsearch.search.dry_run import DryRun
     from foldsearch.spec.study import Study
 
-PICK = "pick.json"
 _TRIED = 0  # number of the only trial in the folder of `try_plan`
 _MANY_BLOCKS = 10_000  # more than any model has: enough to read a plan before its model is known
 _LARGE_NUMBER = re.compile(r"[0-9]{5}")  # which has no place in a model of that many
@@ -245,11 +244,11 @@ def write_report(run: RunView) -> Path:
     from foldsearch.report.page import write_page
     from foldsearch.report.picture import front_png
 
-    page = run.folder.report / "index.html"
+    page = run.folder.page
     picture = front_png(run) if run.finished else b""
     write_page(run, page, picture)
     if picture:
-        replace_atomically(run.folder.report / "front.png", lambda path: path.write_bytes(picture))
+        replace_atomically(run.folder.picture, lambda path: path.write_bytes(picture))
     return page
 
 
@@ -265,7 +264,7 @@ def pick(run: RunView, *, number: int | None = None, max_gb: float | None = None
         RunError: no such trial, or none that fits.
     """
     entry = run.pick(number=number, max_gb=max_gb)
-    write_json(run.folder.path / PICK, {"trial": entry.number, "plan": str(entry.plan)})
+    write_json(run.folder.pick, {"trial": entry.number, "plan": str(entry.plan)})
     return entry
 
 
@@ -277,7 +276,7 @@ def picked(run: RunView) -> Entry:
     """
     import json
 
-    path = run.folder.path / PICK
+    path = run.folder.pick
     if not path.is_file():
         return run.pick()
     try:
@@ -354,7 +353,7 @@ def _export(
         details={
             "base_model": context.study.model,
             "note": context.files.note,
-            **({"trial": number, "run": context.run_folder.name} if entry else {}),
+            **({"trial": number, "run": context.run.path.name} if entry else {}),
             "rebuilt": asdict(rebuilt),
             "result": to_json(result),
         },

@@ -184,9 +184,9 @@ def _run(args: argparse.Namespace) -> int:
     study = _study(args)
     if args.dry_run:
         from foldsearch.api import dry_run
-        from foldsearch.search.folder import RunFolder
+        from foldsearch.run import Run
 
-        RunFolder.check_new(args.out or _new_folder(args.study))
+        Run.check_new(args.out or _new_folder(args.study))
         with _status() as progress:
             found = dry_run(study, progress, _say)
         _print_dry_run(study, found)
@@ -195,9 +195,9 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _resume(args: argparse.Namespace) -> int:
-    from foldsearch.search.folder import RunFolder
+    from foldsearch.run import Run
 
-    study = RunFolder.open(args.run).study  # what cannot be resumed is told at once
+    study = Run.open(args.run).study  # what cannot be resumed is told at once
     limits = {"trials": args.trials, "seconds": args.time, "jobs": args.jobs}
     given = {name: value for name, value in limits.items() if value is not None}
     return _search(study.model_copy(update=given), args.run, resume=True)
@@ -207,6 +207,7 @@ def _search(study: Study | None, folder: Path, *, resume: bool) -> int:
     from foldsearch.api import open_run, write_report
     from foldsearch.report.live import RunDisplay
     from foldsearch.report.terminal import console, front_report
+    from foldsearch.run import RunFolder
     from foldsearch.search.outcome import why_no_front
     from foldsearch.search.run import run_search
 
@@ -216,12 +217,12 @@ def _search(study: Study | None, folder: Path, *, resume: bool) -> int:
             run_search(study, folder, resume=resume, on_event=display)
     except BrokenPipeError:  # what it was piped into has ended: not the end of a run
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if (folder / "study.json").is_file():
+        if RunFolder(folder).study_file.is_file():
             _say(f"Stopped, as nobody reads on. Go on with: {command('resume', folder)}")
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt as stop:
         with suppress(OSError):  # the terminal may be gone
-            if not (folder / "study.json").is_file():
+            if not RunFolder(folder).study_file.is_file():
                 _say("Stopped before the first trial; nothing was kept.")
         return exit_code(stop)
     finally:

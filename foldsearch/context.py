@@ -1,7 +1,5 @@
 """What all trials of a run share: its context, which can be sent to another process, and in each process the dense
 model with what it says on the three token sets.
-
-    tokens.safetensors  of a run folder: the three token sets
 """
 
 from __future__ import annotations
@@ -22,28 +20,23 @@ from foldsearch.model.judge import DenseTargets, dense_targets
 from foldsearch.model.tokens import SPLITS, Kinds, Splits, TokenSet
 from foldsearch.model.workbench import Workbench
 from foldsearch.paths import printable
-from foldsearch.plan.cost import Budget, Cost, CostTable, Target, price
-from foldsearch.plan.plan import FoldPlan
+from foldsearch.plan.cost import Budget, CostTable, Target
 from foldsearch.progress import StageProgress, silent
+from foldsearch.run import Run, RunFolder
 from foldsearch.spec.study import Study
-
-TOKENS = "tokens.safetensors"  # of a run: its three token sets
 
 
 @dataclass(frozen=True, slots=True)
 class TrialContext:
     """All that trials of a run share: paths and plain values, so that it can be sent to another process.
 
-    budget: resolved against the dense model's price. threads: torch threads of a trial; 0 leaves them alone.
+    run: whose study they are of. files: of the dense model. threads: torch threads of a trial; 0 leaves them alone.
     asking_seconds: how long it took to ask the dense model. token_seconds: one token of that, with all threads; 0 where
     the cache had the answers.
     """
 
-    study: Study
+    run: Run
     files: source.DenseFiles
-    table: CostTable
-    budget: Budget
-    run_folder: Path
     cache_dir: Path
     device: str
     threads: int = 0
@@ -51,18 +44,24 @@ class TrialContext:
     token_seconds: float = field(default=0.0, compare=False)
 
     @property
-    def target(self) -> Target:
-        """What plans are priced for."""
-        return self.study.target.value()
+    def study(self) -> Study:
+        """The run's: what was asked for, resolved."""
+        return self.run.study
 
     @property
-    def dense_cost(self) -> Cost:
-        """The price of the dense model."""
-        return price(FoldPlan.identity(len(self.table.blocks)), self.table, self.target)
+    def table(self) -> CostTable:
+        """The run's: the dense model's costs."""
+        return self.run.table
 
-    def trial_folder(self, number: int) -> Path:
-        """Where a trial keeps what it learnt."""
-        return self.run_folder / "trials" / f"{number:05d}"
+    @property
+    def target(self) -> Target:
+        """The run's: what plans are priced for."""
+        return self.run.target
+
+    @property
+    def budget(self) -> Budget:
+        """The run's: bounds in bytes and FLOPs."""
+        return self.run.budget
 
 
 # ---- token sets
@@ -89,15 +88,17 @@ def write_splits(path: Path, splits: Splits) -> None:
     replace_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def read_splits(run_folder: Path) -> Splits:
+def read_splits(folder: RunFolder) -> Splits:
     """The token sets of a run.
 
     Raises:
         RunError: the run folder has none, or they are damaged.
     """
-    path = run_folder / TOKENS
+    path = folder.tokens
     if not path.exists():
-        raise RunError(f"a run folder holds {TOKENS}, but {run_folder} does not. Start the run anew.")
+        raise RunError(
+            f"a run folder holds {path.name}, but '{printable(folder.path)}' does not. Start the run anew."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
@@ -129,11 +130,11 @@ _open: dict[tuple[Any, ...], Workbench] = {}
 
 def open_workbench(context: TrialContext, progress: StageProgress = silent) -> Workbench:
     """The workbench of a run; opened once per process."""
-    key = (context.run_folder, context.files, context.device)
+    key = (context.run.path, context.files, context.device)
     if key not in _open:
         close_workbench()  # one model at a time
         dense = source.open_dense(context.files, device=context.device)
-        splits = read_splits(context.run_folder)
+        splits = read_splits(context.run)
 
         def ask(tokens: TokenSet) -> DenseTargets:
             return dense_targets(

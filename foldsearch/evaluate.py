@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from foldsearch.model.harness import TaskScore
     from foldsearch.report.view import RunView
 
-EVALUATIONS = "evaluations"
 _LONGEST_NAME = 50  # characters that a file name repeats of what was asked: of four bytes at most
 
 
@@ -118,7 +117,7 @@ def evaluate_trial(
     }
 
     def write(name: str, what: dict[str, Any]) -> Path:
-        file = folder.path / EVALUATIONS / f"{entry.number:05d}-{name}.json"
+        file = folder.evaluation(entry.number, name)
         write_json(file, {**about, **what})
         return file
 
@@ -153,7 +152,7 @@ def _read_unseen(asked: Asked, run: RunView, progress: StageProgress) -> _Ready:
         manager = harness.open_tasks(asked.tasks, include_path=asked.include_path)
 
     folder = run.folder
-    splits = read_splits(folder.path)
+    splits = read_splits(folder)
     source = open_source(folder.study, progress, run_folder=folder.path)
     tokenizer = open_tokenizer(source)
     longest = getattr(open_config(source), "max_position_embeddings", None)
@@ -228,11 +227,10 @@ def _file_names(asked: Asked) -> dict[str, str]:
 
 def _check_source(path: Path, run: RunView) -> None:
     """Refuse a question file that is, or lies in, a source of the run's texts."""
-    from foldsearch.identity import Identity
     from foldsearch.model.text import local_path
     from foldsearch.prepare import sources_of
 
-    made = Identity.read(run.folder.path)
+    made = run.folder.identity()
     for reference in sources_of(run.folder.study):
         place = made.place_of(reference) if made else None
         source = place.now(run.folder.path) if place else local_path(reference)

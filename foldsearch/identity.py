@@ -9,21 +9,18 @@ and its model may have been moved together, at the same place as seen from the r
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from foldsearch.codec import from_json, to_json
-from foldsearch.errors import RunError, quote_error
-from foldsearch.files import write_json
+from foldsearch.errors import RunError
 from foldsearch.model.content import ContentHashes
 from foldsearch.paths import local, printable
 
-__all__ = ["FILE", "Identity", "Place"]
+__all__ = ["Identity", "Place"]
 
-FILE = "identity.json"
 SCHEMA = 1
 _PARTS = ("weights", "config", "tokenizer", "code")  # whose change is another model
 
@@ -75,28 +72,16 @@ class Identity:
     tokens: dict[str, str]
     places: tuple[Place, ...]
 
-    def write(self, run_folder: Path) -> None:
-        """Keep it in the run folder."""
-        write_json(run_folder / FILE, {"schema": SCHEMA, **to_json(self)})
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, with the schema number."""
+        return {"schema": SCHEMA, **to_json(self)}
 
     @classmethod
-    def read(cls, run_folder: Path) -> Identity | None:
-        """Read what `write` kept; None where a run has not come so far.
-
-        Raises:
-            RunError: it cannot be read.
-        """
-        path = run_folder / FILE
-        if not path.exists():
-            return None
-        try:
-            value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if value["schema"] != SCHEMA:
-                raise ValueError("it is of another version of foldsearch")
-            return from_json(cls, value)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            remedy = "Put back a copy of it, or start a new run."
-            raise RunError(quote_error(f"'{printable(path)}' cannot be read", error, remedy)) from error
+    def from_json(cls, value: dict[str, Any]) -> Identity:
+        """Read what `to_json` made."""
+        if value["schema"] != SCHEMA:
+            raise ValueError("it is of another version of foldsearch")
+        return from_json(cls, value)
 
     def place_of(self, typed: str) -> Place | None:
         """The place of what a person typed; None for what is on the hub or in a package."""

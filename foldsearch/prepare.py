@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from foldsearch.context import TOKENS, TrialContext, open_workbench, read_splits, write_splits
+from foldsearch.context import TrialContext, open_workbench, read_splits, write_splits
 from foldsearch.errors import ModelError
 from foldsearch.identity import Identity, Place
 from foldsearch.machine import choose_device, choose_precision
@@ -25,9 +25,9 @@ from foldsearch.model.splits import SplitRules, make_splits
 from foldsearch.model.text import Source, check_reference, holds, local_path
 from foldsearch.model.tokens import Splits, front_of
 from foldsearch.paths import printable
-from foldsearch.plan.cost import CostTable, price
-from foldsearch.plan.plan import FoldPlan
+from foldsearch.plan.cost import CostTable
 from foldsearch.progress import Notice, StageProgress, silent, unheard
+from foldsearch.run import Run, RunFolder
 from foldsearch.spec.study import SourceSettings, Study
 
 
@@ -51,7 +51,7 @@ def open_source(
             f"a revision is said once, but the model is '{printable(study.model)}' and the study's revision is "
             f"'{printable(study.revision)}'. Leave one of them out."
         )
-    made = Identity.read(run_folder) if run_folder else None
+    made = RunFolder(run_folder).identity() if run_folder else None
     path = made.path_of(study.model, run_folder) if made and run_folder else None
     found = source.locate(
         str(path) if path else study.model,
@@ -89,7 +89,7 @@ def prepare_model(
     def say(message: str) -> None:
         progress(message, 0.0)
 
-    made = Identity.read(run_folder) if run_folder else None
+    made = RunFolder(run_folder).identity() if run_folder else None
     found = source.with_weights(found, say)
     say("reading the weights")
     content = source.identify(found, cache_dir=cache_dir)
@@ -130,7 +130,7 @@ def prepare_context(
     cache_dir = cache_dir or source.default_cache_dir()
     source.check_cache(cache_dir)
     device = choose_device(study.device)
-    made = Identity.read(run_folder)
+    made = RunFolder(run_folder).identity()
     if made is None:
         check_data(study)
     else:
@@ -146,7 +146,7 @@ def prepare_context(
     table = measure(config)
     check(table)
     splits = _splits_of(study, run_folder, found, progress, notice)
-    writes = study.own_text()[1] > 0 and not (run_folder / TOKENS).exists()
+    writes = study.own_text()[1] > 0 and not RunFolder(run_folder).tokens.exists()
     if not writes:
         _keep_splits(splits, run_folder, made)
     sets = (splits.search, splits.recovery, splits.report)
@@ -164,10 +164,9 @@ def prepare_context(
         # The config says tied, but the checkpoint holds two matrices that differ: only the weights could tell.
         table = measure(opened)
         check(table)
-    dense = price(FoldPlan.identity(len(table.blocks)), table, study.target.value())
-    context = TrialContext(study, files, table, study.budget.value(dense), run_folder, cache_dir, device)
+    context = TrialContext(Run(run_folder, study, table, files.note), files, cache_dir, device)
     if made is None:
-        _identity_of(context, found, content, splits).write(run_folder)
+        context.run.write_identity(_identity_of(context, found, content, splits))
     context = _asked(context, progress)
     return replace(context, asking_seconds=context.asking_seconds + writing_seconds)
 
@@ -241,8 +240,8 @@ def _splits_of(
     Raises:
         DataError: the text cannot be used.
     """
-    if (run_folder / TOKENS).exists():
-        return read_splits(run_folder)
+    if RunFolder(run_folder).tokens.exists():
+        return read_splits(RunFolder(run_folder))
     return make_study_splits(study, source.open_tokenizer(found), progress, notice=notice)
 
 
@@ -252,10 +251,11 @@ def _keep_splits(splits: Splits, run_folder: Path, made: Identity | None) -> Non
     Raises:
         RunError: they are not those that the run was made with.
     """
+    folder = RunFolder(run_folder)
     if made is not None:
         made.check_tokens(_token_hashes(splits), run_folder)
-    if not (run_folder / TOKENS).exists():
-        write_splits(run_folder / TOKENS, splits)
+    if not folder.tokens.exists():
+        write_splits(folder.tokens, splits)
 
 
 def _token_hashes(splits: Splits) -> dict[str, str]:
@@ -276,7 +276,7 @@ def _identity_of(
         dtype=context.files.dtype,
         device=context.device,
         tokens=_token_hashes(splits),
-        places=tuple(Place.of(typed, context.run_folder) for typed in dict.fromkeys(here)),
+        places=tuple(Place.of(typed, context.run.path) for typed in dict.fromkeys(here)),
     )
 
 

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
@@ -28,17 +27,18 @@ from foldsearch.model.starts import folded_start, new_values
 from foldsearch.paths import printable
 from foldsearch.plan.result import Healing, Quality, TrialResult
 from foldsearch.progress import StageProgress, counting, silent
-from foldsearch.record import RECOVERED, START, TrialRecord, check_state, is_ahead
+from foldsearch.record import TrialRecord, check_state, is_ahead
+from foldsearch.run import TrialFolder
 
 HEALING = "healing"  # of what is told with the start of a trial
 
 
 def folded_model(
-    record: TrialRecord, context: TrialContext, folder: Path, say: StageProgress
+    record: TrialRecord, context: TrialContext, folder: TrialFolder, say: StageProgress
 ) -> PreTrainedModel:
     """The folded model before recovery; what was fitted for it, and healed in it, is kept in the trial's folder."""
     bench = open_workbench(context, say)
-    path = folder / START
+    path = folder.start
     if path.exists():
         return fold(bench.dense, record.plan, load_file(path))
     text = bench.fit_text(context.study.starts.tokens)
@@ -49,7 +49,7 @@ def folded_model(
         healed, healing = _heal(model, context, say)
         values, found = values | healed, found | {HEALING: to_json(healing)}
     # A start that was let go of is made again, but not written again: nobody measured this file.
-    if found and START not in record.files:
+    if found and path.name not in record.files:
         values = {name: value.contiguous() for name, value in values.items()}
         replace_atomically(path, lambda temporary: save_file(values, temporary, {"found": json.dumps(found)}))
     return model
@@ -75,21 +75,22 @@ def _heal(
     return healed.values, healing
 
 
-def healing_of(folder: Path) -> Healing | None:
+def healing_of(folder: TrialFolder) -> Healing | None:
     """What healing did to the model of a trial's folder, once that was folded; None where it did nothing."""
-    path = folder / START
-    if not path.exists():
+    if not folder.start.exists():
         return None
-    with safe_open(path, framework="pt") as file:
+    with safe_open(folder.start, framework="pt") as file:
         found = json.loads(file.metadata()["found"]).get(HEALING)
     return from_json(Healing, found) if found else None
 
 
-def kept_model(record: TrialRecord, context: TrialContext, folder: Path, kept_tokens: int) -> PreTrainedModel:
+def kept_model(
+    record: TrialRecord, context: TrialContext, folder: TrialFolder, kept_tokens: int
+) -> PreTrainedModel:
     """The folded model at the state that the trial keeps, its deltas not merged yet."""
     model = folded_model(record, context, folder, silent)
     if kept_tokens:
-        load_trained(attach(model, record.delta_rank, context.study.seed), folder)
+        load_trained(attach(model, record.delta_rank, context.study.seed), folder.recovered)
     return model
 
 
@@ -99,17 +100,19 @@ def recovered_model(context: TrialContext, number: int) -> tuple[PreTrainedModel
     Raises:
         RunError: the trial was not measured, or its weights are gone.
     """
-    folder = context.trial_folder(number)
+    folder = context.run.trial(number)
     record = TrialRecord.read(folder)
     if record is None or not record.results:
         raise RunError(
-            f"only a trial that was measured can be rebuilt, but trial {number} of {folder.parents[1]} was not."
+            f"only a trial that was measured can be rebuilt, but trial {number} of '{printable(context.run.path)}' "
+            "was not."
         )
     result = record.results[-1]
     if result.kept_tokens:
-        path = folder / RECOVERED
-        if not path.exists():
-            raise RunError(f"trial {number} was trained, but {printable(path)} is gone. Run it again.")
+        if not folder.recovered.exists():
+            raise RunError(
+                f"trial {number} was trained, but {printable(folder.recovered)} is gone. Run it again."
+            )
         if is_ahead(record, folder):
             raise RunError(
                 f"trial {number} was stopped while rung {result.rung + 1} was measured: its weights are of that rung, "
@@ -164,14 +167,14 @@ def check_rebuilt(
         VerificationError: the figures differ by more than rounding.
         RunError: what is kept elsewhere differs from what the trial's folder holds.
     """
-    folder = context.trial_folder(number)
+    folder = context.run.trial(number)
     record = TrialRecord.read(folder)
     assert record is not None
     last = record.results[-1]
     for other in recorded:
         if (other.quality, other.report) != (last.quality, last.report):
             raise RunError(
-                f"a trial has one result, but '{printable(folder / 'trial.json')}' says KL {_kl_of(last)}, and the "
+                f"a trial has one result, but '{printable(folder.record)}' says KL {_kl_of(last)}, and the "
                 f"run's study says KL {_kl_of(other)}. Put the old files back, or choose another trial."
             )
     bench = open_workbench(context)

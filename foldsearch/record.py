@@ -1,12 +1,7 @@
 """A trial as it stands on disk: enough to go on from its last rung, and to rebuild its model.
 
-trials/00012/trial.json             plan, recovery settings, results so far
-trials/00012/start.safetensors      fitted replacements and adapters, and healed matrices, where there are any
-trials/00012/recovered.safetensors  what recovery trained, at the trial's best state; none where that is untrained
-trials/00012/optimizer.safetensors  its latest state, to go on from; until the last rung
-plans/<plan id>.json                which trial measures the plan: no plan is trained twice
-
-Plans whose adapters start in different ways are different ones: the start is part of the file's name.
+No plan is trained twice: a file a plan says which trial measures it. Plans whose adapters start in different ways are
+different ones, so the start is part of the file's name.
 """
 
 from __future__ import annotations
@@ -19,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +30,8 @@ from foldsearch.model.recover import saved_tokens
 from foldsearch.paths import printable
 from foldsearch.plan.plan import AdapterStart, FoldPlan
 from foldsearch.plan.result import TrialResult
+from foldsearch.run import TrialFolder
 
-START, RECOVERED = "start.safetensors", "recovered.safetensors"  # what a trial's model is rebuilt from
 WAIT_SECONDS = 0.2  # between looks at a trial that measures the same plan
 
 
@@ -71,57 +67,54 @@ class TrialRecord:
             return self.results
         return tuple(result for result in self.results if not result.recovery_tokens)
 
-    def write(self, folder: Path, machine: Machine) -> None:
+    def write(self, folder: TrialFolder, machine: Machine) -> None:
         """Keep it in the trial's folder, with the machine that its last result was measured on."""
-        paths = {name: folder / name for name in (START, RECOVERED)}
-        files = {name: file_hash(path) for name, path in paths.items() if path.exists()}
-        write_json(folder / "trial.json", to_json(replace(self, machine=machine, files=files)))
+        paths = (folder.start, folder.recovered)
+        files = {path.name: file_hash(path) for path in paths if path.exists()}
+        write_json(folder.record, to_json(replace(self, machine=machine, files=files)))
 
     @classmethod
-    def read(cls, folder: Path) -> TrialRecord | None:
+    def read(cls, folder: TrialFolder) -> TrialRecord | None:
         """Read what `write` kept; None where the trial has no result yet."""
-        path = folder / "trial.json"
-        return from_json(cls, json.loads(path.read_text())) if path.exists() else None
+        return from_json(cls, json.loads(folder.record.read_text())) if folder.record.exists() else None
 
 
-def check_state(record: TrialRecord, folder: Path) -> None:
+def check_state(record: TrialRecord, folder: TrialFolder) -> None:
     """Check that the files from which a trial's model is rebuilt are as they were when its last result was measured.
 
     Raises:
         RunError: one was changed.
     """
-    for name, ours in record.files.items():
-        path = folder / name
-        if name == RECOVERED and is_ahead(record, folder):
+    for path in (folder.start, folder.recovered):
+        ours = record.files.get(path.name)
+        if path == folder.recovered and is_ahead(record, folder):
             continue  # the trial was killed between its training and its result
-        if path.exists() and (theirs := file_hash(path)) != ours:
+        if ours is not None and path.exists() and (theirs := file_hash(path)) != ours:
             raise RunError(
                 f"a trial is rebuilt only from what it was measured with: '{printable(path)}' had the hash {ours[:12]} "
                 f"(sha256), but now has {theirs[:12]}. Put the old file back, or choose another trial."
             )
 
 
-def is_ahead(record: TrialRecord, folder: Path) -> bool:
+def is_ahead(record: TrialRecord, folder: TrialFolder) -> bool:
     """Whether the trained weights on disk have seen other tokens than the last result says."""
     try:
-        return saved_tokens(folder / RECOVERED) != record.results[-1].kept_tokens
+        return saved_tokens(folder.recovered) != record.results[-1].kept_tokens
     except (SafetensorError, OSError, KeyError, ValueError, TypeError):
         return False  # it cannot be read at all
 
 
-def copy_state(owner: Path, folder: Path, *, trained: bool) -> None:
+def copy_state(owner: TrialFolder, folder: TrialFolder, *, trained: bool) -> None:
     """Copy the start of another trial of the same plan and, if asked, what that one trained."""
-    names = ("start", "recovered", "optimizer") if trained else ("start",)
-    for name in (f"{name}.safetensors" for name in names):
-        if not (owner / name).exists():
-            continue  # not every plan has a start of its own
-        replace_atomically(folder / name, lambda path, name=name: shutil.copyfile(owner / name, path))  # type: ignore[misc]
+    for file in (owner.start, owner.recovered, owner.optimizer) if trained else (owner.start,):
+        if file.exists():  # not every plan has a start of its own
+            replace_atomically(folder.path / file.name, partial(shutil.copyfile, file))
 
 
 def plan_path(context: TrialContext, record: TrialRecord) -> Path:
     """The file that says which trial measures a plan; one for each start of adapters, which is another model."""
     start = "" if record.adapter_start is None else f"-{record.adapter_start}"
-    return context.run_folder / "plans" / f"{record.plan.id}{start}.json"
+    return context.run.plan(f"{record.plan.id}{start}")
 
 
 @contextmanager
@@ -141,7 +134,7 @@ def hold_plan(path: Path, context: TrialContext) -> Iterator[tuple[bool, int | N
             free = _is_free(lock)
             owner = json.loads(path.read_text())["trial"] if path.exists() else None
             # The first result of the other trial is enough: the lock itself is held until its last rung.
-            if free or (owner is not None and TrialRecord.read(context.trial_folder(owner)) is not None):
+            if free or (owner is not None and TrialRecord.read(context.run.trial(owner)) is not None):
                 break
             time.sleep(WAIT_SECONDS)
         yield free, owner

@@ -13,7 +13,6 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -31,6 +30,7 @@ from foldsearch.progress import StageProgress, TimeUp, silent
 from foldsearch.proposal import Proposal
 from foldsearch.rebuild import folded_model, healing_of, kept_model
 from foldsearch.record import TrialRecord, check_state, copy_state, hold_plan, plan_path
+from foldsearch.run import TrialFolder
 
 EXTENSION_NEXT_TOKEN = 0.5  # weight of the next-token loss for extensions, where the study does not say
 RATE_AFTER_SETBACK = 0.25  # of the learning rate, where training left the model worse than it was
@@ -55,7 +55,7 @@ def run_trial(
     began = time.perf_counter()
     if context.threads:
         torch.set_num_threads(context.threads)
-    folder = context.trial_folder(number)
+    folder = context.run.trial(number)
     record = TrialRecord.read(folder)
     if record is None:
         drafted = draft(proposal, context, progress)
@@ -74,7 +74,7 @@ def run_trial(
     cost = price(record.plan, context.table, context.target)
     with hold_plan(plan_path(context, record), context) as (free, owner):
         if owner is not None and owner != number:
-            known = TrialRecord.read(context.trial_folder(owner))
+            known = TrialRecord.read(context.run.trial(owner))
             if known is not None and known.results:
                 told = known.results if not free else known.worth(record)
                 for result in told:
@@ -82,7 +82,7 @@ def run_trial(
                 if not free or (told and told[-1].is_last_rung):
                     return
                 record = replace(record, results=told, files=known.files)
-                copy_state(context.trial_folder(owner), folder, trained=record.has_trained)
+                copy_state(context.run.trial(owner), folder, trained=record.has_trained)
         # The plan is this trial's from here on, also where another one began it and was stopped.
         if free:
             write_json(plan_path(context, record), {"trial": number, "plan": str(record.plan)})
@@ -103,7 +103,7 @@ def run_trial(
                 record = replace(record, results=(*record.results, result))
                 record.write(folder, Machine.here(context.device))
                 if result.is_last_rung:
-                    (folder / "optimizer.safetensors").unlink(missing_ok=True)
+                    folder.optimizer.unlink(missing_ok=True)
                 yield result
                 if result.is_last_rung:
                     break
@@ -143,13 +143,15 @@ def _failure(error: BaseException) -> tuple[str, str]:
 class _Course:
     """The model of one trial on its way through the rungs: trained, measured, and the best of its states kept.
 
-    Best is by `trained_for`, on the search tokens; of equals the first. `recovered.safetensors` holds the best state,
-    unless that is untrained; `optimizer.safetensors` the latest, which training goes on from if it is the best. If it
+    Best is by `trained_for`, on the search tokens; of equals the first. The folder's `recovered` holds the best state,
+    unless that is untrained; its `optimizer` the latest, which training goes on from if it is the best. If it
     is not, the learning rate was too high for this model: training goes on from the best state at a quarter of the
     rate. (To go on from the worse one was worse in every case tried, and so was the old rate; see docs/decisions/0010.)
     """
 
-    def __init__(self, record: TrialRecord, context: TrialContext, folder: Path, say: StageProgress) -> None:
+    def __init__(
+        self, record: TrialRecord, context: TrialContext, folder: TrialFolder, say: StageProgress
+    ) -> None:
         self._record, self._context, self._folder, self._say = record, context, folder, say
         self._bench = open_workbench(context, say)
         random.seed(context.study.seed)
@@ -186,10 +188,10 @@ class _Course:
         report = self._report() if is_last else None
         if self._recovery is not None and self._kept_tokens == done:
             # Last, so that a trial killed before its result is noted can nearly always be rebuilt at the rung before.
-            self._recovery.keep(self._folder)
+            self._recovery.keep(self._folder.recovered)
         result = TrialResult(
             plan=self._record.plan,
-            cost=self._context.dense_cost,  # the caller knows the plan's
+            cost=self._context.run.dense,  # the caller knows the plan's
             quality=self._best,
             rung=rung,
             is_last_rung=is_last,
@@ -247,8 +249,8 @@ class _Course:
             self._recovery = Recovery(
                 self._model, training, bench.splits.recovery, bench.recovery, study.rungs[-1]
             )
-            if (self._folder / "optimizer.safetensors").exists():
-                self._recovery.load(self._folder)  # it may be ahead of the record
+            if self._folder.optimizer.exists():
+                self._recovery.load(self._folder.optimizer)  # it may be ahead of the record
             self._recovery.rate = self._rate
         last = self._results[-1] if self._results else None
         if last is not None and last.setback is not None and self._tokens_done == last.recovery_tokens:
@@ -256,16 +258,16 @@ class _Course:
         try:
             self._recovery.train(tokens, lambda share: self._say("recovery", share))
         except TimeUp:  # in the middle of a rung: a resumed run goes on from here
-            self._recovery.save(self._folder)
+            self._recovery.save(self._folder.optimizer)
             raise
-        self._recovery.save(self._folder)
+        self._recovery.save(self._folder.optimizer)
 
     def _go_back(self, recovery: Recovery) -> None:
         """Take up the kept state: the untrained one as it is attached anew, another one as it was written."""
         model = folded_model(self._record, self._context, self._folder, silent)
         kept = attach(model, self._record.delta_rank, self._context.study.seed)
         if self._kept_tokens:
-            load_trained(kept, self._folder)
+            load_trained(kept, self._folder.recovered)
         recovery.go_back(kept, self._rate)
 
     def _measure(self) -> Quality:

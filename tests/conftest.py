@@ -37,7 +37,7 @@ settings.load_profile("unhurried")
 def _recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of fake trials, written by the search's own records; tests get copies of it."""
     from foldsearch.plan.plan import FoldPlan
-    from foldsearch.search.folder import RunFolder
+    from foldsearch.run import Run
     from foldsearch.search.records import Records
     from foldsearch.spec.load import load_study
     from foldsearch.spec.propose import baseline_count
@@ -48,9 +48,8 @@ def _recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     study = load_study(
         "default", {"space": "foldgpt", "budget.gb": 0.0070, "rungs": [0, 100, 400], "trials": 14}
     )
-    with RunFolder.draft(path) as draft:
-        provenance = {"model note": "fake <weights>"}
-        records = Records(RunFolder.create(path, draft, study, TABLE, provenance))
+    with Run.draft(path) as draft:
+        records = Records(Run(draft, study, TABLE, note="fake <weights>").begin(path))
     folder = records.folder
     count = baseline_count(records.space, folder.table, folder.target, folder.budget)
     assert count == 4  # gate and greedy drop the same four: one measures the plan, the other knows it

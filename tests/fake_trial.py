@@ -19,6 +19,7 @@ from foldsearch.plan.cost import BlockCost, CostTable, UnitCost, price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Quality, TrialResult
 from foldsearch.proposal import Proposal
+from foldsearch.run import Run
 from foldsearch.spec.study import Study
 from tests.proposals import ordered_plan
 
@@ -37,11 +38,9 @@ ORDERS = {
 
 @dataclass(frozen=True)
 class FakeContext:
-    """table, run_folder, threads, device: as the search expects them."""
+    """run, threads, device: as the search expects them."""
 
-    study: Study
-    table: CostTable
-    run_folder: Path
+    run: Run
     threads: int = 0
     device: str = "cpu"
 
@@ -57,7 +56,7 @@ def prepare(
     check(TABLE)
     if progress is not None:
         progress("pricing the dense model", 1.0)
-    return FakeContext(study, TABLE, run_folder)
+    return FakeContext(Run(run_folder, study, TABLE))
 
 
 def result_of(plan: FoldPlan, study: Study, rung: int, learning_rate: float = 1e-3) -> TrialResult:
@@ -90,15 +89,14 @@ def run_trial(
     all trials; other words are "kill" (this process, the first time), "disk full" and "wait for trial 1".
     {"seconds": 0.2} is how long a rung takes.
     """
-    study = context.study
-    place = context.run_folder / "trials" / f"{number:05}"
-    beside = context.run_folder.parent / "faults.json"
+    study = context.run.study
+    beside = context.run.path.parent / "faults.json"
     faults = json.loads(beside.read_text()) if beside.is_file() else {}
     plan = ordered_plan(proposal, ORDERS, NUM_BLOCKS)
-    path = place / "trial.json"
+    path = context.run.trial(number).record
     known = json.loads(path.read_text())["results"] if path.is_file() else []
     for rung in range(len(known), len(study.rungs)):
-        log = context.run_folder / "executed.log"
+        log = context.run.path / "executed.log"
         before = log.read_text() if log.is_file() else ""
         with log.open("a") as file:
             file.write(f"{number}:{rung} {os.getpid()}\n")
@@ -124,5 +122,5 @@ def run_trial(
         result = result_of(plan, study, rung, proposal.recovery.learning_rate)
         known.append(to_json(result))
         write_json(path, {"results": known})
-        (place / "start.safetensors").touch()
+        context.run.trial(number).start.touch()
         yield result

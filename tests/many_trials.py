@@ -16,7 +16,7 @@ from foldsearch.plan.cost import CostTable, price
 from foldsearch.plan.plan import FoldPlan, Slot
 from foldsearch.plan.result import Quality, TrialResult
 from foldsearch.proposal import Proposal
-from foldsearch.search.folder import RunFolder
+from foldsearch.run import Run
 from foldsearch.search.records import Records, point
 from foldsearch.spec.load import load_study
 from foldsearch.spec.study import Study
@@ -28,12 +28,12 @@ CRITERIA = ("block_influence", "window", "linear_window", "greedy", "uniform", "
 BASELINE_COUNTS = range(3, 16)
 
 
-def write_run(path: Path, num_trials: int, *, seed: int = 0) -> RunFolder:
+def write_run(path: Path, num_trials: int, *, seed: int = 0) -> Run:
     """Make the run; every tenth trial was stopped, every fiftieth failed, every twelfth came to a known plan."""
     table = replace(TABLE, blocks=(BLOCK,) * NUM_BLOCKS)
     study = load_study("default", {"space": "foldgpt", "rungs": [0, 100, 400], "trials": num_trials})
-    with RunFolder.draft(path) as draft:
-        records = Records(RunFolder.create(path, draft, study, table, {}))
+    with Run.draft(path) as draft:
+        records = Records(Run(draft, study, table).begin(path))
     rng = random.Random(seed)
     plans: list[FoldPlan] = []
     records.study.add_trials([_trial(number, plans, rng, study, table) for number in range(num_trials)])

@@ -245,17 +245,16 @@ class Recovery:
         finally:
             self._train_deltas(False)
 
-    def save(self, folder: Path) -> None:
-        """Write the latest state, `optimizer.safetensors`: all that `load` needs to go on."""
-        self._write(folder / "optimizer.safetensors", self._trained_tensors() | self._optimizer_tensors())
+    def save(self, path: Path) -> None:
+        """Write the latest state: all that `load` needs to go on."""
+        self._write(path, self._trained_tensors() | self._optimizer_tensors())
 
-    def keep(self, folder: Path) -> None:
-        """Write the state that is to be rebuilt, `recovered.safetensors`: what was trained, and nothing else."""
-        self._write(folder / "recovered.safetensors", self._trained_tensors())
+    def keep(self, path: Path) -> None:
+        """Write the state that is to be rebuilt: what was trained, and nothing else."""
+        self._write(path, self._trained_tensors())
 
-    def load(self, folder: Path) -> None:
+    def load(self, path: Path) -> None:
         """Read what `save` wrote: training goes on from there, with the next sequence of the same order."""
-        path = folder / "optimizer.safetensors"
         state = load_file(path)
         with torch.no_grad():
             for name, parameter in self.trained.items():
@@ -365,9 +364,9 @@ def saved_tokens(path: Path) -> int:
         return int(file.metadata()["tokens"])
 
 
-def load_trained(trained: dict[str, nn.Parameter], folder: Path) -> None:
-    """Fill the parameters that `attach` returned from `recovered.safetensors`."""
-    saved: dict[str, Any] = load_file(folder / "recovered.safetensors")
+def load_trained(trained: dict[str, nn.Parameter], path: Path) -> None:
+    """Fill the parameters that `attach` returned from what `Recovery.keep` wrote."""
+    saved: dict[str, Any] = load_file(path)
     assert saved.keys() == trained.keys(), "the trained parameters are those of the same plan and settings"
     with torch.no_grad():
         for name, parameter in trained.items():

@@ -10,7 +10,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from foldsearch.errors import InputError, RunError, quote_error
 from foldsearch.paths import printable
-from foldsearch.search.folder import RunFolder
+from foldsearch.run import Run
 
 HOST = "127.0.0.1"  # a run's plans are nobody else's business, and the dashboard asks for no password
 
@@ -44,7 +44,7 @@ def serve(path: Path, *, port: int = 8080, on_ready: Callable[[str], None] = pri
 
 def open_server(path: Path, port: int) -> WSGIServer:
     """The server of `serve`, bound and not yet serving."""
-    folder = RunFolder.open(path)
+    folder = Run.open(path)
     if not folder.storage.is_file():
         raise RunError(
             f"'{printable(path)}' has no study yet: its first trial has not begun. Try again in a moment."

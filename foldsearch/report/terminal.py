@@ -34,7 +34,7 @@ from foldsearch.report.view import (
     has_errors,
     with_error,
 )
-from foldsearch.search.folder import RunFolder
+from foldsearch.run import Run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -345,7 +345,7 @@ def _heading(view: RunView) -> Text:
     return text
 
 
-def budget_words(folder: RunFolder) -> str:
+def budget_words(folder: Run) -> str:
     """The budget in words."""
     budget, bounds = folder.budget, []
     if budget.memory_bytes is not None:

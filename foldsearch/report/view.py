@@ -15,7 +15,7 @@ from foldsearch.plan.front import knee
 from foldsearch.plan.plan import FoldPlan, Slot
 from foldsearch.plan.result import Quality, TrialResult, rounded
 from foldsearch.proposal import Given, Proposal
-from foldsearch.search.folder import RunFolder
+from foldsearch.run import Run
 from foldsearch.search.records import Record, front, point, read_records
 
 SAME_COST = 1.02  # a baseline that costs a hair more is still the one to beat
@@ -69,7 +69,7 @@ class Entry:
 class RunView:
     """A run as it stands: the folder, its records by number, and what must be said beside a figure of the model."""
 
-    folder: RunFolder
+    folder: Run
     records: tuple[Record, ...]
     note: str = ""
 
@@ -80,8 +80,8 @@ class RunView:
         Raises:
             RunError: not a run folder.
         """
-        folder = RunFolder.open(path)
-        return cls(folder, tuple(read_records(folder)), folder.provenance.get("model note", ""))
+        folder = Run.open(path)
+        return cls(folder, tuple(read_records(folder)), folder.note)
 
     @property
     def name(self) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from foldsearch.plan.cost import GB, Cost, CostTable
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.search.folder import RunFolder
+from foldsearch.run import Run
 from foldsearch.spec.fit import feasible_share, for_runtime, narrow, size, smallest
 from foldsearch.spec.propose import first_trials
 from foldsearch.spec.study import Study
@@ -30,7 +30,7 @@ def num_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def dense_fits(run: RunFolder) -> str:
+def dense_fits(run: Run) -> str:
     """What to say where dense keeps the budget already; "" where it does not, or there is no budget."""
     budget, dense = run.budget, run.dense
     if (budget.memory_bytes is None and budget.flops is None) or not budget.admits(dense):
@@ -78,7 +78,7 @@ def plan_search(
     Raises:
         BudgetError: no plan of the space can keep the budget.
     """
-    run = RunFolder(Path(), study, table, {})
+    run = Run(Path(), study, table)
     target, budget, num_blocks = run.target, run.budget, run.num_blocks
     space = narrow(study.space, table, target, budget)
     plan, cost = smallest(study.space, table, target)

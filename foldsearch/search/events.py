@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from foldsearch.plan.result import TrialResult
 from foldsearch.proposal import Proposal
-from foldsearch.search.folder import RunFolder
+from foldsearch.run import Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Preparing(Event):
 class SearchStarted(Event):
     """Trials begin. num_ended: trials of earlier processes of this run. planned: None if only time ends it."""
 
-    folder: RunFolder
+    folder: Run
     num_ended: int
     planned: int | None
 
@@ -131,7 +131,7 @@ class SearchDone(Event):
     its end; empty where there is nothing.
     """
 
-    folder: RunFolder
+    folder: Run
     num_finished: int
     num_stopped: int
     num_cut: int
@@ -146,7 +146,7 @@ class SearchDone(Event):
 class SearchInterrupted(Event):
     """Ctrl-C: nothing that was finished is lost. resume: the command that goes on."""
 
-    folder: RunFolder
+    folder: Run
     num_running: int
     resume: str
 

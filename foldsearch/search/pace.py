@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from foldsearch.bound import lower_bound
 from foldsearch.plan.cost import Cost
 from foldsearch.proposal import Proposal
+from foldsearch.run import Run
 from foldsearch.search.dry_run import GATE_STEP_TOKENS, HEALING
-from foldsearch.search.folder import RunFolder
 from foldsearch.search.records import Record
 from foldsearch.spec.study import Study
 
@@ -47,7 +47,7 @@ class Pace:
     measured it.
     """
 
-    folder: RunFolder
+    folder: Run
     token_seconds: float
     _rungs: dict[int, _Observed] = field(default_factory=dict)
     _gates: list[float] = field(default_factory=list)

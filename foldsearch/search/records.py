@@ -37,7 +37,7 @@ from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import TrialResult, rounded
 from foldsearch.plan.strip import strip
 from foldsearch.proposal import Fold, Given, Origin, Proposal, Removed, fold_plan
-from foldsearch.search.folder import RunFolder
+from foldsearch.run import Run
 from foldsearch.spec.fit import can_run, narrow, repair
 from foldsearch.spec.propose import plain_answers, propose, propose_recovery
 from foldsearch.spec.space import Space
@@ -129,7 +129,7 @@ def point(result: TrialResult, objectives: Sequence[Objective]) -> tuple[float, 
     return tuple(values[name] for name in objectives)
 
 
-def read_records(folder: RunFolder) -> list[Record]:
+def read_records(folder: Run) -> list[Record]:
     """Every trial of a run so far, by number; safe while the run goes on.
 
     Raises:
@@ -154,7 +154,7 @@ class Records:
         BudgetError: no plan of the space can keep the budget.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: Run) -> None:
         self.folder = folder
         self.objectives: tuple[Objective, ...] = folder.study.objectives
         self.space: Space = narrow(folder.study.space, folder.table, folder.target, folder.budget)
@@ -561,7 +561,7 @@ def _record(trial: FrozenTrial) -> Record:
     )
 
 
-def open_storage(folder: RunFolder) -> optuna.storages.RDBStorage:
+def open_storage(folder: Run) -> optuna.storages.RDBStorage:
     """The file that holds the trials of a run.
 
     Raises:

@@ -8,7 +8,6 @@ them: its own restore would bring back a second, older account of the same trial
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,10 +20,9 @@ from ray import tune
 from foldsearch.codec import from_json
 from foldsearch.errors import RunError, SpecError, describe_error, quote_error
 from foldsearch.files import disk_is_full
-from foldsearch.identity import Identity
 from foldsearch.paths import command, printable
 from foldsearch.plan.result import TrialResult
-from foldsearch.record import START
+from foldsearch.run import Run
 from foldsearch.search.dry_run import dense_fits, num_cpus, num_gpus
 from foldsearch.search.events import (
     Event,
@@ -46,7 +44,6 @@ from foldsearch.search.events import (
     TrialStopped,
     ignore,
 )
-from foldsearch.search.folder import RunFolder
 from foldsearch.search.halving import Halving, decide
 from foldsearch.search.machine import check_machine, gpu_share, own_ray
 from foldsearch.search.proposer import Line, Proposer
@@ -72,7 +69,7 @@ def run_search(
     on_event: OnEvent = ignore,
     trial: str = TRIAL,
     prepare: str = PREPARE,
-) -> RunFolder:
+) -> Run:
     """Run a study into a new folder, or go on with the run in `folder`.
 
     Args:
@@ -83,7 +80,7 @@ def run_search(
         on_event: told what happens, in this process.
         trial: "module:function" with the signature of `foldsearch.trial.run_trial`; workers import it.
         prepare: "module:function" with the signature of `foldsearch.prepare.prepare_context`; its result, a dataclass
-            with `table`, `run_folder`, `threads` and `device`, is what trials get as their context.
+            with `run`, `threads` and `device`, is what trials get as their context.
 
     Raises:
         BudgetError: no plan of the space can keep the budget.
@@ -105,31 +102,32 @@ def run_search(
         def note(words: str) -> None:
             tell(Notice(words))
 
+        run: Run
         if resume:
-            run = RunFolder.open(folder)
+            run = Run.open(folder)
             check_machine()
             with _resumable(run, on_event):
                 run = run.with_limits(study or run.study)
                 context = load_function(prepare)(
                     run.study, folder, check=run.study.narrowed, progress=say, notice=note
                 )
-                if context.table != run.table:
+                if context.run.table != run.table:
                     raise RunError(
                         f"the model of '{printable(folder)}' is not the one it was started with. Start a new run."
                     )
                 run.keep_limits()  # not before: what is refused changes nothing
-                _search(run, context, trial, tell)
+                _search(replace(context, run=run), trial, tell)
             return run
         if study is None:
             raise ValueError("a new run needs a study.")
         check_machine()
         for words in unused_settings(study):
             note(words)
-        with RunFolder.draft(folder) as draft:
+        with Run.draft(folder) as draft:
             context = load_function(prepare)(study, draft, check=study.narrowed, progress=say, notice=note)
-            run = RunFolder.create(folder, draft, study, context.table, _provenance(context, draft))
+            run = context.run.begin(folder)
         with _resumable(run, on_event):
-            _search(run, replace(context, run_folder=folder), trial, tell)
+            _search(replace(context, run=run), trial, tell)
         return run
 
 
@@ -165,10 +163,10 @@ class _Asking:
 
 
 @contextmanager
-def _resumable(run: RunFolder, on_event: OnEvent) -> Iterator[None]:
+def _resumable(run: Run, on_event: OnEvent) -> Iterator[None]:
     """Alone at work in a run's folder; from here on it can be resumed, and Ctrl-C says how."""
     try:
-        with run.lock(), _disk_full_is_an_error(run):
+        with run.held(), _disk_full_is_an_error(run):
             yield
     except KeyboardInterrupt:
         with uninterrupted():
@@ -178,7 +176,8 @@ def _resumable(run: RunFolder, on_event: OnEvent) -> Iterator[None]:
         raise
 
 
-def _search(run: RunFolder, context: Any, trial: str, on_event: OnEvent) -> None:
+def _search(context: Any, trial: str, on_event: OnEvent) -> None:
+    run: Run = context.run
     if notice := dense_fits(run):
         on_event(Notice(notice))
     if context.device != "cpu":
@@ -195,22 +194,6 @@ def _search(run: RunFolder, context: Any, trial: str, on_event: OnEvent) -> None
     if words := line.begin_words():
         on_event(Notice(words))
     Search(records, line, on_event).run(replace(context, threads=threads), trial)
-
-
-def _provenance(context: Any, draft: Path) -> dict[str, str]:
-    """Versions, and hashes of what went in."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": sys.version.split()[0]}
-    for package in ("torch", "transformers", "optuna", "ray", "fvcore"):
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    if (files := getattr(context, "files", None)) is not None:
-        found |= {"model hash": files.content_hash, "model note": files.note}
-    if (made := Identity.read(draft)) is not None:
-        found |= {"model commit": made.commit, "precision": made.dtype, "device": made.device}
-        found |= {f"{name} tokens": digest for name, digest in made.tokens.items()}
-    return found
 
 
 class Search:
@@ -239,7 +222,6 @@ class Search:
                         TrialRunner,
                         context=context,
                         trial=trial,
-                        folder=self.folder,
                         deadline=self.line.deadline,
                     ),
                     name=time.strftime("%Y%m%d-%H%M%S"),
@@ -369,7 +351,7 @@ class Search:
         )
         if not decision.goes_on:
             # Healed matrices are large, and nobody exports a trial that was stopped. Who goes on with it heals again.
-            (self.folder.trial(number) / START).unlink(missing_ok=True)
+            self.folder.trial(number).start.unlink(missing_ok=True)
             self.records.stop(number, decision.reason)
             self._ended(TrialStopped(number, result, decision.reason))
         return not decision.goes_on
@@ -378,7 +360,7 @@ class Search:
         """A worker has the trial."""
         record = self.records.get(number)
         assert record.proposal is not None
-        (self.folder.trial(number) / "progress.json").unlink(missing_ok=True)  # of an earlier process
+        self.folder.trial(number).progress.unlink(missing_ok=True)  # of an earlier process
         self.line.began(number)
         self._tell(TrialStarted(number, record.proposal, resumed=bool(record.results)))
 
@@ -394,7 +376,7 @@ class Search:
     def progress(self, number: int) -> None:
         """Pass on what the worker wrote about where it is."""
         try:
-            value = json.loads((self.folder.trial(number) / "progress.json").read_text())
+            value = json.loads(self.folder.trial(number).progress.read_text())
         except (OSError, ValueError):
             return  # none yet
         self._tell(TrialProgress(number, value["phase"], value["share"]))
@@ -446,7 +428,7 @@ def _reason(trial: Any) -> str:
 
 
 @contextmanager
-def _disk_full_is_an_error(run: RunFolder) -> Iterator[None]:
+def _disk_full_is_an_error(run: Run) -> Iterator[None]:
     from optuna.exceptions import StorageInternalError
 
     try:

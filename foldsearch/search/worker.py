@@ -21,7 +21,7 @@ from foldsearch.files import alone, disk_is_full, write_json
 from foldsearch.plan.result import TrialResult
 from foldsearch.progress import TimeUp
 from foldsearch.proposal import Proposal
-from foldsearch.search.folder import RunFolder
+from foldsearch.run import TrialFolder
 
 PROGRESS_SECONDS = 1.0
 
@@ -41,7 +41,7 @@ class TrialRunner(tune.Trainable):
     """
 
     def setup(  # type: ignore[override]  # tune.with_parameters adds the others
-        self, config: dict[str, Any], context: Any, trial: str, folder: RunFolder, deadline: float | None
+        self, config: dict[str, Any], context: Any, trial: str, deadline: float | None
     ) -> None:
         """`config`: number and proposal of the trial; the others are the same for all trials of a run.
 
@@ -51,7 +51,7 @@ class TrialRunner(tune.Trainable):
         os.environ["OMP_NUM_THREADS"] = str(context.threads)
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(context.threads)
-        self._context, self._trial, self._folder = context, load_function(trial), folder
+        self._context, self._trial = context, load_function(trial)
         self._deadline = deadline
         self._held = ExitStack()
         self._begin(config)
@@ -79,6 +79,7 @@ class TrialRunner(tune.Trainable):
     def _begin(self, config: dict[str, Any]) -> None:
         self._number = config["number"]
         self._proposal = Proposal.from_json(config["proposal"])
+        self._place: TrialFolder = self._context.run.trial(self._number)
         self._results: Iterator[TrialResult] | None = None
 
     def step(self) -> dict[str, Any]:
@@ -103,14 +104,13 @@ class TrialRunner(tune.Trainable):
                 raise
             message = {"disk full" if disk_is_full(error) else "failed": describe_error(error)}
             if "failed" in message:
-                (self._folder.trial(self._number) / "error.txt").write_text(traceback.format_exc())
+                self._place.error.write_text(traceback.format_exc())
         return {"result": json.dumps(message)}
 
     def _start(self) -> Iterator[TrialResult]:
-        place = self._folder.trial(self._number)
         # The worker of a driver that was killed may live a moment longer: wait until it let go.
-        self._held.enter_context(alone(place / "lock"))
-        progress = _ProgressFile(place / "progress.json", self._deadline)
+        self._held.enter_context(alone(self._place.lock))
+        progress = _ProgressFile(self._place.progress, self._deadline)
         results: Iterator[TrialResult] = self._trial(
             self._proposal, self._context, number=self._number, progress=progress
         )
@@ -120,10 +120,9 @@ class TrialRunner(tune.Trainable):
 
     def _known(self) -> dict[str, Any] | None:
         """The last result in the trial folder: `run_trial` will not yield it again, and the study may lack it."""
-        path = self._folder.trial(self._number) / "trial.json"
-        if not path.is_file():
+        if not self._place.record.is_file():
             return None
-        results: list[dict[str, Any]] = json.loads(path.read_text())["results"]
+        results: list[dict[str, Any]] = json.loads(self._place.record.read_text())["results"]
         return results[-1] if results else None
 
 

@@ -159,8 +159,8 @@ def speed(model: Any, dense: Any, ids_NT: torch.Tensor) -> tuple[float, float]:
 def measure_row(name: str, dropped: int, context: TrialContext, number: int) -> Row:
     began = time.perf_counter()
     proposal, plan = same_size(METHODS[name], dropped, context)
-    shutil.rmtree(context.trial_folder(number), ignore_errors=True)  # of a run that was interrupted
-    shutil.rmtree(context.run_folder / "plans", ignore_errors=True)  # every row is measured for itself
+    shutil.rmtree(context.run.trial(number).path, ignore_errors=True)  # of a run that was interrupted
+    shutil.rmtree(context.run.path / "plans", ignore_errors=True)  # every row is measured for itself
     result = list(run_trial(proposal, context, number=number))[-1]
     took = time.perf_counter() - began
     row: Row = {
@@ -171,8 +171,8 @@ def measure_row(name: str, dropped: int, context: TrialContext, number: int) -> 
         "tokens": result.recovery_tokens,
         "state": result.state,
         "seconds": took,
-        "stored": result.cost.stored_bytes / context.dense_cost.stored_bytes,
-        "flops": result.cost.flops / context.dense_cost.flops,
+        "stored": result.cost.stored_bytes / context.run.dense.stored_bytes,
+        "flops": result.cost.flops / context.run.dense.flops,
         "device": f"{context.device} {platform.processor() or platform.machine()}",
         "threads": torch.get_num_threads(),
     }
@@ -186,7 +186,7 @@ def measure_row(name: str, dropped: int, context: TrialContext, number: int) -> 
         option_perplexities(bench.dense, encoded), option_perplexities(model, encoded), answers
     )
     tokens_a_second, ratio = speed(model, bench.dense, bench.splits.report.ids_NT)
-    shutil.rmtree(context.trial_folder(number), ignore_errors=True)
+    shutil.rmtree(context.run.trial(number).path, ignore_errors=True)
     return row | {
         "kl": quality.kl,
         "kl_se": quality.kl_se,
@@ -240,7 +240,7 @@ def run(folder: Path, word: str, tokens: int, say: Callable[[str], None] = print
         write_json(path, row)
         say(f"{path.stem}: KL {row.get('kl', float('nan')):.3f}, {row['seconds']:.0f} s")
     for context in contexts.values():
-        shutil.rmtree(context.run_folder, ignore_errors=True)
+        shutil.rmtree(context.run.path, ignore_errors=True)
 
 
 def report(folder: Path, tokens: int, say: Callable[[str], None] = print) -> None:

@@ -24,7 +24,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
-from foldsearch.search.folder import RunFolder
+from foldsearch.run import Run
 from foldsearch.search.records import Record, read_records
 from foldsearch.search.run import run_search
 from foldsearch.spec.load import load_study
@@ -94,7 +94,7 @@ def main(out: Path, healing_tokens: int | None = None) -> None:
             },
         )
         run_search(study, place / "run")
-        found = [told(record) for record in read_records(RunFolder.open(place / "run"))]
+        found = [told(record) for record in read_records(Run.open(place / "run"))]
     out.write_text(json.dumps(found, indent=1))
 
 

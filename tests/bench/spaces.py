@@ -30,8 +30,8 @@ import optuna
 from foldsearch.errors import InputError, RunError
 from foldsearch.files import write_json
 from foldsearch.plan.front import hypervolume
+from foldsearch.run import Run
 from foldsearch.search.events import Event, Progress
-from foldsearch.search.folder import RunFolder
 from foldsearch.search.records import STUDY_NAME, Record, front, read_records
 from foldsearch.search.run import run_search
 from foldsearch.spec.load import load_study
@@ -85,7 +85,7 @@ def enough(records: Sequence[Record], limits: Row) -> str:
     return "trials" if ended >= limits["trials"] else ""
 
 
-def front_points(run: RunFolder, records: Sequence[Record]) -> list[Row]:
+def front_points(run: Run, records: Sequence[Record]) -> list[Row]:
     """The front by the search's own objectives; KL of both texts, costs as shares of dense."""
     points = []
     for record in front(records, run.study.objectives):
@@ -112,7 +112,7 @@ def volume(points: Iterable[Row]) -> float:
 
 def row_of(path: Path, space: str, seed: int, limits: Row) -> Row:
     """A run on disk as a row."""
-    run, records = RunFolder.open(path), read_records(RunFolder.open(path))
+    run, records = Run.open(path), read_records(Run.open(path))
     points = front_points(run, records)
     storage = optuna.load_study(study_name=STUDY_NAME, storage=f"sqlite:///{run.storage.resolve()}")
     return {
@@ -127,7 +127,8 @@ def row_of(path: Path, space: str, seed: int, limits: Row) -> Row:
         "seconds": storage.user_attrs.get("seconds", 0.0),
         "front": points,
         "dense": {"memory_bytes": run.dense.memory_bytes, "flops": run.dense.flops},
-        "provenance": dict(run.provenance),
+        "note": run.note,
+        "identity": made.to_json() if (made := run.identity()) else None,
         "study": run.study.model_dump(mode="json"),
     }
 
@@ -161,14 +162,14 @@ def run_row(
 
     def listen(event: Event) -> None:
         if isinstance(event, Progress):  # a trial has ended, and is written down
-            records = read_records(RunFolder.open(path))
+            records = read_records(Run.open(path))
             used = sum(spent(records).values())
             print(f"{path.name}: {event.num_ended} trials, {used:,} tokens", flush=True)
             if enough(records, limits):
                 raise Spent
 
     begun = (path / "study.json").is_file()
-    if not (begun and enough(read_records(RunFolder.open(path)), limits)):
+    if not (begun and enough(read_records(Run.open(path)), limits)):
         with suppress(Spent):
             search(study, path, resume=begun, on_event=listen)
     row = row_of(path, space, seed, limits)

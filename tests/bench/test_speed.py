@@ -178,7 +178,7 @@ def test_trial_overhead(context: TrialContext, monkeypatch: pytest.MonkeyPatch) 
     whole: list[float] = []
     ratios: list[float] = []
     for number in range(PAIRS):
-        shutil.rmtree(context.run_folder / "plans", ignore_errors=True)
+        shutil.rmtree(context.run.path / "plans", ignore_errors=True)
         inside, start = 0.0, time.perf_counter()
         proposal = given(DROPPED)
         states = [result.state for result in run_trial(proposal, context, number=number)]
@@ -279,7 +279,7 @@ def test_memory_of_two_trials(context: TrialContext) -> None:
         str(FoldPlan.dropping(range(12, 18), 30)),
         str(FOLDED),
     ]  # plans that no test before this measured
-    command = [sys.executable, __file__, str(context.run_folder)]
+    command = [sys.executable, __file__, str(context.run.path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([".", *sys.path])}
     workers = [
         subprocess.Popen(

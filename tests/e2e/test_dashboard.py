@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from foldsearch.plan.strip import strip
-from foldsearch.search.folder import RunFolder
+from foldsearch.run import Run
 from foldsearch.search.records import METRIC_NAMES, Records, read_records
 from tests.fake_trial import result_of
 
@@ -42,7 +42,7 @@ def test_the_dashboard_shows_trials_constraints_and_notes_live(board: str, run_p
     assert board.startswith("http://127.0.0.1:")
     (summary,) = get(f"{board}api/studies")["study_summaries"]
     study = get(f"{board}api/studies/{summary['study_id']}")
-    records = read_records(RunFolder.open(run_path))
+    records = read_records(Run.open(run_path))
     assert study["objective_names"] == list(METRIC_NAMES.values())
 
     states = {record.number: record.state for record in records}
@@ -63,7 +63,7 @@ def test_the_dashboard_shows_trials_constraints_and_notes_live(board: str, run_p
     assert "KV cache" in shown[0]["note"]["body"]
 
     # a trial that ends while the page is open
-    writer = Records(RunFolder.open(run_path))
+    writer = Records(Run.open(run_path))
     number, proposal = writer.ask()
     for rung in range(3):
         writer.record(number, result_of(last.plan, writer.folder.study, rung, proposal.learning_rate))

@@ -28,11 +28,12 @@ from foldsearch.model.tokens import Kinds, Splits, TokenSet
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.prepare import prepare_context
 from foldsearch.proposal import Proposal
-from foldsearch.search.folder import RunFolder
+from foldsearch.run import Run, RunFolder
 from foldsearch.search.records import Records
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import GateSettings, SplitSettings, Study
 from foldsearch.trial import run_trial
+from tests.contexts import of_run
 from tests.proposals import removing
 from tests.tiny import VOCABULARY, save_model, write_corpus
 
@@ -88,16 +89,16 @@ def watched() -> Iterator[list[torch.Tensor]]:
 
 @pytest.fixture(scope="module")
 def context(place: Path, study: Study) -> TrialContext:
-    with watched(), RunFolder.draft(place / "run") as draft:
+    with watched(), Run.draft(place / "run") as draft:
         made = prepare_context(study, draft, cache_dir=place / "cache")
-        folder = RunFolder.create(place / "run", draft, study, made.table, {})
+        folder = made.run.begin(place / "run")
     return prepare_context(study, folder.path, cache_dir=place / "cache")
 
 
 def test_the_kinds_of_a_runs_texts_are_read_as_they_were_written(
     context: TrialContext, tmp_path: Path
 ) -> None:
-    splits = read_splits(context.run_folder)
+    splits = read_splits(context.run)
 
     def of_kinds(tokens: TokenSet) -> TokenSet:
         kinds = Kinds(("prose", 'a "b"'), torch.arange(len(tokens.ids_NT)) % 2, ("prose",), "worst")
@@ -106,7 +107,7 @@ def test_the_kinds_of_a_runs_texts_are_read_as_they_were_written(
     told = Splits(*map(of_kinds, (splits.search, splits.recovery, splits.report)))
     write_splits(tmp_path / "tokens.safetensors", told)
     for name in ("search", "recovery", "report"):
-        one, other = getattr(told, name).kinds, getattr(read_splits(tmp_path), name).kinds
+        one, other = getattr(told, name).kinds, getattr(read_splits(RunFolder(tmp_path)), name).kinds
         assert (one.names, one.unseen, one.over) == (other.names, other.unseen, other.over)
         assert torch.equal(one.of_N, other.of_N)
 
@@ -144,7 +145,7 @@ def test_what_the_model_writes_itself_is_among_the_recovery_texts_and_is_written
 
 
 def test_the_token_sets_of_a_run_know_what_is_text(context: TrialContext) -> None:
-    splits = read_splits(context.run_folder)
+    splits = read_splits(context.run)
     for tokens in (splits.search, splits.recovery, splits.report):
         assert isinstance(tokens, TokenSet)
         assert tokens.ids_NT[:, : len(FRONT)].tolist() == [FRONT] * len(tokens.ids_NT)
@@ -170,9 +171,9 @@ def test_what_chooses_blocks(context: TrialContext, criterion: str) -> None:
 )
 def test_what_starts_trains_and_measures(context: TrialContext, tmp_path: Path, proposal: Proposal) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "tokens.safetensors").hardlink_to(context.run_folder / "tokens.safetensors")
+    (tmp_path / "run" / "tokens.safetensors").hardlink_to(context.run.path / "tokens.safetensors")
     with watched():
-        *_, last = run_trial(proposal, replace(context, run_folder=tmp_path / "run"), number=0)
+        *_, last = run_trial(proposal, of_run(context, path=tmp_path / "run"), number=0)
     # one position of each sequence predicts the second token in front of its text
     assert last.quality is not None
     assert last.quality.tokens == 6 * (LENGTH - 2)
@@ -189,7 +190,7 @@ def test_what_is_exported_prompted_and_evaluated(
     context: TrialContext, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FOLDSEARCH_CACHE", str(place / "cache"))
-    records = Records(RunFolder.open(place / "run"))
+    records = Records(Run.open(place / "run"))
     records.queue("window", 1)
     number, proposal = records.ask()
     for result in run_trial(proposal, context, number=number):
@@ -203,7 +204,7 @@ def test_what_is_exported_prompted_and_evaluated(
         api.export_trial(run, number, place / "out")
         api.compare_words(run, place / "out", "w5 w6", num_tokens=3)
     # what the fresh processes of an export read is the report text (see test_export.py for what they make of it)
-    report = read_splits(context.run_folder).report
+    report = read_splits(context.run).report
     assert torch.equal(asked[0].ids_NT, report.ids_NT)
     assert torch.equal(asked[0].text_NT, report.text_NT)
 

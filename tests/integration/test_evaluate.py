@@ -23,7 +23,7 @@ from foldsearch.context import open_workbench
 from foldsearch.model.choices import compare_choices
 from foldsearch.prepare import prepare_context
 from foldsearch.rebuild import recovered_model
-from foldsearch.search.folder import RunFolder
+from foldsearch.run import Run, RunFolder
 from foldsearch.search.records import Records
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import GateSettings, SplitSettings, Study
@@ -49,9 +49,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         splits=SplitSettings(sequence_length=32, search=6, recovery=8, report=6),
         gates=GateSettings(steps=2),
     )
-    with RunFolder.draft(place / "run") as draft:
+    with Run.draft(place / "run") as draft:
         made = prepare_context(study, draft, cache_dir=place / "cache")
-        folder = RunFolder.create(place / "run", draft, study, made.table, {})
+        folder = made.run.begin(place / "run")
     context = prepare_context(study, folder.path, cache_dir=place / "cache")
     records = Records(folder)
     records.queue("window", 2)
@@ -94,7 +94,7 @@ def evaluate(place: Path, *words: str) -> tuple[int, str, str]:
 
 
 def models(place: Path) -> list[torch.nn.Module]:
-    context = prepare_context(RunFolder.open(place / "run").study, place / "run", cache_dir=place / "cache")
+    context = prepare_context(Run.open(place / "run").study, place / "run", cache_dir=place / "cache")
     return [open_workbench(context).dense, recovered_model(context, 0)[0]]
 
 
@@ -186,7 +186,7 @@ def test_what_cannot_be_asked_is_told(place: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_model")
 def test_what_the_run_saw_is_refused(place: Path, tmp_path: Path) -> None:
-    saw = context.read_splits(place / "run")
+    saw = context.read_splits(RunFolder(place / "run"))
     inside = place / "corpus" / "inside.jsonl"
     inside.write_text((place / "q.jsonl").read_text())
     err = refused(place, "--questions", str(inside))
@@ -222,7 +222,7 @@ def tasks(place: Path) -> Path:
     pytest.importorskip("lm_eval")
     folder = place / "tasks"
     folder.mkdir()
-    saw = context.read_splits(place / "run")
+    saw = context.read_splits(RunFolder(place / "run"))
     rows = questions(30)
     overlapping = [dict(row) for row in rows]
     overlapping[4]["question"] = tokenizer().decode(saw.recovery.ids_NT[0])

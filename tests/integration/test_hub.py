@@ -276,12 +276,13 @@ from foldsearch.model.source import locate, prepare
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import SplitSettings, Study
 from foldsearch.prepare import prepare_context
+from foldsearch.run import RunFolder
 torch.set_num_threads(1)
 work = Path(sys.argv[1])
 splits = SplitSettings(sequence_length=4, search=2, recovery=2, report=2)
 study = Study(model="tiny-org/moving", data=str(work / "texts"), space=Space(), device="cpu", splits=splits)
 context = prepare_context(study, work / "run")
-made = Identity.read(work / "run")
+made = RunFolder(work / "run").identity()
 branch = locate("tiny-org/moving")
 pinned = prepare("tiny-org/moving@" + made.commit, dtype="float32")
 print(json.dumps({

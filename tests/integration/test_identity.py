@@ -21,10 +21,9 @@ from foldsearch import api, cli, rebuild
 from foldsearch import context as contexts
 from foldsearch.context import close_workbench, open_workbench
 from foldsearch.errors import RunError, VerificationError
-from foldsearch.identity import Identity
 from foldsearch.model.content import file_hash
 from foldsearch.prepare import prepare_context
-from foldsearch.search.folder import RunFolder
+from foldsearch.run import Run, RunFolder
 from foldsearch.search.records import Records
 from foldsearch.spec.space import Recover, Space
 from foldsearch.spec.study import GateSettings, SplitSettings, Study
@@ -46,13 +45,13 @@ STUDY = Study(
 
 def make_run(study: Study, path: Path) -> None:
     """A run of one finished trial, made without Ray."""
-    with RunFolder.draft(path) as draft:
+    with Run.draft(path) as draft:
         made = prepare_context(study, draft)
-        folder = RunFolder.create(path, draft, study, made.table, {})
-    records = Records(folder)
+        run = made.run.begin(path)
+    records = Records(run)
     records.queue("window", 1)
     number, proposal = records.ask()
-    for result in run_trial(proposal, replace(made, run_folder=path), number=number):
+    for result in run_trial(proposal, replace(made, run=run), number=number):
         records.record(number, result)
     records.finish(number)
 
@@ -113,7 +112,7 @@ def change_tokenizer(project: Path) -> None:
 
 
 def change_tokens(project: Path) -> None:
-    path = project / "runs" / "r" / contexts.TOKENS
+    path = RunFolder(project / "runs" / "r").tokens
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # no dict
         metadata = file.metadata()
@@ -159,7 +158,7 @@ def test_an_extension_is_exported_from_the_model_that_it_was_trained_with(projec
 
 @pytest.mark.parametrize("damage", ["", "not tensors"])
 def test_damaged_tokens_are_told(project: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
-    (project / "runs" / "r" / contexts.TOKENS).write_text(damage)
+    RunFolder(project / "runs" / "r").tokens.write_text(damage)
     for words in VERBS.values():
         code, said = shell(*words, capsys=capsys)
         assert code == 2
@@ -170,11 +169,11 @@ def test_damaged_tokens_are_told(project: Path, capsys: pytest.CaptureFixture[st
 def test_tokens_that_are_gone_are_cut_again_from_the_same_text(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = project / "runs" / "r" / contexts.TOKENS
-    before = contexts.read_splits(path.parent)
+    path = RunFolder(project / "runs" / "r").tokens
+    before = contexts.read_splits(RunFolder(path.parent))
     path.unlink()
     prepare_context(STUDY, path.parent)
-    assert contexts.read_splits(path.parent).report.content_hash == before.report.content_hash
+    assert contexts.read_splits(RunFolder(path.parent)).report.content_hash == before.report.content_hash
     path.unlink()
     shutil.rmtree("texts/corpus")
     write_corpus(project / "texts" / "corpus", seed=1)
@@ -311,24 +310,22 @@ def test_auto_is_chosen_once(project: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with monkeypatch.context() as patch:
         patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
         make_run(study, Path("runs/auto"))
-    made = Identity.read(Path("runs/auto"))
+    made = RunFolder(Path("runs/auto")).identity()
     assert made is not None
     assert (made.dtype, made.device) == ("bfloat16", "cpu")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     close_workbench()
     noticed: list[str] = []
-    context = prepare_context(
-        RunFolder.open(Path("runs/auto")).study, Path("runs/auto"), notice=noticed.append
-    )
+    context = prepare_context(Run.open(Path("runs/auto")).study, Path("runs/auto"), notice=noticed.append)
     assert context.files.dtype == "bfloat16"
     assert next(open_workbench(context).dense.parameters()).dtype == torch.bfloat16
     assert noticed == ["the run computes in bfloat16, as it began; a new run would compute in float32 here."]
 
 
 def test_another_device_is_told(project: Path) -> None:
-    made = Identity.read(Path("runs/r"))
+    made = RunFolder(Path("runs/r")).identity()
     assert made is not None
-    replace(made, device="cuda").write(Path("runs/r"))
+    RunFolder(Path("runs/r")).write_identity(replace(made, device="cuda"))
     noticed: list[str] = []
     prepare_context(STUDY, Path("runs/r"), notice=noticed.append)
     assert noticed == ["the run began on cuda, and goes on on cpu: its figures may differ by rounding."]

@@ -26,8 +26,8 @@ from optuna.trial import TrialState
 from foldsearch import cli
 from foldsearch.errors import BudgetError, RunError
 from foldsearch.paths import command
+from foldsearch.run import Run
 from foldsearch.search import events
-from foldsearch.search.folder import RunFolder
 from foldsearch.search.machine import gpu_share
 from foldsearch.search.records import STUDY_NAME, Record, read_records
 from foldsearch.search.run import run_search
@@ -66,7 +66,7 @@ def stored(run: Path) -> list[optuna.trial.FrozenTrial]:
 def check_whole(run: Path) -> list[Record]:
     """Laws of a run that is over: every trial ended, and every rung of it was recorded once."""
     assert {trial.state for trial in stored(run)} <= {TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL}
-    records = read_records(RunFolder.open(run))
+    records = read_records(Run.open(run))
     for record in records:
         rungs = [result.rung for result in record.results]
         assert rungs == list(range(len(rungs)))
@@ -195,7 +195,7 @@ def test_a_trial_that_the_time_cuts_is_on_no_front_and_goes_on_with_more_time(
     assert (done.num_finished, done.front) == (0, ())
     assert "Not all fits into 0:06: trial 0 did not end; 3 of those to begin with did not begin" in done.words
     assert [event.number for event in told if isinstance(event, events.TrialCut)] == [0]
-    record = read_records(RunFolder.open(run))[0]
+    record = read_records(Run.open(run))[0]
     assert (record.state, record.cut, record.results) == ("stopped", True, ())
     assert "the time was up in its recovery" in record.reason
 
@@ -212,7 +212,7 @@ def test_a_full_disk_ends_the_search_and_loses_nothing(shared_ray: None, tmp_pat
     run = tmp_path / "run"
     with pytest.raises(RunError, match=r"(?s)No space left on device.*foldsearch resume"):
         run_search(study(trials=4), run, **FAKES)
-    states = [record.state for record in read_records(RunFolder.open(run))]
+    states = [record.state for record in read_records(Run.open(run))]
     assert states == ["finished", "finished", "finished", "running"]
     faults.write_text("{}")
     run_search(None, run, resume=True, **FAKES)
@@ -250,7 +250,7 @@ def test_ctrl_c_before_the_first_trial_says_how_to_go_on(
 ) -> None:
     """The folder is there, its study is not yet."""
 
-    def interrupt(folder: RunFolder) -> None:
+    def interrupt(folder: Run) -> None:
         folder.storage.touch()
         signal.raise_signal(signal.SIGINT)
 
@@ -259,7 +259,7 @@ def test_ctrl_c_before_the_first_trial_says_how_to_go_on(
         patch.setattr("foldsearch.search.run.Records", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_search(study(), run, on_event=told.append, **FAKES)
-    assert told[-1] == events.SearchInterrupted(RunFolder.open(run), 0, f"foldsearch resume {run}")
+    assert told[-1] == events.SearchInterrupted(Run.open(run), 0, f"foldsearch resume {run}")
 
 
 # ---- drivers that are interrupted and killed
@@ -322,14 +322,14 @@ def test_interrupted_and_killed_drivers_lose_and_repeat_nothing(
     first = driver(run, "run")
     wait_for(lambda: is_executing(run, rung=1, least=5), first)
     check_stopped(first, run, signal.SIGTERM, twice=True)
-    after_interrupt = read_records(RunFolder.open(run))
+    after_interrupt = read_records(Run.open(run))
     assert [record.state for record in after_interrupt].count("running") == 1
 
     # Ctrl-C while Ray starts
     starting = driver(run, "resume")
     wait_for(lambda: any(child.name() == "gcs_server" for child in processes_of(starting)), starting)
     check_stopped(starting, run, signal.SIGINT)
-    assert read_records(RunFolder.open(run)) == after_interrupt
+    assert read_records(Run.open(run)) == after_interrupt
 
     # kill -9 in the middle of another one
     lines = len((run / "executed.log").read_text().splitlines())
@@ -338,7 +338,7 @@ def test_interrupted_and_killed_drivers_lose_and_repeat_nothing(
     children = [(child, child.name()) for child in processes_of(second)]
     second.kill()
     second.communicate(timeout=60)
-    after_kill = read_records(RunFolder.open(run))
+    after_kill = read_records(Run.open(run))
     assert [record.state for record in after_kill].count("running") == 1
 
     (tmp_path / "faults.json").write_text("{}")

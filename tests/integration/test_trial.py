@@ -31,7 +31,7 @@ from foldsearch.model.fold import fold
 from foldsearch.model.heal import heal
 from foldsearch.model.recover import Recovery
 from foldsearch.model.states import residual_states
-from foldsearch.plan.cost import Budget, price
+from foldsearch.plan.cost import price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import TrialResult
 from foldsearch.prepare import prepare_context
@@ -40,8 +40,9 @@ from foldsearch.proposal import Groups, Proposal
 from foldsearch.rebuild import quality_of, recovered_model
 from foldsearch.record import TrialRecord
 from foldsearch.spec.space import Space
-from foldsearch.spec.study import GateSettings, HealingSettings, SplitSettings, Study
+from foldsearch.spec.study import BudgetSettings, GateSettings, HealingSettings, SplitSettings, Study
 from foldsearch.trial import run_trial
+from tests.contexts import of_run, of_study
 from tests.proposals import changed, given, removing, retrained
 from tests.tiny import NUM_BLOCKS, save_model, write_corpus
 
@@ -71,8 +72,8 @@ def prepared(tmp_path_factory) -> TrialContext:
 def context(prepared, tmp_path) -> TrialContext:
     """A run of its own, with the caches of all."""
     (tmp_path / "run").mkdir()
-    shutil.copy(prepared.run_folder / "tokens.safetensors", tmp_path / "run")
-    return replace(prepared, run_folder=tmp_path / "run")
+    shutil.copy(prepared.run.path / "tokens.safetensors", tmp_path / "run")
+    return of_run(prepared, path=tmp_path / "run")
 
 
 def never(*args, **kwargs):
@@ -86,7 +87,7 @@ def measured(results: list[TrialResult]) -> list[TrialResult]:
 
 def trained(context: TrialContext, number: int) -> dict[str, torch.Tensor]:
     """What the trial keeps of its training; empty where it keeps the untrained model."""
-    path = context.trial_folder(number) / "recovered.safetensors"
+    path = context.run.trial(number).recovered
     return load_file(path) if path.exists() else {}
 
 
@@ -119,7 +120,7 @@ def test_a_result_for_every_rung(context):
         results[0].cost.memory_bytes,
         results[0].cost.flops,
     )
-    folder = context.trial_folder(3)
+    folder = context.run.trial(3).path
     assert sorted(path.name for path in folder.iterdir()) == [
         "recovered.safetensors", "start.safetensors", "trial.json",
     ]  # fmt: skip
@@ -129,7 +130,7 @@ def test_a_result_for_every_rung(context):
 
 def test_the_same_seed_gives_the_same_trial(context):
     first = run(context)
-    shutil.rmtree(context.run_folder / "plans")
+    shutil.rmtree(context.run.path / "plans")
     again = run(context, 1)
     assert measured(again) == measured(first)
     assert again[0].known_from is None
@@ -148,8 +149,8 @@ def steps(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("proposal", [SHARING, HURTING], ids=["helped", "hurt"])
 def test_a_closed_trial_goes_on_where_it_stopped(context, tmp_path, steps, stop, proposal):
     whole = run(context, proposal=proposal)
-    other = replace(context, run_folder=tmp_path / "other")
-    shutil.copytree(context.run_folder, other.run_folder, ignore=shutil.ignore_patterns("plans", "trials"))
+    other = of_run(context, path=tmp_path / "other")
+    shutil.copytree(context.run.path, other.run.path, ignore=shutil.ignore_patterns("plans", "trials"))
     generator = run_trial(proposal, other, number=0)
     first = [next(generator) for _ in range(stop)]
     generator.close()
@@ -170,8 +171,8 @@ def test_a_closed_trial_goes_on_where_it_stopped(context, tmp_path, steps, stop,
 def test_a_trial_killed_while_measuring_goes_on(context, tmp_path, monkeypatch, steps, where, what):
     """Trained and saved, but the rung was never noted."""
     whole = run(context)
-    other = replace(context, run_folder=tmp_path / "other")
-    shutil.copytree(context.run_folder, other.run_folder, ignore=shutil.ignore_patterns("plans", "trials"))
+    other = of_run(context, path=tmp_path / "other")
+    shutil.copytree(context.run.path, other.run.path, ignore=shutil.ignore_patterns("plans", "trials"))
     generator = run_trial(SHARING, other, number=0)
     first = [next(generator), next(generator)]
     with monkeypatch.context() as patch:
@@ -192,8 +193,8 @@ def test_a_trial_killed_while_measuring_goes_on(context, tmp_path, monkeypatch, 
 @pytest.mark.parametrize("cut_after", [1, 3])
 def test_a_trial_cut_in_the_middle_of_a_rung_goes_on_from_there(context, tmp_path, steps, cut_after):
     whole = run(context)
-    other = replace(context, run_folder=tmp_path / "other")
-    shutil.copytree(context.run_folder, other.run_folder, ignore=shutil.ignore_patterns("plans", "trials"))
+    other = of_run(context, path=tmp_path / "other")
+    shutil.copytree(context.run.path, other.run.path, ignore=shutil.ignore_patterns("plans", "trials"))
     steps.clear()
 
     def say(stage, share):
@@ -202,7 +203,7 @@ def test_a_trial_cut_in_the_middle_of_a_rung_goes_on_from_there(context, tmp_pat
 
     with pytest.raises(TimeUp):
         list(run_trial(SHARING, other, number=0, progress=say))
-    done = len(json.loads((other.trial_folder(0) / "trial.json").read_text())["results"])
+    done = len(json.loads(other.run.trial(0).record.read_text())["results"])
     assert done == (1 if cut_after == 1 else 2)
     rest = run(other)
     assert measured(rest) == measured(whole)[done:]
@@ -226,8 +227,8 @@ def test_a_known_plan_is_not_trained_again(context, monkeypatch):
 @pytest.mark.parametrize("proposal", [SHARING, HURTING], ids=["helped", "hurt"])
 def test_another_trial_goes_on_with_a_stopped_plan(context, tmp_path, steps, stop, proposal):
     whole = run(context, proposal=proposal)
-    other = replace(context, run_folder=tmp_path / "other")
-    shutil.copytree(context.run_folder, other.run_folder, ignore=shutil.ignore_patterns("plans", "trials"))
+    other = of_run(context, path=tmp_path / "other")
+    shutil.copytree(context.run.path, other.run.path, ignore=shutil.ignore_patterns("plans", "trials"))
     generator = run_trial(proposal, other, number=0)
     for _ in range(stop):
         next(generator)
@@ -249,8 +250,8 @@ def test_another_trial_goes_on_with_a_stopped_plan(context, tmp_path, steps, sto
 def test_a_stopped_plan_is_trained_anew_with_other_settings(context, tmp_path, steps, stop):
     """Its untrained figures hold; what was trained with other settings is nobody else's."""
     slower = retrained(SHARING, learning_rate=0.03)
-    alone = replace(context, run_folder=tmp_path / "alone")
-    shutil.copytree(context.run_folder, alone.run_folder)
+    alone = of_run(context, path=tmp_path / "alone")
+    shutil.copytree(context.run.path, alone.run.path)
     whole = run(alone, 5, slower)
     generator = run_trial(SHARING, context, number=0)
     for _ in range(stop):
@@ -289,9 +290,9 @@ def test_two_trials_never_measure_a_plan_at_once(context):
 def test_a_trial_waits_for_the_first_result_of_one_that_measures_its_plan(context, monkeypatch):
     """Two that begin at the same moment: the second one must not train the plan too."""
     whole = run(context, 0)
-    folder, waits = context.trial_folder(0), []
+    folder, waits = context.run.trial(0).path, []
     (folder / "trial.json").rename(folder / "later.json")
-    (held,) = (context.run_folder / "plans").glob(f"{whole[0].plan.id}*.lock")
+    (held,) = (context.run.path / "plans").glob(f"{whole[0].plan.id}*.lock")
     lock = held.open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
 
@@ -335,19 +336,21 @@ def test_what_cannot_fit_is_never_built(context, monkeypatch, criterion):
         (drafts, "choose_blocks"),
     ):
         monkeypatch.setattr(module, name, never)
-    tight = replace(context, budget=Budget(memory_bytes=context.dense_cost.memory_bytes // 2, flops=10**9))
+    tight = of_study(
+        context, budget=BudgetSettings(gb=context.run.dense.memory_bytes / 2 / 10**9, flops=10**9)
+    )
     proposal = removing(criterion, 1)
     (result,) = run(tight, 0, proposal)
     assert (result.state, result.quality, result.is_last_rung) == ("infeasible", None, False)
     assert result.reason.startswith("memory is ")
     assert "flops" not in result.reason
     assert result.cost.memory_bytes > tight.budget.memory_bytes
-    assert not context.trial_folder(0).exists()
+    assert not context.run.trial(0).path.exists()
     assert from_json(TrialResult, json.loads(json.dumps(to_json(result)))) == result
 
 
 def test_a_plan_typed_by_hand_is_measured_above_the_budget_too(context):
-    tight = replace(context, budget=Budget(memory_bytes=1))
+    tight = of_study(context, budget=BudgetSettings(gb=1e-9))
     plan = FoldPlan.dropping([2], NUM_BLOCKS)
     results = run(tight, 0, given(plan, origin="hand"))
     assert [result.state for result in results] == ["measured"] * 3
@@ -363,13 +366,13 @@ def test_a_plan_is_not_lost_because_its_training_diverged(context):
     assert last.setback_words == "training diverged: kept untrained"
     assert_rebuilt(context, last)
     assert run(context, 0, retrained(SHARING, learning_rate=1e30)) == []  # nothing is left to do
-    assert not (context.trial_folder(0) / "optimizer.safetensors").exists()
+    assert not context.run.trial(0).optimizer.exists()
 
 
 def test_a_divergence_in_the_very_last_step_is_told(context):
     """The last loss was a number; the model that the step left is not."""
     study = context.study.model_copy(update={"rungs": (0, 32)})
-    results = run(replace(context, study=study), 0, retrained(SHARING, learning_rate=1e30))
+    results = run(of_run(context, study=study), 0, retrained(SHARING, learning_rate=1e30))
     assert results[-1].training_diverged
     assert "KL is nan after 32 tokens" in results[-1].reason
 
@@ -379,7 +382,7 @@ def test_a_divergence_that_leaves_nothing_is_a_trial_without_a_result(context, m
     real = trials.judge
     monkeypatch.setattr(trials, "judge", lambda *args: replace(real(*args), kl=math.nan))
     study = context.study.model_copy(update={"rungs": rungs})
-    (only,) = run(replace(context, study=study))
+    (only,) = run(of_run(context, study=study))
     assert (only.state, only.quality, only.is_last_rung) == ("diverged", None, False)
     assert f"KL is nan after {rungs[0]} tokens" in only.reason
 
@@ -422,10 +425,10 @@ def test_after_training_that_hurt_it_goes_on_from_the_best_state_at_a_lower_rate
 
     monkeypatch.setattr(Recovery, "go_back", note)
     study = context.study.model_copy(update={"rungs": (0, 32, 64, 128)})
-    results = run(replace(context, study=study), proposal=HURTING)
+    results = run(of_run(context, study=study), proposal=HURTING)
     assert [result.kept_tokens for result in results[:3]] == [0] * 3  # the last rung is slow enough to help
     assert [(tokens, rate) for tokens, _, rate in taken] == [(32, 0.25), (64, 0.0625)]
-    start = load_file(context.trial_folder(0) / "start.safetensors")
+    start = load_file(context.run.trial(0).start)
     for _, trained_before, _ in taken:  # each time the untrained model
         deltas = [name for name in trained_before if name.endswith("_proj.up") and name not in start]
         assert deltas
@@ -440,8 +443,8 @@ def test_after_training_that_hurt_it_goes_on_from_the_best_state_at_a_lower_rate
 def test_a_trial_killed_after_training_from_an_earlier_state_goes_on(context, tmp_path, monkeypatch, steps):
     """What is on disk is a rung ahead of the notes already: it is not gone back from twice."""
     whole = run(context, proposal=HURTING)
-    other = replace(context, run_folder=tmp_path / "other")
-    shutil.copytree(context.run_folder, other.run_folder, ignore=shutil.ignore_patterns("plans", "trials"))
+    other = of_run(context, path=tmp_path / "other")
+    shutil.copytree(context.run.path, other.run.path, ignore=shutil.ignore_patterns("plans", "trials"))
     generator = run_trial(HURTING, other, number=0)
     first = [next(generator), next(generator)]
     with monkeypatch.context() as patch:
@@ -463,7 +466,7 @@ def test_the_best_rung_is_kept(context, monkeypatch):
                 parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
 
     whole = run(context)
-    shutil.rmtree(context.run_folder / "plans")
+    shutil.rmtree(context.run.path / "plans")
     monkeypatch.setattr(Recovery, "train", spoil)
     results = run(context, 1)
     assert measured(results[:2]) == measured(whole[:2])
@@ -501,7 +504,7 @@ def test_the_text_is_a_target_of_extensions_only_unless_the_study_says(
     settings = context.study.recovery.model_copy(update={"next_token": said})
     study = context.study.model_copy(update={"rungs": (0, 32), "recovery": settings})
     proposal = given(FoldPlan.parse(plan, NUM_BLOCKS), delta_rank=2, origin="hand")
-    run(replace(context, study=study), 0, proposal)
+    run(of_run(context, study=study), 0, proposal)
     assert weights == [(weight, 1.0, 0.1)]
 
 
@@ -526,12 +529,12 @@ def test_an_extension_is_compared_by_perplexity(context, monkeypatch):
 )
 def test_the_untrained_model_is_a_state_where_no_rung_measures_it(context, proposal):
     untrained = next(run_trial(retrained(proposal, learning_rate=0.03), context, number=7)).quality
-    shutil.rmtree(context.run_folder / "plans")
+    shutil.rmtree(context.run.path / "plans")
     study = context.study.model_copy(update={"rungs": (64, 128)})
-    results = run(replace(context, study=study), proposal=proposal)
+    results = run(of_run(context, study=study), proposal=proposal)
     assert {result.quality for result in results} == {untrained}
     assert results[-1].is_last_rung
-    assert_rebuilt(replace(context, study=study), results[-1])
+    assert_rebuilt(of_run(context, study=study), results[-1])
 
 
 @pytest.mark.parametrize(
@@ -643,7 +646,7 @@ def test_what_was_not_measured_cannot_be_rebuilt(context):
     with pytest.raises(RunError, match="only a trial that was measured can be rebuilt, but trial 9"):
         recovered_model(context, 9)
     run(context)
-    os.unlink(context.trial_folder(0) / "recovered.safetensors")
+    os.unlink(context.run.trial(0).recovered)
     with pytest.raises(RunError, match=r"is gone. Run it again"):
         recovered_model(context, 0)
 
@@ -653,7 +656,7 @@ def test_what_was_not_measured_cannot_be_rebuilt(context):
 
 def healed_on(context: TrialContext, tokens: int, **more: object) -> TrialContext:
     healing = HealingSettings(tokens=tokens)
-    return replace(context, study=context.study.model_copy(update={"healing": healing, **more}))
+    return of_study(context, healing=healing, **more)
 
 
 def test_what_is_measured_first_is_the_fold_healed(context):
@@ -673,7 +676,7 @@ def test_what_is_measured_first_is_the_fold_healed(context):
     assert (result.healing.tokens, result.healing.solved) == (6 * 16, len(healed.blocks))
     assert result.healing.changed == sum(block.ridge is not None for block in healed.blocks)
     assert result.healing.after < result.healing.before
-    stored = load_file(context.trial_folder(0) / "start.safetensors")
+    stored = load_file(context.run.trial(0).start)
     assert stored.keys() == healed.values.keys()
     assert all(torch.equal(stored[name], value) for name, value in healed.values.items())
     # nothing is added: the same tensors as those of the fold as it was, of the same shapes
@@ -682,13 +685,13 @@ def test_what_is_measured_first_is_the_fold_healed(context):
 
 
 def test_healing_can_be_left_out(context, tmp_path):
-    without = replace(healed_on(context, 0), run_folder=tmp_path / "without")
-    shutil.copytree(context.run_folder, without.run_folder)
+    without = of_run(healed_on(context, 0), path=tmp_path / "without")
+    shutil.copytree(context.run.path, without.run.path)
     healed, plain = next(run_trial(DROPPING, context, number=0)), next(run_trial(DROPPING, without, number=0))
     assert plain.healing is None
     assert healed.healing is not None
     assert healed.quality != plain.quality
-    assert list(without.trial_folder(0).iterdir()) == [without.trial_folder(0) / "trial.json"]
+    assert list(without.run.trial(0).path.iterdir()) == [without.run.trial(0).record]
     assert (healed.plan, healed.cost) == (plain.plan, plain.cost)
 
 
@@ -701,7 +704,7 @@ def test_a_model_that_was_healed_is_rebuilt_from_what_is_kept_and_without_it(con
         patched.setattr(rebuild, "heal", never)
         model, result = recovered_model(context, 0)
     assert quality_of(context, model) == (last.quality, last.report)
-    (context.trial_folder(0) / "start.safetensors").unlink()
+    context.run.trial(0).start.unlink()
     for _ in range(2):
         again, _ = recovered_model(context, 0)
         kept = model.state_dict()
@@ -711,11 +714,11 @@ def test_a_model_that_was_healed_is_rebuilt_from_what_is_kept_and_without_it(con
 
 def test_a_stopped_trial_whose_start_was_let_go_of_goes_on(context):
     whole = run(context, 0, DROPPING)
-    shutil.rmtree(context.run_folder / "plans")
+    shutil.rmtree(context.run.path / "plans")
     generator = run_trial(DROPPING, context, number=1)
     next(generator)
     generator.close()
-    (context.trial_folder(1) / "start.safetensors").unlink()
+    context.run.trial(1).start.unlink()
     assert measured(run(context, 1, DROPPING)) == measured(whole[1:])
     assert measured(run(context, 2, DROPPING)) == measured(whole)
 
@@ -750,10 +753,10 @@ def test_the_dense_weights_are_never_written(context):
 
 
 def test_preparing_again_gives_the_same_run(prepared):
-    held = (prepared.run_folder / "tokens.safetensors").read_bytes()
-    again = prepare_context(prepared.study, prepared.run_folder, cache_dir=prepared.cache_dir)
+    held = (prepared.run.path / "tokens.safetensors").read_bytes()
+    again = prepare_context(prepared.study, prepared.run.path, cache_dir=prepared.cache_dir)
     assert again == prepared
-    assert (prepared.run_folder / "tokens.safetensors").read_bytes() == held
-    splits = read_splits(prepared.run_folder)
+    assert (prepared.run.path / "tokens.safetensors").read_bytes() == held
+    splits = read_splits(prepared.run)
     documents = [one.documents for one in (splits.search, splits.recovery, splits.report)]
     assert len(set().union(*documents)) == sum(map(len, documents))

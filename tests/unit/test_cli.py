@@ -22,8 +22,8 @@ from foldsearch.errors import InputError, RunError, VerificationError
 from foldsearch.report import live
 from foldsearch.report.terminal import console
 from foldsearch.report.view import RunView
+from foldsearch.run import Run, RunFolder
 from foldsearch.search import events
-from foldsearch.search.folder import RunFolder
 from foldsearch.search.records import read_records
 from foldsearch.spec.study import HealingSettings, SourceSettings, Study
 from tests.fake_trial import TABLE
@@ -334,16 +334,16 @@ def test_a_resumed_run_may_be_given_other_limits(
     monkeypatch.setattr("foldsearch.search.run.run_search", run_search)
     code, _, _ = shell("resume", str(run_path), "--trials", "99", "--time", "2h")
     assert code == 0
-    before = RunFolder.open(run_path).study
+    before = Run.open(run_path).study
     assert asked == [before.model_copy(update={"trials": 99, "seconds": 7200.0})]
 
 
 @pytest.mark.parametrize("verb", ["front", "resume", "pick", "dashboard"])
 def test_a_damaged_storage_is_told(shell: Shell, run_path: Path, verb: str) -> None:
-    RunFolder.open(run_path).storage.write_bytes(b"\x07" * 5000)
+    Run.open(run_path).storage.write_bytes(b"\x07" * 5000)
     if verb == "resume":
         with pytest.raises(RunError, match=r"storage\.db' is damaged: .+ Put back a copy"):
-            read_records(RunFolder.open(run_path))
+            read_records(Run.open(run_path))
         return
     code, _, err = shell(verb, str(run_path))
     assert code == 2
@@ -377,7 +377,7 @@ def test_pick_prints_the_number_alone_and_remembers_it(shell: Shell, run_path: P
 
 
 def test_a_damaged_pick_is_told(shell: Shell, run_path: Path) -> None:
-    (run_path / api.PICK).write_text("{}")
+    RunFolder(run_path).pick.write_text("{}")
     code, _, err = shell("export", str(run_path), "--out", "x")
     assert code == 2
     assert "Choose again" in err

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from foldsearch.codec import to_json
 from foldsearch.plan.front import dominates
-from foldsearch.search.folder import RunFolder
+from foldsearch.run import Run
 from foldsearch.search.halving import decide
 from foldsearch.search.proposer import Line
 from foldsearch.search.records import Records
@@ -133,14 +133,14 @@ def test_the_order_of_the_others_does_not_matter(
 def ends_of(folder: Path, objectives: tuple[Objective, ...]) -> dict[int, tuple[str, int]]:
     """State and last rung of each trial, and what the front is, where the study names its objectives in this order."""
     asked = study(trials=16, sampler="random", objectives=objectives)
-    with RunFolder.draft(folder) as draft:
-        run = RunFolder.create(folder, draft, asked, fake_trial.TABLE, {})
+    with Run.draft(folder) as draft:
+        run = Run(draft, asked, fake_trial.TABLE).begin(folder)
     records = Records(run)
     line = Line(records)
     search = Search(records, line, lambda event: None)
     while (trial := line.next(num_running=0)) is not None:
         number, proposal = trial
-        context = fake_trial.FakeContext(asked, fake_trial.TABLE, run.path)
+        context = fake_trial.FakeContext(run)
         for result in fake_trial.run_trial(proposal, context, number=number):
             if search.judge(number, json.dumps({"result": to_json(result)})):
                 break

@@ -22,7 +22,7 @@ from foldsearch.export.figures import ExportReport, ModelFigures, Speed
 from foldsearch.files import replace_atomically
 from foldsearch.paths import MOST_NAME_BYTES, beside, check_path, command, printable
 from foldsearch.report.terminal import console
-from foldsearch.search.folder import RunFolder
+from foldsearch.run import Run
 from foldsearch.search.records import Records, read_records
 
 NASTY = (
@@ -122,13 +122,13 @@ STORED = (
 
 @pytest.mark.parametrize("name", STORED)
 def test_a_study_is_kept_and_read_in_any_folder(name: str, run_path: Path, here: Path) -> None:
-    before = read_records(RunFolder.open(run_path))
+    before = read_records(Run.open(run_path))
     os.rename(run_path, here / name)
     path = Path(name)
-    assert read_records(RunFolder.open(path)) == before
-    number, _ = Records(RunFolder.open(path)).ask()
+    assert read_records(Run.open(path)) == before
+    number, _ = Records(Run.open(path)).ask()
     assert number == len(before)
-    assert len(read_records(RunFolder.open(path))) == len(before) + 1
+    assert len(read_records(Run.open(path))) == len(before) + 1
     assert [found.name for found in here.iterdir()] == [name]  # and nothing is made beside it
 
 
@@ -170,7 +170,7 @@ def test_our_consoles_print_mark_up_as_it_is(capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/.."])
 def test_a_run_needs_a_name(name: str, here: Path) -> None:
-    with pytest.raises(RunError, match=r"Give it a name|is there already"), RunFolder.draft(Path(name)):
+    with pytest.raises(RunError, match=r"Give it a name|is there already"), Run.draft(Path(name)):
         pass
     assert list(here.iterdir()) == []
 

@@ -26,9 +26,9 @@ from foldsearch.plan.front import dominates
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import TrialResult
 from foldsearch.proposal import Groups, Proposal, fold_plan
+from foldsearch.run import Run
 from foldsearch.runtimes import runtime_named
 from foldsearch.search.dry_run import plan_search
-from foldsearch.search.folder import RunFolder
 from foldsearch.search.proposer import Line, missing_baselines
 from foldsearch.search.records import STUDY_NAME, Record, Records, front, note, point, read_records
 from foldsearch.spec.load import shipped
@@ -45,9 +45,9 @@ def study() -> Study:
     return small_study(trials=12)
 
 
-def new_run(path: Path, study: Study) -> RunFolder:
-    with RunFolder.draft(path) as draft:
-        return RunFolder.create(path, draft, study, TABLE, {"tokens sha256": "abc"})
+def new_run(path: Path, study: Study) -> Run:
+    with Run.draft(path) as draft:
+        return Run(draft, study, TABLE, note="of a tie").begin(path)
 
 
 @pytest.fixture
@@ -533,15 +533,9 @@ def test_objectives_can_be_fewer(tmp_path: Path, study: Study) -> None:
 
 def test_a_run_folder_reads_back(tmp_path: Path, study: Study) -> None:
     made = new_run(tmp_path / "run", study)
-    assert RunFolder.open(tmp_path / "run") == made
+    assert Run.open(tmp_path / "run") == made
     assert read_records(made) == []
-    assert sorted(path.name for path in made.path.iterdir()) == [
-        "plans",
-        "report",
-        "study.json",
-        "table.json",
-        "trials",
-    ]
+    assert sorted(path.name for path in made.path.iterdir()) == ["study.json", "table.json"]
 
 
 def test_nothing_is_left_of_a_run_that_could_not_begin(tmp_path: Path, study: Study) -> None:
@@ -549,7 +543,7 @@ def test_nothing_is_left_of_a_run_that_could_not_begin(tmp_path: Path, study: St
         pass
 
     def begin() -> None:
-        with RunFolder.draft(tmp_path / "run") as draft:
+        with Run.draft(tmp_path / "run") as draft:
             (draft / "tokens").write_text("x")
             raise Stop
 
@@ -560,38 +554,38 @@ def test_nothing_is_left_of_a_run_that_could_not_begin(tmp_path: Path, study: St
 
 def test_folders_that_are_taken_or_no_runs_are_refused(tmp_path: Path, study: Study) -> None:
     new_run(tmp_path / "run", study)
-    with pytest.raises(RunError, match="there already"), RunFolder.draft(tmp_path / "run"):
+    with pytest.raises(RunError, match="there already"), Run.draft(tmp_path / "run"):
         pass
     with pytest.raises(RunError, match=r"holds study\.json"):
-        RunFolder.open(tmp_path)
+        Run.open(tmp_path)
     path = tmp_path / "run" / "study.json"
     value = json.loads(path.read_text())
     path.write_text(json.dumps({**value, "foldsearch": "0.0.1"}))
     with pytest.raises(RunError, match=r"a run of foldsearch 0\.0\.1"):
-        RunFolder.open(tmp_path / "run")
+        Run.open(tmp_path / "run")
     path.write_text(json.dumps({**value, "study": {**value["study"], "sampler": "magic"}}))
     with pytest.raises(RunError, match="incomplete"):
-        RunFolder.open(tmp_path / "run")
+        Run.open(tmp_path / "run")
     path.write_text(path.read_text()[:40])
     with pytest.raises(RunError, match="cannot be read"):
-        RunFolder.open(tmp_path / "run")
+        Run.open(tmp_path / "run")
 
 
 def test_a_resumed_run_may_change_its_limits_only(tmp_path: Path, study: Study) -> None:
     run = new_run(tmp_path / "run", study)
     changed = run.with_limits(study.model_copy(update={"trials": 50, "jobs": 2}))
-    assert RunFolder.open(run.path).study == study  # the run may yet be refused
+    assert Run.open(run.path).study == study  # the run may yet be refused
     changed.keep_limits()
-    assert RunFolder.open(run.path).study.trials == 50
+    assert Run.open(run.path).study.trials == 50
     with pytest.raises(RunError, match="seed was 0, is 1"):
         run.with_limits(study.model_copy(update={"seed": 1}))
 
 
 def test_one_writer_at_a_time(tmp_path: Path, study: Study) -> None:
     run = new_run(tmp_path / "run", study)
-    with run.lock(), pytest.raises(RunError, match="another one is at work"), run.lock():
+    with run.held(), pytest.raises(RunError, match="another one is at work"), run.held():
         pass
-    with run.lock():
+    with run.held():
         pass
 
 

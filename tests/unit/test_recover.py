@@ -367,9 +367,9 @@ def test_a_training_goes_on_from_disk(tmp_path, stop, text):
     whole.train(8 * STEP)
     first = recovery(total=8 * STEP, text=text)
     first.train(stop * STEP)
-    first.save(tmp_path)
+    first.save(tmp_path / "state")
     second = recovery(total=8 * STEP, text=text)
-    second.load(tmp_path)
+    second.load(tmp_path / "state")
     assert second.tokens_done == stop * STEP
     second.train(8 * STEP)
     assert all(torch.equal(whole.trained[key], second.trained[key]) for key in whole.trained)
@@ -392,9 +392,9 @@ def test_a_save_that_ran_ahead_of_its_rung_is_gone_on_from(tmp_path):
     whole.train(6 * STEP)
     first = recovery()
     first.train(4 * STEP)
-    first.save(tmp_path)
+    first.save(tmp_path / "state")
     second = recovery()
-    second.load(tmp_path)
+    second.load(tmp_path / "state")
     assert second.tokens_done == 4 * STEP
     second.train(4 * STEP)  # the rung that is noted next: nothing is left to train
     second.train(6 * STEP)
@@ -405,11 +405,11 @@ def test_a_save_that_ran_ahead_of_its_rung_is_gone_on_from(tmp_path):
 def test_what_is_saved_rebuilds_the_model(tmp_path, text):
     ours = recovery(text=text)
     ours.train(2 * STEP)
-    ours.keep(tmp_path)
+    ours.keep(tmp_path / "kept")
     again = folded(text=text)
-    load_trained(attach(again, SETTINGS.delta_rank, SETTINGS.seed), tmp_path)
+    load_trained(attach(again, SETTINGS.delta_rank, SETTINGS.seed), tmp_path / "kept")
     assert torch.equal(logits(again), logits(ours.model))
-    held = load_file(tmp_path / "recovered.safetensors")
+    held = load_file(tmp_path / "kept")
     assert sum(t.numel() for t in held.values()) == sum(p.numel() for p in ours.trained.values())
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.proposal import Proposal
-from foldsearch.search.folder import RunFolder
+from foldsearch.run import Run
 from foldsearch.search.records import Record, front, read_records
 from tests.bench.spaces import front_points, report, row_of, spent, volume
 from tests.fake_driver import study
@@ -60,7 +60,7 @@ def test_tokens_by_hand():
 
 
 def test_points_are_of_the_front_on_report_texts(run_path: Path):
-    run, records = RunFolder.open(run_path), read_records(RunFolder.open(run_path))
+    run, records = Run.open(run_path), read_records(Run.open(run_path))
     points = front_points(run, records)
     assert [point["trial"] for point in points] == [record.number for record in front(records)]
     assert all(point["kl"] == pytest.approx(1.1 * point["search_kl"]) for point in points)

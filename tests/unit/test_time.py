@@ -14,8 +14,8 @@ import pytest
 
 from foldsearch.errors import SpecError
 from foldsearch.progress import TimeUp
+from foldsearch.run import Run
 from foldsearch.search import proposer, run, worker
-from foldsearch.search.folder import RunFolder
 from foldsearch.search.proposer import Line
 from foldsearch.search.records import Records, read_records
 from tests.fake_driver import study
@@ -45,8 +45,8 @@ def new_records(path: Path, **changes: object) -> Records:
     # the tokens of these rungs take 10, 30 and 60 s where a forward pass takes 2.4 ms a token
     settings = {"jobs": 2, "sampler": "random", "halving": {"keep": 1.0}, "rungs": [0, 2730, 6830]}
     asked = study(**{**settings, **changes})
-    with RunFolder.draft(path) as draft:
-        return Records(RunFolder.create(path, draft, asked, TABLE, {}))
+    with Run.draft(path) as draft:
+        return Records(Run(draft, asked, TABLE).begin(path))
 
 
 def simulate(line: Line, clock: Clock, rung_seconds: tuple[float, ...]) -> list[tuple[float, float | None]]:
