@@ -17,7 +17,6 @@ from typing import Any
 
 from ray import tune
 
-from foldsearch.codec import from_json
 from foldsearch.errors import RunError, SpecError, describe_error, quote_error
 from foldsearch.files import disk_is_full
 from foldsearch.paths import command, printable
@@ -46,6 +45,7 @@ from foldsearch.search.events import (
 )
 from foldsearch.search.halving import Halving, decide
 from foldsearch.search.machine import check_machine, gpu_share, own_ray
+from foldsearch.search.messages import DiskIsFull, EndedEarly, Failed, Measured, Message, TimeIsUp, decode
 from foldsearch.search.proposer import Line, Proposer
 from foldsearch.search.records import Records, ended, point, read_records
 from foldsearch.search.worker import PROGRESS_SECONDS, TrialRunner, load_function
@@ -265,18 +265,34 @@ class Search:
     def judge(self, number: int, message: str) -> bool:
         """Record what a worker says of a trial; whether the trial ends now."""
         try:
-            return self._judge(number, json.loads(message))
+            return self._judge(number, decode(message))
         except BaseException as error:
             self._error = error
             raise
 
-    def _judge(self, number: int, message: dict[str, Any]) -> bool:
-        if "result" not in message:
-            self._end_without_result(number, message)
-            return True
-        result = from_json(TrialResult, message["result"])
+    def _judge(self, number: int, message: Message) -> bool:
+        match message:
+            case Measured(result, again):
+                return self._take(number, result, again=again)
+            case TimeIsUp(reason):
+                self.line.is_over = True
+                self.records.cut(number, reason)
+                self._ended(TrialCut(number, reason))
+            case DiskIsFull(reason):
+                raise RunError(
+                    f"trial {number} could not be written: {reason}\nFree some space; nothing that was finished is "
+                    f"lost. Go on with: {command('resume', self.folder.path)}"
+                )
+            case EndedEarly(reason):
+                self._end_early(number, reason)
+            case Failed(reason):
+                self.lost(number, reason)
+        return True
+
+    def _take(self, number: int, result: TrialResult, *, again: bool) -> bool:
+        """Record the result of a rung; whether the trial ends with it."""
         known_rungs = {known.rung for known in self.records.get(number).results}
-        if message.get("again") and result.rung in known_rungs and not ended(result):
+        if again and result.rung in known_rungs and not ended(result):
             return False  # it went on from here before it was interrupted
         self.records.record(number, result)
         self.line.began(number)
@@ -286,32 +302,16 @@ class Search:
             return True
         return self._is_halved(number, result)
 
-    def _end_without_result(self, number: int, message: dict[str, Any]) -> None:
-        """A trial ended between two rungs: the message says why.
-
-        Raises:
-            RunError: the disk is full, which no trial could go on with.
-        """
-        if reason := message.get("disk full"):
-            raise RunError(
-                f"trial {number} could not be written: {reason}\nFree some space; nothing that was finished is lost. "
-                f"Go on with: {command('resume', self.folder.path)}"
-            )
-        if reason := message.get("time up"):
-            self.line.is_over = True
-            self.records.cut(number, reason)
-            self._ended(TrialCut(number, reason))
-            return
+    def _end_early(self, number: int, reason: str) -> None:
+        """Record a trial that ended between two rungs: as a repeat, where another trial measures its plan just now."""
         last = self.records.get(number).last
-        if message.get("early") and last is not None and last.state == "known":
-            assert last.known_from is not None
-            self.records.repeat(
-                number, last.known_from, f"trial {last.known_from} measures the same plan at this moment"
-            )
-            self._ended(TrialRepeated(number, last.known_from))
+        if last is None or last.state != "known":
+            self.lost(number, reason)
             return
-        self.records.fail(number, message["failed"])
-        self._ended(TrialFailed(number, message["failed"]))
+        assert last.known_from is not None
+        words = f"trial {last.known_from} measures the same plan at this moment"
+        self.records.repeat(number, last.known_from, words)
+        self._ended(TrialRepeated(number, last.known_from))
 
     def _finish(self, number: int, result: TrialResult) -> None:
         """A trial gave its last result."""
@@ -369,7 +369,7 @@ class Search:
         self._tell(TrialRetried(number, reason))
 
     def lost(self, number: int, reason: str) -> None:
-        """Workers died too often over this trial."""
+        """A trial gave no result: it raised an error, or workers died too often over it."""
         self.records.fail(number, reason)
         self._ended(TrialFailed(number, reason))
 

@@ -15,13 +15,14 @@ from typing import Any
 
 from ray import tune
 
-from foldsearch.codec import to_json
+from foldsearch.codec import from_json
 from foldsearch.errors import describe_error
 from foldsearch.files import alone, disk_is_full, write_json
 from foldsearch.plan.result import TrialResult
 from foldsearch.progress import TimeUp
 from foldsearch.proposal import Proposal
 from foldsearch.run import TrialFolder
+from foldsearch.search.messages import DiskIsFull, EndedEarly, Failed, Measured, Message, TimeIsUp, encode
 
 PROGRESS_SECONDS = 1.0
 
@@ -88,24 +89,26 @@ class TrialRunner(tune.Trainable):
         Errors are told, not raised: raised ones would be tried again, and most would only happen again. Only a
         worker that dies is worth another try, or one whose GPU is in a state that no later trial could use.
         """
-        message: dict[str, Any]
+        return {"result": encode(self._next())}
+
+    def _next(self) -> Message:
         try:
             if self._results is None:
                 self._results = self._start()
                 if (known := self._known()) is not None:
-                    return {"result": json.dumps({"result": known, "again": True})}
-            message = {"result": to_json(next(self._results))}
+                    return Measured(known, again=True)
+            return Measured(next(self._results))
         except TimeUp as stop:
-            message = {"time up": str(stop)}
+            return TimeIsUp(str(stop))
         except StopIteration:
-            message = {"failed": "it ended before the last rung", "early": True}
+            return EndedEarly()
         except Exception as error:
             if type(error).__name__ == "AcceleratorError":  # torch's; without torch there is none
                 raise
-            message = {"disk full" if disk_is_full(error) else "failed": describe_error(error)}
-            if "failed" in message:
-                self._place.error.write_text(traceback.format_exc())
-        return {"result": json.dumps(message)}
+            if disk_is_full(error):
+                return DiskIsFull(describe_error(error))
+            self._place.error.write_text(traceback.format_exc())
+            return Failed(describe_error(error))
 
     def _start(self) -> Iterator[TrialResult]:
         # The worker of a driver that was killed may live a moment longer: wait until it let go.
@@ -118,12 +121,12 @@ class TrialRunner(tune.Trainable):
             self._held.callback(results.close)
         return results
 
-    def _known(self) -> dict[str, Any] | None:
+    def _known(self) -> TrialResult | None:
         """The last result in the trial folder: `run_trial` will not yield it again, and the study may lack it."""
         if not self._place.record.is_file():
             return None
         results: list[dict[str, Any]] = json.loads(self._place.record.read_text())["results"]
-        return results[-1] if results else None
+        return from_json(TrialResult, results[-1]) if results else None
 
 
 class _ProgressFile:

@@ -5,7 +5,6 @@ Oracle: the rule worked out by hand (the comments beside the curves), and laws t
 
 from __future__ import annotations
 
-import json
 import math
 from itertools import permutations
 from pathlib import Path
@@ -14,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foldsearch.codec import to_json
 from foldsearch.plan.front import dominates
 from foldsearch.run import Run
 from foldsearch.search.halving import decide
+from foldsearch.search.messages import Measured, encode
 from foldsearch.search.proposer import Line
 from foldsearch.search.records import Records
 from foldsearch.search.run import Search
@@ -142,7 +141,7 @@ def ends_of(folder: Path, objectives: tuple[Objective, ...]) -> dict[int, tuple[
         number, proposal = trial
         context = fake_trial.FakeContext(run)
         for result in fake_trial.run_trial(proposal, context, number=number):
-            if search.judge(number, json.dumps({"result": to_json(result)})):
+            if search.judge(number, encode(Measured(result))):
                 break
     ends = {record.number: (record.state, len(record.results)) for record in records.all()}
     return ends | {-1 - i: ("front", record.number) for i, record in enumerate(records.front())}
