@@ -1,15 +1,39 @@
-"""The machine that torch computes on: its devices, the dtype that they multiply fast, and what names it in a record."""
+"""The machine: its cores, its devices and their shares, the dtype that they multiply fast, what names it in a record.
+
+torch is imported where a device is asked for: the process that only hands out trials needs none.
+"""
 
 from __future__ import annotations
 
+import math
+import os
 import platform
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from foldsearch.errors import InputError
+
+MACS_PER_SECOND = 3e10  # of a core in a forward pass, where nothing is known of it
+
+
+def num_cpus() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def num_gpus() -> int:
+    """CUDA devices that this process may use."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def gpu_share(gpus: int, jobs: int) -> float:
+    """Of one GPU, for each of `jobs` trials at a time: a whole one where there are enough, and an equal part of one
+    where several trials have to share it.
+    """
+    return 1 / math.ceil(jobs / gpus) if gpus else 0.0
 
 
 def choose_device(wanted: str) -> str:
@@ -18,6 +42,8 @@ def choose_device(wanted: str) -> str:
     Raises:
         InputError: a device was named that is not here.
     """
+    import torch
+
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted == "auto":
         return next(device for device, available in here.items() if available)
@@ -31,6 +57,8 @@ def choose_precision(wanted: str, device: str) -> str:
     """The dtype that "auto" stands for: bfloat16 where the device multiplies it fast, else float32."""
     if wanted != "auto":
         return wanted
+    import torch
+
     fast = device == "cuda" or (device == "cpu" and torch.cpu._is_amx_tile_supported())
     return "bfloat16" if fast else "float32"
 
@@ -49,6 +77,8 @@ class Machine:
     @classmethod
     def here(cls, device: str) -> Machine:
         """This process, computing on a device."""
+        import torch
+
         if device == "cuda":
             kind = torch.cuda.get_device_name()
         else:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from foldsearch.machine import MACS_PER_SECOND, num_cpus
 from foldsearch.plan.cost import GB, Cost, CostTable
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.run import Run
@@ -15,19 +15,6 @@ from foldsearch.spec.study import Study
 
 GATE_STEP_TOKENS = 512  # for estimates
 HEALING = 3.0  # forward passes that a token of healing costs: its own, the sums over it, and its share of the solving
-MACS_PER_SECOND = 3e10  # of a CPU in a forward pass, where nothing is known of it
-
-
-def num_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def num_gpus() -> int:
-    """CUDA devices that this process may use."""
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def dense_fits(run: Run) -> str:

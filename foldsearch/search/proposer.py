@@ -19,10 +19,10 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from foldsearch.fates import fate_named
+from foldsearch.machine import MACS_PER_SECOND, num_cpus
 from foldsearch.paths import command
 from foldsearch.plan.front import contributions, knee, normalise
 from foldsearch.proposal import Proposal
-from foldsearch.search.dry_run import MACS_PER_SECOND, num_cpus
 from foldsearch.search.outcome import ALIKE_FAILURES, failing_alike
 from foldsearch.search.pace import Pace
 from foldsearch.search.records import Record, Records, front, point

@@ -19,10 +19,11 @@ from ray import tune
 
 from foldsearch.errors import RunError, SpecError, describe_error, quote_error
 from foldsearch.files import disk_is_full
+from foldsearch.machine import gpu_share, num_cpus, num_gpus
 from foldsearch.paths import command, printable
 from foldsearch.plan.result import TrialResult
 from foldsearch.run import Run
-from foldsearch.search.dry_run import dense_fits, num_cpus, num_gpus
+from foldsearch.search.dry_run import dense_fits
 from foldsearch.search.events import (
     Event,
     Notice,
@@ -44,8 +45,8 @@ from foldsearch.search.events import (
     ignore,
 )
 from foldsearch.search.halving import Halving, decide
-from foldsearch.search.machine import check_machine, gpu_share, own_ray
 from foldsearch.search.messages import DiskIsFull, EndedEarly, Failed, Measured, Message, TimeIsUp, decode
+from foldsearch.search.own_ray import check_machine, own_ray
 from foldsearch.search.proposer import Line, Proposer
 from foldsearch.search.records import Records, ended, point, read_records
 from foldsearch.search.worker import PROGRESS_SECONDS, TrialRunner, load_function

@@ -25,10 +25,10 @@ from optuna.trial import TrialState
 
 from foldsearch import cli
 from foldsearch.errors import BudgetError, RunError
+from foldsearch.machine import gpu_share
 from foldsearch.paths import command
 from foldsearch.run import Run
 from foldsearch.search import events
-from foldsearch.search.machine import gpu_share
 from foldsearch.search.records import STUDY_NAME, Record, read_records
 from foldsearch.search.run import run_search
 from tests.fake_driver import FAKES, study

@@ -20,7 +20,7 @@ from foldsearch.errors import InputError, RunError
 from foldsearch.files import check_writable
 from foldsearch.model.source import check_cache, default_cache_dir
 from foldsearch.paths import local
-from foldsearch.search import machine
+from foldsearch.search import own_ray
 from foldsearch.search.run import run_search
 from tests.fake_driver import study
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMITED = """
 import resource, sys
 from foldsearch.errors import RunError
-from foldsearch.search.machine import check_machine
+from foldsearch.search.own_ray import check_machine
 
 name, soft, hard = getattr(resource, sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 resource.setrlimit(name, (soft, hard))
@@ -64,30 +64,30 @@ def test_limits_of_a_process_are_raised_or_told(name: str, soft: int, hard: int,
 
 def test_a_containers_limit_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "pids.max"
-    monkeypatch.setattr(machine, "_CONTAINER_TASKS", file)
+    monkeypatch.setattr(own_ray, "_CONTAINER_TASKS", file)
     file.write_text("max\n")
-    machine.check_machine()
+    own_ray.check_machine()
     file.write_text("100\n")
     with pytest.raises(RunError, match=r"this container may have 100\. .*--pids-limit=4096"):
-        machine.check_machine()
+        own_ray.check_machine()
 
 
 @pytest.mark.parametrize("tmpdir", ["/" + "x" * 30, "/tmp/a b", "/tmp/a?b", "relative", "/proc", "/dev/null"])
 def test_sockets_go_where_a_path_is_short_and_plain(tmpdir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", tmpdir)
-    place = machine._choose_place()
+    place = own_ray._choose_place()
     assert str(place) != tmpdir
     # a path of 108 bytes with its end is what the kernel takes; Ray checks it too
     from ray._private.utils import validate_socket_filepath
 
-    validate_socket_filepath(f"{place}/{machine._PREFIX}12345678{machine._SOCKET}")
+    validate_socket_filepath(f"{place}/{own_ray._PREFIX}12345678{own_ray._SOCKET}")
 
 
 def test_where_no_folder_is_fit_each_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     places = [Path("/proc"), Path("/" + "x" * 40), Path("/a b"), Path("/dev/null")]
-    monkeypatch.setattr(machine, "_places", lambda: places)
+    monkeypatch.setattr(own_ray, "_places", lambda: places)
     with pytest.raises(RunError) as error:
-        machine.check_machine()
+        own_ray.check_machine()
     for said in (
         "'/proc' cannot be written to (",
         "xx' has 41 bytes",
@@ -98,23 +98,23 @@ def test_where_no_folder_is_fit_each_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_object_store_is_where_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert machine._choose_store() in (machine._SHM, None)
-    monkeypatch.setattr(machine, "_SHM", tmp_path / "missing")
-    assert machine._choose_store() is None
-    monkeypatch.setattr(machine, "_SHM", tmp_path)
+    assert own_ray._choose_store() in (own_ray._SHM, None)
+    monkeypatch.setattr(own_ray, "_SHM", tmp_path / "missing")
+    assert own_ray._choose_store() is None
+    monkeypatch.setattr(own_ray, "_SHM", tmp_path)
     usage = shutil.disk_usage(tmp_path)._replace(free=64 * 10**6)  # Docker's
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(
         RunError, match=r"needs 200 MB for its object store, but .* has 64 MB free.*--shm-size"
     ):
-        machine.check_machine()
+        own_ray.check_machine()
 
 
 def test_a_cluster_of_somebodys_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setenv("HOME", str(tmp_path))
     before = dict(os.environ)
-    with machine._quiet():
+    with own_ray._quiet():
         assert "RAY_ADDRESS" not in os.environ
         assert "RAY_AUTH_TOKEN" not in os.environ  # Ray keeps its own in the home folder
     assert dict(os.environ) == before
@@ -123,27 +123,27 @@ def test_a_cluster_of_somebodys_is_left_alone(monkeypatch: pytest.MonkeyPatch, t
 @pytest.mark.parametrize("home", ["/proc", "/dev/null"])
 def test_without_a_home_ray_gets_its_token_from_us(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", home)
-    with machine._quiet():
+    with own_ray._quiet():
         token = os.environ["RAY_AUTH_TOKEN"]
     assert len(token) == 64
-    with machine._quiet():
+    with own_ray._quiet():
         assert os.environ["RAY_AUTH_TOKEN"] == token  # Ray reads it once a process
 
 
 def test_what_killed_processes_left_goes_and_no_other(tmp_path: Path) -> None:
-    old = time.time() - 2 * machine._YOUNG_SECONDS
+    old = time.time() - 2 * own_ray._YOUNG_SECONDS
     for name in ("old", "young", "held", "another's"):
-        folder = tmp_path / f"{machine._PREFIX}{name}"
+        folder = tmp_path / f"{own_ray._PREFIX}{name}"
         folder.mkdir()
         if name != "another's":
             (folder / "lock").touch()
         if name != "young":
             os.utime(folder, (old, old))
-    with (tmp_path / f"{machine._PREFIX}held" / "lock").open("w") as held:
+    with (tmp_path / f"{own_ray._PREFIX}held" / "lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with machine._folder(tmp_path) as ours:
+        with own_ray._folder(tmp_path) as ours:
             assert ours.is_dir()
-    left = {path.name.removeprefix(machine._PREFIX) for path in tmp_path.iterdir()}
+    left = {path.name.removeprefix(own_ray._PREFIX) for path in tmp_path.iterdir()}
     assert left == {"young", "held", "another's"}
 
 
@@ -151,7 +151,7 @@ def test_the_machine_is_looked_at_before_anything_is_asked_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`prepare` would open the model and ask it; here it is a name that nothing has."""
-    monkeypatch.setattr(machine, "_places", lambda: [Path("/proc")])
+    monkeypatch.setattr(own_ray, "_places", lambda: [Path("/proc")])
     with pytest.raises(RunError, match="Ray needs a folder for its sockets"):
         run_search(study(), tmp_path / "run", prepare="no.such.module:function")
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The machine below a search: what it must have is looked at before anything is asked of it, and Ray of our own on it.
+"""Ray of our own on this machine: whether it can begin here, its start, and an end that leaves nothing of it.
 
 Ray keeps its sockets, its logs and Tune's state in a folder of ours that goes with it. Nothing in there is needed
 again, so no path of a person's ever reaches Ray, which would read some of them as URLs.
@@ -10,7 +10,6 @@ import errno
 import fcntl
 import functools
 import logging
-import math
 import os
 import re
 import secrets
@@ -191,13 +190,6 @@ def _free_bytes(place: Path) -> int:
         return shutil.disk_usage(place).free if os.access(place, os.W_OK) else 0
     except OSError:
         return 0
-
-
-def gpu_share(gpus: int, jobs: int) -> float:
-    """Of one GPU, for each of `jobs` trials at a time: a whole one where there are enough, and an equal part of one
-    where several trials have to share it.
-    """
-    return 1 / math.ceil(jobs / gpus) if gpus else 0.0
 
 
 # ---- Ray
