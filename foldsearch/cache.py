@@ -1,21 +1,31 @@
-"""What is kept on this machine between runs: listed, measured, and removed.
+"""What is kept on this machine between runs: made once, used by many processes, listed, and removed.
 
 An entry is one file or folder `KIND/KEY...`, where the key begins with 16 hex digits. Nothing else is ever counted or
-removed, so a folder that is no cache stays as it is.
+removed, so a folder that is no cache stays as it is. Two locks guard an entry: one beside it is held by the process
+that makes or removes it, and one on the entry itself is shared by those that use it.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from foldsearch.errors import InputError
+from foldsearch.files import alone, write_json
 from foldsearch.paths import local, printable
+
+Value = TypeVar("Value")
+# That a run leaves behind at most: a model of 7e9 parameters in float32 (28 GB), with what was computed of it, stays.
+MOST_BYTES = 50 * 10**9
 
 _ENTRY = re.compile(r"[0-9a-f]{16,64}(-float32|-bfloat16|\.json|\.bin|\.safetensors)?")
 
@@ -39,6 +49,90 @@ def default_cache_dir() -> Path:
         ) from error
 
 
+# ---- made once
+
+
+def key(*parts: Any) -> str:
+    """16 hex digits that stand for all that an entry depends on: a schema number, contents, settings, as JSON."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def once(
+    path: Path,
+    make: Callable[[Path], object],
+    read: Callable[[Path], Value],
+    *,
+    is_whole: Callable[[Path], bool] = Path.exists,
+    keep: bool = False,
+) -> tuple[Value, bool]:
+    """What an entry holds, made first if it is not there; and whether it was there.
+
+    Processes that want the same entry wait for the one that makes it.
+
+    Args:
+        path: of the entry, KIND/KEY... in the cache.
+        make: writes it, whole or not at all.
+        read: reads it; meanwhile nobody removes it.
+        is_whole: whether the entry is there.
+        keep: let nobody remove it until `let_go` is called, or this process ends: it may be opened again.
+    """
+    known = True
+    while True:
+        if not is_whole(path):
+            with alone(_lock(path)):
+                if not is_whole(path):
+                    make(path)
+                    known = False
+                    assert is_whole(path), f"{path} was made, and is not there"
+        with _used(path, keep=keep) as is_there:
+            if is_there and is_whole(path):
+                with suppress(OSError):  # a cache of somebody else may be read only
+                    os.utime(path)
+                return read(path), known
+
+
+def json_once(path: Path, compute: Callable[[], Any]) -> tuple[Any, bool]:
+    """The JSON at a path, computed first if it is not there; and whether it was there."""
+    return once(path, lambda path: write_json(path, compute()), lambda path: json.loads(path.read_text()))
+
+
+_kept: dict[Path, int] = {}
+
+
+def let_go() -> None:
+    """Allow others to remove what this process has kept."""
+    while _kept:
+        os.close(_kept.popitem()[1])
+
+
+@contextmanager
+def _used(path: Path, *, keep: bool) -> Iterator[bool]:
+    """Share the lock on an entry; whether the entry is there."""
+    try:
+        entry = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    with ExitStack() as held:
+        held.callback(os.close, entry)
+        fcntl.flock(entry, fcntl.LOCK_SH)  # waits while it is removed
+        is_there = path.exists() and path.stat().st_ino == os.fstat(entry).st_ino
+        yield is_there
+        if keep and is_there:
+            if (before := _kept.get(path)) is not None:
+                os.close(before)
+            _kept[path] = entry
+            held.pop_all()
+
+
+def _lock(path: Path) -> Path:
+    """What a process holds while it makes or removes an entry."""
+    return path.with_name(f".{path.name}.lock")
+
+
+# ---- listed and removed
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One thing in the cache. used: seconds since 1970 when it was last read or written, as the disk tells."""
@@ -47,13 +141,6 @@ class Entry:
     path: Path
     size_bytes: int
     used: float
-
-    @property
-    def lock(self) -> Path:
-        """What a process holds while it makes this entry: beside a folder its name with a dot before it."""
-        if self.path.is_dir():
-            return self.path.with_name(f".{self.path.name}.lock")
-        return self.path.with_suffix(".lock")
 
 
 def entries(cache_dir: Path) -> list[Entry]:
@@ -70,10 +157,12 @@ def entries(cache_dir: Path) -> list[Entry]:
 
 
 def _entry(path: Path) -> Entry:
-    files = [path, *path.rglob("*")] if path.is_dir() else [path]
-    stats = [file.lstat() for file in files if not file.is_dir()] or [path.lstat()]
-    size = sum(stat.st_size for stat in stats) if files != [path] or path.is_file() else 0
-    return Entry(path.parent.name, path, size, max(max(stat.st_atime, stat.st_mtime) for stat in stats))
+    files = (
+        [file.lstat() for file in path.rglob("*") if not file.is_dir()] if path.is_dir() else [path.lstat()]
+    )
+    # The time of access of a folder is that of its last listing, which is no use.
+    used = max((path.lstat().st_mtime, *(max(stat.st_atime, stat.st_mtime) for stat in files)))
+    return Entry(path.parent.name, path, sum(stat.st_size for stat in files), used)
 
 
 def of_kinds(found: Iterable[Entry], kinds: Iterable[str]) -> list[Entry]:
@@ -106,19 +195,42 @@ def to_fit(found: Iterable[Entry], bound_bytes: float) -> list[Entry]:
 
 
 def remove(chosen: Iterable[Entry]) -> tuple[list[Entry], list[Entry]]:
-    """Remove entries; returns those that went, and those that stay because a process holds their lock."""
+    """Remove entries; returns those that went, and those that stay because a process makes or uses them."""
     gone: list[Entry] = []
     held: list[Entry] = []
     for entry in chosen:
-        with entry.lock.open("a") as lock:  # stays: two processes must never lock two files of one name
+        # The file of the lock stays: two processes must never lock two files of one name.
+        with _lock(entry.path).open("a") as lock, suppress(FileNotFoundError):
+            used = os.open(entry.path, os.O_RDONLY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(used, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(entry.path)
+                gone.append(entry)
             except BlockingIOError:
                 held.append(entry)
-                continue
-            if entry.path.is_dir():
-                shutil.rmtree(entry.path)
-            else:
-                entry.path.unlink(missing_ok=True)
-            gone.append(entry)
+            finally:
+                os.close(used)
     return gone, held
+
+
+def _remove(path: Path) -> None:
+    if not path.is_dir():
+        path.unlink()
+        return
+    # Out of sight first: a folder that is cut short while it goes would look like a whole one.
+    away = path.with_name(f".{path.name}.gone")
+    shutil.rmtree(away, ignore_errors=True)
+    path.rename(away)
+    shutil.rmtree(away)
+
+
+def trim(cache_dir: Path, bound_bytes: float | None = None) -> list[Entry]:
+    """Remove what was used least recently until the rest is within a bound; what a process uses stays.
+
+    Args:
+        cache_dir: of the cache.
+        bound_bytes: `MOST_BYTES` if None.
+    """
+    gone, _ = remove(to_fit(entries(cache_dir), MOST_BYTES if bound_bytes is None else bound_bytes))
+    return gone

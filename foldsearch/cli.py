@@ -482,7 +482,7 @@ def _cache(args: argparse.Namespace) -> int:
     print(f"Removed entries: {len(gone):,}, freed: {sum(entry.size_bytes for entry in gone) / 1e9:.3f} GB.")
     if held:
         _say(
-            f"There are {len(held):,} entries that stay, as another process is making them. Run it again later."
+            f"There are {len(held):,} entries that stay, as another process makes or uses them. Run it again later."
         )
     return 0
 

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from foldsearch import cache
 from foldsearch.errors import RunError, quote_error
 from foldsearch.files import replace_atomically
 from foldsearch.model import source
@@ -153,5 +154,6 @@ def open_workbench(context: TrialContext, progress: StageProgress = silent) -> W
 def close_workbench() -> None:
     """Let go of the dense model and of the memory of its device; the next `open_workbench` opens it again."""
     _open.clear()
+    cache.let_go()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and computations that are done once per machine."""
+"""Files that are whole or absent, and locks."""
 
 from __future__ import annotations
 
@@ -93,16 +93,3 @@ def alone(path: Path) -> Iterator[None]:
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def once(path: Path, compute: Callable[[], Any]) -> tuple[Any, bool]:
-    """The JSON at `path`, computed first if it is not there; and whether it was there.
-
-    Processes that want the same path wait for the one that computes it.
-    """
-    if not path.exists():
-        with alone(path.with_suffix(".lock")):
-            if not path.exists():
-                write_json(path, compute())
-                return json.loads(path.read_text()), False
-    return json.loads(path.read_text()), True

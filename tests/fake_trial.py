@@ -38,9 +38,10 @@ ORDERS = {
 
 @dataclass(frozen=True)
 class FakeContext:
-    """run, threads, device: as the search expects them."""
+    """run, cache_dir, threads, device: as the search expects them."""
 
     run: Run
+    cache_dir: Path
     threads: int = 0
     device: str = "cpu"
 
@@ -56,7 +57,7 @@ def prepare(
     check(TABLE)
     if progress is not None:
         progress("pricing the dense model", 1.0)
-    return FakeContext(Run(run_folder, study, TABLE))
+    return FakeContext(Run(run_folder, study, TABLE), run_folder.parent / "cache")
 
 
 def result_of(plan: FoldPlan, study: Study, rung: int, learning_rate: float = 1e-3) -> TrialResult:

@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from foldsearch import cache
 from foldsearch.files import write_json
 
 __all__ = ["ContentHashes", "content_of", "file_hash"]
@@ -94,8 +95,7 @@ def file_hash(path: Path, kept_in: Path | None = None) -> str:
     # The time of change is there because every write moves it, while the time of modification can be set back.
     state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
     if kept_in is not None and stat.st_size > PIECE:
-        name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
-        kept = kept_in / f"{name}.json"
+        kept = kept_in / f"{cache.key(os.fspath(path.resolve()))}.json"
         if (known := _read_kept(kept)) is not None and known.get("state") == state:
             return str(known["sha256"])
     starts = range(0, max(stat.st_size, 1), PIECE)

@@ -11,7 +11,6 @@ D width, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from foldsearch import cache
 from foldsearch.files import replace_atomically
 from foldsearch.model.head import (
     POSITIONS_AT_ONCE,
@@ -146,15 +146,17 @@ def dense_targets(
     progress: Callable[[float], None] | None = None,
 ) -> DenseTargets:
     """`ask_dense`, kept on disk by content and memory-mapped, so that trials share it."""
-    key = hashlib.sha256(f"{SCHEMA}:{model_hash}:{dense.dtype}:{tokens.content_hash}".encode()).hexdigest()[
-        :16
-    ]
-    path = cache_dir / "targets" / f"{key}.safetensors"
-    if not path.exists():
+
+    def ask(path: Path) -> None:
         found = ask_dense(dense, tokens, progress=progress)
         tensors = {field.name: getattr(found, field.name).contiguous() for field in fields(DenseTargets)}
         replace_atomically(path, lambda temporary: save_file(tensors, temporary))
-    return DenseTargets(**load_file(path, device=str(dense.device)))
+
+    def read(path: Path) -> DenseTargets:
+        return DenseTargets(**load_file(path, device=str(dense.device)))
+
+    key = cache.key(SCHEMA, model_hash, str(dense.dtype), tokens.content_hash)
+    return cache.once(cache_dir / "targets" / f"{key}.safetensors", ask, read, keep=True)[0]
 
 
 def cross_terms(

@@ -11,7 +11,6 @@ Shapes: N sequences, T tokens of a sequence, B sequences at once, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from foldsearch import cache
 from foldsearch.errors import ModelError
 from foldsearch.files import replace_atomically
 from foldsearch.model.tokens import TokenSet
@@ -111,13 +111,14 @@ def kept_text(
     progress: Callable[[float], None] | None = None,
 ) -> Tensor:
     """`write_text`, kept on disk by the content of the model and of what is wanted."""
-    parts = [SCHEMA, AT_ONCE, model_hash, str(dense.dtype), asdict(wanted)]
-    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-    path = cache_dir / "own" / f"{key}.safetensors"
-    if not path.exists():
+
+    def write(path: Path) -> None:
         ids_NT = write_text(dense, first, wanted, progress)
         replace_atomically(path, lambda temporary: save_file({"ids": ids_NT.contiguous()}, temporary))
-    return load_file(path)["ids"]
+
+    key = cache.key(SCHEMA, AT_ONCE, model_hash, str(dense.dtype), asdict(wanted))
+    path = cache_dir / "own" / f"{key}.safetensors"
+    return cache.once(path, write, lambda path: load_file(path)["ids"])[0]
 
 
 def with_own_text(tokens: TokenSet, ids_NT: Tensor, kind: str, num_in_front: int) -> TokenSet:

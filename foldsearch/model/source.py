@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from foldsearch import cache
 from foldsearch.cache import default_cache_dir
 from foldsearch.errors import ModelError, quote_error
 from foldsearch.files import check_writable
@@ -249,18 +250,20 @@ def prepare(
 
     models_dir = (cache_dir or default_cache_dir()) / "models"
     target = models_dir / f"{content_hash}-{dtype}"
-    if not (target / RECORD).is_file():
-        from filelock import FileLock
 
+    def make(target: Path) -> None:
         try:
-            models_dir.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(models_dir / f".{target.name}.lock")
-            with lock, _BUILDING:
-                if not (target / RECORD).is_file():
-                    convert(source, config, target, dtype, say)
+            with _BUILDING:
+                convert(source, config, target, dtype, say)
         except OSError as error:
             raise write_error(models_dir, error) from error
-    note = json.loads((target / RECORD).read_text(encoding="utf-8"))["note"]
+
+    def note_of(target: Path) -> str:
+        return str(json.loads((target / RECORD).read_text(encoding="utf-8"))["note"])
+
+    note, _ = cache.once(
+        target, make, note_of, is_whole=lambda target: (target / RECORD).is_file(), keep=True
+    )
     return DenseFiles(reference, target, dtype, content_hash, note, trust_remote_code)
 
 

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from foldsearch import cache
 from foldsearch.errors import InputError
-from foldsearch.files import alone, replace_atomically
+from foldsearch.files import replace_atomically
 from foldsearch.model.blocks import decoder_blocks
 from foldsearch.model.evidence import hidden_of
 from foldsearch.model.head import last_hidden
 from foldsearch.progress import CountProgress
 
+SCHEMA = 1  # of the files; raise it when what is written in them changes
 MOST_BYTES = 2 * 10**9
 BATCH_TOKENS = 2048
 
@@ -85,18 +87,19 @@ def residual_states(
             "Use shorter sequences, or allow more."
         )
     ids_NT = ids_NT[:count].cpu()
-    name = (
-        f"{model_hash}:{dense.dtype}:{hashlib.sha256(ids_NT.numpy().tobytes()).hexdigest()}:{count}x{length}"
-    )
-    path = cache_dir / "states" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.bin"
     size = num_states * count * length * width
-    if not path.exists():
-        with alone(path.with_suffix(".lock")):
-            if not path.exists():
-                replace_atomically(path, lambda temporary: _write(dense, ids_NT, temporary, progress))
-    # Private: what a trial writes by mistake stays its own.
-    mapped = torch.from_file(str(path), shared=False, size=size, dtype=dense.dtype)
-    return mapped.view(num_states, count, length, width)
+
+    def make(path: Path) -> None:
+        replace_atomically(path, lambda temporary: _write(dense, ids_NT, temporary, progress))
+
+    def mapped(path: Path) -> Tensor:
+        # Private: what a trial writes by mistake stays its own.
+        return torch.from_file(str(path), shared=False, size=size, dtype=dense.dtype)
+
+    of_ids = hashlib.sha256(ids_NT.numpy().tobytes()).hexdigest()
+    key = cache.key(SCHEMA, model_hash, str(dense.dtype), of_ids, count, length)
+    found, _ = cache.once(cache_dir / "states" / f"{key}.bin", make, mapped, keep=True)
+    return found.view(num_states, count, length, width)
 
 
 @torch.inference_mode()

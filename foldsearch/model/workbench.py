@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +9,8 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
+from foldsearch import cache
 from foldsearch.codec import from_json, to_json
-from foldsearch.files import once
 from foldsearch.model.children import base_blocks, base_distances
 from foldsearch.model.evidence import Evidence, measure_evidence
 from foldsearch.model.judge import DenseTargets
@@ -57,9 +55,8 @@ class Workbench:
             tokens, settings: with the model, all that it depends on.
             compute: asked where it is not known.
         """
-        parts = [SCHEMA, self.files.content_hash, self.files.dtype, tokens.content_hash, settings]
-        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-        value, known = once(self.cache_dir / name / f"{key}.json", lambda: to_json(compute()))
+        key = cache.key(SCHEMA, self.files.content_hash, self.files.dtype, tokens.content_hash, settings)
+        value, known = cache.json_once(self.cache_dir / name / f"{key}.json", lambda: to_json(compute()))
         return from_json(kind, value), known
 
     def fit_text(self, tokens: int) -> FitText:
@@ -81,10 +78,10 @@ class Workbench:
     def base_distances(self, say: StageProgress) -> list[list[float]]:
         """FlexiGPT's distances between the blocks; of the weights alone, so they serve every text."""
         rank = max(1, round(BASE_RANK * self.table.width))
-        key = f"{SCHEMA}-{self.files.content_hash}-{self.files.dtype}-{rank}"
+        key = cache.key(SCHEMA, self.files.content_hash, self.files.dtype, rank)
         say("distances between the blocks", 0.0)
-        path = self.cache_dir / "bases" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-        value, _ = once(path, lambda: base_distances(self.dense, rank).tolist())
+        path = self.cache_dir / "bases" / f"{key}.json"
+        value, _ = cache.json_once(path, lambda: base_distances(self.dense, rank).tolist())
         return value  # type: ignore[no-any-return]
 
     def base_blocks(self, removed: Sequence[int], say: StageProgress) -> dict[int, int]:

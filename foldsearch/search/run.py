@@ -17,10 +17,12 @@ from typing import Any
 
 from ray import tune
 
+from foldsearch import cache
 from foldsearch.errors import RunError, SpecError, describe_error, quote_error
 from foldsearch.files import disk_is_full
 from foldsearch.machine import gpu_share, num_cpus, num_gpus
 from foldsearch.paths import command, printable
+from foldsearch.plan.cost import GB
 from foldsearch.plan.result import TrialResult
 from foldsearch.run import Run
 from foldsearch.search.dry_run import dense_fits
@@ -81,7 +83,7 @@ def run_search(
         on_event: told what happens, in this process.
         trial: "module:function" with the signature of `foldsearch.trial.run_trial`; workers import it.
         prepare: "module:function" with the signature of `foldsearch.prepare.prepare_context`; its result, a dataclass
-            with `run`, `threads` and `device`, is what trials get as their context.
+            with `run`, `cache_dir`, `threads` and `device`, is what trials get as their context.
 
     Raises:
         BudgetError: no plan of the space can keep the budget.
@@ -247,6 +249,7 @@ class Search:
                 raise self._error from None  # Tune wraps what `judge` raises into text
             raise
         self.records.note_elapsed(self.line.elapsed())
+        self._trim_cache(context.cache_dir)
         known = self.records.all()
         states = [record.state for record in known]
         self._tell(
@@ -262,6 +265,12 @@ class Search:
                 words=self.line.end_words(),
             )
         )
+
+    def _trim_cache(self, cache_dir: Path) -> None:
+        if gone := cache.trim(cache_dir):
+            freed = sum(entry.size_bytes for entry in gone) / GB
+            words = f"the cache is kept within {cache.MOST_BYTES / GB:.0f} GB: {freed:.1f} GB that were used least "
+            self._tell(Notice(f"{words}recently were removed (see `foldsearch cache`)."))
 
     def judge(self, number: int, message: str) -> bool:
         """Record what a worker says of a trial; whether the trial ends now."""

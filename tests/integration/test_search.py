@@ -23,7 +23,7 @@ import pytest
 import ray
 from optuna.trial import TrialState
 
-from foldsearch import cli
+from foldsearch import cache, cli
 from foldsearch.errors import BudgetError, RunError
 from foldsearch.machine import gpu_share
 from foldsearch.paths import command
@@ -76,14 +76,24 @@ def check_whole(run: Path) -> list[Record]:
 
 
 def test_a_search_end_to_end_with_a_killed_worker_and_a_broken_trial(
-    shared_ray: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    shared_ray: None, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "faults.json").write_text(json.dumps({"2:1": "kill", "6:1": "raise"}))
+    monkeypatch.setattr(cache, "MOST_BYTES", 10)
+    kept = [tmp_path / "cache" / "states" / f"{number:016x}.bin" for number in range(2)]
+    for age, path in enumerate(kept):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(8))
+        os.utime(path, (1000 + age, 1000 + age))
     run = tmp_path / "run"
     told: list[events.Event] = []
     capfd.readouterr()
     run_search(study(), run, on_event=told.append, **FAKES)
     records = check_whole(run)
+
+    # of the cache, as much as is over its bound went, the least recently used first
+    assert [path.exists() for path in kept] == [False, True]
+    assert any(isinstance(event, events.Notice) and "kept within" in event.text for event in told)
 
     # the trial that broke is a row with its reason, and was not tried again
     assert records[6].state == "failed"

@@ -139,7 +139,7 @@ def ends_of(folder: Path, objectives: tuple[Objective, ...]) -> dict[int, tuple[
     search = Search(records, line, lambda event: None)
     while (trial := line.next(num_running=0)) is not None:
         number, proposal = trial
-        context = fake_trial.FakeContext(run)
+        context = fake_trial.FakeContext(run, folder.parent)
         for result in fake_trial.run_trial(proposal, context, number=number):
             if search.judge(number, encode(Measured(result))):
                 break

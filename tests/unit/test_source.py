@@ -38,6 +38,7 @@ from transformers import (
 )
 
 from foldsearch.errors import ModelError
+from foldsearch.files import alone
 from foldsearch.model import convert, source
 from foldsearch.model.source import DenseFiles, default_cache_dir, open_dense, open_tokenizer, prepare
 from tests.tiny import CONFIGS, save_model
@@ -263,8 +264,6 @@ def test_content_hash_sees_weights_and_config(folder: Path, tmp_path: Path) -> N
 
 def test_of_several_processes_one_converts(folder: Path, tmp_path: Path, monkeypatch) -> None:
     """The test plays the process that is faster: it holds the lock, and meanwhile puts the folder there."""
-    from filelock import FileLock
-
     made = prepare(str(folder), dtype="bfloat16", cache_dir=tmp_path / "a").folder
     models = tmp_path / "b" / "models"
     models.mkdir(parents=True)
@@ -273,7 +272,7 @@ def test_of_several_processes_one_converts(folder: Path, tmp_path: Path, monkeyp
     slower = threading.Thread(
         target=lambda: results.append(prepare(str(folder), dtype="bfloat16", cache_dir=tmp_path / "b"))
     )
-    with FileLock(models / f".{made.name}.lock"):
+    with alone(models / f".{made.name}.lock"):
         slower.start()
         slower.join(0.5)
         assert slower.is_alive()  # it waits
