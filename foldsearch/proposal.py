@@ -17,7 +17,7 @@ from foldsearch.errors import PlanError
 from foldsearch.fates import Drop, Fate, fate_named
 from foldsearch.plan.plan import AdapterStart, FoldPlan, Slot, adapter_start
 
-Origin = Literal["sampler", "baseline", "start", "neighbour", "hand"]
+Origin = Literal["sampler", "baseline", "start", "screened", "neighbour", "hand"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ identity.json       what the run was made of (`foldsearch.identity`)  tokens.saf
 storage.db          the Optuna study: the book of record              lock         held while somebody writes
 plans/              which trial measures a plan                       trials/      what each trial learnt
 report/             pictures and the final table                      evaluations/ what `evaluate` found
-pick.json           the trial that was chosen
+pick.json           the trial that was chosen                         screened.json plans measured before any trial
 """
 
 from __future__ import annotations
@@ -108,6 +108,11 @@ class RunFolder:
     def storage(self) -> Path:
         """The SQLite file of the Optuna study."""
         return self.path / "storage.db"
+
+    @property
+    def screened(self) -> Path:
+        """The plans that were measured before the first trial; absent where none were."""
+        return self.path / "screened.json"
 
     @property
     def pick(self) -> Path:

@@ -232,7 +232,7 @@ def _check(starts: Sequence[FoldPlan], tokens: TokenSet, units: bool) -> None:
             f"{tuple(tokens.ids_NT.shape)}. Give longer or more text."
         )
     for plan in starts:
-        if not _only_drops(plan):
+        if not plan.adds_nothing:
             raise InputError(
                 f"Evolution swaps what is dropped, but '{plan}' shares, repeats or replaces blocks too. Start from a "
                 "plan that only drops."
@@ -256,10 +256,3 @@ def _check(starts: Sequence[FoldPlan], tokens: TokenSet, units: bool) -> None:
                 f"Evolution swaps {what} that are dropped with {what} that run, but '{plan}' of {plan.num_blocks} "
                 f"blocks leaves nothing to swap. From 1 to {plan.num_blocks - 1} of them can be dropped."
             )
-
-
-def _only_drops(plan: FoldPlan) -> bool:
-    homes = [slot.home for slot in plan.slots if isinstance(slot, Slot)]
-    return len(set(homes)) == len(plan.slots) and all(
-        own for unit in ("attention", "mlp") for _, _, _, own in plan.runs(unit)
-    )

@@ -8,18 +8,17 @@ Shapes: N sequences, T positions, D width.
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 
 import torch
-from transformers import PreTrainedModel
 
 from foldsearch.model.blocks import family_of
 from foldsearch.model.fold import fold
 from foldsearch.model.heal import Healer
 from foldsearch.model.judge import DenseTargets, judge
-from foldsearch.model.states import residual_states
+from foldsearch.model.states import FitText
 from foldsearch.model.tokens import TokenSet
-from foldsearch.plan.plan import FoldPlan, Slot
+from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Quality
 from foldsearch.progress import CountProgress
 
@@ -31,35 +30,28 @@ class Screen:
 
     def __init__(
         self,
-        dense: PreTrainedModel,
-        ids_NT: torch.Tensor,
+        text: FitText,
         tokens: TokenSet,
         targets: DenseTargets,
         *,
-        model_hash: str,
-        cache_dir: Path,
         progress: CountProgress | None = None,
     ) -> None:
         """Asks the dense model for its states.
 
         Args:
-            dense: in eval mode.
-            ids_NT: that plans are healed on, at least two sequences.
+            text: that plans are healed on, at least two sequences.
             tokens: that they are judged on, of the same length.
             targets: what the dense model says on these.
-            model_hash, cache_dir: name the dense model's states on disk.
             progress: called with (done, total) sequences.
 
         Raises:
             InputError: there is only one sequence to heal on.
         """
-        self._dense, self._tokens, self._targets = dense, tokens, targets
-        every_NT = torch.cat((ids_NT, tokens.ids_NT))
-        states = residual_states(
-            dense, every_NT, model_hash=model_hash, cache_dir=cache_dir, progress=progress
-        )
-        assert states.shape[1] == len(every_NT), "a screen's text is little"
-        self._healer = Healer(states, every_NT, num_led=len(tokens.ids_NT), most_bytes=KEPT_BYTES)
+        self._dense, self._tokens, self._targets = text.dense, tokens, targets
+        every = replace(text, ids_NT=torch.cat((text.ids_NT, tokens.ids_NT)))
+        states = every.states(progress)
+        assert states.shape[1] == len(every.ids_NT), "a screen's text is little"
+        self._healer = Healer(states, every.ids_NT, num_led=len(tokens.ids_NT), most_bytes=KEPT_BYTES)
 
     @torch.no_grad()
     def measure(self, plan: FoldPlan) -> Quality:
@@ -68,19 +60,8 @@ class Screen:
         Raises:
             ModelError: a state is no finite number.
         """
-        assert can_screen(plan), "what is new in a plan is fitted before it is healed"
+        assert plan.adds_nothing, "what is new in a plan is fitted before it is healed"
         model = fold(self._dense, plan)
         _, own_NTD = self._healer.heal(model)
         norm = model.get_submodule(family_of(model.config).final_norm)
         return judge(model, self._tokens, self._targets, hidden_NTD=norm(own_NTD))
-
-
-def can_screen(plan: FoldPlan) -> bool:
-    """Whether a plan has nothing new in it: its blocks and units are the dense model's, some of them gone."""
-    return not plan.is_extension and all(
-        isinstance(slot, Slot)
-        and not slot.norm
-        and not slot.rank
-        and {slot.attention, slot.mlp} <= {slot.home, None}
-        for slot in plan.slots
-    )

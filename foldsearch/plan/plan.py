@@ -156,6 +156,19 @@ class FoldPlan:
     # ---- what the plan says
 
     @property
+    def adds_nothing(self) -> bool:
+        """Whether its blocks and units are the dense model's, each run once at most, and some may be gone."""
+        homes = {slot.home for slot in self.slots if isinstance(slot, Slot)}
+        units = (own for unit in UNITS for _, _, _, own in self.runs(unit))
+        return len(homes) == len(self.slots) and all(units)
+
+    @property
+    def only_drops(self) -> bool:
+        """Whether every position is a block as it is in the dense model, and runs once."""
+        own = all(isinstance(slot, Slot) and slot.attention == slot.mlp == slot.home for slot in self.slots)
+        return own and self.depth + len(self.dropped) == self.num_blocks
+
+    @property
     def depth(self) -> int:
         """Number of executed positions."""
         return len(self.slots)

@@ -284,6 +284,12 @@ class RunDisplay:
             parts.append(f"{event.num_repeated} came to a plan that was known")
         if event.num_failed:
             parts.append(f"{event.num_failed} failed")
+        if event.num_screened:
+            parts = [
+                f"{counted(event.num_screened, 'plan')} measured",
+                f"{event.num_trained} trained",
+                *parts[2:],
+            ]
         self._print(
             f"Done in {_duration(event.elapsed_seconds)}: {', '.join(parts)}, {len(event.front)} on the front."
         )

@@ -12,7 +12,7 @@ from foldsearch.errors import RunError
 from foldsearch.paths import command, printable
 from foldsearch.plan.cost import GB, Cost
 from foldsearch.plan.front import knee
-from foldsearch.plan.plan import FoldPlan, Slot
+from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Quality, TrialResult, rounded
 from foldsearch.proposal import Given, Proposal
 from foldsearch.run import Run
@@ -189,7 +189,7 @@ class RunView:
         """
         found: dict[int, dict[str, Entry]] = {}
         for entry in sorted(self.finished, key=_kl, reverse=True):
-            if only_drops(entry.plan):
+            if entry.plan.only_drops:
                 for proposal in entry.proposals:
                     name = proposal.removed.criterion if proposal.removed else proposal.origin
                     found.setdefault(len(entry.plan.dropped), {})[name] = entry
@@ -247,12 +247,6 @@ def author(proposal: Proposal) -> str:
     if removed.setting is not None:
         name += f" {removed.setting:g}"
     return f"{name} → {removed.fate.title}" if removed.fate.title else name
-
-
-def only_drops(plan: FoldPlan) -> bool:
-    """Whether every position of the plan is a block as it is in the dense model."""
-    own = all(isinstance(slot, Slot) and slot.attention == slot.mlp == slot.home for slot in plan.slots)
-    return own and plan.depth + len(plan.dropped) == plan.num_blocks
 
 
 def by_cost(entry: Entry) -> tuple[int, int, int]:

@@ -128,7 +128,8 @@ class Progress(Event):
 @dataclass(frozen=True, slots=True)
 class SearchDone(Event):
     """The run is over. front: numbers of the trials that nothing dominates. words: what else a person should know of
-    its end; empty where there is nothing.
+    its end; empty where there is nothing. num_screened: plans that were measured before the first trial. num_trained:
+    trials whose plans were trained.
     """
 
     folder: Run
@@ -140,6 +141,8 @@ class SearchDone(Event):
     elapsed_seconds: float
     front: tuple[int, ...]
     words: str = ""
+    num_screened: int = 0
+    num_trained: int = 0
 
 
 @dataclass(frozen=True, slots=True)

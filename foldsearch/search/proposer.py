@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray.tune.search import Searcher
 
@@ -28,6 +28,9 @@ from foldsearch.search.pace import Pace
 from foldsearch.search.records import Record, Records, front, point
 from foldsearch.spec.propose import baseline, baseline_count, baseline_fits, first_trials, is_baseline
 
+if TYPE_CHECKING:
+    from foldsearch.search.screening import Screening
+
 CLOSING_COUNTS = 2
 CLOSING_ROUNDS = 2  # closing trials may move the front to other counts: look again, where time allows
 
@@ -39,11 +42,19 @@ class Line:
     comes after it.
     """
 
-    def __init__(self, records: Records, *, spent: float = 0.0, token_seconds: float = 0.0) -> None:
-        """Queues the baselines where the run is new.
+    def __init__(
+        self,
+        records: Records,
+        *,
+        screened: Screening | None = None,
+        spent: float = 0.0,
+        token_seconds: float = 0.0,
+    ) -> None:
+        """Queues what a new run begins with: the plans that screening promoted, else the baselines.
 
         Args:
             records: of the run.
+            screened: what was screened before; None where nothing was.
             spent: seconds of its time that this process has spent already.
             token_seconds: see `Pace`; 0 where it is not known.
         """
@@ -61,9 +72,22 @@ class Line:
         )
         self.pace.look_at(records.all())
         if not records.all():
-            begun_with = first_trials(records.space, folder.table, folder.target, folder.budget)
-            for criterion, count, origin in begun_with:
-                records.queue(criterion, count, origin=origin)
+            self._begin(screened)
+
+    def _begin(self, screened: Screening | None) -> None:
+        promoted = screened.promoted() if screened is not None else []
+        for one in promoted:
+            self.records.queue_plan(one.plan)
+        if promoted and screened is not None:
+            # The criteria were screened beside what was promoted: one of them is trained, to see what that is worth.
+            if (rival := screened.best_rival()) is not None:
+                self.records.queue(*rival)
+            return
+        folder = self.records.folder
+        for criterion, count, origin in first_trials(
+            self.records.space, folder.table, folder.target, folder.budget
+        ):
+            self.records.queue(criterion, count, origin=origin)
 
     # ---- the clock
 
@@ -112,6 +136,8 @@ class Line:
         return self.records.ask() if missing else None
 
     def _closing(self, known: list[Record]) -> list[tuple[str, int]]:
+        if self.records.num_promoted:
+            return []  # criteria were compared with what they compete with before anything was trained
         most = CLOSING_ROUNDS * CLOSING_COUNTS * len(self.records.space.criteria)
         return missing_baselines(self.records)[: max(0, most - sum(record.closing for record in known))]
 

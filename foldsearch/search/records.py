@@ -39,7 +39,7 @@ from foldsearch.plan.strip import strip
 from foldsearch.proposal import Fold, Given, Origin, Proposal, Removed, fold_plan
 from foldsearch.run import Run
 from foldsearch.spec.fit import can_run, narrow, repair
-from foldsearch.spec.propose import plain_answers, propose, propose_recovery
+from foldsearch.spec.propose import Plain, plain_answers, propose, propose_recovery
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import Objective, Study
 
@@ -96,8 +96,8 @@ class Record:
 
     @property
     def exempt(self) -> bool:
-        """Whether halving lets it through: baselines reach the last rung, so that reports can compare with them."""
-        return self.proposal is not None and self.proposal.origin == "baseline"
+        """Whether halving lets it through: baselines, so that reports can compare with them, and what was screened."""
+        return self.proposal is not None and self.proposal.origin in ("baseline", "screened")
 
 
 def front(
@@ -206,6 +206,31 @@ class Records:
         self.study.enqueue_trial(plain.answers, user_attrs={"origin": origin, "closing": closing})
         self._records.append(Record(len(self._records), "waiting", None, (), closing=closing))
 
+    def queue_plan(self, plan: FoldPlan) -> None:
+        """Put a plan that was screened in line, recovery settings in mid-range."""
+        plain = Plain({"delta_rank": self.space.recover.middle_rank})
+        propose_recovery(plain, self.space)
+        given = {"plan": str(plan), "num_blocks": plan.num_blocks}
+        self.study.enqueue_trial(plain.answers, user_attrs={"origin": "screened", "given": given})
+        self._records.append(Record(len(self._records), "waiting", None, ()))
+
+    @property
+    def num_promoted(self) -> int:
+        """How many screened plans the line of trials began with."""
+        found: int = self.study.user_attrs.get("promoted", 0)
+        return found
+
+    @property
+    def num_screened(self) -> int:
+        """How many plans were screened before the first trial."""
+        found: int = self.study.user_attrs.get("screened", 0)
+        return found
+
+    def note_screened(self, count: int, promoted: int) -> None:
+        """Write down how many plans were screened, and how many of them are to be trained."""
+        self.study.set_user_attr("screened", count)
+        self.study.set_user_attr("promoted", promoted)
+
     def _best_setting(self, criterion: str) -> float | None:
         """The setting of a criterion that led to the lowest KL; None where none did yet, or it has none."""
         tried = [
@@ -272,7 +297,7 @@ class Records:
     def _propose(self, trial: optuna.Trial) -> Proposal | None:
         folder = self.folder
         origin: Origin = trial.user_attrs.get("origin", "sampler")
-        drawn = self._neighbour(trial) if origin == "sampler" else None
+        drawn = self._neighbour(trial) if origin == "sampler" else self._given(trial)
         if drawn is None:
             suggested = propose(_Suggest(trial), self.space, folder.num_blocks, origin=origin)
             drawn = repair(suggested, self.space, folder.table, folder.target, folder.budget)
@@ -289,6 +314,14 @@ class Records:
         self._redraws = 0
         self._set_proposal(trial.number, drawn)
         return drawn
+
+    def _given(self, trial: optuna.Trial) -> Proposal | None:
+        """The plan that was put in line, if it was one."""
+        given = trial.user_attrs.get("given")
+        if given is None:
+            return None
+        plan = FoldPlan.parse(given["plan"], given["num_blocks"])
+        return Proposal(Given(plan), propose_recovery(_Suggest(trial), self.space), "screened")
 
     def _set_proposal(self, number: int, proposal: Proposal) -> None:
         self._change(number, proposal=proposal)

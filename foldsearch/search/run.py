@@ -8,12 +8,13 @@ them: its own restore would bring back a second, older account of the same trial
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
@@ -55,6 +56,9 @@ from foldsearch.search.worker import PROGRESS_SECONDS, TrialRunner, load_functio
 from foldsearch.signals import check_stopped, stops_raise, uninterrupted
 from foldsearch.spec.study import OBJECTIVES, Study
 from foldsearch.spec.unused import unused_settings
+
+if TYPE_CHECKING:
+    from foldsearch.search.screening import Screening
 
 TRIAL = "foldsearch.trial:run_trial"
 PREPARE = "foldsearch.prepare:prepare_context"
@@ -183,20 +187,47 @@ def _search(context: Any, trial: str, on_event: OnEvent) -> None:
     run: Run = context.run
     if notice := dense_fits(run):
         on_event(Notice(notice))
+    records = Records(run)
+    began, asking = time.monotonic(), getattr(context, "asking_seconds", 0.0)
+    screened = _screened(records, context, asking, on_event)
     if context.device != "cpu":
         from foldsearch.context import close_workbench
 
         close_workbench()  # the workers open their own: the driver's copy would take their room
-    records = Records(run)
     threads = max(1, num_cpus() // run.study.jobs)
     line = Line(
         records,
-        spent=getattr(context, "asking_seconds", 0.0),
+        screened=screened,
+        spent=asking + time.monotonic() - began,
         token_seconds=getattr(context, "token_seconds", 0.0) * run.study.jobs,  # they share the processor
     )
     if words := line.begin_words():
         on_event(Notice(words))
     Search(records, line, on_event).run(replace(context, threads=threads), trial)
+
+
+def _screened(records: Records, context: Any, asking: float, on_event: OnEvent) -> Screening | None:
+    """Screen plans for a run that has no trials yet."""
+    from foldsearch.search.screening import (  # it needs torch, which fakes do without
+        Screening,
+        can_be_screened,
+    )
+
+    study = records.folder.study
+    is_real = getattr(context, "files", None) is not None
+    if records.all() or not (study.screen.plans and is_real and can_be_screened(records.space)):
+        return None
+    seconds = math.inf if study.seconds is None else max(1.0, study.screen.share * (study.seconds - asking))
+    screening = Screening(
+        context,
+        records.space,
+        seconds=seconds,
+        progress=lambda stage, share: on_event(Preparing(stage, share)),
+    )
+    found = screening.run()
+    screening.write(records.folder.screened)
+    records.note_screened(len(found), len(screening.promoted()))
+    return screening
 
 
 class Search:
@@ -263,6 +294,8 @@ class Search:
                 elapsed_seconds=self.line.elapsed(),
                 front=tuple(record.number for record in self.records.front()),
                 words=self.line.end_words(),
+                num_screened=self.records.num_screened,
+                num_trained=sum(bool(record.last and record.last.recovery_tokens) for record in known),
             )
         )
 

@@ -126,6 +126,21 @@ class RecoverySettings(TomlTable):
         return self
 
 
+class ScreenSettings(TomlTable):
+    """Plans that are healed and measured on little text before any is trained (see `foldsearch.search.screening`).
+
+    plans: that are measured, unless the time for them is up; 0 screens nothing. share: of the run's time. promoted: how
+    many of them are trained. healed_tokens: of the recovery text, that each plan is healed on; judged_tokens: of the
+    search text, that it is measured on.
+    """
+
+    plans: Annotated[int, Field(ge=0)] = 200
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    promoted: Positive = 6
+    healed_tokens: Positive = 768
+    judged_tokens: Positive = 512
+
+
 class HalvingSettings(TomlTable):
     """Which trials go on after a rung (see `foldsearch.search.halving`).
 
@@ -270,6 +285,7 @@ class Study(TomlTable):
     starts: StartSettings = StartSettings()
     healing: HealingSettings = HealingSettings()
     recovery: RecoverySettings = RecoverySettings()
+    screen: ScreenSettings = ScreenSettings()
     halving: HalvingSettings = HalvingSettings()
 
     @field_validator("objectives")

@@ -292,3 +292,20 @@ def test_an_adapter_is_at_most_as_wide_as_the_model() -> None:
     check_ranks(plan, 9)
     with pytest.raises(PlanError, match="at most the model's width, 8, but block 1 asks for 9"):
         check_ranks(plan, 8)
+
+
+@pytest.mark.parametrize(
+    ("plan", "adds_nothing", "only_drops"),
+    [
+        ("0-1 3-4", True, True),
+        ("0-4", True, True),
+        ("0 2a 3m", True, False),
+        ("0 1=0 2", False, False),
+        ("0 1=0a 2", False, False),
+        ("0-1 2-3~linear 4", False, False),
+        ("0-1 1=1 2-4", False, False),
+    ],
+)
+def test_what_a_plan_has_beside_the_dense_model(plan: str, adds_nothing: bool, only_drops: bool) -> None:
+    found = FoldPlan.parse(plan, 5)
+    assert (found.adds_nothing, found.only_drops) == (adds_nothing, only_drops)

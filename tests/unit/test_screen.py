@@ -9,8 +9,8 @@ from foldsearch.model import heal as healing
 from foldsearch.model.fold import fold
 from foldsearch.model.heal import Healer, heal
 from foldsearch.model.judge import ask_dense, judge
-from foldsearch.model.screen import Screen, can_screen
-from foldsearch.model.states import residual_states
+from foldsearch.model.screen import Screen
+from foldsearch.model.states import FitText, residual_states
 from foldsearch.model.tokens import TokenSet
 from foldsearch.plan.plan import FoldPlan
 from tests.tiny import NUM_BLOCKS, VOCABULARY, as_tokens, dense_model
@@ -32,7 +32,7 @@ def test_a_screened_plan_is_the_healed_and_judged_one(name, tmp_path):
     dense = dense_model(name)
     text, judged = ids(8, 0), tokens_of(ids(3, 1))
     targets = ask_dense(dense, judged)
-    screen = Screen(dense, text, judged, targets, model_hash="x", cache_dir=tmp_path)
+    screen = Screen(FitText(dense, text, "x", tmp_path), judged, targets)
     states = residual_states(dense, text, model_hash="x", cache_dir=tmp_path)
     for plan in (FoldPlan.parse(text, NUM_BLOCKS) for text in PLANS):
         model = fold(dense, plan)
@@ -99,18 +99,3 @@ def test_few_tokens_are_solved_as_many_are(bias, ridge):
         solutions.append(sums.solved(ridge, Writer()))
     # both round products of features to float32: a relative 1e-6, which the least ridge here raises a hundredfold
     torch.testing.assert_close(*solutions, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("plan", "can"),
-    [
-        ("0-1 3-4", True),
-        ("0 2a 3m", True),
-        ("0-4", True),
-        ("0 1=0 2", False),
-        ("0-1 2-3~linear 4", False),
-        ("0-1 1=1 2-4", False),
-    ],
-)
-def test_what_can_be_screened(plan, can):
-    assert can_screen(FoldPlan.parse(plan, NUM_BLOCKS)) == can

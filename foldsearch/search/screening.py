@@ -1,0 +1,279 @@
+"""Before the trials: many plans, each healed and measured on little text in seconds; the best few are then trained.
+
+1. every block dropped alone: what each is worth;
+2. the rivals: what the criteria of the space choose, at a few counts;
+3. rounds: plans that a model of all measured ones asks for (see `foldsearch.search.chain`) at every count that the
+   budget allows, and moves around the plans that nothing beats so far;
+4. those that nothing beats at the end are promoted: the line of trials begins with them.
+
+What is measured is kept in the cache by content, so that a run that goes on, or one with another budget, pays for no
+plan twice. Only plans whose blocks are the dense model's are screened; what is new in other plans would have to be
+fitted for each.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from foldsearch.codec import from_json, to_json
+from foldsearch.context import TrialContext, open_workbench
+from foldsearch.criteria import CRITERIA, criterion_of
+from foldsearch.draft import choose_blocks
+from foldsearch.errors import ModelError
+from foldsearch.fates import Drop
+from foldsearch.files import write_json
+from foldsearch.model.judge import dense_targets
+from foldsearch.model.screen import Screen
+from foldsearch.model.tokens import TokenSet
+from foldsearch.plan.cost import GB, price
+from foldsearch.plan.front import contributions, knee, non_dominated, normalise
+from foldsearch.plan.neighbour import neighbour
+from foldsearch.plan.plan import FoldPlan, Slot
+from foldsearch.plan.result import Quality
+from foldsearch.progress import StageProgress, counting, silent
+from foldsearch.proposal import Removed
+from foldsearch.search.chain import ChainFit
+from foldsearch.spec.fit import can_run
+from foldsearch.spec.space import Space
+
+ROUND = 8  # plans between two fits of the chain; sorted, so that they have their beginnings in common
+MOVES = 4  # one of so many plans is a move around the front
+TRIES = 20  # draws until a plan is found that was not measured
+RIVAL_COUNTS = 3  # at which criteria are asked, over the range of the space
+STAGE = "screening plans"
+LENGTH = 128  # tokens of a sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Screened:
+    """A plan as it was screened. author: who asked for it: a criterion, "alone", "chain" or "move"."""
+
+    plan: FoldPlan
+    author: str
+    quality: Quality
+
+
+def can_be_screened(space: Space) -> bool:
+    """Whether the space has plans that can be screened."""
+    return "drop" in space.fates
+
+
+class Screening:
+    """Screens plans of a run until so many are measured, or the time for it is up."""
+
+    def __init__(
+        self,
+        context: TrialContext,
+        space: Space,
+        *,
+        seconds: float = math.inf,
+        progress: StageProgress = silent,
+    ) -> None:
+        """Asks the dense model for its states.
+
+        Args:
+            context: of the run.
+            space: narrowed to the budget.
+            seconds: that the screening may take.
+            progress: told how far it is.
+        """
+        self._context, self._space, self._say = context, space, progress
+        self._began, self._seconds = time.monotonic(), seconds
+        self._settings = context.study.screen
+        self._rng = random.Random(context.study.seed)
+        self._found: dict[FoldPlan, Screened] = {}
+        self._refused: set[FoldPlan] = set()
+        self._bench = bench = open_workbench(context, progress)
+        self._tokens = _some(bench.splits.search, self._settings.judged_tokens)
+        targets = dense_targets(
+            bench.dense,
+            self._tokens,
+            model_hash=context.files.content_hash,
+            cache_dir=context.cache_dir,
+        )
+        self._text = replace(
+            bench.fit_text(2), ids_NT=_some(bench.splits.recovery, self._settings.healed_tokens).ids_NT
+        )
+        self._screen = Screen(
+            self._text, self._tokens, targets, progress=counting(progress, "residual states")
+        )
+
+    @property
+    def found(self) -> list[Screened]:
+        """What was measured, in order."""
+        return list(self._found.values())
+
+    def run(self) -> list[Screened]:
+        """Screen, and say which plans nothing beats, the ones to train first; see `promoted`."""
+        for batch in self._batches():
+            for plan, author in sorted(batch.items(), key=lambda one: _in_order(one[0])):
+                if self._is_over():
+                    return self.found
+                self._measure(plan, author)
+        return self.found
+
+    def _batches(self) -> Iterator[dict[FoldPlan, str]]:
+        num_blocks = len(self._context.table.blocks)
+        yield {FoldPlan.dropping([block], num_blocks): "alone" for block in range(num_blocks)}
+        yield dict(self._rivals())
+        while batch := self._round():
+            yield batch
+
+    def _is_over(self) -> bool:
+        spent = time.monotonic() - self._began
+        share = max(len(self._found) / self._settings.plans, spent / self._seconds)
+        self._say(f"{STAGE} ({len(self._found)} measured)", min(1.0, share))
+        return share >= 1
+
+    def _measure(self, plan: FoldPlan, author: str) -> None:
+        if plan in self._found or not can_run(plan, self._context.table, self._context.target):
+            return
+        try:
+            quality, _ = self._bench.once(
+                "screens",
+                Quality,
+                self._tokens,
+                lambda: self._screen.measure(plan),
+                plan=str(plan),
+                healed_on=self._text.ids_NT.tolist(),
+            )
+        except ModelError:  # this plan has no finite figures
+            self._refused.add(plan)
+            return
+        if math.isfinite(quality.kl):
+            self._found[plan] = Screened(plan, author, quality)
+        else:
+            self._refused.add(plan)
+
+    # ---- what is asked for
+
+    def _counts(self) -> list[int]:
+        fewest, most = self._space.counts(len(self._context.table.blocks))
+        return [count for count in range(max(1, fewest), most + 1) if self._fits_somehow(count)]
+
+    def _fits_somehow(self, count: int) -> bool:
+        return self._fits(FoldPlan.dropping(range(count), len(self._context.table.blocks)))
+
+    def _fits(self, plan: FoldPlan) -> bool:
+        context = self._context
+        return context.budget.admits(price(plan, context.table, context.target))
+
+    def _rivals(self) -> Iterator[tuple[FoldPlan, str]]:
+        """The choices of the criteria that need no training."""
+        counts, num_blocks = self._counts(), len(self._context.table.blocks)
+        if not counts:
+            return
+        last = len(counts) - 1
+        asked = sorted({counts[round(i * last / (RIVAL_COUNTS - 1))] for i in range(RIVAL_COUNTS)})
+        for criterion in self._space.criteria:
+            if criterion_of(criterion).setting is None:
+                for count in asked:
+                    chosen = choose_blocks(Removed(criterion, count, Drop()), self._context, self._say)
+                    yield FoldPlan.dropping(chosen.blocks, num_blocks), criterion
+
+    def _round(self) -> dict[FoldPlan, str]:
+        """Plans that were not measured yet; none where nothing more is found."""
+        counts, batch = self._counts(), dict[FoldPlan, str]()
+        if not counts:
+            return batch
+        drops = {one.plan.dropped: one.quality.kl for one in self.found if one.plan.only_drops}
+        fit = ChainFit(len(self._context.table.blocks), drops)
+        for index in range(ROUND):
+            plan = self._moved() if index % MOVES == MOVES - 1 else self._drawn(fit, counts, batch)
+            if plan is not None and plan not in batch:
+                batch[plan] = "move" if index % MOVES == MOVES - 1 else "chain"
+        return batch
+
+    def _drawn(self, fit: ChainFit, counts: Sequence[int], taken: Iterable[FoldPlan]) -> FoldPlan | None:
+        """The best new plan of a draw, at a count that is drawn too."""
+        known = {*self._found, *self._refused, *taken}
+        for _ in range(TRIES):
+            count = self._rng.choice(counts)
+            best = fit.draw(self._rng).best(count, count, keep=MOVES)[count]
+            plans = (FoldPlan.dropping(blocks, len(self._context.table.blocks)) for blocks in best)
+            found = next((plan for plan in plans if plan not in known and self._fits(plan)), None)
+            if found is not None:
+                return found
+        return None
+
+    def _moved(self) -> FoldPlan | None:
+        """A plan that is one move away from one that nothing beats."""
+        parents = self.front()
+        known = {*self._found, *self._refused}
+        for _ in range(TRIES if parents else 0):
+            plan = neighbour(self._rng.choice(parents).plan, self._rng)
+            if plan is not None and plan not in known and self._may_be(plan) and self._fits(plan):
+                return plan
+        return None
+
+    def _may_be(self, plan: FoldPlan) -> bool:
+        """Whether the plan can be screened, and is of what the space allows."""
+        halves = sum(isinstance(slot, Slot) and None in (slot.attention, slot.mlp) for slot in plan.slots)
+        allowed = self._space.attention_counts(plan.num_blocks, len(plan.dropped))[1]
+        return (
+            plan.adds_nothing
+            and halves <= allowed
+            and can_run(plan, self._context.table, self._context.target)
+        )
+
+    # ---- what comes of it
+
+    def front(self) -> list[Screened]:
+        """The plans that fit the budget and that no other beats."""
+        found = [one for one in self.found if self._fits(one.plan)]
+        return [found[i] for i in non_dominated([self._point(one) for one in found])]
+
+    def promoted(self) -> list[Screened]:
+        """Those of the front that are worth training: the knee's, then by the hypervolume that each adds."""
+        found = self.front()
+        if not found:
+            return []
+        points = [self._point(one) for one in found]
+        added = contributions(normalise(points), [1.1] * len(points[0]))
+        order = dict.fromkeys((knee(points), *sorted(range(len(points)), key=lambda i: -added[i])))
+        return [found[i] for i in list(order)[: self._settings.promoted]]
+
+    def best_rival(self) -> tuple[str, int] | None:
+        """Criterion and count of the plan of a criterion that is nearest the knee's size and best there."""
+        names = {criterion.name for criterion in CRITERIA}
+        rivals = [one for one in self.found if one.author in names and self._fits(one.plan)]
+        promoted = self.promoted()
+        if not rivals or not promoted:
+            return None
+        wanted = len(promoted[0].plan.dropped)
+        best = min(rivals, key=lambda one: (abs(len(one.plan.dropped) - wanted), one.quality.kl))
+        return best.author, len(best.plan.dropped)
+
+    def _point(self, one: Screened) -> tuple[float, float, float]:
+        cost = price(one.plan, self._context.table, self._context.target)
+        return one.quality.kl, cost.memory_bytes / GB, float(cost.flops)
+
+    def write(self, path: Path) -> None:
+        """Keep what was measured."""
+        write_json(path, [to_json(one) for one in self.found])
+
+
+def read_screened(path: Path) -> list[Screened]:
+    """What `Screening.write` kept; nothing where nothing was screened."""
+    if not path.exists():
+        return []
+    return [from_json(Screened, value) for value in json.loads(path.read_text())]
+
+
+def _some(tokens: TokenSet, wanted: int) -> TokenSet:
+    """Short sequences at even distances in a token set, so that of many documents, and of all kinds, there are some."""
+    cut = tokens.cut(LENGTH)
+    count = min(len(cut.ids_NT), max(2, wanted // cut.ids_NT.shape[1]))
+    return cut.of([i * len(cut.ids_NT) // count for i in range(count)])
+
+
+def _in_order(plan: FoldPlan) -> tuple[tuple[int, bool, bool], ...]:
+    """Sorts plans so that neighbours begin alike."""
+    slots = (slot for slot in plan.slots if isinstance(slot, Slot))
+    return tuple((slot.home, slot.attention is None, slot.mlp is None) for slot in slots)

@@ -1,0 +1,167 @@
+"""Screening a real tiny model: what is asked for, what comes of it, and what the run then trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from foldsearch.context import TrialContext, close_workbench
+from foldsearch.model.screen import Screen
+from foldsearch.plan.cost import GB, price
+from foldsearch.plan.front import dominates
+from foldsearch.plan.plan import FoldPlan
+from foldsearch.prepare import prepare_context
+from foldsearch.run import Run
+from foldsearch.search import screening as screenings
+from foldsearch.search.events import Event, Preparing, SearchDone
+from foldsearch.search.records import read_records
+from foldsearch.search.run import run_search
+from foldsearch.search.screening import Screening, can_be_screened, read_screened
+from foldsearch.spec.space import Groups, Space
+from foldsearch.spec.study import BudgetSettings, ScreenSettings, SplitSettings, Study
+from tests.contexts import of_study
+from tests.tiny import NUM_BLOCKS, save_model, write_corpus
+
+SPACE = Space(removal=(0.0, 0.8), criteria=("block_influence", "uniform"), attention=(0.0, 0.4))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    made = tmp_path_factory.mktemp("screening")
+    save_model(made / "model")
+    write_corpus(made / "corpus.txt")
+    return made
+
+
+@pytest.fixture(scope="module")
+def study(place: Path) -> Study:
+    return Study(
+        model=str(place / "model"),
+        data=str(place / "corpus.txt"),
+        space=SPACE,
+        splits=SplitSettings(sequence_length=32, search=4, recovery=8, report=2),
+        rungs=(0, 64),
+        trials=4,
+        precision="float32",
+        device="cpu",
+        screen=ScreenSettings(plans=24, promoted=3, healed_tokens=128, judged_tokens=64),
+    )
+
+
+@pytest.fixture(scope="module")
+def context(study: Study, place: Path) -> TrialContext:
+    return prepare_context(study, place / "run", cache_dir=place / "cache")
+
+
+@pytest.fixture(scope="module")
+def screened(context: TrialContext) -> Screening:
+    screening = Screening(context, SPACE)
+    screening.run()
+    return screening
+
+
+def test_what_is_asked_for(screened: Screening) -> None:
+    found = screened.found
+    assert len(found) == 24
+    assert len({one.plan for one in found}) == 24
+    alone = [one.plan for one in found if one.author == "alone"]
+    assert alone == sorted(
+        (FoldPlan.dropping([block], NUM_BLOCKS) for block in range(NUM_BLOCKS)),
+        key=lambda plan: [slot.home for slot in plan.slots],
+    )
+    assert {"alone", "uniform", "chain", "move"} <= {one.author for one in found}
+    assert all(one.plan.adds_nothing for one in found)
+    assert all(one.quality.tokens == 2 * 31 for one in found)
+
+
+def test_the_front_is_what_brute_force_finds(screened: Screening, context: TrialContext) -> None:
+    points = {
+        one.plan: (
+            one.quality.kl,
+            *((cost := price(one.plan, context.table, context.target)).memory_bytes, cost.flops),
+        )
+        for one in screened.found
+    }
+    undominated = {plan for plan in points if not any(dominates(o, points[plan]) for o in points.values())}
+    assert {one.plan for one in screened.front()} == undominated
+    promoted = [one.plan for one in screened.promoted()]
+    assert len(promoted) == 3 == len(set(promoted))
+    assert set(promoted) <= undominated
+    rival = screened.best_rival()
+    assert rival is not None
+    assert rival[0] in SPACE.criteria
+
+
+def test_what_is_known_is_not_measured_again(
+    screened: Screening, context: TrialContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same seed asks for the same plans, and all are in the cache."""
+    monkeypatch.setattr(Screen, "measure", lambda *_: pytest.fail("measured again"))
+    again = Screening(context, SPACE)
+    assert again.run() == screened.found
+
+
+def test_a_budget_is_kept_by_all_that_is_promoted(context: TrialContext) -> None:
+    dense = context.run.dense.memory_bytes
+    tight = Screening(of_study(context, budget=BudgetSettings(gb=0.8 * dense / GB)), SPACE)
+    tight.run()
+    promoted = tight.promoted()
+    assert promoted
+    assert all(price(one.plan, context.table, context.target).memory_bytes <= 0.8 * dense for one in promoted)
+    unreachable = Screening(of_study(context, budget=BudgetSettings(gb=1 / GB)), SPACE)
+    unreachable.run()
+    assert unreachable.promoted() == []
+
+
+def test_it_ends_when_its_time_is_up(context: TrialContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(screenings.time, "monotonic", lambda: now.__setitem__(0, now[0] + 1.0) or now[0])
+    told: list[float] = []
+    short = Screening(context, SPACE, seconds=6.0, progress=lambda stage, share: told.append(share))
+    assert len(short.run()) == 5
+    assert told[-1] == 1.0
+    assert told == sorted(told)
+
+
+def test_what_was_screened_is_read_again(screened: Screening, tmp_path: Path) -> None:
+    screened.write(tmp_path / "screened.json")
+    assert read_screened(tmp_path / "screened.json") == screened.found
+    assert read_screened(tmp_path / "none") == []
+
+
+def test_only_spaces_that_drop_are_screened() -> None:
+    assert can_be_screened(SPACE)
+    assert not can_be_screened(Space(fates=("share", "replace"), groups=Groups(max_groups=1)))
+
+
+def test_a_run_begins_with_what_was_promoted(
+    study: Study, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And with the best criterion beside it; a run that goes on does not screen again."""
+    monkeypatch.setenv("FOLDSEARCH_CACHE", str(place / "cache"))
+    close_workbench()
+    events: list[Event] = []
+    run_search(study, place / "searched", on_event=events.append)
+    records = read_records(Run.open(place / "searched"))
+    origins = [record.proposal.origin for record in records if record.proposal is not None]
+    assert origins[:4] == ["screened"] * 3 + ["baseline"]
+    found = read_screened(Run.open(place / "searched").screened)
+    assert len(found) == 24
+    plans = {one.plan for one in found}
+    trained = [record for record in records if record.proposal and record.proposal.origin == "screened"]
+    assert all(record.state == "finished" and record.proposal.plan in plans for record in trained)
+    assert any(isinstance(event, Preparing) and event.stage.startswith("screening") for event in events)
+    (done,) = (event for event in events if isinstance(event, SearchDone))
+    assert done.num_screened == 24
+
+    def never(*_: Any) -> None:
+        raise AssertionError("screened again")
+
+    monkeypatch.setattr(Screening, "run", never)
+    more = study.model_copy(update={"trials": 5})
+    run_search(more, place / "searched", resume=True)
+    assert len([r for r in read_records(Run.open(place / "searched")) if r.is_trial]) >= 5
