@@ -556,9 +556,7 @@ class _Tokens:
     def __init__(self) -> None:
         self._features: list[Tensor] = []
         self._wanted: list[Tensor] = []
-        self._products: Tensor | None = (
-            None  # of the features but the bias, over their squares, (M, M), float64
-        )
+        self._joined: _Joined | None = None  # once, for all ridges
         self.square = 0.0
 
     def __add__(self, other: _Tokens) -> _Tokens:
@@ -576,28 +574,51 @@ class _Tokens:
 
     def solved(self, ridge: float, writer: _Writer) -> Tensor:
         """As of `_Moments`: R⁻¹ Fᵀ (F R⁻¹ Fᵀ + 1)⁻¹ Y, R the diagonal of the ridges."""
-        features_MF, wanted_MD = torch.cat(self._features), torch.cat(self._wanted)
-        size = features_MF.shape[1] - writer.has_bias
-        own_MF = features_MF[:, :size]
-        square_F = own_MF.square().sum(0)
-        mean = float(square_F.mean())
-        square_F = square_F.clamp_min(LEAST_SQUARE * mean)
-        if self._products is None:
-            self._products = in_float64((own_MF / square_F) @ own_MF.T)
-        regular_MM = self._products / ridge
-        if writer.has_bias:
-            bias_M1 = in_float64(features_MF[:, size:])
-            regular_MM += bias_M1 @ bias_M1.T / (BIAS_RIDGE * mean)
+        if self._joined is None:
+            self._joined = _Joined.of(torch.cat(self._features), torch.cat(self._wanted), writer.has_bias)
+        joined = self._joined
+        regular_MM = joined.products_MM / ridge
+        regular_MM += joined.bias_products_MM
         regular_MM.diagonal().add_(1.0)
         factor_MM, failed = torch.linalg.cholesky_ex(regular_MM)
         if failed:
-            return torch.full((features_MF.shape[1], wanted_MD.shape[1]), math.nan, device=writer.device)
-        dual_MD = torch.cholesky_solve(in_float64(wanted_MD), factor_MM)
-        solution_FD = (own_MF / square_F).T @ (dual_MD / ridge).to(own_MF.device, torch.float32)
+            size = (len(joined.scaled_FM) + writer.has_bias, joined.wanted_MD.shape[1])
+            return torch.full(size, math.nan, device=writer.device)
+        dual_MD = torch.cholesky_solve(joined.wanted_MD, factor_MM)
+        solution_FD = joined.scaled_FM @ (dual_MD / ridge).to(joined.scaled_FM)
         if writer.has_bias:
-            bias_1D = (in_float64(features_MF[:, size:]).T @ dual_MD) / (BIAS_RIDGE * mean)
-            solution_FD = torch.cat((solution_FD, bias_1D.to(solution_FD)))
+            solution_FD = torch.cat((solution_FD, (joined.scaled_bias_1M @ dual_MD).to(solution_FD)))
         return solution_FD
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Joined:
+    """Tokens as they are solved, whatever the ridge. Features are without the bias; products are float64.
+
+    Attributes:
+        scaled_FM: features over the squares that their penalty goes by, float32.
+        products_MM: of features and scaled features.
+        wanted_MD: float64.
+        scaled_bias_1M, bias_products_MM: of the bias, its ridge in them; 0 without one.
+    """
+
+    scaled_FM: Tensor
+    products_MM: Tensor
+    wanted_MD: Tensor
+    scaled_bias_1M: Tensor
+    bias_products_MM: Tensor
+
+    @classmethod
+    def of(cls, features_MF: Tensor, wanted_MD: Tensor, has_bias: bool) -> _Joined:
+        size = features_MF.shape[1] - has_bias
+        own_MF = features_MF[:, :size]
+        square_F = own_MF.square().sum(0)
+        mean = float(square_F.mean())
+        scaled_MF = own_MF / square_F.clamp_min(LEAST_SQUARE * mean)
+        products_MM = in_float64(scaled_MF @ own_MF.T)
+        bias_1M = in_float64(features_MF[:, size:].T) if has_bias else products_MM.new_zeros(1, 1)
+        scaled_1M = bias_1M / (BIAS_RIDGE * mean) if has_bias else bias_1M
+        return cls(scaled_MF.T, products_MM, in_float64(wanted_MD), scaled_1M, bias_1M.T @ scaled_1M)
 
 
 class _Moments:

@@ -45,7 +45,9 @@ if TYPE_CHECKING:
     from foldsearch.model.evidence import Evidence
     from foldsearch.model.harness import TaskScore
     from foldsearch.search.dry_run import DryRun
-    from foldsearch.spec.study import Study
+    from foldsearch.search.screened import Screened
+from foldsearch.search.screened import SEARCH
+from foldsearch.spec.study import Study
 
 WIDTH_OF_LOGS = 120  # characters of a line where the output is no terminal
 
@@ -136,6 +138,11 @@ def front_report(view: RunView, *, width: int, every: bool = False) -> Group:
         parts += [Text(), Text("report KL by criterion, plans that only drop blocks", style="bold")]
         for number, table in enumerate(_criteria_tables(criteria, width)):
             parts += [Text(), table] if number else [table]
+    if screened := view.screened_by_count():
+        head = (
+            f"KL of {counted(view.num_screened, 'plan')} that were healed and measured before any was trained"
+        )
+        parts += [Text(), Text(head, style="bold"), _screened_table(screened)]
     return Group(*parts)
 
 
@@ -329,6 +336,25 @@ def _criteria_table(criteria: Mapping[int, Mapping[str, Entry]], used: Sequence[
             text = "—" if q is None else with_error(q.kl, q.kl_se, ".3f")
             cells.append(Text(text, style="dim" if q is None else "bold green" if q.kl == best else ""))
         table.add_row(str(count), *cells)
+    return table
+
+
+def _screened_table(found: Mapping[int, Mapping[str, Screened]]) -> Table:
+    """For each number of dropped blocks what the search came to, and the best criterion there."""
+    table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    _columns(table, "dropped>", "search>", "best criterion>", "")
+    for count, row in found.items():
+        name, rival = min(
+            ((name, one) for name, one in row.items() if name != SEARCH), key=lambda pair: pair[1].quality.kl
+        )
+        ours = row.get(SEARCH)
+        wins = ours is not None and ours.quality.kl < rival.quality.kl
+        table.add_row(
+            str(count),
+            Text("—" if ours is None else f"{ours.quality.kl:.3f}", style="bold green" if wins else ""),
+            Text(f"{rival.quality.kl:.3f}", style="" if wins else "bold green"),
+            name.replace("_", " "),
+        )
     return table
 
 

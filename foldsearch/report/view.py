@@ -17,6 +17,7 @@ from foldsearch.plan.result import Quality, TrialResult, rounded
 from foldsearch.proposal import Given, Proposal
 from foldsearch.run import Run
 from foldsearch.search.records import Record, front, point, read_records
+from foldsearch.search.screened import Screened, read_screened, screened_by_count
 
 SAME_COST = 1.02  # a baseline that costs a hair more is still the one to beat
 NO_ERROR = "± —: no standard error, as all texts of the split, or of the kind, are one document."
@@ -111,6 +112,19 @@ class RunView:
         """Of the dense model on the report texts; None if no trial has reached the last rung yet."""
         finished = self.finished
         return finished[0].final.dense_perplexity if finished else None
+
+    @cached_property
+    def _screened(self) -> list[Screened]:
+        return read_screened(self.folder.screened)
+
+    @property
+    def num_screened(self) -> int:
+        """How many plans were healed and measured before any was trained."""
+        return len(self._screened)
+
+    def screened_by_count(self) -> dict[int, dict[str, Screened]]:
+        """Of these, by the number of dropped blocks, the best of each criterion and of the search."""
+        return screened_by_count(self._screened)
 
     @cached_property
     def finished(self) -> tuple[Entry, ...]:

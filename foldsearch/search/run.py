@@ -52,6 +52,7 @@ from foldsearch.search.messages import DiskIsFull, EndedEarly, Failed, Measured,
 from foldsearch.search.own_ray import check_machine, own_ray
 from foldsearch.search.proposer import Line, Proposer
 from foldsearch.search.records import Records, ended, point, read_records
+from foldsearch.search.screened import write_screened
 from foldsearch.search.worker import PROGRESS_SECONDS, TrialRunner, load_function
 from foldsearch.signals import check_stopped, stops_raise, uninterrupted
 from foldsearch.spec.study import OBJECTIVES, Study
@@ -225,7 +226,7 @@ def _screened(records: Records, context: Any, asking: float, on_event: OnEvent) 
         progress=lambda stage, share: on_event(Preparing(stage, share)),
     )
     found = screening.run()
-    screening.write(records.folder.screened)
+    write_screened(records.folder.screened, found)
     records.note_screened(len(found), len(screening.promoted()))
     return screening
 

@@ -13,21 +13,17 @@ fitted for each.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
-from foldsearch.codec import from_json, to_json
 from foldsearch.context import TrialContext, open_workbench
 from foldsearch.criteria import CRITERIA, criterion_of
 from foldsearch.draft import choose_blocks
 from foldsearch.errors import ModelError
 from foldsearch.fates import Drop
-from foldsearch.files import write_json
 from foldsearch.model.judge import dense_targets
 from foldsearch.model.screen import Screen
 from foldsearch.model.tokens import TokenSet
@@ -39,6 +35,7 @@ from foldsearch.plan.result import Quality
 from foldsearch.progress import StageProgress, counting, silent
 from foldsearch.proposal import Removed
 from foldsearch.search.chain import ChainFit
+from foldsearch.search.screened import Screened
 from foldsearch.spec.fit import can_run
 from foldsearch.spec.space import Space
 
@@ -48,15 +45,6 @@ TRIES = 20  # draws until a plan is found that was not measured
 RIVAL_COUNTS = 3  # at which criteria are asked, over the range of the space
 STAGE = "screening plans"
 LENGTH = 128  # tokens of a sequence
-
-
-@dataclass(frozen=True, slots=True)
-class Screened:
-    """A plan as it was screened. author: who asked for it: a criterion, "alone", "chain" or "move"."""
-
-    plan: FoldPlan
-    author: str
-    quality: Quality
 
 
 def can_be_screened(space: Space) -> bool:
@@ -253,17 +241,6 @@ class Screening:
     def _point(self, one: Screened) -> tuple[float, float, float]:
         cost = price(one.plan, self._context.table, self._context.target)
         return one.quality.kl, cost.memory_bytes / GB, float(cost.flops)
-
-    def write(self, path: Path) -> None:
-        """Keep what was measured."""
-        write_json(path, [to_json(one) for one in self.found])
-
-
-def read_screened(path: Path) -> list[Screened]:
-    """What `Screening.write` kept; nothing where nothing was screened."""
-    if not path.exists():
-        return []
-    return [from_json(Screened, value) for value in json.loads(path.read_text())]
 
 
 def _some(tokens: TokenSet, wanted: int) -> TokenSet:

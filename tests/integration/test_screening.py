@@ -19,7 +19,8 @@ from foldsearch.search import screening as screenings
 from foldsearch.search.events import Event, Preparing, SearchDone
 from foldsearch.search.records import read_records
 from foldsearch.search.run import run_search
-from foldsearch.search.screening import Screening, can_be_screened, read_screened
+from foldsearch.search.screened import read_screened, screened_by_count, write_screened
+from foldsearch.search.screening import Screening, can_be_screened
 from foldsearch.spec.space import Groups, Space
 from foldsearch.spec.study import BudgetSettings, ScreenSettings, SplitSettings, Study
 from tests.contexts import of_study
@@ -128,9 +129,18 @@ def test_it_ends_when_its_time_is_up(context: TrialContext, monkeypatch: pytest.
 
 
 def test_what_was_screened_is_read_again(screened: Screening, tmp_path: Path) -> None:
-    screened.write(tmp_path / "screened.json")
+    write_screened(tmp_path / "screened.json", screened.found)
     assert read_screened(tmp_path / "screened.json") == screened.found
     assert read_screened(tmp_path / "none") == []
+
+
+def test_the_best_by_count_are_those_of_all(screened: Screening) -> None:
+    table = screened_by_count(screened.found)
+    assert table
+    for count, row in table.items():
+        mine = [one for one in screened.found if one.plan.only_drops and len(one.plan.dropped) == count]
+        assert min(one.quality.kl for one in row.values()) == min(one.quality.kl for one in mine)
+        assert row.keys() & set(SPACE.criteria)
 
 
 def test_only_spaces_that_drop_are_screened() -> None:
