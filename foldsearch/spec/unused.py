@@ -78,6 +78,16 @@ _RULES = (
         "the only rung is 0, so nothing is trained",
     ),
     _Rule(
+        ("screen",),
+        lambda study: "drop" in study.space.fates,
+        "the space's fates do not name 'drop', and only plans that drop blocks are screened",
+    ),
+    _Rule(
+        ("screen.share", "screen.promoted", "screen.healed_tokens", "screen.judged_tokens"),
+        lambda study: study.screen.plans > 0,
+        "screen.plans is 0, so nothing is screened",
+    ),
+    _Rule(
         ("halving",),
         lambda study: len(study.rungs) > 1,
         "there is one rung only, after which every trial ends",

@@ -40,6 +40,8 @@ sequence_length = 16
 search = 4
 recovery = 8
 report = 4
+[screen]
+plans = 0  # trials are what is looked at here
 [gates]
 steps = 2
 [target]

@@ -24,6 +24,8 @@ WHY = {
     "train": "the only rung is 0, so nothing is trained.",
     "rungs": "there is one rung only, after which every trial ends.",
     "nsga2": "the sampler nsga2 takes no neighbours, as it crosses only what all trials have in common.",
+    "drop": "the space's fates do not name 'drop', and only plans that drop blocks are screened.",
+    "screen": "screen.plans is 0, so nothing is screened.",
     "stock": "the expanded runtime runs stock blocks.",
 }
 
@@ -55,6 +57,8 @@ WHY = {
             f"recovery.batch and space.recover.delta_ranks do not apply: {WHY['train']}",
         ),
         ({}, {"rungs": [0], "halving.keep": 0.3}, f"halving.keep does not apply: {WHY['rungs']}"),
+        ({"fates": ["replace"]}, {"screen.plans": 10}, f"screen.plans does not apply: {WHY['drop']}"),
+        ({}, {"screen.plans": 0, "screen.promoted": 3}, f"screen.promoted does not apply: {WHY['screen']}"),
         (
             {"neighbour_share": 0.25},
             {"sampler": "nsga2"},
