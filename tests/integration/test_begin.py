@@ -127,7 +127,7 @@ def test_what_the_model_writes_itself_is_among_the_recovery_texts_and_is_written
         context = prepare_context(
             mixed, tmp_path / "run", cache_dir=tmp_path / "cache", progress=lambda *words: told.append(words)
         )
-    splits = read_splits(tmp_path / "run")
+    splits = read_splits(context.run)
     counted = [splits.recovery.kinds.names[index] for index in splits.recovery.kinds.of_N].count("own")
     assert (counted, len(splits.recovery.ids_NT)) == (8 if alone else 4, 8)
     assert "own" not in [*splits.search.kinds.names, *splits.report.kinds.names]
@@ -141,7 +141,7 @@ def test_what_the_model_writes_itself_is_among_the_recovery_texts_and_is_written
     )
     (tmp_path / "run" / "tokens.safetensors").unlink()
     prepare_context(mixed, tmp_path / "run", cache_dir=tmp_path / "cache")
-    assert read_splits(tmp_path / "run").recovery.content_hash == splits.recovery.content_hash
+    assert read_splits(context.run).recovery.content_hash == splits.recovery.content_hash
 
 
 def test_the_token_sets_of_a_run_know_what_is_text(context: TrialContext) -> None:
