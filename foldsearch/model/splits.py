@@ -419,8 +419,9 @@ def _token_set(parts: list[_Part], cutter: _Cutter, wanted: _Wanted, tell: Notic
     found = [
         cutter.cut(part.pool, share, wanted.per_document) for part, share in zip(parts, shares, strict=True)
     ]
-    drawn = [(piece, part.kind) for part, of in zip(parts, found, strict=True) for piece in of]
-    drawn.sort(key=lambda one: one[0].documents[0])
+    drawn = _interleaved(
+        [[(piece, part.kind) for piece in of] for part, of in zip(parts, found, strict=True)]
+    )
     pieces = [piece for piece, _ in drawn]
     # Pieces that share a document are of one cluster. A packed one shares none, so its first document stands for all.
     clusters = {key: index for index, key in enumerate(dict.fromkeys(piece.documents[0] for piece in pieces))}
@@ -441,6 +442,18 @@ def _token_set(parts: list[_Part], cutter: _Cutter, wanted: _Wanted, tell: Notic
         torch.tensor([piece.of_text for piece in pieces], dtype=torch.bool).reshape(-1, cutter.length),
         wanted.kinds.take(of_N),
     )
+
+
+def _interleaved(of_parts: list[list[tuple[_Piece, str]]]) -> list[tuple[_Piece, str]]:
+    """The pieces of all parts, so that the first ones of them, however many, are of every part in its share.
+
+    In the order of their documents' hashes they would not be: of many documents those of the least hashes are drawn, so
+    a part of few documents would come last.
+    """
+    placed = [
+        ((index + 0.5) / len(of), one[0].documents[0], one) for of in of_parts for index, one in enumerate(of)
+    ]
+    return [one for _, _, one in sorted(placed, key=lambda place: place[:2])]
 
 
 def _check_kinds(

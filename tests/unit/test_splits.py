@@ -547,10 +547,10 @@ def test_weights_are_shares_of_the_sequences_of_every_split(tmp_path: Path, toke
         owners = [owner[found.documents[index]] for index in found.document_N]
         assert [owners.count(index) for index in range(3)] == expected  # 3.5, 1, 0.5: the first half goes up
         assert all(split_of(key) == name for key in found.documents)
-        # in the order of their hashes, so that the first sequences are of every source
-        assert [found.documents[i] for i in found.document_N] == sorted(
-            found.documents[i] for i in found.document_N
-        )
+        for index in range(3):  # of each source in the order of their hashes
+            mine = [found.documents[i] for i, of in zip(found.document_N, owners, strict=True) if of == index]
+            assert mine == sorted(mine)
+        check_prefixes(owners)
 
 
 def test_a_mixture_that_runs_short_says_which_source(tmp_path: Path, tokenizer) -> None:
@@ -584,6 +584,14 @@ def test_a_mixture_has_all_weights_or_none(tmp_path: Path, tokenizer) -> None:
 # --------------------------------------------------------------------------------------------------- kinds of text
 
 
+def check_prefixes(owners: list[int]) -> None:
+    """Law: of the first sequences, however many, each part has its share, to about one sequence."""
+    for count in range(1, len(owners) + 1):
+        for index in set(owners):
+            share = count * owners.count(index) / len(owners)
+            assert abs(owners[:count].count(index) - share) <= 1.5
+
+
 def kinds_in(tokens: TokenSet) -> dict[str, int]:
     found = [tokens.kinds.names[index] for index in tokens.kinds.of_N]
     return {name: found.count(name) for name in tokens.kinds.names}
@@ -613,6 +621,20 @@ def test_named_kinds_give_equal_shares_and_each_sequence_knows_its_own(
         owners = [owner[tokens.documents[index]] for index in tokens.document_N]
         kinds = [tokens.kinds.names[index] for index in tokens.kinds.of_N]
         assert [kind == "code" for kind in kinds] == [name == "code" for name in owners]
+
+
+def test_the_first_sequences_are_of_every_kind_where_one_has_few_documents(tmp_path: Path, tokenizer) -> None:
+    """Of many documents those of the least hashes are drawn: in the order of hashes the few would come last."""
+    sources = [
+        Source(write_folder(tmp_path / kind, [document(start + i) for i in range(count)]), kind=kind)
+        for kind, start, count in (("much", 0, 400), ("little", 400, 90))
+    ]
+    found = make_splits(sources, tokenizer, sequence_length=8, num_sequences=numbers(8, 24, 8)).recovery
+    owners = found.kinds.of_N.tolist()
+    assert owners.count(0) == owners.count(1) == 12
+    check_prefixes(owners)
+    by_hash = sorted(range(24), key=lambda row: found.documents[int(found.document_N[row])])
+    assert sum(owners[row] for row in by_hash[:12]) < 4
 
 
 def test_sources_without_weights_or_kinds_are_of_one_kind(tokenizer, prose_and_code: tuple[str, str]) -> None:
