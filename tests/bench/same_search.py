@@ -85,6 +85,7 @@ def main(out: Path, healing_tokens: int | None = None) -> None:
                 "space": str(place / "space.toml"),
                 "splits": {"sequence_length": 32, "search": 2, "recovery": 8, "report": 2},
                 "gates": {"steps": 3},
+                "screen": {"plans": 0},  # every trial is the sampler's
                 "rungs": [0, 64, 128],
                 "trials": 40,
                 "precision": "float32",
