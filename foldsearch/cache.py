@@ -96,6 +96,17 @@ def json_once(path: Path, compute: Callable[[], Any]) -> tuple[Any, bool]:
     return once(path, lambda path: write_json(path, compute()), lambda path: json.loads(path.read_text()))
 
 
+def json_grown(path: Path, grow: Callable[[Any], Any]) -> Any:
+    """The JSON at a path after `grow` has been at it; it is given None where nothing is there yet.
+
+    Several processes may add to the same entry, one at a time.
+    """
+    with alone(_lock(path)):
+        value = grow(json.loads(path.read_text()) if path.exists() else None)
+        write_json(path, value)
+    return value
+
+
 _kept: dict[Path, int] = {}
 
 

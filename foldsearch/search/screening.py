@@ -6,9 +6,9 @@
    budget allows, and moves around the plans that nothing beats so far;
 4. those that nothing beats at the end are promoted: the line of trials begins with them.
 
-What is measured is kept in the cache by content, so that a run that goes on, or one with another budget, pays for no
-plan twice. Only plans whose blocks are the dense model's are screened; what is new in other plans would have to be
-fitted for each.
+What is measured is kept in the cache by model and text: a run that goes on, or one with another budget, has it at once,
+and pays for no plan twice. Only plans whose blocks are the dense model's are screened; what is new in other plans would
+have to be fitted for each.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
+from foldsearch import cache
+from foldsearch.codec import from_json, to_json
 from foldsearch.context import TrialContext, open_workbench
 from foldsearch.criteria import CRITERIA, criterion_of
 from foldsearch.draft import choose_blocks
@@ -31,7 +34,6 @@ from foldsearch.plan.cost import GB, price
 from foldsearch.plan.front import contributions, knee, non_dominated, normalise
 from foldsearch.plan.neighbour import neighbour
 from foldsearch.plan.plan import FoldPlan, Slot
-from foldsearch.plan.result import Quality
 from foldsearch.progress import StageProgress, counting, silent
 from foldsearch.proposal import Removed
 from foldsearch.search.chain import ChainFit
@@ -45,6 +47,7 @@ TRIES = 20  # draws until a plan is found that was not measured
 RIVAL_COUNTS = 3  # at which criteria are asked, over the range of the space
 STAGE = "screening plans"
 LENGTH = 128  # tokens of a sequence
+SCHEMA = 1  # of what is kept; raise it when healing, judging, or what they read here changes
 
 
 def can_be_screened(space: Space) -> bool:
@@ -76,6 +79,7 @@ class Screening:
         self._settings = context.study.screen
         self._rng = random.Random(context.study.seed)
         self._found: dict[FoldPlan, Screened] = {}
+        self._num_new = 0
         self._refused: set[FoldPlan] = set()
         self._bench = bench = open_workbench(context, progress)
         self._tokens = _some(bench.splits.search, self._settings.judged_tokens)
@@ -88,6 +92,8 @@ class Screening:
         self._text = replace(
             bench.fit_text(2), ids_NT=_some(bench.splits.recovery, self._settings.healed_tokens).ids_NT
         )
+        parts = (SCHEMA, context.files.content_hash, context.files.dtype, self._tokens.content_hash)
+        self._path = context.cache_dir / "screens" / f"{cache.key(*parts, self._text.ids_NT.tolist())}.json"
         self._screen = Screen(
             self._text, self._tokens, targets, progress=counting(progress, "residual states")
         )
@@ -98,13 +104,28 @@ class Screening:
         return list(self._found.values())
 
     def run(self) -> list[Screened]:
-        """Screen, and say which plans nothing beats, the ones to train first; see `promoted`."""
+        """Screen; what earlier runs measured is there at once, and is not counted."""
+        self._keep()
         for batch in self._batches():
             for plan, author in sorted(batch.items(), key=lambda one: _in_order(one[0])):
                 if self._is_over():
+                    self._keep()
                     return self.found
                 self._measure(plan, author)
+            self._keep()
         return self.found
+
+    def _keep(self) -> None:
+        """Put what was measured into the cache, and take over what others have measured."""
+
+        def grow(kept: list[Any] | None) -> list[Any]:
+            every = {one.plan: one for one in (from_json(Screened, value) for value in kept or [])}
+            for plan, one in every.items():
+                if plan not in self._found and can_run(plan, self._context.table, self._context.target):
+                    self._found[plan] = one
+            return [to_json(one) for one in (every | self._found).values()]
+
+        cache.json_grown(self._path, grow)
 
     def _batches(self) -> Iterator[dict[FoldPlan, str]]:
         num_blocks = len(self._context.table.blocks)
@@ -115,7 +136,7 @@ class Screening:
 
     def _is_over(self) -> bool:
         spent = time.monotonic() - self._began
-        share = max(len(self._found) / self._settings.plans, spent / self._seconds)
+        share = max(self._num_new / self._settings.plans, spent / self._seconds)
         self._say(f"{STAGE} ({len(self._found)} measured)", min(1.0, share))
         return share >= 1
 
@@ -123,18 +144,12 @@ class Screening:
         if plan in self._found or not can_run(plan, self._context.table, self._context.target):
             return
         try:
-            quality, _ = self._bench.once(
-                "screens",
-                Quality,
-                self._tokens,
-                lambda: self._screen.measure(plan),
-                plan=str(plan),
-                healed_on=self._text.ids_NT.tolist(),
-            )
+            quality = self._screen.measure(plan)
         except ModelError:  # this plan has no finite figures
             self._refused.add(plan)
             return
         if math.isfinite(quality.kl):
+            self._num_new += 1
             self._found[plan] = Screened(plan, author, quality)
         else:
             self._refused.add(plan)

@@ -139,7 +139,8 @@ def row_of(path: Path, space: str, seed: int, limits: Row) -> Row:
 def study_of(space: str, seed: int, given: argparse.Namespace) -> Study:
     """The study of one run; tokens end it, so it has no limits of its own."""
     study = load_study(
-        given.study, {"space": space, "seed": seed, "jobs": given.jobs, "budget.gb": given.budget_gb, "screen.plans": 0}
+        given.study,
+        {"space": space, "seed": seed, "jobs": given.jobs, "budget.gb": given.budget_gb, "screen.plans": 0},
     )
     return study.model_copy(update={"trials": None, "seconds": None})
 

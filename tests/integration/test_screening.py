@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +99,41 @@ def test_the_front_is_what_brute_force_finds(screened: Screening, context: Trial
     assert rival[0] in SPACE.criteria
 
 
-def test_what_is_known_is_not_measured_again(
+def test_what_is_known_is_there_at_once_and_not_measured_again(
     screened: Screening, context: TrialContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same seed asks for the same plans, and all are in the cache."""
-    monkeypatch.setattr(Screen, "measure", lambda *_: pytest.fail("measured again"))
-    again = Screening(context, SPACE)
-    assert again.run() == screened.found
+    """A later run has all that was measured before it measures anything, and another budget's part of it too."""
+    known = {one.plan: one for one in screened.found}
+    real, measured = Screen.measure, []
+
+    def note(self: Screen, plan: FoldPlan) -> Any:
+        measured.append(plan)
+        return real(self, plan)
+
+    monkeypatch.setattr(Screen, "measure", note)
+    again = Screening(
+        of_study(context, screen=ScreenSettings(plans=2, healed_tokens=128, judged_tokens=64)), SPACE
+    )
+    found = {one.plan: one for one in again.run()}
+    assert known.items() <= found.items()
+    assert set(measured) == found.keys() - known.keys()
+    assert len(measured) == 2
+    out_of_time = Screening(context, SPACE, seconds=1e-9)
+    assert {one.plan for one in out_of_time.run()} >= known.keys()
+
+
+def test_two_runs_add_to_what_is_known(screened: Screening, context: TrialContext) -> None:
+    """Neither loses what the other measured meanwhile."""
+    path = screened._path
+    first, second = (Screening(context, SPACE) for _ in range(2))
+    plans = [FoldPlan.parse(text, NUM_BLOCKS) for text in ("0a 1-4", "0-3 4a")]
+    for one, plan in zip((first, second), plans, strict=True):
+        one._measure(plan, "move")
+    first._keep()
+    second._keep()
+    kept = {one["plan"]["plan"] for one in json.loads(path.read_text())}
+    assert {str(plan) for plan in plans} <= kept
+    assert len(kept) >= len(screened.found) + 2
 
 
 def test_a_budget_is_kept_by_all_that_is_promoted(context: TrialContext) -> None:
@@ -118,11 +148,14 @@ def test_a_budget_is_kept_by_all_that_is_promoted(context: TrialContext) -> None
     assert unreachable.promoted() == []
 
 
-def test_it_ends_when_its_time_is_up(context: TrialContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_ends_when_its_time_is_up(
+    context: TrialContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = [0.0]
     monkeypatch.setattr(screenings.time, "monotonic", lambda: now.__setitem__(0, now[0] + 1.0) or now[0])
     told: list[float] = []
-    short = Screening(context, SPACE, seconds=6.0, progress=lambda stage, share: told.append(share))
+    fresh = replace(context, cache_dir=tmp_path)
+    short = Screening(fresh, SPACE, seconds=6.0, progress=lambda stage, share: told.append(share))
     assert len(short.run()) == 5
     assert told[-1] == 1.0
     assert told == sorted(told)
@@ -152,7 +185,7 @@ def test_a_run_begins_with_what_was_promoted(
     study: Study, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And with the best criterion beside it; a run that goes on does not screen again."""
-    monkeypatch.setenv("FOLDSEARCH_CACHE", str(place / "cache"))
+    monkeypatch.setenv("FOLDSEARCH_CACHE", str(place / "cache of the run"))
     close_workbench()
     events: list[Event] = []
     run_search(study, place / "searched", on_event=events.append)
