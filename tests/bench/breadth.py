@@ -120,6 +120,12 @@ def healed(bench: Bench, tokens: TokenSet) -> PreTrainedModel:
     return model
 
 
+def linear_healed(bench: Bench, tokens: TokenSet) -> PreTrainedModel:
+    model = linear(bench, tokens)
+    heal(model, bench.states(tokens), tokens.ids_NT)
+    return model
+
+
 def recovered(bench: Bench, tokens: TokenSet, model: PreTrainedModel | None = None) -> PreTrainedModel:
     model = model or bench.kept()
     training = Recovery(model, RecoveryTraining(), tokens, bench.targets(tokens), TRAINED)
@@ -130,6 +136,7 @@ def recovered(bench: Bench, tokens: TokenSet, model: PreTrainedModel | None = No
 METHODS: dict[str, Callable[[Bench, TokenSet], PreTrainedModel]] = {
     "linear": linear,
     "heal": healed,
+    "linear, heal": linear_healed,
     "recovery": recovered,
     "heal, recovery": lambda bench, tokens: recovered(bench, tokens, healed(bench, tokens)),
 }
