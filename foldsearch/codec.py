@@ -1,4 +1,6 @@
-"""Our values as JSON, and back: cattrs reads the types of their fields. A plan is its text and its number of blocks."""
+"""Our values as JSON, and back: cattrs reads the types of their fields. A plan is its text and its number of blocks; a
+value with methods `to_json` and `from_json` is what these say.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ from typing import Any, TypeVar
 
 from cattrs import Converter
 from cattrs.errors import CattrsError
+from cattrs.strategies import use_class_methods
 
 from foldsearch.plan.plan import FoldPlan
 
@@ -14,6 +17,7 @@ Value = TypeVar("Value")
 _CONVERTER = Converter(
     detailed_validation=False
 )  # the first fault as the error that it is, not a group of all
+use_class_methods(_CONVERTER, "from_json", "to_json")
 _CONVERTER.register_unstructure_hook(
     FoldPlan, lambda plan: {"plan": str(plan), "num_blocks": plan.num_blocks}
 )

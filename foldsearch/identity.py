@@ -12,16 +12,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from foldsearch.codec import from_json, to_json
 from foldsearch.errors import RunError
 from foldsearch.model.content import ContentHashes
 from foldsearch.paths import local, printable
 
 __all__ = ["Identity", "Place"]
 
-SCHEMA = 1
 _PARTS = ("weights", "config", "tokenizer", "code")  # whose change is another model
 
 
@@ -71,17 +68,6 @@ class Identity:
     device: str
     tokens: dict[str, str]
     places: tuple[Place, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain dicts, with the schema number."""
-        return {"schema": SCHEMA, **to_json(self)}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Identity:
-        """Read what `to_json` made."""
-        if value["schema"] != SCHEMA:
-            raise ValueError("it is of another version of foldsearch")
-        return from_json(cls, value)
 
     def place_of(self, typed: str) -> Place | None:
         """The place of what a person typed; None for what is on the hub or in a package."""

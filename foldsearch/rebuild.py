@@ -42,7 +42,9 @@ def folded_model(
     if path.exists():
         return fold(bench.dense, record.plan, load_file(path))
     text = bench.fit_text(context.study.starts.tokens)
-    model, found = folded_start(text, record.plan, adapters=record.adapter_start or "zero", progress=say)
+    model, found = folded_start(
+        text, record.plan, adapters=record.proposal.fold.adapter_start or "zero", progress=say
+    )
     values = new_values(model)
     # What runs deeper than the dense model is to become better than it, not more like it.
     if context.study.healing.tokens and not record.plan.is_extension and is_healable(model):
@@ -90,7 +92,7 @@ def kept_model(
     """The folded model at the state that the trial keeps, its deltas not merged yet."""
     model = folded_model(record, context, folder, silent)
     if kept_tokens:
-        load_trained(attach(model, record.delta_rank, context.study.seed), folder.recovered)
+        load_trained(attach(model, record.proposal.recovery.delta_rank, context.study.seed), folder.recovered)
     return model
 
 

@@ -28,8 +28,9 @@ from foldsearch.machine import Machine
 from foldsearch.model.content import file_hash
 from foldsearch.model.recover import saved_tokens
 from foldsearch.paths import printable
-from foldsearch.plan.plan import AdapterStart, FoldPlan
+from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import TrialResult
+from foldsearch.proposal import Proposal
 from foldsearch.run import TrialFolder
 
 WAIT_SECONDS = 0.2  # between looks at a trial that measures the same plan
@@ -37,12 +38,13 @@ WAIT_SECONDS = 0.2  # between looks at a trial that measures the same plan
 
 @dataclass(frozen=True, slots=True)
 class TrialRecord:
-    """A trial as it stands on disk: enough to go on from its last rung."""
+    """A trial as it stands on disk: enough to go on from its last rung.
 
+    proposal: what was tried. plan: that it came to. gates: see `TrialResult`.
+    """
+
+    proposal: Proposal
     plan: FoldPlan
-    learning_rate: float
-    delta_rank: int
-    adapter_start: AdapterStart | None  # None where nothing starts in one way or another
     gates: dict[str, Any] | None
     results: tuple[TrialResult, ...]
     machine: Machine | None = None  # that the last result was measured on
@@ -61,7 +63,7 @@ class TrialRecord:
         All of them if that one would train in the same way, or if this one has reached the last rung: no plan is
         trained twice. Else (this one was stopped, or its training diverged) only those of the untrained model.
         """
-        same = (self.learning_rate, self.delta_rank) == (other.learning_rate, other.delta_rank)
+        same = self.proposal.recovery == other.proposal.recovery
         last = self.results[-1]
         if same or (last.is_last_rung and not last.training_diverged):
             return self.results
@@ -113,8 +115,8 @@ def copy_state(owner: TrialFolder, folder: TrialFolder, *, trained: bool) -> Non
 
 def plan_path(context: TrialContext, record: TrialRecord) -> Path:
     """The file that says which trial measures a plan; one for each start of adapters, which is another model."""
-    start = "" if record.adapter_start is None else f"-{record.adapter_start}"
-    return context.run.plan(f"{record.plan.id}{start}")
+    start = record.proposal.fold.adapter_start
+    return context.run.plan(record.plan.id if start is None else f"{record.plan.id}-{start}")
 
 
 @contextmanager

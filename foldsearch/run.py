@@ -32,7 +32,7 @@ from foldsearch.spec.load import study_from_json
 from foldsearch.spec.study import Study
 from foldsearch.version import __version__
 
-SCHEMA = 6
+SCHEMA = 7
 LIMITS = ("trials", "seconds", "jobs")  # what a resumed run may change
 
 
@@ -150,7 +150,10 @@ class RunFolder:
         if not self.identity_file.exists():
             return None
         try:
-            return Identity.from_json(json.loads(self.identity_file.read_text(encoding="utf-8")))
+            value = json.loads(self.identity_file.read_text(encoding="utf-8"))
+            if value["schema"] != SCHEMA:
+                raise ValueError("it is of another version of foldsearch")
+            return from_json(Identity, value)
         except (OSError, ValueError, KeyError, TypeError) as error:
             remedy = "Put back a copy of it, or start a new run."
             what = f"'{printable(self.identity_file)}' cannot be read"
@@ -158,7 +161,7 @@ class RunFolder:
 
     def write_identity(self, identity: Identity) -> None:
         """Keep what the run is made of."""
-        write_json(self.identity_file, identity.to_json())
+        write_json(self.identity_file, {"schema": SCHEMA, **to_json(identity)})
 
     @contextmanager
     def held(self) -> Iterator[None]:

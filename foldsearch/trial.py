@@ -62,15 +62,7 @@ def run_trial(
         if isinstance(drafted, TrialResult):
             yield drafted
             return
-        recovery = proposal.recovery
-        record = TrialRecord(
-            drafted.plan,
-            recovery.learning_rate,
-            recovery.delta_rank,
-            proposal.fold.adapter_start,
-            drafted.gates,
-            (),
-        )
+        record = TrialRecord(proposal, drafted.plan, drafted.gates, ())
     cost = price(record.plan, context.table, context.target)
     with hold_plan(plan_path(context, record), context) as (free, owner):
         if owner is not None and owner != number:
@@ -221,7 +213,7 @@ class _Course:
         if not math.isfinite(quality.kl):
             raise Diverged(
                 f"the folded model's KL is {quality.kl} after {tokens} tokens of recovery at learning rate "
-                f"{self._record.learning_rate:g}. Lower the learning rate, or compute in float32."
+                f"{self._record.proposal.recovery.learning_rate:g}. Lower the learning rate, or compute in float32."
             )
         plan = self._record.plan
         if self._best is None or trained_for(plan, quality) < trained_for(plan, self._best):
@@ -237,8 +229,8 @@ class _Course:
                 # model, which is to be like it, and right for an extension, which is to become better.
                 wanted = EXTENSION_NEXT_TOKEN if record.plan.is_extension else 0.0
             training = RecoveryTraining(
-                learning_rate=record.learning_rate,
-                delta_rank=record.delta_rank,
+                learning_rate=record.proposal.recovery.learning_rate,
+                delta_rank=record.proposal.recovery.delta_rank,
                 next_token=wanted,
                 kl=study.recovery.kl,
                 tail=study.recovery.tail,
@@ -265,7 +257,7 @@ class _Course:
     def _go_back(self, recovery: Recovery) -> None:
         """Take up the kept state: the untrained one as it is attached anew, another one as it was written."""
         model = folded_model(self._record, self._context, self._folder, silent)
-        kept = attach(model, self._record.delta_rank, self._context.study.seed)
+        kept = attach(model, self._record.proposal.recovery.delta_rank, self._context.study.seed)
         if self._kept_tokens:
             load_trained(kept, self._folder.recovered)
         recovery.go_back(kept, self._rate)

@@ -27,6 +27,7 @@ from typing import Any
 
 import optuna
 
+from foldsearch.codec import to_json
 from foldsearch.errors import InputError, RunError
 from foldsearch.files import write_json
 from foldsearch.plan.front import hypervolume
@@ -128,7 +129,7 @@ def row_of(path: Path, space: str, seed: int, limits: Row) -> Row:
         "front": points,
         "dense": {"memory_bytes": run.dense.memory_bytes, "flops": run.dense.flops},
         "note": run.note,
-        "identity": made.to_json() if (made := run.identity()) else None,
+        "identity": to_json(run.identity()),
         "study": run.study.model_dump(mode="json"),
     }
 
