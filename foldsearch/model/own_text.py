@@ -122,10 +122,7 @@ def kept_text(
 
 
 def with_own_text(tokens: TokenSet, ids_NT: Tensor, kind: str, num_in_front: int) -> TokenSet:
-    """A token set with sequences that a model wrote, among the others by the hashes of their documents.
-
-    Each of the new sequences is a document of its own.
-    """
+    """A token set with sequences that a model wrote among the others, each of them a document of its own."""
     keys = [hashlib.sha256(f"own {ids_T}".encode()).hexdigest() for ids_T in ids_NT.tolist()]
     documents = (*tokens.documents, *keys)
     names = tuple(dict.fromkeys((*tokens.kinds.names, kind)))
@@ -141,5 +138,6 @@ def with_own_text(tokens: TokenSet, ids_NT: Tensor, kind: str, num_in_front: int
         torch.cat((tokens.text_NT.reshape(-1, ids_NT.shape[1]), text_NT)),
         kinds,
     )
-    # in the order of the hashes, like all sequences: the first ones are of every kind (the sort is stable)
-    return whole.of(sorted(range(len(document_N)), key=lambda row: documents[document_N[row]]))
+    # In turns, like the parts of a mixture: the first sequences, however many, hold own text in its share.
+    places = [(row + 0.5) / len(part) for part in (tokens.ids_NT, ids_NT) for row in range(len(part))]
+    return whole.of(sorted(range(len(places)), key=places.__getitem__))

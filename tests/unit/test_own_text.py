@@ -108,8 +108,9 @@ def test_own_sequences_stand_among_the_others_each_a_document_of_its_own_kind() 
     assert len(whole.document_N[is_own].unique()) == 4
     assert not whole.text_NT[is_own][:, 0].any()  # what is put in front is no text
     assert whole.text_NT[is_own][:, 1:].all()
-    keys = [whole.documents[index] for index in whole.document_N]
-    assert keys == sorted(keys)
+    # of any first part two in five are own text, rounded one way or the other
+    for first in range(1, 11):
+        assert abs(kinds[:first].count("own") - 0.4 * first) < 1
 
 
 def test_a_recovery_set_may_be_of_own_text_alone() -> None:
