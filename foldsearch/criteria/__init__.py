@@ -66,6 +66,7 @@ class Criterion:
     name: in a space and in the study. title: in reports. marker: of matplotlib, in pictures. source: the paper, or
     "ours". max_runs: how many runs of neighbours it may cut; None: any number. setting: its own, if it has one.
     is_simple: whether reports hold the search against it. is_fitted: whether it fits networks to text.
+    is_quick: whether it takes no longer than to measure a few plans.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Criterion:
     setting: Setting | None = None
     is_simple: bool = True
     is_fitted: bool = False
+    is_quick: bool = False
     module: str = ""  # where `choose` is, if not in the file of its name
 
     @property
@@ -107,12 +109,13 @@ CRITERIA: list[Criterion] = [
         setting=Setting("gate_eps", (0.5,)),
         is_simple=False,
     ),
-    Criterion("block_influence", "Block Influence", "s", "ShortGPT, arXiv 2403.03853"),
-    Criterion("window", "cosine window", "D", "LLM-Streamline, arXiv 2403.19135", max_runs=1),
+    Criterion("block_influence", "Block Influence", "s", "ShortGPT, arXiv 2403.03853", is_quick=True),
+    Criterion("window", "cosine window", "D", "LLM-Streamline, arXiv 2403.19135", max_runs=1, is_quick=True),
     Criterion("linear_window", "linear window", "d", "ours", max_runs=1, is_fitted=True),
     Criterion("greedy", "greedy", "^", "SLEB, arXiv 2402.09025"),
-    Criterion("uniform", "uniform", "P", "blocks at even distances"),
-    Criterion("random", "random", "X", "any blocks"),
+    Criterion("tail", "last blocks", "<", "arXiv 2403.17887, its simple form", max_runs=1, is_quick=True),
+    Criterion("uniform", "uniform", "P", "blocks at even distances", is_quick=True),
+    Criterion("random", "random", "X", "any blocks", is_quick=True),
     Criterion("evolution", "evolution", "v", "after EvoPress, arXiv 2410.14649"),
 ]
 

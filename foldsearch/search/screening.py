@@ -1,7 +1,7 @@
 """Before the trials: many plans, each healed and measured on little text in seconds; the best few are then trained.
 
 1. every block dropped alone: what each is worth;
-2. the rivals: what the criteria of the space choose, at a few counts;
+2. the rivals: what the quick criteria choose, at a few counts;
 3. rounds: plans that a model of all measured ones asks for (see `foldsearch.search.chain`) at every count that the
    budget allows, and moves around the plans that nothing beats so far;
 4. those that nothing beats at the end are promoted: the line of trials begins with them.
@@ -23,7 +23,7 @@ from typing import Any
 from foldsearch import cache
 from foldsearch.codec import from_json, to_json
 from foldsearch.context import TrialContext, open_workbench
-from foldsearch.criteria import CRITERIA, criterion_of
+from foldsearch.criteria import CRITERIA
 from foldsearch.draft import choose_blocks
 from foldsearch.errors import ModelError
 from foldsearch.fates import Drop
@@ -168,17 +168,17 @@ class Screening:
         return context.budget.admits(price(plan, context.table, context.target))
 
     def _rivals(self) -> Iterator[tuple[FoldPlan, str]]:
-        """The choices of the criteria that need no training."""
+        """The choices of the criteria that are quick, in the space or not: they cost nothing beside what they tell."""
         counts, num_blocks = self._counts(), len(self._context.table.blocks)
         if not counts:
             return
         last = len(counts) - 1
         asked = sorted({counts[round(i * last / (RIVAL_COUNTS - 1))] for i in range(RIVAL_COUNTS)})
-        for criterion in self._space.criteria:
-            if criterion_of(criterion).setting is None:
+        for criterion in CRITERIA:
+            if criterion.is_quick:
                 for count in asked:
-                    chosen = choose_blocks(Removed(criterion, count, Drop()), self._context, self._say)
-                    yield FoldPlan.dropping(chosen.blocks, num_blocks), criterion
+                    chosen = choose_blocks(Removed(criterion.name, count, Drop()), self._context, self._say)
+                    yield FoldPlan.dropping(chosen.blocks, num_blocks), criterion.name
 
     def _round(self) -> dict[FoldPlan, str]:
         """Plans that were not measured yet; none where nothing more is found."""
@@ -243,9 +243,8 @@ class Screening:
         return [found[i] for i in list(order)[: self._settings.promoted]]
 
     def best_rival(self) -> tuple[str, int] | None:
-        """Criterion and count of the plan of a criterion that is nearest the knee's size and best there."""
-        names = {criterion.name for criterion in CRITERIA}
-        rivals = [one for one in self.found if one.author in names and self._fits(one.plan)]
+        """Of the space's criteria that were asked, the one nearest the knee's size and best there; and its count."""
+        rivals = [one for one in self.found if one.author in self._space.criteria and self._fits(one.plan)]
         promoted = self.promoted()
         if not rivals or not promoted:
             return None

@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from foldsearch import criteria, rebuild, record
 from foldsearch import draft as drafts
-from foldsearch import rebuild, record
 from foldsearch import trial as trials
 from foldsearch.codec import from_json, to_json
 from foldsearch.context import TrialContext, open_workbench, read_splits
@@ -572,7 +572,7 @@ def test_a_fault_of_our_own_is_raised(context, monkeypatch):
 # ---- which blocks go
 
 
-CRITERIA = ["block_influence", "window", "greedy", "gate", "uniform", "random", "evolution", "linear_window"]
+CRITERIA = [criterion.name for criterion in criteria.CRITERIA]
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

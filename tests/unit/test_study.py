@@ -45,7 +45,16 @@ def test_every_shipped_study_loads_and_survives_json() -> None:
 def test_every_baseline_is_a_study_of_its_own() -> None:
     """One planner each, the same recovery; random search goes over everything."""
     names = {name.removeprefix("baselines/") for name in shipped("studies") if name.startswith("baselines/")}
-    assert names == {"uniform", "random", "influence", "window", "greedy", "evolution", "random-search"}
+    assert names == {
+        "uniform",
+        "random",
+        "influence",
+        "window",
+        "greedy",
+        "evolution",
+        "tail",
+        "random-search",
+    }
     for name in names - {"random-search"}:
         study = load_study(f"baselines/{name}")
         assert study.space.criteria == ("block_influence" if name == "influence" else name,)
@@ -118,7 +127,7 @@ a = 1
         "sampler: must be one of 'tpe', 'nsga2' or 'random'; got \"tpee\". Did you mean 'tpe'?",
         "space.removal: a range is written [from, to], the smaller number first; got [0.5, 0.1].",
         "space.criteria[0]: must be one of 'gate', 'block_influence', 'window', 'linear_window', 'greedy', "
-        "'uniform', 'random' or 'evolution'; got \"gates\". "
+        "'tail', 'uniform', 'random' or 'evolution'; got \"gates\". "
         "Did you mean 'gate'?",
         "space.groups.max_group: unknown key. Did you mean 'max_groups'?",
         "space.groups.group_sizes[0]: must be at least 2; got 1.",
