@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from math import floor, isfinite, log10
 from pathlib import Path
+from statistics import correlation
 
 from foldsearch.criteria import criterion_of
 from foldsearch.errors import RunError
@@ -19,6 +22,7 @@ from foldsearch.run import Run
 from foldsearch.search.records import Record, front, point, read_records
 from foldsearch.search.screened import Screened, read_screened, screened_by_count
 
+FEWEST_TO_RANK = 4  # plans, that an order of them says something
 SAME_COST = 1.02  # a baseline that costs a hair more is still the one to beat
 NO_ERROR = "± —: no standard error, as all texts of the split, or of the kind, are one document."
 
@@ -121,6 +125,30 @@ class RunView:
     def num_screened(self) -> int:
         """How many plans were healed and measured before any was trained."""
         return len(self._screened)
+
+    def agreements(self) -> list[Agreement]:
+        """How alike neighbouring measurements order the plans: screening and the first rung, each rung and the next.
+
+        Only where `FEWEST_TO_RANK` plans were measured in both.
+        """
+        told: list[tuple[str, dict[FoldPlan, float]]] = [
+            ("screening", {one.plan: one.quality.kl for one in self._screened})
+        ]
+        for rung, tokens in enumerate(self.folder.study.rungs):
+            kls = {
+                result.plan: result.quality.kl
+                for record in self.records
+                for result in record.results
+                if result.rung == rung and result.state == "measured" and result.quality is not None
+            }
+            told.append((f"{tokens:,} tokens", kls))
+        found = []
+        for (one, first), (other, second) in pairwise(told):
+            both = [plan for plan in first if plan in second]
+            if len(both) >= FEWEST_TO_RANK:
+                value = rank_correlation([first[plan] for plan in both], [second[plan] for plan in both])
+                found.append(Agreement(f"{one} and {other}", len(both), value))
+        return found
 
     def screened_by_count(self) -> dict[int, dict[str, Screened]]:
         """Of these, by the number of dropped blocks, the best of each criterion and of the search."""
@@ -248,6 +276,28 @@ class RunView:
             )
         # by the search texts: the report texts stay unseen by every choice
         return min(fitting, key=_kl)
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How alike two measurements order the plans that both have: Spearman's rank correlation, 1 for the same order."""
+
+    between: str
+    plans: int
+    correlation: float
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's: the correlation of ranks, equal values sharing theirs; 0 where all values of one are equal."""
+
+    def ranks(values: Sequence[float]) -> list[float]:
+        return [
+            sum(other < value for other in values) + sum(other == value for other in values) / 2
+            for value in values
+        ]
+
+    one, two = ranks(first), ranks(second)
+    return correlation(one, two) if len(set(one)) > 1 and len(set(two)) > 1 else 0.0
 
 
 def author(proposal: Proposal) -> str:

@@ -27,9 +27,11 @@ from foldsearch.proposal import Proposal
 from foldsearch.report import page, picture, terminal
 from foldsearch.report.colours import DROPPED, KEPT, PAIRS, REPLACED, paint
 from foldsearch.report.live import RunDisplay
-from foldsearch.report.view import NO_ERROR, Entry, RunView, author, counted
+from foldsearch.report.view import NO_ERROR, Entry, RunView, author, counted, rank_correlation
 from foldsearch.search import events, records
 from foldsearch.search.records import Record, note
+from foldsearch.search.screened import Screened, write_screened
+from tests.fake_trial import NUM_BLOCKS
 from tests.proposals import removing
 
 
@@ -726,3 +728,40 @@ def _play(display: RunDisplay, record: Record) -> None:
     display(events.TrialStarted(record.number, record.proposal, resumed=False))
     for result in record.results:
         display(events.RungDone(record.number, result))
+
+
+# ---- what was screened
+
+
+def test_ranks_by_hand() -> None:
+    """1 - 6 Σd² / (n (n² - 1)) without ties; the mean of their ranks with them."""
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1.0)
+    assert rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
+    assert rank_correlation([1, 2, 3, 4, 5], [2, 1, 4, 3, 5]) == pytest.approx(1 - 6 * 4 / (5 * 24))
+    assert rank_correlation([1, 1, 2], [5, 6, 7]) == pytest.approx(math.sqrt(3) / 2)  # ranks 1.5 1.5 3
+    assert rank_correlation([1, 1, 1], [1, 2, 3]) == 0.0
+
+
+def test_screened_plans_stand_beside_the_criteria(view: RunView) -> None:
+    quality = view.finished[0].quality
+
+    def screened(dropped: list[int], author: str, kl: float) -> Screened:
+        return Screened(FoldPlan.dropping(dropped, NUM_BLOCKS), author, replace(quality, kl=kl))
+
+    found = [
+        screened([3], "alone", 0.05),  # no criterion was asked at this count
+        screened([3, 4], "chain", 0.2),
+        screened([4, 5], "move", 0.1),
+        screened([1, 9], "uniform", 0.3),
+        screened([2, 3], "window", 0.15),
+        screened([1, 2, 3], "window", 0.4),
+    ]
+    write_screened(view.folder.screened, found)
+    try:
+        shown = text_of(terminal.front_report(RunView.open(view.folder.path), width=120))
+    finally:
+        view.folder.screened.unlink()
+    assert "KL of 6 plans that were healed and measured before any was trained" in shown
+    rows = [line.split() for line in shown[shown.index("KL of 6 plans") :].splitlines()[2:4]]
+    assert rows == [["2", "0.100", "0.150", "window"], ["3", "—", "0.400", "window"]]
+    assert "Rank correlation of KL between measurements" in shown
