@@ -50,7 +50,7 @@ def _recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     with Run.draft(path) as draft:
         records = Records(Run(draft, study, TABLE, note="fake <weights>").begin(path))
-    folder = records.folder
+    folder = records.run
     count = baseline_count(records.space, folder.table, folder.target, folder.budget)
     assert count == 4  # gate and greedy drop the same four: one measures the plan, the other knows it
     for criterion in ("gate", "block_influence", "window", "greedy"):

@@ -37,7 +37,7 @@ def write_run(path: Path, num_trials: int, *, seed: int = 0) -> Run:
     rng = random.Random(seed)
     plans: list[FoldPlan] = []
     records.study.add_trials([_trial(number, plans, rng, study, table) for number in range(num_trials)])
-    return records.folder
+    return records.run
 
 
 def _trial(

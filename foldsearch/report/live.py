@@ -236,23 +236,23 @@ class RunDisplay:
             Progress(event.num_ended, event.planned, 0.0, None),
             time.monotonic(),
         )
-        folder, study = event.folder, event.folder.study
-        self._dense = folder.dense
+        run, study = event.run, event.run.study
+        self._dense = run.dense
         planned = counted(event.planned, "trial") if event.planned is not None else "trials"
         limit = f" in at most {_duration(study.seconds)}" if study.seconds is not None else ""
         before = f", {event.num_ended} of them ended before" if event.num_ended else ""
         self._print(
             Text.assemble(
-                (printable(folder.path), "bold"),
-                f": {planned}{limit}{before}; {budget_words(folder)}, dense needs "
-                f"{gb(folder.dense.memory_bytes, folder.dense)} GB and {folder.dense.flops:.3g} FLOPs per token",
+                (printable(run.path), "bold"),
+                f": {planned}{limit}{before}; {budget_words(run)}, dense needs "
+                f"{gb(run.dense.memory_bytes, run.dense)} GB and {run.dense.flops:.3g} FLOPs per token",
             )
         )
         rungs = ", ".join(f"{tokens:,}" for tokens in study.rungs)
         healed = f"healing on {study.healing.tokens:,} tokens and " if study.healing.tokens else ""
         words = f"after {healed}recovery on {rungs} tokens, is measured on the search texts"
         self._print(Text(f"KL to dense in nats per token, {words}"))
-        heads = f"{'trial':>5}  {'by':<{_BY_WIDTH}}  {ruler(folder.num_blocks):<{folder.num_blocks}}  {'GB':>7}  KL"
+        heads = f"{'trial':>5}  {'by':<{_BY_WIDTH}}  {ruler(run.num_blocks):<{run.num_blocks}}  {'GB':>7}  KL"
         self._print(Text(heads, style="bold", no_wrap=True))
 
     def _end(self, number: int, outcome: Text) -> None:

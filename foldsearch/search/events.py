@@ -34,7 +34,7 @@ class Preparing(Event):
 class SearchStarted(Event):
     """Trials begin. num_ended: trials of earlier processes of this run. planned: None if only time ends it."""
 
-    folder: Run
+    run: Run
     num_ended: int
     planned: int | None
 
@@ -132,7 +132,7 @@ class SearchDone(Event):
     trials whose plans were trained.
     """
 
-    folder: Run
+    run: Run
     num_finished: int
     num_stopped: int
     num_cut: int
@@ -149,7 +149,7 @@ class SearchDone(Event):
 class SearchInterrupted(Event):
     """Ctrl-C: nothing that was finished is lost. resume: the command that goes on."""
 
-    folder: Run
+    run: Run
     num_running: int
     resume: str
 

@@ -47,7 +47,7 @@ class Pace:
     measured it.
     """
 
-    folder: Run
+    run: Run
     token_seconds: float
     _rungs: dict[int, _Observed] = field(default_factory=dict)
     _gates: list[float] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Pace:
     def look_at(self, records: list[Record]) -> None:
         """Learn from the results so far."""
         self._rungs, self._gates = {}, []
-        study = self.folder.study
+        study = self.run.study
         for record in records:
             before = 0.0
             for result in record.results:
@@ -76,12 +76,12 @@ class Pace:
         observed = self._rungs.get(number)
         if observed is not None and observed.shares:
             return observed.seconds / observed.shares * self._share(cost)
-        return self._token() * rung_work(self.folder.study, number) * self._share(cost)
+        return self._token() * rung_work(self.run.study, number) * self._share(cost)
 
     def whole(self, proposal: Proposal, *, first_rung: int = 0, cached_gates: bool = False) -> float:
         """Seconds that a trial of this proposal takes from a rung on, if nothing stops it."""
-        cost = lower_bound(proposal, self.folder.table, self.folder.target)
-        seconds = sum(self.rung(rung, cost) for rung in range(first_rung, len(self.folder.study.rungs)))
+        cost = lower_bound(proposal, self.run.table, self.run.target)
+        seconds = sum(self.rung(rung, cost) for rung in range(first_rung, len(self.run.study.rungs)))
         removed = proposal.removed
         if removed is not None and removed.criterion == "gate" and not first_rung and not cached_gates:
             seconds += self._gate()
@@ -90,7 +90,7 @@ class Pace:
     def _gate(self) -> float:
         if self._gates:
             return sum(self._gates) / len(self._gates)
-        return self._token() * TRAINING * self.folder.study.gates.steps * GATE_STEP_TOKENS
+        return self._token() * TRAINING * self.run.study.gates.steps * GATE_STEP_TOKENS
 
     def _token(self) -> float:
         work = sum(observed.work for observed in self._rungs.values())
@@ -98,5 +98,5 @@ class Pace:
         return seconds / work if work else self.token_seconds
 
     def _share(self, cost: Cost) -> float:
-        head, dense = self.folder.table.head_macs, self.folder.dense
+        head, dense = self.run.table.head_macs, self.run.dense
         return (cost.prefill_macs + head) / (dense.prefill_macs + head)

@@ -59,17 +59,15 @@ class Line:
             token_seconds: see `Pace`; 0 where it is not known.
         """
         self.records = records
-        folder = records.folder
-        self.study = folder.study
+        run = records.run
+        self.study = run.study
         self._before = records.elapsed
         self._began = time.monotonic() - spent
         self._failed_before = {record.number for record in records.all() if record.state == "failed"}
         self.is_over = False  # a trial was cut: its next step would have ended after the time is up
         self._since: dict[int, float] = {}  # trials that run: when they began, or ended their latest rung
         job_macs = MACS_PER_SECOND * max(1.0, num_cpus() / self.study.jobs)
-        self.pace = Pace(
-            folder, token_seconds or (folder.dense.prefill_macs + folder.table.head_macs) / job_macs
-        )
+        self.pace = Pace(run, token_seconds or (run.dense.prefill_macs + run.table.head_macs) / job_macs)
         self.pace.look_at(records.all())
         if not records.all():
             self._begin(screened)
@@ -83,10 +81,8 @@ class Line:
             if (rival := screened.best_rival()) is not None:
                 self.records.queue(*rival)
             return
-        folder = self.records.folder
-        for criterion, count, origin in first_trials(
-            self.records.space, folder.table, folder.target, folder.budget
-        ):
+        run = self.records.run
+        for criterion, count, origin in first_trials(self.records.space, run.table, run.target, run.budget):
             self.records.queue(criterion, count, origin=origin)
 
     # ---- the clock
@@ -177,16 +173,16 @@ class Line:
 
     def _typical(self) -> float:
         """Seconds of a trial that nobody stops: of a baseline, with its share of the gates that are trained."""
-        space, folder = self.records.space, self.records.folder
-        count = baseline_count(space, folder.table, folder.target, folder.budget)
-        count = max(1, space.counts(folder.num_blocks)[0]) if count is None else count
+        space, run = self.records.space, self.records.run
+        count = baseline_count(space, run.table, run.target, run.budget)
+        count = max(1, space.counts(run.num_blocks)[0]) if count is None else count
         criteria = space.criteria
-        every = [self.pace.whole(baseline(space, name, count, folder.num_blocks)) for name in criteria]
+        every = [self.pace.whole(baseline(space, name, count, run.num_blocks)) for name in criteria]
         return sum(every) / len(every)
 
     def _baseline_seconds(self, criterion: str, count: int) -> float:
         """Of a closing trial; a plan that is known takes no time."""
-        plain = baseline(self.records.space, criterion, count, self.records.folder.num_blocks)
+        plain = baseline(self.records.space, criterion, count, self.records.run.num_blocks)
         return 0.0 if self.records.foretell(plain) is not None else self.pace.whole(plain)
 
     def _under_way(self) -> float:
@@ -203,7 +199,7 @@ class Line:
 
     def begin_words(self) -> str:
         """What cannot be done in the time, before it begins; empty where all can."""
-        seconds, again = self.study.seconds, command("resume", self.records.folder.path, "--time")
+        seconds, again = self.study.seconds, command("resume", self.records.run.path, "--time")
         if seconds is None:
             return ""
         if self.left <= 0:
@@ -243,7 +239,7 @@ class Line:
             words.append(f"of the comparison at the end this was left out: {shown}")
         if not words:
             return ""
-        again = command("resume", self.records.folder.path, "--time")
+        again = command("resume", self.records.run.path, "--time")
         return f"Not all fits into {clock(self.study.seconds)}: {'; '.join(words)}. Go on with: {again} T"
 
     def _failing(self) -> str:
@@ -264,7 +260,7 @@ def missing_baselines(records: Records) -> list[tuple[str, int]]:
         (removed.criterion, removed.count)
         for record in known
         if record.proposal is not None and (removed := record.removed) is not None
-        if is_baseline(record.proposal, records.space, records.folder.num_blocks)
+        if is_baseline(record.proposal, records.space, records.run.num_blocks)
         if record.state in ("finished", "failed") or record.exempt
     }
     return [
@@ -282,13 +278,13 @@ def _promising(records: Records, known: list[Record]) -> list[int]:
     points = [point(last, records.objectives) for last in ends]
     added = contributions(normalise(points), [1.1] * len(points[0]))
     order = (knee(points), *sorted(range(len(points)), key=lambda i: -added[i]))
-    space, folder = records.space, records.folder
-    fewest, most = space.counts(folder.num_blocks)
+    space, run = records.space, records.run
+    fewest, most = space.counts(run.num_blocks)
     fate = fate_named(
         space.fates[0]
     )  # of the baselines: how many blocks one would remove to get as far as the plan
     counts = dict.fromkeys(len(fate.undo(ends[i].plan)[0]) for i in order)
-    terms = (folder.table, folder.target, folder.budget)
+    terms = (run.table, run.target, run.budget)
     return [c for c in counts if max(1, fewest) <= c <= most and baseline_fits(space, c, *terms)][
         :CLOSING_COUNTS
     ]

@@ -129,17 +129,17 @@ def point(result: TrialResult, objectives: Sequence[Objective]) -> tuple[float, 
     return tuple(values[name] for name in objectives)
 
 
-def read_records(folder: Run) -> list[Record]:
+def read_records(run: Run) -> list[Record]:
     """Every trial of a run so far, by number; safe while the run goes on.
 
     Raises:
         RunError: the file that holds them is damaged.
     """
-    if not folder.storage.is_file():
+    if not run.storage.is_file():
         return []
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        study = optuna.load_study(study_name=STUDY_NAME, storage=open_storage(folder))
+        study = optuna.load_study(study_name=STUDY_NAME, storage=open_storage(run))
     except KeyError:  # the file is there and the study is not yet: the run was stopped in between
         return []
     return [_record(trial) for trial in study.get_trials(deepcopy=False)]
@@ -154,20 +154,20 @@ class Records:
         BudgetError: no plan of the space can keep the budget.
     """
 
-    def __init__(self, folder: Run) -> None:
-        self.folder = folder
-        self.objectives: tuple[Objective, ...] = folder.study.objectives
-        self.space: Space = narrow(folder.study.space, folder.table, folder.target, folder.budget)
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.objectives: tuple[Objective, ...] = run.study.objectives
+        self.space: Space = narrow(run.study.space, run.table, run.target, run.budget)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.study = optuna.create_study(
             study_name=STUDY_NAME,
-            storage=open_storage(folder),
+            storage=open_storage(run),
             directions=["minimize"] * len(self.objectives),
             load_if_exists=True,
         )
         # The run's lock makes this process the only writer, so what it knows need not be read again.
         trials = self.study.get_trials(deepcopy=False)
-        self.study.sampler = _sampler(folder.study, len(trials))
+        self.study.sampler = _sampler(run.study, len(trials))
         self._records = [_record(trial) for trial in trials]
         self._front = front(self._records, self.objectives)
         self._trials = {
@@ -202,7 +202,7 @@ class Records:
     ) -> None:
         """Put a trial first in line: a baseline of the space, with the best setting of its criterion so far."""
         plain = plain_answers(self.space, criterion, num_removed, self._best_setting(criterion))
-        propose(plain, self.space, self.folder.num_blocks)
+        propose(plain, self.space, self.run.num_blocks)
         self.study.enqueue_trial(plain.answers, user_attrs={"origin": origin, "closing": closing})
         self._records.append(Record(len(self._records), "waiting", None, (), closing=closing))
 
@@ -290,20 +290,20 @@ class Records:
             if (proposal := self._propose(trial)) is not None:
                 return trial.number, proposal
         raise BudgetError(
-            f"{_REJECTS} proposals in a row could not keep the budget {self.folder.budget}. "
+            f"{_REJECTS} proposals in a row could not keep the budget {self.run.budget}. "
             "Raise the budget, or widen the space (groups.max_groups, groups.adapter_ranks)."
         )
 
     def _propose(self, trial: optuna.Trial) -> Proposal | None:
-        folder = self.folder
+        run = self.run
         origin: Origin = trial.user_attrs.get("origin", "sampler")
         drawn = self._neighbour(trial) if origin == "sampler" else self._given(trial)
         if drawn is None:
-            suggested = propose(_Suggest(trial), self.space, folder.num_blocks, origin=origin)
-            drawn = repair(suggested, self.space, folder.table, folder.target, folder.budget)
+            suggested = propose(_Suggest(trial), self.space, run.num_blocks, origin=origin)
+            drawn = repair(suggested, self.space, run.table, run.target, run.budget)
             if drawn is None:
                 self._set_proposal(trial.number, suggested)
-                self._reject(trial.number, lower_bound(suggested, folder.table, folder.target))
+                self._reject(trial.number, lower_bound(suggested, run.table, run.target))
                 return None
             other = self.foretell(drawn) if origin == "sampler" else None
             if other is not None and self._redraws <= _REDRAWS:  # one more, where there was no neighbour
@@ -363,7 +363,7 @@ class Records:
             if other.ranking == fold.removed.ranking:
                 blocks, bases = other.fate.undo(result.plan)
                 if bases or not fold.removed.fate.needs_bases:
-                    return fold_plan(blocks, fold, self.folder.num_blocks, bases=bases)
+                    return fold_plan(blocks, fold, self.run.num_blocks, bases=bases)
         return None
 
     def _neighbour(self, trial: optuna.Trial) -> Proposal | None:
@@ -372,9 +372,9 @@ class Records:
         In any case after too many suggestions that were repeats. Never under NSGA-II: it crosses only the parameters
         that all trials have, and a neighbour has two.
         """
-        if self.folder.study.sampler == "nsga2":
+        if self.run.study.sampler == "nsga2":
             return None
-        rng = random.Random(f"{self.folder.study.seed} {trial.number}")
+        rng = random.Random(f"{self.run.study.seed} {trial.number}")
         if rng.random() >= self.space.neighbour_share and self._redraws < _REDRAWS:
             return None
         records = self._records
@@ -382,15 +382,15 @@ class Records:
             return None
         tried = {record.last.plan for record in records if record.last is not None}
         tried |= {record.proposal.plan for record in records if record.proposal and record.proposal.plan}
-        tried.add(FoldPlan.identity(self.folder.num_blocks))
+        tried.add(FoldPlan.identity(self.run.num_blocks))
         for _ in range(_NEIGHBOUR_TRIES):
             parent = rng.choice(parents)
             assert parent.last is not None
             assert parent.proposal is not None
             plan = neighbour(parent.last.plan, rng)
-            if plan is None or plan in tried or not can_run(plan, self.folder.table, self.folder.target):
+            if plan is None or plan in tried or not can_run(plan, self.run.table, self.run.target):
                 continue
-            if self.folder.budget.admits(price(plan, self.folder.table, self.folder.target)):
+            if self.run.budget.admits(price(plan, self.run.table, self.run.target)):
                 given = Given(plan, parent.proposal.fold.adapter_start)
                 return Proposal(given, propose_recovery(_Suggest(trial), self.space), "neighbour")
         return None
@@ -468,7 +468,7 @@ class Records:
         proposal, removed = record.proposal, record.removed
         if proposal is None or proposal.origin not in ("baseline", "start") or record.closing:
             return
-        if removed is not None and removed.count < self.space.counts(self.folder.num_blocks)[1]:
+        if removed is not None and removed.count < self.space.counts(self.run.num_blocks)[1]:
             self.queue(removed.criterion, removed.count + 1, origin=proposal.origin)
 
     def cut(self, number: int, reason: str) -> None:
@@ -484,9 +484,7 @@ class Records:
     def _reject(self, number: int, cost: Cost) -> None:
         """PRUNED with constraints: a sampler learns from it where feasible plans end (from FAIL it would not)."""
         self._price(number, cost)
-        words = ", ".join(
-            f"{name} {above:+.1%}" for name, above in self.folder.budget.violations(cost).items()
-        )
+        words = ", ".join(f"{name} {above:+.1%}" for name, above in self.run.budget.violations(cost).items())
         self._end(number, "infeasible", TrialState.PRUNED, f"above the budget: {words}")
 
     # ---- writing
@@ -516,7 +514,7 @@ class Records:
             self._trials[number].set_user_attr(name, value)
 
     def _price(self, number: int, cost: Cost) -> None:
-        violations = self.folder.budget.violations(cost)
+        violations = self.run.budget.violations(cost)
         trial = self._trials[number]
         for name, above in violations.items():
             trial.set_constraint(name, above)
@@ -594,14 +592,14 @@ def _record(trial: FrozenTrial) -> Record:
     )
 
 
-def open_storage(folder: Run) -> optuna.storages.RDBStorage:
+def open_storage(run: Run) -> optuna.storages.RDBStorage:
     """The file that holds the trials of a run.
 
     Raises:
         RunError: it is damaged.
     """
     # Never as part of the URL: there `?`, `#` and `%` mean something, and Optuna fills in what stands in braces.
-    file = folder.storage.resolve()
+    file = run.storage.resolve()
     try:
         storage = optuna.storages.RDBStorage(
             "sqlite://",
@@ -615,7 +613,7 @@ def open_storage(folder: Run) -> optuna.storages.RDBStorage:
             raise
         raise RunError(
             quote_error(
-                f"the trials of a run are in its {folder.storage.name}, but '{printable(folder.storage)}' is damaged",
+                f"the trials of a run are in its {run.storage.name}, but '{printable(run.storage)}' is damaged",
                 error.orig or error,
                 "Put back a copy of it, or start a new run.",
             )

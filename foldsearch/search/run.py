@@ -204,7 +204,7 @@ def _search(context: Any, trial: str, on_event: OnEvent) -> None:
     )
     if words := line.begin_words():
         on_event(Notice(words))
-    Search(records, line, on_event).run(replace(context, threads=threads), trial)
+    Search(records, line, on_event).run_trials(replace(context, threads=threads), trial)
 
 
 def _screened(records: Records, context: Any, asking: float, on_event: OnEvent) -> Screening | None:
@@ -214,7 +214,7 @@ def _screened(records: Records, context: Any, asking: float, on_event: OnEvent) 
         can_be_screened,
     )
 
-    study = records.folder.study
+    study = records.run.study
     is_real = getattr(context, "files", None) is not None
     if records.all() or not (study.screen.plans and is_real and can_be_screened(records.space)):
         return None
@@ -226,7 +226,7 @@ def _screened(records: Records, context: Any, asking: float, on_event: OnEvent) 
         progress=lambda stage, share: on_event(Preparing(stage, share)),
     )
     found = screening.run()
-    write_screened(records.folder.screened, found)
+    write_screened(records.run.screened, found)
     records.note_screened(len(found), len(screening.promoted()))
     return screening
 
@@ -238,16 +238,16 @@ class Search:
         """`on_event`: told what happens."""
         self.records = records
         self.line = line
-        self.folder = records.folder
+        self.run = records.run
         self._tell = on_event
         self._error: BaseException | None = None
 
-    def run(self, context: Any, trial: str) -> None:
+    def run_trials(self, context: Any, trial: str) -> None:
         """Run trials until the line is empty."""
         known = self.records.all()
         ended_before = sum(record.ended for record in known)
-        self._tell(SearchStarted(self.folder, ended_before, self.line.planned()))
-        study = self.folder.study
+        self._tell(SearchStarted(self.run, ended_before, self.line.planned()))
+        study = self.run.study
         cpus = max(num_cpus(), study.jobs)
         gpus = num_gpus() if context.device == "cuda" else 0
         try:
@@ -286,7 +286,7 @@ class Search:
         states = [record.state for record in known]
         self._tell(
             SearchDone(
-                self.folder,
+                self.run,
                 num_finished=states.count("finished"),
                 num_stopped=sum(record.state == "stopped" and not record.cut for record in known),
                 num_cut=sum(record.cut for record in known),
@@ -325,7 +325,7 @@ class Search:
             case DiskIsFull(reason):
                 raise RunError(
                     f"trial {number} could not be written: {reason}\nFree some space; nothing that was finished is "
-                    f"lost. Go on with: {command('resume', self.folder.path)}"
+                    f"lost. Go on with: {command('resume', self.run.path)}"
                 )
             case EndedEarly(reason):
                 self._end_early(number, reason)
@@ -371,7 +371,7 @@ class Search:
 
     def _is_halved(self, number: int, result: TrialResult) -> bool:
         """Whether a trial is stopped at this rung, beside what others reached there; if so, it is told."""
-        settings = self.folder.study.halving
+        settings = self.run.study.halving
         # Halving wants quality first, in whichever order the study names its objectives.
         objectives = sorted(self.records.objectives, key=OBJECTIVES.index)
         known = self.records.all()
@@ -395,7 +395,7 @@ class Search:
         )
         if not decision.goes_on:
             # Healed matrices are large, and nobody exports a trial that was stopped. Who goes on with it heals again.
-            self.folder.trial(number).start.unlink(missing_ok=True)
+            self.run.trial(number).start.unlink(missing_ok=True)
             self.records.stop(number, decision.reason)
             self._ended(TrialStopped(number, result, decision.reason))
         return not decision.goes_on
@@ -404,7 +404,7 @@ class Search:
         """A worker has the trial."""
         record = self.records.get(number)
         assert record.proposal is not None
-        self.folder.trial(number).progress.unlink(missing_ok=True)  # of an earlier process
+        self.run.trial(number).progress.unlink(missing_ok=True)  # of an earlier process
         self.line.began(number)
         self._tell(TrialStarted(number, record.proposal, resumed=bool(record.results)))
 
@@ -420,7 +420,7 @@ class Search:
     def progress(self, number: int) -> None:
         """Pass on what the worker wrote about where it is."""
         try:
-            value = json.loads(self.folder.trial(number).progress.read_text())
+            value = json.loads(self.run.trial(number).progress.read_text())
         except (OSError, ValueError):
             return  # none yet
         self._tell(TrialProgress(number, value["phase"], value["share"]))

@@ -66,9 +66,7 @@ def test_the_dashboard_shows_trials_constraints_and_notes_live(board: str, run_p
     writer = Records(Run.open(run_path))
     number, proposal = writer.ask()
     for rung in range(3):
-        writer.record(
-            number, result_of(last.plan, writer.folder.study, rung, proposal.recovery.learning_rate)
-        )
+        writer.record(number, result_of(last.plan, writer.run.study, rung, proposal.recovery.learning_rate))
     writer.finish(number)
     until = time.monotonic() + 60
     while True:  # the dashboard reads the storage again every two seconds

@@ -143,6 +143,7 @@ def test_reports_name_the_run_the_model_and_the_text_as_they_are(
     monkeypatch.setenv("COLUMNS", "500")  # lines of prose stay whole
     study = json.loads((run_path / "study.json").read_text())
     study["study"]["model"] = study["study"]["data"] = f"{name}/m[/red]"
+    study["study"]["kinds"]["unseen"] = []  # of one text there is one kind
     (run_path / "study.json").write_text(json.dumps(study))
     os.rename(run_path, here / name)
     path, typed, model = Path(name), f"./{name}", f"{printable(name)}/m[/red]"

@@ -57,7 +57,7 @@ def records(tmp_path: Path, study: Study) -> Records:
 
 def frozen(records: Records, number: int) -> optuna.trial.FrozenTrial:
     """The trial as another process reads it from the file."""
-    url = f"sqlite:///{records.folder.storage}"
+    url = f"sqlite:///{records.run.storage}"
     return optuna.load_study(study_name=STUDY_NAME, storage=url).get_trials()[number]
 
 
@@ -66,7 +66,7 @@ def plan_of(proposal: Proposal) -> FoldPlan:
 
 
 def run_whole(records: Records, number: int, proposal: Proposal) -> None:
-    study = records.folder.study
+    study = records.run.study
     for rung in range(len(study.rungs)):
         records.record(number, result_of(plan_of(proposal), study, rung, proposal.recovery.learning_rate))
     records.finish(number)
@@ -94,7 +94,7 @@ def test_a_trial_that_reached_the_last_rung_is_complete(records: Records, study:
     assert trial.values == [last.quality.kl, last.cost.memory_bytes / 1e9, last.cost.flops]
     assert trial.constraints["memory"] == last.cost.memory_bytes / 7e6 - 1
     assert trial.system_attrs["constraints"] == [trial.constraints["memory"]]  # the dashboard's key
-    record = read_records(records.folder)[number]
+    record = read_records(records.run)[number]
     assert record == records.get(number)
     assert (record.state, record.proposal, record.last) == ("finished", proposal, last)
 
@@ -102,7 +102,7 @@ def test_a_trial_that_reached_the_last_rung_is_complete(records: Records, study:
 def test_the_dashboard_finds_metric_names_and_notes(records: Records, study: Study) -> None:
     number, proposal = records.ask()
     run_whole(records, number, proposal)
-    loaded = optuna.load_study(study_name=STUDY_NAME, storage=f"sqlite:///{records.folder.storage}")
+    loaded = optuna.load_study(study_name=STUDY_NAME, storage=f"sqlite:///{records.run.storage}")
     assert loaded.metric_names == ["KL to dense (nats per token)", "memory (GB)", "FLOPs per token"]
     trial = loaded.get_trials()[number]
     text = get_note(optuna.Trial(loaded, trial._trial_id))
@@ -144,7 +144,7 @@ def test_the_front_grows_by_one_trial_at_a_time(
 
 def test_a_plan_that_is_read_at_every_rung_is_made_once(records: Records) -> None:
     run_whole(records, *records.ask())
-    (record,) = read_records(records.folder)
+    (record,) = read_records(records.run)
     assert len({id(result.plan) for result in record.results}) == 1
 
 
@@ -167,7 +167,7 @@ def test_failures_are_rows_with_their_reason(records: Records, study: Study, sta
     records.record(number, replace(result, state=state))  # type: ignore[arg-type]
     assert records.finish(number) == "failed"
     assert frozen(records, number).state == TrialState.FAIL
-    assert read_records(records.folder)[number].reason == f"{state}: loss is nan"
+    assert read_records(records.run)[number].reason == f"{state}: loss is nan"
 
 
 def test_stopped_trials_are_pruned_and_never_on_the_front(records: Records, study: Study) -> None:
@@ -179,7 +179,7 @@ def test_stopped_trials_are_pruned_and_never_on_the_front(records: Records, stud
     trial = frozen(records, number)
     assert trial.state == TrialState.PRUNED
     assert trial.user_attrs["stopped_at_rung"] == 1
-    record = read_records(records.folder)[number]
+    record = read_records(records.run)[number]
     assert (record.state, record.reason) == ("stopped", "place 3 of 4")
     assert front([record]) == []
 
@@ -192,7 +192,7 @@ def test_infeasible_trials_are_pruned_with_their_constraints(records: Records, s
     trial = frozen(records, number)
     assert trial.state == TrialState.PRUNED
     assert trial.constraints["memory"] == pytest.approx(result.cost.memory_bytes / 7e6 - 1)
-    assert read_records(records.folder)[number].state == "infeasible"
+    assert read_records(records.run)[number].state == "infeasible"
 
 
 def test_a_known_plan_is_complete_but_once_on_the_front(records: Records, study: Study) -> None:
@@ -223,7 +223,7 @@ def test_figures_are_told_of_the_settings_that_they_came_from(records: Records) 
     assert records.finish(number) == "repeat"
     trial = frozen(records, number)
     assert (trial.state, trial.values, trial.user_attrs["repeats"]) == (TrialState.FAIL, None, 0)
-    record = read_records(records.folder)[number]
+    record = read_records(records.run)[number]
     assert record == records.get(number)
     assert (record.state, record.reason, record.is_trial) == ("repeat", "the plan of trial 0", True)
     assert number not in {one.number for one in records.front()}
@@ -252,7 +252,7 @@ def test_a_plan_counts_once_with_the_best_of_its_starts(tmp_path: Path) -> None:
     while len(kl_of) < 2:
         number, proposal = records.ask()
         for rung in range(3):
-            result = result_of(plan_of(proposal), records.folder.study, rung)
+            result = result_of(plan_of(proposal), records.run.study, rung)
             assert result.quality is not None
             kl = result.quality.kl - (proposal.fold.adapter_start == "data")
             records.record(number, replace(result, quality=replace(result.quality, kl=kl)))
@@ -363,13 +363,12 @@ def test_the_front_is_what_nothing_dominates(records: Records, study: Study) -> 
 
 def test_each_criterion_comes_first_at_the_count_that_just_fits(records: Records) -> None:
     line = Line(records)
-    folder = records.folder
+    folder = records.run
     count = baseline_count(records.space, folder.table, folder.target, folder.budget)
     assert count is not None
-    budget = records.folder.budget
+    budget = records.run.budget
     costs = {
-        k: result_of(FoldPlan.dropping(range(k), NUM_BLOCKS), records.folder.study, 0).cost
-        for k in range(1, 12)
+        k: result_of(FoldPlan.dropping(range(k), NUM_BLOCKS), records.run.study, 0).cost for k in range(1, 12)
     }
     assert count == min(k for k, cost in costs.items() if budget.admits(cost))
     first = [line.next(num_running=0) for _ in range(4)]
@@ -410,11 +409,11 @@ def test_a_baseline_that_misses_the_budget_is_tried_with_one_block_more(tmp_path
     """Counts are chosen by a bound; blocks of other prices may not keep it."""
     records = Records(new_run(tmp_path / "run", small_study(trials=1)))
     Line(records)
-    count = baseline_count(records.space, TABLE, records.folder.target, records.folder.budget)
+    count = baseline_count(records.space, TABLE, records.run.target, records.run.budget)
     number, proposal = records.ask()
     if origin == "start":
         records._set_proposal(number, replace(proposal, origin="start"))
-    over = replace(result_of(FoldPlan.identity(NUM_BLOCKS), records.folder.study, 0), quality=None)
+    over = replace(result_of(FoldPlan.identity(NUM_BLOCKS), records.run.study, 0), quality=None)
     records.record(number, replace(over, state="infeasible"))
     assert records.finish(number) == "infeasible"
     proposals = [records.ask()[1] for _ in range(4)]
@@ -431,7 +430,7 @@ def test_a_baseline_at_the_most_blocks_is_not_tried_with_more(tmp_path: Path) ->
     Line(records)
     asked = [records.ask() for _ in records.all()]
     number = next(number for number, proposal in asked if count_of(proposal) == most)
-    over = replace(result_of(FoldPlan.identity(NUM_BLOCKS), records.folder.study, 0), quality=None)
+    over = replace(result_of(FoldPlan.identity(NUM_BLOCKS), records.run.study, 0), quality=None)
     records.record(number, replace(over, state="infeasible"))
     assert records.finish(number) == "infeasible"
     assert not records.anyone_waits
@@ -454,8 +453,8 @@ def test_seconds_end_the_search(tmp_path: Path, study: Study) -> None:
 
 def test_seconds_are_counted_over_processes(records: Records) -> None:
     records.note_elapsed(12.5)
-    assert Records(records.folder).elapsed == 12.5
-    assert Line(Records(records.folder)).elapsed() >= 12.5
+    assert Records(records.run).elapsed == 12.5
+    assert Line(Records(records.run)).elapsed() >= 12.5
 
 
 def test_all_that_is_asked_for_fits_and_neighbours_are_among_it(tmp_path: Path, study: Study) -> None:
@@ -465,7 +464,7 @@ def test_all_that_is_asked_for_fits_and_neighbours_are_among_it(tmp_path: Path, 
     records = Records(new_run(tmp_path / "neighbours", study))
     proposals = run_line(records)
     plans = [plan_of(proposal) for proposal in proposals]
-    assert all(records.folder.budget.admits(result_of(plan, study, 0).cost) for plan in plans)
+    assert all(records.run.budget.admits(result_of(plan, study, 0).cost) for plan in plans)
     neighbours = [plan for plan, p in zip(plans, proposals, strict=True) if p.origin == "neighbour"]
     assert len(neighbours) > 5
     assert len(set(neighbours)) == len(neighbours)
@@ -493,7 +492,7 @@ def test_reopened_it_goes_on_and_repeats_no_suggestion(records: Records, study: 
     first = [records.ask() for _ in range(3)]
     run_whole(records, *first[0])
     records.record(first[1][0], result_of(plan_of(first[1][1]), study, 0))
-    again = Records(records.folder)
+    again = Records(records.run)
     assert again.all() == records.all()
     assert again.ask() == first[1]  # interrupted after its first rung
     assert again.ask() == first[2]  # interrupted before it
@@ -506,7 +505,7 @@ def test_a_trial_that_was_only_not_told_is_told(records: Records, study: Study) 
     number, proposal = records.ask()
     for rung in range(3):
         records.record(number, result_of(plan_of(proposal), study, rung))
-    again = Records(records.folder)
+    again = Records(records.run)
     assert again.ask()[0] == number + 1
     assert again.get(number).state == "finished"
     assert frozen(again, number).state == TrialState.COMPLETE
@@ -514,7 +513,7 @@ def test_a_trial_that_was_only_not_told_is_told(records: Records, study: Study) 
 
 def test_a_trial_that_was_killed_while_it_was_proposed_is_proposed_again(records: Records) -> None:
     trial = records.study.ask()
-    number, proposal = Records(records.folder).ask()
+    number, proposal = Records(records.run).ask()
     assert number == trial.number
     assert proposal.origin == "sampler"
 
@@ -607,7 +606,7 @@ def test_a_dry_run_says_what_a_run_would_find(tmp_path: Path, study: Study) -> N
     found = plan_search(study, TABLE, num_proposals=2000)
     records = Records(new_run(tmp_path / "run", study))
     assert found.counts == records.space.counts(NUM_BLOCKS)
-    assert found.dense == records.folder.dense
+    assert found.dense == records.run.dense
     assert found.smallest_cost == price(found.smallest, TABLE, study.target.value())
     assert 0 < found.feasible_share < 1
     assert found.notice == ""
@@ -647,7 +646,7 @@ def test_every_neighbour_can_be_folded(tmp_path: Path, monkeypatch: pytest.Monke
     line = Line(records)
     for _ in range(2):  # the baseline, and the far end of the front
         run_whole(records, *line.next(num_running=0))
-    assert records.folder.table.width == 100
+    assert records.run.table.width == 100
     moves = iter(["0-10 11=9+r128+n", "0-10 11=9+r64+n"])
     monkeypatch.setattr(
         "foldsearch.search.records.neighbour", lambda plan, rng: FoldPlan.parse(next(moves), NUM_BLOCKS)

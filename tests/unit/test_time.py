@@ -126,11 +126,11 @@ def test_a_time_too_short_for_one_trial_is_said_and_gives_what_it_can(tmp_path: 
     assert [record.state for record in begun] == ["stopped", "stopped"]
     assert [len(record.results) for record in begun] == [2, 2]
     assert records.front() == []
-    assert read_records(records.folder) == records.all()
+    assert read_records(records.run) == records.all()
     assert "trial 0, 1 did not end; 2 of those to begin with did not begin" in line.end_words()
 
     # with more time, the run goes on with them, from their last rung
-    folder = records.folder.with_limits(records.folder.study.model_copy(update={"seconds": 1000.0}))
+    folder = records.run.with_limits(records.run.study.model_copy(update={"seconds": 1000.0}))
     again = Records(folder)
     again.note_elapsed(60.0)
     more = Line(again, token_seconds=0.0024)
