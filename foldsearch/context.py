@@ -146,7 +146,8 @@ def open_workbench(context: TrialContext, progress: StageProgress = silent) -> W
                 progress=lambda share: progress(f"asking the dense model ({tokens.name})", share),
             )
 
-        asked = (ask(splits.search), ask(splits.recovery), ask(splits.report))
+        recovery = ask(splits.recovery) if context.study.rungs[-1] else None
+        asked = (ask(splits.search), recovery, ask(splits.report))
         _open[key] = Workbench(dense, context.files, context.table, splits, *asked, context.cache_dir)
     return _open[key]
 

@@ -182,9 +182,9 @@ def _asked(context: TrialContext, progress: StageProgress) -> TrialContext:
 
     bench = open_workbench(context, say)
     seconds = time.monotonic() - began
-    tokens = sum(
-        one.ids_NT.numel() for one in (bench.splits.search, bench.splits.recovery, bench.splits.report)
-    )
+    splits = bench.splits
+    sets = (splits.search, splits.report, *([splits.recovery] if bench.recovery else []))
+    tokens = sum(one.ids_NT.numel() for one in sets)
     return replace(context, asking_seconds=seconds, token_seconds=seconds / tokens if asked else 0.0)
 
 

@@ -238,6 +238,7 @@ class _Course:
                 seed=study.seed,
             )
             bench = self._bench
+            assert bench.recovery is not None, "the study has a rung that trains"
             self._recovery = Recovery(
                 self._model, training, bench.splits.recovery, bench.recovery, study.rungs[-1]
             )

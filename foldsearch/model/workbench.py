@@ -30,7 +30,8 @@ SCHEMA = 4
 class Workbench:
     """The dense model, mapped, and what it says on the three token sets.
 
-    files: that it was opened from. table: what its blocks cost. cache_dir: of all that is computed from it.
+    files: that it was opened from. table: what its blocks cost. recovery: None where the study trains nothing.
+    cache_dir: of all that is computed from it.
     """
 
     dense: PreTrainedModel
@@ -38,7 +39,7 @@ class Workbench:
     table: CostTable
     splits: Splits
     search: DenseTargets
-    recovery: DenseTargets
+    recovery: DenseTargets | None
     report: DenseTargets
     cache_dir: Path
 

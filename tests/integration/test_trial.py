@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from foldsearch import context as contexts
 from foldsearch import criteria, rebuild, record
 from foldsearch import draft as drafts
 from foldsearch import trial as trials
@@ -721,6 +722,18 @@ def test_a_stopped_trial_whose_start_was_let_go_of_goes_on(context):
     context.run.trial(1).start.unlink()
     assert measured(run(context, 1, DROPPING)) == measured(whole[1:])
     assert measured(run(context, 2, DROPPING)) == measured(whole)
+
+
+def test_where_nothing_is_trained_the_dense_model_is_not_asked_about_the_recovery_texts(context, monkeypatch):
+    asked = []
+    ask = contexts.dense_targets
+    monkeypatch.setattr(
+        contexts, "dense_targets", lambda *args, **rest: (asked.append(args[1].name), ask(*args, **rest))[1]
+    )
+    (result,) = run(healed_on(context, 8192, rungs=(0,)), proposal=DROPPING)
+    assert result.is_last_rung
+    assert result.healing is not None
+    assert asked == ["search", "report"]
 
 
 @pytest.mark.parametrize("plan", ["0-4", "0 1 1=1+n 2-4"])
