@@ -110,6 +110,12 @@ def json_grown(path: Path, grow: Callable[[Any], Any]) -> Any:
 _kept: dict[Path, int] = {}
 
 
+def keep(path: Path) -> None:
+    """Let nobody remove an entry until `let_go` is called, or this process ends."""
+    with _used(path, keep=True):
+        pass
+
+
 def let_go() -> None:
     """Allow others to remove what this process has kept."""
     while _kept:

@@ -134,6 +134,9 @@ def open_workbench(context: TrialContext, progress: StageProgress = silent) -> W
     key = (context.run.path, context.files, context.device)
     if key not in _open:
         close_workbench()  # one model at a time
+        cache.let_go()
+        if context.files.folder.is_relative_to(context.cache_dir):
+            cache.keep(context.files.folder)
         dense = source.open_dense(context.files, device=context.device)
         splits = read_splits(context.run)
 
@@ -155,6 +158,5 @@ def open_workbench(context: TrialContext, progress: StageProgress = silent) -> W
 def close_workbench() -> None:
     """Let go of the dense model and of the memory of its device; the next `open_workbench` opens it again."""
     _open.clear()
-    cache.let_go()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -18,12 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from foldsearch import cache, criteria, rebuild, record
 from foldsearch import context as contexts
-from foldsearch import criteria, rebuild, record
 from foldsearch import draft as drafts
 from foldsearch import trial as trials
 from foldsearch.codec import from_json, to_json
-from foldsearch.context import TrialContext, open_workbench, read_splits
+from foldsearch.context import TrialContext, close_workbench, open_workbench, read_splits
 from foldsearch.criteria import evolution, greedy, linear_window
 from foldsearch.errors import RunError
 from foldsearch.fates import Replace, Share
@@ -773,3 +773,18 @@ def test_preparing_again_gives_the_same_run(prepared):
     splits = read_splits(prepared.run)
     documents = [one.documents for one in (splits.search, splits.recovery, splits.report)]
     assert len(set().union(*documents)) == sum(map(len, documents))
+
+
+def test_what_a_process_works_with_stays_in_the_cache_until_it_lets_go(prepared, tmp_path):
+    """The model, which is converted here, what it said, and its states; what is read once and done with goes."""
+    study = prepared.study.model_copy(update={"precision": "bfloat16"})
+    bench = open_workbench(prepare_context(study, tmp_path / "run", cache_dir=tmp_path / "cache"))
+    bench.fit_text(32).states()
+    bench.evidence(lambda *_: None)
+    assert [entry.kind for entry in cache.trim(tmp_path / "cache", 0)] == ["evidence"]
+    assert {entry.kind for entry in cache.entries(tmp_path / "cache")} == {"models", "states", "targets"}
+    close_workbench()  # as the process does that starts the workers, which open it again
+    assert cache.trim(tmp_path / "cache", 0) == []
+    cache.let_go()
+    cache.trim(tmp_path / "cache", 0)
+    assert cache.entries(tmp_path / "cache") == []
