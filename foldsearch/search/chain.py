@@ -1,45 +1,44 @@
 """What a plan of dropped blocks costs in quality, learnt from plans that were measured; and the best plan by it.
 
-The logarithm of the KL is taken to be a sum along the chain of blocks: one term for each block that is dropped, one
-more for each two neighbours that are dropped together, and a curve of the count. It is fitted to what was measured, as
-a Bayesian linear regression, so it also knows how sure it is: a draw from it (Thompson sampling) asks for plans that
-look good, and for those that are not known well. As terms reach from a block to the next only, the best plan of a draw
-at each count is found exactly, by a dynamic programme over the blocks, in milliseconds. Source: ours.
+The KL is taken to be a sum along the chain of blocks: one term for each block that is dropped, and one more for each
+two neighbours that are dropped together. It is fitted to what was measured, as a Bayesian linear regression, so it also
+knows how sure it is: a draw from it (Thompson sampling) asks for plans that look good, and for those that are not known
+well. As terms reach from a block to the next only, the best plan of a draw at each count is found exactly, by a dynamic
+programme over the blocks, in milliseconds. Source: ours.
 
-Shapes: P plans, F features (2 L + 2 for L blocks).
+Sums of the logarithm foretell worse: what a block adds to a small damage and to a large one differs less in nats than
+in its share (docs/log.md).
+
+Shapes: P plans, F features (2 L − 1 for L blocks).
 """
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-NOISE = 0.05  # standard deviation of a measured log KL about the sum
-BLOCK_SPREAD = 0.3  # prior standard deviations: of a block's term,
-PAIR_SPREAD = 0.1  # of two neighbours',
-CURVE_SPREAD = 3.0  # and of the two numbers of the curve of the count: level and slope
-LEAST_KL = 1e-4  # what is below is noise
+NOISE = 0.3  # of a measured KL about the sum, as a share of it,
+LEAST_NOISE = 0.002  # and at least, nats
+BLOCK_SPREAD = 0.2  # prior standard deviations, nats: of a block's term about that of a typical block,
+PAIR_SPREAD = 0.05  # and of two neighbours' about none
+TYPICAL = 0.1  # nats that a block costs, where none was measured alone
 
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Terms of the log KL of dropping blocks. blocks: one a block. pairs: one for a block and the next."""
+    """Terms of the KL of dropping blocks, nats. blocks: one a block. pairs: one for a block and the next."""
 
     blocks: tuple[float, ...]
     pairs: tuple[float, ...]
-    level: float
-    slope: float
 
-    def log_kl(self, dropped: Iterable[int]) -> float:
+    def kl(self, dropped: Iterable[int]) -> float:
         """Of dropping these blocks."""
         gone = set(dropped)
         own = sum(self.blocks[block] for block in gone)
-        pairs = sum(self.pairs[block] for block in gone if block + 1 in gone)
-        return own + pairs + self.level + self.slope * math.log(max(1, len(gone)))
+        return own + sum(self.pairs[block] for block in gone if block + 1 in gone)
 
     def best(self, least: int, most: int, keep: int = 1) -> dict[int, list[tuple[int, ...]]]:
         """For each count from `least` to `most`, the `keep` sets of dropped blocks of the lowest sums, best first."""
@@ -72,12 +71,19 @@ class ChainFit:
         """`known`: the KL of each set of dropped blocks, nats per token."""
         self._num_blocks = num_blocks
         rows = [self._features(dropped) for dropped in known]
-        wanted = [math.log(max(LEAST_KL, kl)) for kl in known.values()]
-        spread = [BLOCK_SPREAD] * num_blocks + [PAIR_SPREAD] * (num_blocks - 1) + [CURVE_SPREAD] * 2
-        features_PF = np.asarray(rows, dtype=float).reshape(len(rows), len(spread))
-        precision_FF = features_PF.T @ features_PF / NOISE**2 + np.diag([1 / one**2 for one in spread])
+        wanted_P = np.asarray(list(known.values()), dtype=float)
+        features_PF = np.asarray(rows, dtype=float).reshape(len(rows), 2 * num_blocks - 1)
+        sure_P = 1 / (NOISE * np.abs(wanted_P) + LEAST_NOISE)
+        alone = sorted(kl for dropped, kl in known.items() if len(dropped) == 1)
+        typical = alone[len(alone) // 2] if alone else TYPICAL
+        prior_F = np.asarray([typical] * num_blocks + [0.0] * (num_blocks - 1))
+        spread_F = np.asarray([BLOCK_SPREAD] * num_blocks + [PAIR_SPREAD] * (num_blocks - 1))
+        scaled_PF = features_PF * sure_P[:, None]
+        precision_FF = scaled_PF.T @ scaled_PF + np.diag(spread_F**-2)
         self._factor_FF = np.linalg.cholesky(precision_FF)
-        self._mean_F = np.linalg.solve(precision_FF, features_PF.T @ np.asarray(wanted) / NOISE**2)
+        self._mean_F = np.linalg.solve(
+            precision_FF, scaled_PF.T @ (wanted_P * sure_P) + prior_F * spread_F**-2
+        )
 
     def mean(self) -> Chain:
         """The likeliest terms."""
@@ -91,9 +97,7 @@ class ChainFit:
     def _features(self, dropped: Sequence[int]) -> list[float]:
         gone = set(dropped)
         blocks = [float(block in gone) for block in range(self._num_blocks)]
-        pairs = [float(block in gone and block + 1 in gone) for block in range(self._num_blocks - 1)]
-        return [*blocks, *pairs, 1.0, math.log(max(1, len(gone)))]
+        return [*blocks, *(float({block, block + 1} <= gone) for block in range(self._num_blocks - 1))]
 
     def _chain(self, terms: list[float]) -> Chain:
-        num = self._num_blocks
-        return Chain(tuple(terms[:num]), tuple(terms[num:-2]), terms[-2], terms[-1])
+        return Chain(tuple(terms[: self._num_blocks]), tuple(terms[self._num_blocks :]))

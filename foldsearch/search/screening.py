@@ -31,7 +31,7 @@ from foldsearch.model.judge import dense_targets
 from foldsearch.model.screen import Screen
 from foldsearch.model.tokens import TokenSet
 from foldsearch.plan.cost import GB, price
-from foldsearch.plan.front import contributions, knee, non_dominated, normalise
+from foldsearch.plan.front import knee, non_dominated
 from foldsearch.plan.neighbour import neighbour
 from foldsearch.plan.plan import FoldPlan, Slot
 from foldsearch.progress import StageProgress, counting, silent
@@ -233,14 +233,14 @@ class Screening:
         return [found[i] for i in non_dominated([self._point(one) for one in found])]
 
     def promoted(self) -> list[Screened]:
-        """Those of the front that are worth training: the knee's, then by the hypervolume that each adds."""
-        found = self.front()
+        """Those of the front that are worth training: the best, the knee, and others at even distances in size."""
+        found = sorted(self.front(), key=lambda one: one.quality.kl)
         if not found:
             return []
-        points = [self._point(one) for one in found]
-        added = contributions(normalise(points), [1.1] * len(points[0]))
-        order = dict.fromkeys((knee(points), *sorted(range(len(points)), key=lambda i: -added[i])))
-        return [found[i] for i in list(order)[: self._settings.promoted]]
+        most = self._settings.promoted
+        even = [found[round(i * (len(found) - 1) / max(1, most - 1))] for i in range(most)]
+        middle = found[knee([self._point(one) for one in found])]
+        return list({one.plan: one for one in (found[0], middle, *even)}.values())[:most]
 
     def best_rival(self) -> tuple[str, int] | None:
         """Of the space's criteria that were asked, the one nearest the knee's size and best there; and its count."""
