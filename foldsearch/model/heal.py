@@ -153,6 +153,7 @@ class Healer:
         self._num_led, self._most_bytes = num_led, most_bytes
         self._kept: OrderedDict[tuple[str, ...], _Step] = OrderedDict()
         self._kept_bytes = 0
+        self.num_steps = 0  # positions that were computed, not taken from what is kept
         self._inputs: dict[int, Any] = {}  # what the model hands a block besides the states, by its home
 
     @torch.no_grad()
@@ -190,6 +191,7 @@ class Healer:
         return Healed(values, tuple(blocks), tokens), text.own_NTD[self._num_text :]
 
     def _step(self, place: _Place, text: _Text, ridge: int) -> _Step:
+        self.num_steps += 1
         others, named = self._inputs[place.reads]
 
         def run(own_BTD: Tensor) -> Tensor:

@@ -8,6 +8,9 @@ Shapes: N sequences, T positions, D width.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -21,6 +24,9 @@ from foldsearch.model.tokens import TokenSet
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Quality
 from foldsearch.progress import CountProgress
+
+PROBED = 2  # measurements with each number of threads before one is chosen
+PROBED_AGAIN = 40  # measurements after which it is looked at again: others come and go on a machine
 
 KEPT_BYTES = 2 * 10**9  # of states and solved matrices that plans have in common
 
@@ -53,6 +59,11 @@ class Screen:
         assert states.shape[1] == len(every.ids_NT), "a screen's text is little"
         self._healer = Healer(states, every.ids_NT, num_led=len(tokens.ids_NT), most_bytes=KEPT_BYTES)
 
+    @property
+    def num_steps(self) -> int:
+        """Positions of plans that were computed so far, not taken from plans that begin alike."""
+        return self._healer.num_steps
+
     @torch.no_grad()
     def measure(self, plan: FoldPlan) -> Quality:
         """The quality of a plan, healed. Plans that begin alike are measured faster one after the other.
@@ -65,3 +76,41 @@ class Screen:
         _, own_NTD = self._healer.heal(model)
         norm = model.get_submodule(family_of(model.config).final_norm)
         return judge(model, self._tokens, self._targets, hidden_NTD=norm(own_NTD))
+
+
+class Threads:
+    """Chooses whether measurements go faster with all of torch's threads or with one.
+
+    Threads wait for each other after every step of a model. Where other programs take a processor now and then, that
+    waiting takes longer than the work.
+    """
+
+    def __init__(self) -> None:
+        """Begins with what torch is set to."""
+        self._all = torch.get_num_threads()
+        self._took: dict[int, list[float]] = {}
+        self._measured = 0
+
+    @contextmanager
+    def measuring(self, screen: Screen) -> Iterator[None]:
+        """Set torch's threads for one measurement, and note what a position took."""
+        choice = self._next()
+        torch.set_num_threads(choice)
+        before, began = screen.num_steps, time.perf_counter()
+        try:
+            yield
+        finally:
+            steps, seconds = screen.num_steps - before, time.perf_counter() - began
+            torch.set_num_threads(self._all)
+            self._measured += 1
+            if steps:
+                self._took.setdefault(choice, []).append(seconds / steps)
+
+    def _next(self) -> int:
+        if self._measured and self._measured % PROBED_AGAIN == 0:
+            self._took = {}
+        options = dict.fromkeys((self._all, 1))
+        short = [option for option in options if len(self._took.get(option, [])) < PROBED]
+        if short:
+            return min(short, key=lambda option: len(self._took.get(option, [])))
+        return min(options, key=lambda option: sum(self._took[option]) / len(self._took[option]))

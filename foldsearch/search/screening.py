@@ -28,7 +28,7 @@ from foldsearch.draft import choose_blocks
 from foldsearch.errors import ModelError
 from foldsearch.fates import Drop
 from foldsearch.model.judge import dense_targets
-from foldsearch.model.screen import Screen
+from foldsearch.model.screen import Screen, Threads
 from foldsearch.model.tokens import TokenSet
 from foldsearch.plan.cost import GB, price
 from foldsearch.plan.front import knee, non_dominated
@@ -80,6 +80,7 @@ class Screening:
         self._rng = random.Random(context.study.seed)
         self._found: dict[FoldPlan, Screened] = {}
         self._num_new = 0
+        self._threads = Threads()
         self._refused: set[FoldPlan] = set()
         self._bench = bench = open_workbench(context, progress)
         self._tokens = _some(bench.splits.search, self._settings.judged_tokens)
@@ -144,7 +145,8 @@ class Screening:
         if plan in self._found or not can_run(plan, self._context.table, self._context.target):
             return
         try:
-            quality = self._screen.measure(plan)
+            with self._threads.measuring(self._screen):
+                quality = self._screen.measure(plan)
         except ModelError:  # this plan has no finite figures
             self._refused.add(plan)
             return

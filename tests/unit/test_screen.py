@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from foldsearch.model import heal as healing
+from foldsearch.model import screen as screens
 from foldsearch.model.fold import fold
 from foldsearch.model.heal import Healer, heal
 from foldsearch.model.judge import ask_dense, judge
@@ -99,3 +100,33 @@ def test_few_tokens_are_solved_as_many_are(bias, ridge):
         solutions.append(sums.solved(ridge, Writer()))
     # both round products of features to float32: a relative 1e-6, which the least ridge here raises a hundredfold
     torch.testing.assert_close(*solutions, rtol=1e-3, atol=1e-5)
+
+
+def test_threads_are_chosen_by_what_a_position_takes(monkeypatch):
+    """Oracle: a clock that one thread moves by 1 a position, and four by 3, and then the other way round."""
+    now, cost = [0.0], {1: 1.0, 4: 3.0}
+    used: list[int] = []
+    monkeypatch.setattr(screens.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(screens.torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(screens.torch, "set_num_threads", used.append)
+
+    class Fake:
+        num_steps = 0
+
+    fake, threads = Fake(), screens.Threads()
+
+    def measure(steps: int) -> int:
+        with threads.measuring(fake):
+            choice = used[-1]
+            fake.num_steps += steps
+            now[0] += steps * cost[choice]
+        assert used[-1] == 4  # as it was
+        return choice
+
+    assert sorted(measure(steps) for steps in (3, 5, 2, 7)) == [1, 1, 4, 4]
+    assert {measure(5) for _ in range(screens.PROBED_AGAIN - 4)} == {1}
+    cost.update({1: 3.0, 4: 1.0})  # another program ended
+    for _ in range(2 * screens.PROBED):
+        measure(5)
+    assert {measure(5) for _ in range(10)} == {4}
+    measure(0)  # nothing was computed: nothing is learnt
