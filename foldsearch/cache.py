@@ -97,12 +97,15 @@ def json_once(path: Path, compute: Callable[[], Any]) -> tuple[Any, bool]:
 
 
 def json_grown(path: Path, grow: Callable[[Any], Any]) -> Any:
-    """The JSON at a path after `grow` has been at it; it is given None where nothing is there yet.
+    """The JSON at a path after `grow` has been at it; it is given None where nothing is there, or nothing readable.
 
     Several processes may add to the same entry, one at a time.
     """
     with alone(_lock(path)):
-        value = grow(json.loads(path.read_text()) if path.exists() else None)
+        known = None
+        with suppress(FileNotFoundError, ValueError):  # a damaged entry is begun again
+            known = json.loads(path.read_text())
+        value = grow(known)
         write_json(path, value)
     return value
 

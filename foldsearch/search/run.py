@@ -216,7 +216,8 @@ def _screened(records: Records, context: Any, asking: float, on_event: OnEvent) 
 
     study = records.run.study
     is_real = getattr(context, "files", None) is not None
-    if records.all() or not (study.screen.plans and is_real and can_be_screened(records.space)):
+    wanted = study.screen.plans and study.healing.tokens  # plans are screened as they are healed
+    if records.all() or not (wanted and is_real and can_be_screened(records.space)):
         return None
     seconds = math.inf if study.seconds is None else max(1.0, study.screen.share * (study.seconds - asking))
     screening = Screening(

@@ -122,7 +122,7 @@ class Screening:
         def grow(kept: list[Any] | None) -> list[Any]:
             every = {one.plan: one for one in (from_json(Screened, value) for value in kept or [])}
             for plan, one in every.items():
-                if plan not in self._found and can_run(plan, self._context.table, self._context.target):
+                if plan not in self._found and self._may_be(plan):
                     self._found[plan] = one
             return [to_json(one) for one in (every | self._found).values()]
 

@@ -83,6 +83,11 @@ _RULES = (
         "the space's fates do not name 'drop', and only plans that drop blocks are screened",
     ),
     _Rule(
+        ("screen",),
+        lambda study: study.healing.tokens > 0 or study.screen.plans == 0,
+        "healing.tokens is 0, and plans are screened as they are healed",
+    ),
+    _Rule(
         ("screen.share", "screen.promoted", "screen.healed_tokens", "screen.judged_tokens"),
         lambda study: study.screen.plans > 0,
         "screen.plans is 0, so nothing is screened",

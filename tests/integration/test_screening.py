@@ -122,6 +122,15 @@ def test_what_is_known_is_there_at_once_and_not_measured_again(
     assert {one.plan for one in out_of_time.run()} >= known.keys()
 
 
+def test_a_damaged_entry_is_begun_again(context: TrialContext, tmp_path: Path) -> None:
+    fresh = Screening(replace(context, cache_dir=tmp_path), SPACE)
+    fresh._measure(FoldPlan.parse("0-3", NUM_BLOCKS), "move")
+    fresh._path.parent.mkdir(parents=True)
+    fresh._path.write_text('[{"plan": {"pl')
+    fresh._keep()
+    assert [one["plan"]["plan"] for one in json.loads(fresh._path.read_text())] == ["0-3"]
+
+
 def test_two_runs_add_to_what_is_known(screened: Screening, context: TrialContext) -> None:
     """Neither loses what the other measured meanwhile."""
     path = screened._path

@@ -25,6 +25,7 @@ WHY = {
     "rungs": "there is one rung only, after which every trial ends.",
     "nsga2": "the sampler nsga2 takes no neighbours, as it crosses only what all trials have in common.",
     "drop": "the space's fates do not name 'drop', and only plans that drop blocks are screened.",
+    "heal": "healing.tokens is 0, and plans are screened as they are healed.",
     "screen": "screen.plans is 0, so nothing is screened.",
     "stock": "the expanded runtime runs stock blocks.",
 }
@@ -58,6 +59,11 @@ WHY = {
         ),
         ({}, {"rungs": [0], "halving.keep": 0.3}, f"halving.keep does not apply: {WHY['rungs']}"),
         ({"fates": ["replace"]}, {"screen.plans": 10}, f"screen.plans does not apply: {WHY['drop']}"),
+        (
+            {},
+            {"healing.tokens": 0, "screen.promoted": 3},
+            f"screen.promoted does not apply: {WHY['heal']}",
+        ),
         ({}, {"screen.plans": 0, "screen.promoted": 3}, f"screen.promoted does not apply: {WHY['screen']}"),
         (
             {"neighbour_share": 0.25},
