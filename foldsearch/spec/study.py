@@ -135,7 +135,7 @@ class ScreenSettings(TomlTable):
     """
 
     plans: Annotated[int, Field(ge=0)] = 200
-    share: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.45
     promoted: Positive = 6
     healed_tokens: Positive = 768
     judged_tokens: Positive = 512

@@ -79,7 +79,7 @@ _RULES = (
     ),
     _Rule(
         ("screen",),
-        lambda study: "drop" in study.space.fates,
+        lambda study: "drop" in study.space.fates or study.screen.plans == 0,
         "the space's fates do not name 'drop', and only plans that drop blocks are screened",
     ),
     _Rule(
