@@ -138,7 +138,7 @@ class Screening:
     def _is_over(self) -> bool:
         spent = time.monotonic() - self._began
         share = max(self._num_new / self._settings.plans, spent / self._seconds)
-        self._say(f"{STAGE} ({len(self._found)} measured)", min(1.0, share))
+        self._say(STAGE, min(1.0, share))
         return share >= 1
 
     def _measure(self, plan: FoldPlan, author: str) -> None:
