@@ -123,6 +123,7 @@ def test_where_an_export_goes_is_looked_at_before_the_model(
         preparation, "prepare_context", lambda *args, **more: pytest.fail("the model was opened")
     )
     monkeypatch.chdir(run_path)
+    Path("report").mkdir(exist_ok=True)  # made with the first report
     assert cli.main(["export", ".", "--out", "report"]) == 2
     assert "report exists already" in capsys.readouterr().err
     assert cli.main(["export", ".", "--out", "study.json/x"]) == 2

@@ -134,15 +134,19 @@ def test_what_a_terminal_would_obey_is_left_out() -> None:
 
 
 def test_a_trial_that_fails_says_all_of_it(tmp_path: Path) -> None:
+    from foldsearch.run import TrialFolder
+    from foldsearch.search.messages import Failed, decode
     from foldsearch.search.worker import TrialRunner
 
     runner = TrialRunner.__new__(TrialRunner)  # its setup is Ray's business
     (tmp_path / "00003").mkdir()
-    runner._number, runner._folder = 3, type("Folder", (), {"trial": lambda _, n: tmp_path / f"{n:05}"})()
+    runner._number, runner._place = 3, TrialFolder(tmp_path / "00003")
     runner._results = (two_lines() for _ in range(1))
-    message = json.loads(runner.step()["result"])
-    assert "shard 2 is of another model" in message["failed"]
-    assert "more characters" in message["failed"]
+    message = decode(runner.step()["result"])
+    assert isinstance(message, Failed)
+    assert "shard 2 is of another model" in message.reason
+    assert "more characters" in message.reason
+    assert "shard 2 is of another model" in runner._place.error.read_text()
 
 
 def test_a_worker_that_dies_says_all_of_it() -> None:
