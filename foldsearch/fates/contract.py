@@ -88,7 +88,7 @@ class Fate(ABC):
         return tuple(sorted({*plan.dropped, *(block for run in replaced for block in run)})), {}
 
 
-class FateTable(TomlTable):
+class FateTable(TomlTable, ABC):
     """The table of a space that sets a fate.
 
     key: of the table in a space; empty where there is nothing to set. unused: what does not happen where no fate of
@@ -98,21 +98,21 @@ class FateTable(TomlTable):
     key: ClassVar[str] = ""
     unused: ClassVar[str] = ""
 
+    @abstractmethod
     def propose(self, suggest: Suggest) -> Fate:
         """One fate of the table."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cheapest(self) -> Iterator[Fate]:
         """Fates of the table among which the cheapest is."""
-        raise NotImplementedError
 
     def nearest(self, fate: Fate) -> Iterator[Fate]:
         """The fate, and what may stand in for it where it is too dear, the nearest first."""
         yield fate
 
+    @abstractmethod
     def size(self) -> int:
         """Number of different fates of the table."""
-        raise NotImplementedError
 
     def for_width(self, width: int, space: str) -> FateTable:
         """The table for a model of this width, ranks as whole numbers.

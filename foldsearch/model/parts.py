@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, D width of the residual stream, I inputs and O output
 A leading `...` is any shape: OPT's MLP sees (B·T, D), the others (B, T, D).
 """
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ class OutputNorm(nn.Module):
         return (normal * self.gamma.float()).to(h.dtype)
 
 
-class Replaced(nn.Module):
+class Replaced(nn.Module, ABC):
     """A small network in place of a run of blocks: what they add to the residual stream, as a function of its input.
 
         down · features(x) + bias
@@ -129,9 +130,9 @@ class Replaced(nn.Module):
             else:
                 parameter.zero_()
 
+    @abstractmethod
     def features(self, x: Tensor) -> Tensor:
         """What `down` reads, (..., H), from x (..., D)."""
-        raise NotImplementedError
 
     def hold_linear_maps(self) -> None:
         """Set the features to some of which every linear map is a sum, if the kind has such; else leave them."""

@@ -52,7 +52,7 @@ from foldsearch.search.messages import DiskIsFull, EndedEarly, Failed, Measured,
 from foldsearch.search.own_ray import check_machine, own_ray
 from foldsearch.search.proposer import Line, Proposer
 from foldsearch.search.records import Records, ended, point, read_records
-from foldsearch.search.screened import write_screened
+from foldsearch.search.screened import can_be_screened, write_screened
 from foldsearch.search.worker import PROGRESS_SECONDS, TrialRunner, load_function
 from foldsearch.signals import check_stopped, stops_raise, uninterrupted
 from foldsearch.spec.study import OBJECTIVES, Study
@@ -209,24 +209,29 @@ def _search(context: Any, trial: str, on_event: OnEvent) -> None:
 
 def _screened(records: Records, context: Any, asking: float, on_event: OnEvent) -> Screening | None:
     """Screen plans for a run that has no trials yet."""
-    from foldsearch.search.screening import (  # it needs torch, which fakes do without
-        Screening,
-        can_be_screened,
-    )
-
     study = records.run.study
     is_real = getattr(context, "files", None) is not None
     wanted = study.screen.plans and study.healing.tokens  # plans are screened as they are healed
     if records.all() or not (wanted and is_real and can_be_screened(records.space)):
         return None
-    seconds = math.inf if study.seconds is None else max(1.0, study.screen.share * (study.seconds - asking))
-    screening = Screening(
-        context,
-        records.space,
-        seconds=seconds,
-        progress=lambda stage, share: on_event(Preparing(stage, share)),
-    )
-    found = screening.run()
+    seconds = math.inf
+    if study.seconds is not None:
+        seconds = max(1.0, study.screen.share * (study.seconds - asking - records.elapsed))
+    from foldsearch.search.screening import Screening  # it needs torch, which fakes do without
+
+    began = time.monotonic()
+    try:
+        screening = Screening(
+            context,
+            records.space,
+            seconds=seconds,
+            progress=lambda stage, share: on_event(Preparing(stage, share)),
+        )
+        found = screening.run()
+    except KeyboardInterrupt:
+        with uninterrupted():  # a run that goes on has less time left
+            records.note_elapsed(records.elapsed + asking + time.monotonic() - began)
+        raise
     write_screened(records.run.screened, found)
     records.note_screened(len(found), len(screening.promoted()))
     return screening

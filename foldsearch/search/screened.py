@@ -12,6 +12,7 @@ from foldsearch.criteria import criterion_names
 from foldsearch.files import write_json
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Quality
+from foldsearch.spec.space import Space
 
 SEARCH = "search"  # in tables: whoever asked for plans but the criteria
 
@@ -23,6 +24,11 @@ class Screened:
     plan: FoldPlan
     author: str
     quality: Quality
+
+
+def can_be_screened(space: Space) -> bool:
+    """Whether the space has plans that can be screened."""
+    return "drop" in space.fates
 
 
 def write_screened(path: Path, found: Iterable[Screened]) -> None:

@@ -50,11 +50,6 @@ LENGTH = 128  # tokens of a sequence
 SCHEMA = 1  # of what is kept; raise it when healing, judging, or what they read here changes
 
 
-def can_be_screened(space: Space) -> bool:
-    """Whether the space has plans that can be screened."""
-    return "drop" in space.fates
-
-
 class Screening:
     """Screens plans of a run until so many are measured, or the time for it is up."""
 
@@ -106,15 +101,19 @@ class Screening:
 
     def run(self) -> list[Screened]:
         """Screen; what earlier runs measured is there at once, and is not counted."""
-        self._keep()
-        for batch in self._batches():
-            for plan, author in sorted(batch.items(), key=lambda one: _in_order(one[0])):
+        try:
+            for plan, author in self._asked_for():
                 if self._is_over():
-                    self._keep()
-                    return self.found
+                    break
                 self._measure(plan, author)
-            self._keep()
+        finally:
+            self._keep()  # also where it is stopped
         return self.found
+
+    def _asked_for(self) -> Iterator[tuple[FoldPlan, str]]:
+        for batch in self._batches():
+            self._keep()
+            yield from sorted(batch.items(), key=lambda one: _in_order(one[0]))
 
     def _keep(self) -> None:
         """Put what was measured into the cache, and take over what others have measured."""

@@ -19,10 +19,10 @@ from foldsearch.prepare import prepare_context
 from foldsearch.run import Run
 from foldsearch.search import screening as screenings
 from foldsearch.search.events import Event, Preparing, SearchDone
-from foldsearch.search.records import read_records
+from foldsearch.search.records import Records, read_records
 from foldsearch.search.run import run_search
-from foldsearch.search.screened import read_screened, screened_by_count, write_screened
-from foldsearch.search.screening import Screening, can_be_screened
+from foldsearch.search.screened import can_be_screened, read_screened, screened_by_count, write_screened
+from foldsearch.search.screening import Screening
 from foldsearch.spec.space import Groups, Space
 from foldsearch.spec.study import BudgetSettings, ScreenSettings, SplitSettings, Study
 from tests.contexts import of_study
@@ -183,6 +183,31 @@ def test_the_best_by_count_are_those_of_all(screened: Screening) -> None:
         mine = [one for one in screened.found if one.plan.only_drops and len(one.plan.dropped) == count]
         assert min(one.quality.kl for one in row.values()) == min(one.quality.kl for one in mine)
         assert row.keys() & set(SPACE.criteria)
+
+
+def test_a_screening_that_was_stopped_goes_on_with_what_it_has(
+    study: Study, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its time counts, and what it measured is not measured again."""
+    monkeypatch.setenv("FOLDSEARCH_CACHE", str(place / "cache of a stopped run"))
+    close_workbench()
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Preparing) and event.stage == screenings.STAGE and event.share > 0.6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_search(study, place / "stopped", on_event=stop)
+    run = Run.open(place / "stopped")
+    assert read_records(run) == []
+    assert Records(run).elapsed > 0
+    measured = []
+    real = Screen.measure
+    monkeypatch.setattr(Screen, "measure", lambda self, plan: (measured.append(plan), real(self, plan))[1])
+    run_search(None, place / "stopped", resume=True)
+    found = [one.plan for one in read_screened(run.screened)]
+    assert len(set(found)) == len(found) > len(measured)
+    assert any(record.state == "finished" for record in read_records(run))
 
 
 def test_only_spaces_that_drop_are_screened() -> None:
