@@ -34,7 +34,7 @@ Cosines between a block's input and output, and between the model's start and a 
 
 _CACHE = """\
 Converted models, and what was computed from them. All of it is made again when it is needed. What a
-process is making at this moment stays. Do not remove entries while a search runs."""
+process makes or uses stays, until it ends."""
 
 _EVALUATE = """\
 A question file has one JSON object a line:
@@ -125,7 +125,7 @@ def _run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sampler", metavar="WHO", choices=("tpe", "nsga2", "random"), help="tpe, nsga2, random"
     )
-    trials = "stop after N trials (a baseline a criterion is run in any case)"
+    trials = "stop after N trials (what every search begins with is run in any case)"
     parser.add_argument("--trials", type=_whole, metavar="N", help=trials)
     time = "stop T (90s, 15m, 2h) after the dense model is asked first"
     parser.add_argument("--time", type=_seconds, metavar="T", help=time)

@@ -1,4 +1,9 @@
-"""Who is next: baselines first, then the sampler and neighbours of the front, at last what a report still needs.
+"""Who is next: what screening promoted and baselines, then the sampler and neighbours of the front, at last what a
+report still needs.
+
+Where plans were screened (see `foldsearch.search.screening`) the best of them come first, and with them that criterion of
+the space which did best there. Else, and where the space names no criterion that is quick enough to be screened, all
+baselines follow.
 
 Baselines are each criterion of the space with nothing shared, at the fewest dropped blocks that keep the budget (a
 fifth of the blocks where dense keeps it already). They are never halved, so the search is never worse than the
@@ -7,7 +12,8 @@ a start follows: the first criterion at the most blocks it may remove, the far e
 
 When the trials or seconds of the study are spent, the search closes: at the most promising counts of the front (the
 knee's first, then by the hypervolume that its points add; `CLOSING_COUNTS` of them), each criterion whose plan has
-not reached the last rung gets a trial beyond those asked for, and it is not halved either.
+not reached the last rung gets a trial beyond those asked for, and it is not halved either. Not so where plans were
+screened: there criteria and search were compared at several counts.
 """
 
 from __future__ import annotations
@@ -76,10 +82,9 @@ class Line:
         promoted = screened.promoted() if screened is not None else []
         for one in promoted:
             self.records.queue_plan(one.plan)
-        if promoted and screened is not None:
-            # The criteria were screened beside what was promoted: one of them is trained, to see what that is worth.
-            if (rival := screened.best_rival()) is not None:
-                self.records.queue(*rival)
+        if promoted and screened is not None and (rival := screened.best_rival()) is not None:
+            # Criteria were screened beside what was promoted: the best is trained, to see what that is worth.
+            self.records.queue(*rival)
             return
         run = self.records.run
         for criterion, count, origin in first_trials(self.records.space, run.table, run.target, run.budget):

@@ -51,7 +51,7 @@ from foldsearch.search.halving import Halving, decide
 from foldsearch.search.messages import DiskIsFull, EndedEarly, Failed, Measured, Message, TimeIsUp, decode
 from foldsearch.search.own_ray import check_machine, own_ray
 from foldsearch.search.proposer import Line, Proposer
-from foldsearch.search.records import Records, ended, point, read_records
+from foldsearch.search.records import Record, Records, ended, point, read_records
 from foldsearch.search.screened import can_be_screened, write_screened
 from foldsearch.search.worker import PROGRESS_SECONDS, TrialRunner, load_function
 from foldsearch.signals import check_stopped, stops_raise, uninterrupted
@@ -164,7 +164,7 @@ class _Asking:
         to_come = (now - then) * (1 - share) / (share - first) if share > first else 0.0
         if (takes := now - self._began + to_come) > self._seconds:
             raise SpecError(
-                "the time of a run holds asking the dense model and all trials, but asking it takes at least "
+                "the time of a run holds asking the dense model, screening and all trials, but asking it takes at least "
                 f"{takes:.0f} s here, and the time is {self._seconds:g} s. Give it more (--time), or take fewer "
                 "sequences ([splits])."
             )
@@ -302,7 +302,7 @@ class Search:
                 front=tuple(record.number for record in self.records.front()),
                 words=self.line.end_words(),
                 num_screened=self.records.num_screened,
-                num_trained=sum(bool(record.last and record.last.recovery_tokens) for record in known),
+                num_trained=sum(_has_trained(record) for record in known),
             )
         )
 
@@ -470,6 +470,11 @@ class Watcher(tune.Callback):
             for trial in trials:
                 if trial.status == "RUNNING":
                     self._search.progress(trial.config["number"])
+
+
+def _has_trained(record: Record) -> bool:
+    """Whether the trial itself trained its plan; what another one had trained is known, and not counted twice."""
+    return any(result.recovery_tokens and result.state == "measured" for result in record.results)
 
 
 def _reason(trial: Any) -> str:

@@ -244,7 +244,7 @@ class Screening:
         return list({one.plan: one for one in (found[0], middle, *even)}.values())[:most]
 
     def best_rival(self) -> tuple[str, int] | None:
-        """Of the space's criteria that were asked, the one nearest the knee's size and best there; and its count."""
+        """Of the space's criteria that were asked, the best at the count nearest that of the best plan; and the count."""
         rivals = [one for one in self.found if one.author in self._space.criteria and self._fits(one.plan)]
         promoted = self.promoted()
         if not rivals or not promoted:
