@@ -167,13 +167,13 @@ def entries(cache_dir: Path) -> list[Entry]:
     """All entries, by kind and name; none where there is no such folder."""
     if not cache_dir.is_dir():
         return []
-    return [
-        _entry(path)
-        for kind in sorted(cache_dir.iterdir())
-        if kind.is_dir() and not kind.is_symlink()
-        for path in sorted(kind.iterdir())
-        if _ENTRY.fullmatch(path.name) and not path.is_symlink()
-    ]
+    found = []
+    for kind in sorted(cache_dir.iterdir()):
+        for path in sorted(kind.iterdir()) if kind.is_dir() and not kind.is_symlink() else ():
+            if _ENTRY.fullmatch(path.name) and not path.is_symlink():
+                with suppress(FileNotFoundError):  # another process removed it meanwhile
+                    found.append(_entry(path))
+    return found
 
 
 def _entry(path: Path) -> Entry:
@@ -252,5 +252,8 @@ def trim(cache_dir: Path, bound_bytes: float | None = None) -> list[Entry]:
         cache_dir: of the cache.
         bound_bytes: `MOST_BYTES` if None.
     """
+    for away in cache_dir.glob("*/.*.gone"):  # of a process that was killed while it removed a folder
+        with alone(_lock(away.with_name(away.name.removeprefix(".").removesuffix(".gone")))):
+            shutil.rmtree(away, ignore_errors=True)
     gone, _ = remove(to_fit(entries(cache_dir), MOST_BYTES if bound_bytes is None else bound_bytes))
     return gone

@@ -73,8 +73,13 @@ def run_trial(
                     yield replace(result, state="known", known_from=owner, gates=record.gates)
                 if not free or (told and told[-1].is_last_rung):
                     return
-                record = replace(record, results=told, files=known.files)
+                record = replace(record, results=told)
                 copy_state(context.run.trial(owner), folder, trained=record.has_trained)
+                # What the owner has let go of is made again here, and kept: it is this trial's from now on.
+                files = {
+                    name: digest for name, digest in known.files.items() if (folder.path / name).exists()
+                }
+                record = replace(record, files=files)
         # The plan is this trial's from here on, also where another one began it and was stopped.
         if free:
             write_json(plan_path(context, record), {"trial": number, "plan": str(record.plan)})

@@ -15,20 +15,20 @@ from dataclasses import replace
 
 import torch
 
+from foldsearch.errors import InputError
 from foldsearch.model.blocks import family_of
 from foldsearch.model.fold import fold
 from foldsearch.model.heal import Healer
 from foldsearch.model.judge import DenseTargets, judge
-from foldsearch.model.states import FitText
+from foldsearch.model.states import MOST_BYTES, FitText
 from foldsearch.model.tokens import TokenSet
+from foldsearch.model.training import SCREEN_BYTES
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Quality
 from foldsearch.progress import CountProgress
 
 PROBED = 2  # measurements with each number of threads before one is chosen
 PROBED_AGAIN = 40  # measurements after which it is looked at again: others come and go on a machine
-
-KEPT_BYTES = 2 * 10**9  # of states and solved matrices that plans have in common
 
 
 class Screen:
@@ -51,13 +51,18 @@ class Screen:
             progress: called with (done, total) sequences.
 
         Raises:
-            InputError: there is only one sequence to heal on.
+            InputError: there is only one sequence to heal on, or there are more than memory is meant for.
         """
         self._dense, self._tokens, self._targets = text.dense, tokens, targets
         every = replace(text, ids_NT=torch.cat((text.ids_NT, tokens.ids_NT)))
         states = every.states(progress)
-        assert states.shape[1] == len(every.ids_NT), "a screen's text is little"
-        self._healer = Healer(states, every.ids_NT, num_led=len(tokens.ids_NT), most_bytes=KEPT_BYTES)
+        if states.shape[1] < len(every.ids_NT):
+            raise InputError(
+                f"the dense model's states of a screening must fit {MOST_BYTES / 1e9:g} GB; {len(every.ids_NT)} "
+                f"sequences of {every.ids_NT.shape[1]} tokens do not, {states.shape[1]} do. Lower screen.healed_tokens "
+                "and screen.judged_tokens, or set screen.plans to 0."
+            )
+        self._healer = Healer(states, every.ids_NT, num_led=len(tokens.ids_NT), most_bytes=SCREEN_BYTES)
 
     @property
     def num_steps(self) -> int:

@@ -9,6 +9,7 @@ from foldsearch.errors import InputError
 GATE_STEPS = 20
 FITTED_TOKENS = 8192  # of a text, that what is new in a folded model is fitted to
 HEALED_TOKENS = 8192  # of a text, that a folded model is healed on
+SCREEN_BYTES = 2 * 10**9  # of states and solved matrices that screened plans have in common, which are kept
 
 
 @dataclass(frozen=True, slots=True)

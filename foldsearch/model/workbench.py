@@ -56,7 +56,8 @@ class Workbench:
             tokens, settings: with the model, all that it depends on.
             compute: asked where it is not known.
         """
-        key = cache.key(SCHEMA, self.files.content_hash, self.files.dtype, tokens.content_hash, settings)
+        text = [tokens.content_hash, *([tokens.kinds.over] if len(tokens.kinds.names) > 1 else [])]
+        key = cache.key(SCHEMA, self.files.content_hash, self.files.dtype, text, settings)
         value, known = cache.json_once(self.cache_dir / name / f"{key}.json", lambda: to_json(compute()))
         return from_json(kind, value), known
 

@@ -40,28 +40,23 @@ class Chain:
         own = sum(self.blocks[block] for block in gone)
         return own + sum(self.pairs[block] for block in gone if block + 1 in gone)
 
-    def best(self, least: int, most: int, keep: int = 1) -> dict[int, list[tuple[int, ...]]]:
-        """For each count from `least` to `most`, the `keep` sets of dropped blocks of the lowest sums, best first."""
+    def best(self, count: int, keep: int = 1) -> list[tuple[int, ...]]:
+        """The `keep` sets of so many dropped blocks whose sums are the lowest, best first."""
         # By count and whether the block before is dropped: (sum, blocks), the lowest first.
         table: dict[tuple[int, bool], list[tuple[float, tuple[int, ...]]]] = {(0, False): [(0.0, ())]}
         for block, own in enumerate(self.blocks):
             pair = self.pairs[block - 1] if block else 0.0
             found: dict[tuple[int, bool], list[tuple[float, tuple[int, ...]]]] = {}
-            for (count, follows), sets in table.items():
-                found.setdefault((count, False), []).extend(sets)
-                if count < most:
+            for (taken, follows), sets in table.items():
+                found.setdefault((taken, False), []).extend(sets)
+                if taken < count:
                     added = own + (pair if follows else 0.0)
-                    found.setdefault((count + 1, True), []).extend(
+                    found.setdefault((taken + 1, True), []).extend(
                         (total + added, (*blocks, block)) for total, blocks in sets
                     )
             table = {key: sorted(sets)[:keep] for key, sets in found.items()}
-        return {
-            count: [
-                blocks
-                for _, blocks in sorted(table.get((count, False), []) + table.get((count, True), []))[:keep]
-            ]
-            for count in range(max(1, least), most + 1)
-        }
+        last = table.get((count, False), []) + table.get((count, True), [])
+        return [blocks for _, blocks in sorted(last)[:keep]]
 
 
 class ChainFit:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from foldsearch.machine import MACS_PER_SECOND, num_cpus
+from foldsearch.model.training import SCREEN_BYTES
 from foldsearch.plan.cost import GB, Cost, CostTable
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.run import Run
+from foldsearch.search.screened import is_screened
 from foldsearch.spec.fit import feasible_share, for_runtime, narrow, size, smallest
 from foldsearch.spec.propose import first_trials
 from foldsearch.spec.study import Study
@@ -83,7 +85,10 @@ def plan_search(
     gates = "gate" in space.criteria and min(trials, (most - fewest + 1) * len(space.settings("gate")))
     gate_tokens = 3 * gates * study.gates.steps * GATE_STEP_TOKENS
     forward = run.dense.prefill_macs + table.head_macs
-    seconds = forward * (trials * tokens + gate_tokens) / rate  # trials at a time share the processor
+    screened = is_screened(study, space)
+    screen_tokens = HEALING * study.screen.healed_tokens + study.screen.judged_tokens
+    work = trials * tokens + gate_tokens + study.screen.plans * screen_tokens * screened
+    seconds = forward * work / rate  # trials at a time share the processor
     if study.seconds is not None:
         seconds = min(seconds, study.seconds) if study.trials else study.seconds
     rank = max(space.recover.delta_ranks)
@@ -110,6 +115,7 @@ def plan_search(
         disk_bytes=trials * (4 * trained_bytes + healed_bytes) + 10**7,
         # weights once for the machine; each trial its parameters, gradients, two moments, activations, Python
         memory_bytes=run.dense.weight_bytes
+        + SCREEN_BYTES * screened
         + study.jobs * (4 * trained_bytes + healed_bytes + activations + 6 * 10**8),
         notice=dense_fits(run),
     )

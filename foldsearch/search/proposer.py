@@ -1,9 +1,8 @@
 """Who is next: what screening promoted and baselines, then the sampler and neighbours of the front, at last what a
 report still needs.
 
-Where plans were screened (see `foldsearch.search.screening`) the best of them come first, and with them that criterion of
-the space which did best there. Else, and where the space names no criterion that is quick enough to be screened, all
-baselines follow.
+Where plans were screened (see `foldsearch.search.screening`) the best of them come first, then that criterion of the
+space which did best there, then baselines of the criteria that were not screened: those that take minutes to answer.
 
 Baselines are each criterion of the space with nothing shared, at the fewest dropped blocks that keep the budget (a
 fifth of the blocks where dense keeps it already). They are never halved, so the search is never worse than the
@@ -12,15 +11,15 @@ a start follows: the first criterion at the most blocks it may remove, the far e
 
 When the trials or seconds of the study are spent, the search closes: at the most promising counts of the front (the
 knee's first, then by the hypervolume that its points add; `CLOSING_COUNTS` of them), each criterion whose plan has
-not reached the last rung gets a trial beyond those asked for, and it is not halved either. Not so where plans were
-screened: there criteria and search were compared at several counts.
+not reached the last rung gets a trial beyond those asked for, and it is not halved either. Not so a criterion
+that was screened: it was compared with the search at several counts.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray.tune.search import Searcher
 
@@ -32,10 +31,8 @@ from foldsearch.proposal import Proposal
 from foldsearch.search.outcome import ALIKE_FAILURES, failing_alike
 from foldsearch.search.pace import Pace
 from foldsearch.search.records import Record, Records, front, point
+from foldsearch.search.screened import Promoted, compared_criteria
 from foldsearch.spec.propose import baseline, baseline_count, baseline_fits, first_trials, is_baseline
-
-if TYPE_CHECKING:
-    from foldsearch.search.screening import Screening
 
 CLOSING_COUNTS = 2
 CLOSING_ROUNDS = 2  # closing trials may move the front to other counts: look again, where time allows
@@ -52,7 +49,7 @@ class Line:
         self,
         records: Records,
         *,
-        screened: Screening | None = None,
+        promoted: Promoted = Promoted(),  # noqa: B008  # it is frozen
         spent: float = 0.0,
         token_seconds: float = 0.0,
     ) -> None:
@@ -60,7 +57,7 @@ class Line:
 
         Args:
             records: of the run.
-            screened: what was screened before; None where nothing was.
+            promoted: what of the plans that were screened is to be trained.
             spent: seconds of its time that this process has spent already.
             token_seconds: see `Pace`; 0 where it is not known.
         """
@@ -76,19 +73,18 @@ class Line:
         self.pace = Pace(run, token_seconds or (run.dense.prefill_macs + run.table.head_macs) / job_macs)
         self.pace.look_at(records.all())
         if not records.all():
-            self._begin(screened)
+            self._begin(promoted)
 
-    def _begin(self, screened: Screening | None) -> None:
-        promoted = screened.promoted() if screened is not None else []
-        for one in promoted:
-            self.records.queue_plan(one.plan)
-        if promoted and screened is not None and (rival := screened.best_rival()) is not None:
-            # Criteria were screened beside what was promoted: the best is trained, to see what that is worth.
-            self.records.queue(*rival)
-            return
-        run = self.records.run
-        for criterion, count, origin in first_trials(self.records.space, run.table, run.target, run.budget):
-            self.records.queue(criterion, count, origin=origin)
+    def _begin(self, promoted: Promoted) -> None:
+        for plan in promoted.plans:
+            self.records.queue_plan(plan)
+        if promoted.rival is not None:
+            # Criteria were compared with what was promoted: the best is trained, to see what that is worth.
+            self.records.queue(*promoted.rival)
+        run, space = self.records.run, self.records.space
+        for criterion, count, origin in first_trials(space, run.table, run.target, run.budget):
+            if not promoted.plans or (origin == "baseline" and criterion not in compared_criteria(space)):
+                self.records.queue(criterion, count, origin=origin)
 
     # ---- the clock
 
@@ -137,10 +133,11 @@ class Line:
         return self.records.ask() if missing else None
 
     def _closing(self, known: list[Record]) -> list[tuple[str, int]]:
-        if self.records.num_promoted:
-            return []  # criteria were compared with what they compete with before anything was trained
         most = CLOSING_ROUNDS * CLOSING_COUNTS * len(self.records.space.criteria)
-        return missing_baselines(self.records)[: max(0, most - sum(record.closing for record in known))]
+        # Those that were compared before anything was trained are not compared again.
+        done = compared_criteria(self.records.space) if self.records.num_promoted else frozenset()
+        missing = [one for one in missing_baselines(self.records) if one[0] not in done]
+        return missing[: max(0, most - sum(record.closing for record in known))]
 
     def _may_begin(self, known: list[Record], *, first: bool) -> bool:
         if self.study.trials is not None:

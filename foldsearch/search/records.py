@@ -210,8 +210,7 @@ class Records:
         """Put a plan that was screened in line, recovery settings in mid-range."""
         plain = Plain({"delta_rank": self.space.recover.middle_rank})
         propose_recovery(plain, self.space)
-        given = {"plan": str(plan), "num_blocks": plan.num_blocks}
-        self.study.enqueue_trial(plain.answers, user_attrs={"origin": "screened", "given": given})
+        self.study.enqueue_trial(plain.answers, user_attrs={"origin": "screened", "given": to_json(plan)})
         self._records.append(Record(len(self._records), "waiting", None, ()))
 
     @property
@@ -320,8 +319,9 @@ class Records:
         given = trial.user_attrs.get("given")
         if given is None:
             return None
-        plan = FoldPlan.parse(given["plan"], given["num_blocks"])
-        return Proposal(Given(plan), propose_recovery(_Suggest(trial), self.space), "screened")
+        return Proposal(
+            Given(from_json(FoldPlan, given)), propose_recovery(_Suggest(trial), self.space), "screened"
+        )
 
     def _set_proposal(self, number: int, proposal: Proposal) -> None:
         self._change(number, proposal=proposal)

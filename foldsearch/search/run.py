@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray import tune
 
@@ -52,14 +52,11 @@ from foldsearch.search.messages import DiskIsFull, EndedEarly, Failed, Measured,
 from foldsearch.search.own_ray import check_machine, own_ray
 from foldsearch.search.proposer import Line, Proposer
 from foldsearch.search.records import Record, Records, ended, point, read_records
-from foldsearch.search.screened import can_be_screened, write_screened
+from foldsearch.search.screened import Promoted, is_screened, write_screened
 from foldsearch.search.worker import PROGRESS_SECONDS, TrialRunner, load_function
 from foldsearch.signals import check_stopped, stops_raise, uninterrupted
 from foldsearch.spec.study import OBJECTIVES, Study
 from foldsearch.spec.unused import unused_settings
-
-if TYPE_CHECKING:
-    from foldsearch.search.screening import Screening
 
 TRIAL = "foldsearch.trial:run_trial"
 PREPARE = "foldsearch.prepare:prepare_context"
@@ -164,7 +161,7 @@ class _Asking:
         to_come = (now - then) * (1 - share) / (share - first) if share > first else 0.0
         if (takes := now - self._began + to_come) > self._seconds:
             raise SpecError(
-                "the time of a run holds asking the dense model, screening and all trials, but asking it takes at least "
+                "the time of a run holds asking the dense model, screening and all trials, but asking takes at least "
                 f"{takes:.0f} s here, and the time is {self._seconds:g} s. Give it more (--time), or take fewer "
                 "sequences ([splits])."
             )
@@ -190,7 +187,7 @@ def _search(context: Any, trial: str, on_event: OnEvent) -> None:
         on_event(Notice(notice))
     records = Records(run)
     began, asking = time.monotonic(), getattr(context, "asking_seconds", 0.0)
-    screened = _screened(records, context, asking, on_event)
+    promoted = _screened(records, context, asking, on_event)
     if context.device != "cpu":
         from foldsearch.context import close_workbench
 
@@ -198,7 +195,7 @@ def _search(context: Any, trial: str, on_event: OnEvent) -> None:
     threads = max(1, num_cpus() // run.study.jobs)
     line = Line(
         records,
-        screened=screened,
+        promoted=promoted,
         spent=asking + time.monotonic() - began,
         token_seconds=getattr(context, "token_seconds", 0.0) * run.study.jobs,  # they share the processor
     )
@@ -207,13 +204,12 @@ def _search(context: Any, trial: str, on_event: OnEvent) -> None:
     Search(records, line, on_event).run_trials(replace(context, threads=threads), trial)
 
 
-def _screened(records: Records, context: Any, asking: float, on_event: OnEvent) -> Screening | None:
-    """Screen plans for a run that has no trials yet."""
+def _screened(records: Records, context: Any, asking: float, on_event: OnEvent) -> Promoted:
+    """Screen plans for a run that has no trials yet; what of them is to be trained. What it took up is let go of."""
     study = records.run.study
     is_real = getattr(context, "files", None) is not None
-    wanted = study.screen.plans and study.healing.tokens  # plans are screened as they are healed
-    if records.all() or not (wanted and is_real and can_be_screened(records.space)):
-        return None
+    if records.all() or not (is_real and is_screened(study, records.space)):
+        return Promoted()
     seconds = math.inf
     if study.seconds is not None:
         seconds = max(1.0, study.screen.share * (study.seconds - asking - records.elapsed))
@@ -233,8 +229,9 @@ def _screened(records: Records, context: Any, asking: float, on_event: OnEvent) 
             records.note_elapsed(records.elapsed + asking + time.monotonic() - began)
         raise
     write_screened(records.run.screened, found)
-    records.note_screened(len(found), len(screening.promoted()))
-    return screening
+    promoted = screening.promoted()
+    records.note_screened(len(found), len(promoted.plans))
+    return promoted
 
 
 class Search:

@@ -4,31 +4,51 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from foldsearch.codec import from_json, to_json
-from foldsearch.criteria import criterion_names
+from foldsearch.criteria import criterion_names, criterion_of
 from foldsearch.files import write_json
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Quality
 from foldsearch.spec.space import Space
+from foldsearch.spec.study import Study
 
 SEARCH = "search"  # in tables: whoever asked for plans but the criteria
 
 
 @dataclass(frozen=True, slots=True)
 class Screened:
-    """A plan as it was screened. author: who asked for it: a criterion, "alone", "chain" or "move"."""
+    """A plan as it was screened. authors: who asked for it, in order: criteria, "alone", "chain" or "move"."""
 
     plan: FoldPlan
-    author: str
+    authors: tuple[str, ...]
     quality: Quality
 
+    def asked_by(self, author: str) -> Screened:
+        """The same plan, which this one asked for too."""
+        return self if author in self.authors else replace(self, authors=(*self.authors, author))
 
-def can_be_screened(space: Space) -> bool:
-    """Whether the space has plans that can be screened."""
-    return "drop" in space.fates
+
+@dataclass(frozen=True, slots=True)
+class Promoted:
+    """What of a screening is trained. rival: a criterion to train beside the plans, and how many blocks it removes."""
+
+    plans: tuple[FoldPlan, ...] = ()
+    rival: tuple[str, int] | None = None
+
+
+def is_screened(study: Study, space: Space) -> bool:
+    """Whether a search of the space begins with a screening: plans are screened as they are healed, and only drop."""
+    return study.screen.plans > 0 and study.healing.tokens > 0 and "drop" in space.fates
+
+
+def compared_criteria(space: Space) -> frozenset[str]:
+    """The criteria of a space whose baselines a screening measures: quick ones, where baselines drop blocks."""
+    if space.fates[0] != "drop":
+        return frozenset()
+    return frozenset(name for name in space.criteria if criterion_of(name).is_quick)
 
 
 def write_screened(path: Path, found: Iterable[Screened]) -> None:
@@ -52,8 +72,8 @@ def screened_by_count(found: Iterable[Screened]) -> dict[int, dict[str, Screened
     best: dict[int, dict[str, Screened]] = {}
     for one in found:
         if one.plan.only_drops:
-            author = one.author if one.author in names else SEARCH
             row = best.setdefault(len(one.plan.dropped), {})
-            if author not in row or one.quality.kl < row[author].quality.kl:
-                row[author] = one
+            for author in {author if author in names else SEARCH for author in one.authors}:
+                if author not in row or one.quality.kl < row[author].quality.kl:
+                    row[author] = one
     return {count: row for count, row in sorted(best.items()) if row.keys() - {SEARCH}}

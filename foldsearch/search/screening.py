@@ -17,10 +17,11 @@ import math
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 from foldsearch import cache
+from foldsearch.bound import lower_bound
 from foldsearch.codec import from_json, to_json
 from foldsearch.context import TrialContext, open_workbench
 from foldsearch.criteria import CRITERIA
@@ -29,25 +30,28 @@ from foldsearch.errors import ModelError
 from foldsearch.fates import Drop
 from foldsearch.model.judge import dense_targets
 from foldsearch.model.screen import Screen, Threads
+from foldsearch.model.states import FitText
 from foldsearch.model.tokens import TokenSet
 from foldsearch.plan.cost import GB, price
 from foldsearch.plan.front import knee, non_dominated
 from foldsearch.plan.neighbour import neighbour
 from foldsearch.plan.plan import FoldPlan, Slot
 from foldsearch.progress import StageProgress, counting, silent
-from foldsearch.proposal import Removed
+from foldsearch.proposal import Fold, Proposal, Removed
 from foldsearch.search.chain import ChainFit
-from foldsearch.search.screened import Screened
+from foldsearch.search.screened import Promoted, Screened, compared_criteria
 from foldsearch.spec.fit import can_run
 from foldsearch.spec.space import Space
 
 ROUND = 8  # plans between two fits of the chain; sorted, so that they have their beginnings in common
 MOVES = 4  # one of so many plans is a move around the front
+BEST = 4  # plans of a draw that are looked at, the best first: some may be known
+ANY = "uniform"  # a criterion: the bound of a plan is the same for all
 TRIES = 20  # draws until a plan is found that was not measured
 RIVAL_COUNTS = 3  # at which criteria are asked, over the range of the space
 STAGE = "screening plans"
 LENGTH = 128  # tokens of a sequence
-SCHEMA = 1  # of what is kept; raise it when healing, judging, or what they read here changes
+SCHEMA = 2  # of what is kept; raise it when healing, judging, or what they read here changes
 
 
 class Screening:
@@ -85,11 +89,11 @@ class Screening:
             model_hash=context.files.content_hash,
             cache_dir=context.cache_dir,
         )
-        self._text = replace(
-            bench.fit_text(2), ids_NT=_some(bench.splits.recovery, self._settings.healed_tokens).ids_NT
-        )
+        ids_NT = _some(bench.splits.recovery, self._settings.healed_tokens).ids_NT
+        self._text = FitText(bench.dense, ids_NT, context.files.content_hash, context.cache_dir)
         parts = (SCHEMA, context.files.content_hash, context.files.dtype, self._tokens.content_hash)
-        self._path = context.cache_dir / "screens" / f"{cache.key(*parts, self._text.ids_NT.tolist())}.json"
+        key = cache.key(*parts, self._tokens.kinds.over, ids_NT.tolist())
+        self._path = context.cache_dir / "screens" / f"{key}.json"
         self._screen = Screen(
             self._text, self._tokens, targets, progress=counting(progress, "residual states")
         )
@@ -121,7 +125,10 @@ class Screening:
         def grow(kept: list[Any] | None) -> list[Any]:
             every = {one.plan: one for one in (from_json(Screened, value) for value in kept or [])}
             for plan, one in every.items():
-                if plan not in self._found and self._may_be(plan):
+                if plan in self._found:
+                    for author in one.authors:
+                        self._found[plan] = self._found[plan].asked_by(author)
+                elif self._may_be(plan):
                     self._found[plan] = one
             return [to_json(one) for one in (every | self._found).values()]
 
@@ -141,6 +148,8 @@ class Screening:
         return share >= 1
 
     def _measure(self, plan: FoldPlan, author: str) -> None:
+        if plan in self._found:
+            self._found[plan] = self._found[plan].asked_by(author)
         if plan in self._found or not can_run(plan, self._context.table, self._context.target):
             return
         try:
@@ -151,7 +160,7 @@ class Screening:
             return
         if math.isfinite(quality.kl):
             self._num_new += 1
-            self._found[plan] = Screened(plan, author, quality)
+            self._found[plan] = Screened(plan, (author,), quality)
         else:
             self._refused.add(plan)
 
@@ -162,7 +171,9 @@ class Screening:
         return [count for count in range(max(1, fewest), most + 1) if self._fits_somehow(count)]
 
     def _fits_somehow(self, count: int) -> bool:
-        return self._fits(FoldPlan.dropping(range(count), len(self._context.table.blocks)))
+        """Whether some plan that drops so many blocks may keep the budget, whichever they are."""
+        proposal = Proposal(Fold(Removed(ANY, count, Drop())))
+        return self._context.budget.admits(lower_bound(proposal, self._context.table, self._context.target))
 
     def _fits(self, plan: FoldPlan) -> bool:
         context = self._context
@@ -199,7 +210,7 @@ class Screening:
         known = {*self._found, *self._refused, *taken}
         for _ in range(TRIES):
             count = self._rng.choice(counts)
-            best = fit.draw(self._rng).best(count, count, keep=MOVES)[count]
+            best = fit.draw(self._rng).best(count, keep=BEST)
             plans = (FoldPlan.dropping(blocks, len(self._context.table.blocks)) for blocks in best)
             found = next((plan for plan in plans if plan not in known and self._fits(plan)), None)
             if found is not None:
@@ -229,29 +240,33 @@ class Screening:
     # ---- what comes of it
 
     def front(self) -> list[Screened]:
-        """The plans that fit the budget and that no other beats."""
-        found = [one for one in self.found if self._fits(one.plan)]
+        """The plans of the space that fit the budget and that no other beats."""
+        fewest, most = self._space.counts(len(self._context.table.blocks))
+        found = [
+            one for one in self.found if fewest <= len(one.plan.dropped) <= most and self._fits(one.plan)
+        ]
         return [found[i] for i in non_dominated([self._point(one) for one in found])]
 
-    def promoted(self) -> list[Screened]:
-        """Those of the front that are worth training: the best, the knee, and others at even distances in size."""
-        found = sorted(self.front(), key=lambda one: one.quality.kl)
-        if not found:
-            return []
-        most = self._settings.promoted
-        even = [found[round(i * (len(found) - 1) / max(1, most - 1))] for i in range(most)]
-        middle = found[knee([self._point(one) for one in found])]
-        return list({one.plan: one for one in (found[0], middle, *even)}.values())[:most]
+    def promoted(self) -> Promoted:
+        """What is worth training: the best plan, the knee, others of the front at even distances in size; and a rival.
 
-    def best_rival(self) -> tuple[str, int] | None:
-        """Of the space's criteria that were asked, the best at the count nearest that of the best plan; and the count."""
-        rivals = [one for one in self.found if one.author in self._space.criteria and self._fits(one.plan)]
-        promoted = self.promoted()
-        if not rivals or not promoted:
-            return None
-        wanted = len(promoted[0].plan.dropped)
-        best = min(rivals, key=lambda one: (abs(len(one.plan.dropped) - wanted), one.quality.kl))
-        return best.author, len(best.plan.dropped)
+        The rival is the best of the criteria that were compared, at the count nearest to the best plan's.
+        """
+        front = sorted(self.front(), key=lambda one: one.quality.kl)
+        if not front:
+            return Promoted()
+        most = self._settings.promoted
+        even = [front[round(i * (len(front) - 1) / max(1, most - 1))] for i in range(most)]
+        middle = front[knee([self._point(one) for one in front])]
+        plans = tuple(dict.fromkeys(one.plan for one in (front[0], middle, *even)))[:most]
+        wanted, compared = len(plans[0].dropped), compared_criteria(self._space)
+        rivals = [
+            (abs(len(one.plan.dropped) - wanted), one.quality.kl, author, len(one.plan.dropped))
+            for one in self.found
+            for author in one.authors
+            if author in compared and self._fits(one.plan)
+        ]
+        return Promoted(plans, min(rivals)[2:] if rivals else None)
 
     def _point(self, one: Screened) -> tuple[float, float, float]:
         cost = price(one.plan, self._context.table, self._context.target)
@@ -259,10 +274,16 @@ class Screening:
 
 
 def _some(tokens: TokenSet, wanted: int) -> TokenSet:
-    """Short sequences at even distances in a token set, so that of many documents, and of all kinds, there are some."""
+    """Short sequences of a token set, the kinds of text in turns; of a kind at even distances, so of many documents."""
     cut = tokens.cut(LENGTH)
-    count = min(len(cut.ids_NT), max(2, wanted // cut.ids_NT.shape[1]))
-    return cut.of([i * len(cut.ids_NT) // count for i in range(count)])
+    of_kinds = [(cut.kinds.of_N == kind).nonzero().flatten().tolist() for kind in range(len(cut.kinds.names))]
+    of_kinds = [rows for rows in of_kinds if rows]
+    count = max(2, len(of_kinds), wanted // cut.ids_NT.shape[1])
+    chosen = []
+    for number, rows in enumerate(of_kinds):
+        share = min(len(rows), len(range(number, count, len(of_kinds))))
+        chosen.append([rows[i * len(rows) // share] for i in range(share)])
+    return cut.of([row for turn in zip_longest(*chosen) for row in turn if row is not None])
 
 
 def _in_order(plan: FoldPlan) -> tuple[tuple[int, bool, bool], ...]:

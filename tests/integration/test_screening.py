@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from foldsearch.context import TrialContext, close_workbench
+from foldsearch.context import TrialContext, close_workbench, open_workbench
 from foldsearch.model.screen import Screen
+from foldsearch.model.tokens import Kinds
 from foldsearch.plan.cost import GB, price
 from foldsearch.plan.front import dominates
 from foldsearch.plan.plan import FoldPlan
@@ -21,12 +22,19 @@ from foldsearch.search import screening as screenings
 from foldsearch.search.events import Event, Preparing, SearchDone
 from foldsearch.search.records import Records, read_records
 from foldsearch.search.run import run_search
-from foldsearch.search.screened import can_be_screened, read_screened, screened_by_count, write_screened
+from foldsearch.search.screened import (
+    Promoted,
+    compared_criteria,
+    is_screened,
+    read_screened,
+    screened_by_count,
+    write_screened,
+)
 from foldsearch.search.screening import Screening
 from foldsearch.spec.space import Groups, Space
-from foldsearch.spec.study import BudgetSettings, ScreenSettings, SplitSettings, Study
+from foldsearch.spec.study import BudgetSettings, HealingSettings, ScreenSettings, SplitSettings, Study
 from tests.contexts import of_study
-from tests.tiny import NUM_BLOCKS, save_model, write_corpus
+from tests.tiny import NUM_BLOCKS, as_tokens, save_model, write_corpus
 
 SPACE = Space(removal=(0.0, 0.8), criteria=("block_influence", "uniform"), attention=(0.0, 0.4))
 
@@ -71,12 +79,12 @@ def test_what_is_asked_for(screened: Screening) -> None:
     found = screened.found
     assert len(found) == 24
     assert len({one.plan for one in found}) == 24
-    alone = [one.plan for one in found if one.author == "alone"]
+    alone = [one.plan for one in found if "alone" in one.authors]
     assert alone == sorted(
         (FoldPlan.dropping([block], NUM_BLOCKS) for block in range(NUM_BLOCKS)),
         key=lambda plan: [slot.home for slot in plan.slots],
     )
-    assert {"alone", "uniform", "chain", "move"} <= {one.author for one in found}
+    assert {"alone", "uniform", "chain", "move"} <= {author for one in found for author in one.authors}
     assert all(one.plan.adds_nothing for one in found)
     assert all(one.quality.tokens == 2 * 31 for one in found)
 
@@ -91,12 +99,18 @@ def test_the_front_is_what_brute_force_finds(screened: Screening, context: Trial
     }
     undominated = {plan for plan in points if not any(dominates(o, points[plan]) for o in points.values())}
     assert {one.plan for one in screened.front()} == undominated
-    promoted = [one.plan for one in screened.promoted()]
-    assert len(promoted) == 3 == len(set(promoted))
-    assert set(promoted) <= undominated
-    rival = screened.best_rival()
-    assert rival is not None
-    assert rival[0] in SPACE.criteria
+    promoted = screened.promoted()
+    assert len(promoted.plans) == 3 == len(set(promoted.plans))
+    assert set(promoted.plans) <= undominated
+    lowest = min(undominated, key=lambda plan: points[plan][0])
+    assert promoted.plans[0] == lowest
+    at_count = {
+        (abs(len(one.plan.dropped) - len(lowest.dropped)), one.quality.kl): (author, len(one.plan.dropped))
+        for one in screened.found
+        for author in one.authors
+        if author in SPACE.criteria
+    }
+    assert promoted.rival == at_count[min(at_count)]
 
 
 def test_what_is_known_is_there_at_once_and_not_measured_again(
@@ -149,12 +163,12 @@ def test_a_budget_is_kept_by_all_that_is_promoted(context: TrialContext) -> None
     dense = context.run.dense.memory_bytes
     tight = Screening(of_study(context, budget=BudgetSettings(gb=0.8 * dense / GB)), SPACE)
     tight.run()
-    promoted = tight.promoted()
+    promoted = tight.promoted().plans
     assert promoted
-    assert all(price(one.plan, context.table, context.target).memory_bytes <= 0.8 * dense for one in promoted)
+    assert all(price(plan, context.table, context.target).memory_bytes <= 0.8 * dense for plan in promoted)
     unreachable = Screening(of_study(context, budget=BudgetSettings(gb=1 / GB)), SPACE)
     unreachable.run()
-    assert unreachable.promoted() == []
+    assert unreachable.promoted() == Promoted()
 
 
 def test_it_ends_when_its_time_is_up(
@@ -162,12 +176,13 @@ def test_it_ends_when_its_time_is_up(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr(screenings.time, "monotonic", lambda: now.__setitem__(0, now[0] + 1.0) or now[0])
-    told: list[float] = []
+    told: list[tuple[str, float]] = []
     fresh = replace(context, cache_dir=tmp_path)
-    short = Screening(fresh, SPACE, seconds=6.0, progress=lambda stage, share: told.append(share))
+    short = Screening(fresh, SPACE, seconds=6.0, progress=lambda *words: told.append(words))
     assert len(short.run()) == 5
-    assert told[-1] == 1.0
-    assert told == sorted(told)
+    shares = [share for stage, share in told if stage == screenings.STAGE]
+    assert shares[-1] == 1.0
+    assert shares == sorted(shares)
 
 
 def test_what_was_screened_is_read_again(screened: Screening, tmp_path: Path) -> None:
@@ -210,9 +225,84 @@ def test_a_screening_that_was_stopped_goes_on_with_what_it_has(
     assert any(record.state == "finished" for record in read_records(run))
 
 
-def test_only_spaces_that_drop_are_screened() -> None:
-    assert can_be_screened(SPACE)
-    assert not can_be_screened(Space(fates=("share", "replace"), groups=Groups(max_groups=1)))
+def test_the_baselines_follow_where_no_criterion_of_the_space_is_quick(
+    study: Study, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the default space; and what another trial trained is not counted as trained twice."""
+    monkeypatch.setenv("FOLDSEARCH_CACHE", str(place / "cache of a slow run"))
+    close_workbench()
+    events: list[Event] = []
+    slow = study.model_copy(update={"space": SPACE.model_copy(update={"criteria": ("greedy",)}), "trials": 5})
+    run_search(slow, place / "slow", on_event=events.append)
+    records = read_records(Run.open(place / "slow"))
+    proposals = [record.proposal for record in records if record.proposal is not None]
+    assert [one.origin for one in proposals[:4]] == ["screened"] * 3 + ["baseline"]
+    assert proposals[3].removed is not None
+    assert proposals[3].removed.criterion == "greedy"
+    (done,) = (event for event in events if isinstance(event, SearchDone))
+    trained = {result.plan for one in records for result in one.results if result.recovery_tokens}
+    assert 0 < done.num_trained <= len(trained)
+
+
+def test_only_spaces_that_drop_are_screened(study: Study) -> None:
+    assert is_screened(study, SPACE)
+    assert not is_screened(study, Space(fates=("share", "replace"), groups=Groups(max_groups=1)))
+    assert not is_screened(study.model_copy(update={"screen": ScreenSettings(plans=0)}), SPACE)
+    assert not is_screened(study.model_copy(update={"healing": HealingSettings(tokens=0)}), SPACE)
+    assert compared_criteria(SPACE) == {"block_influence", "uniform"}
+    assert compared_criteria(Space(fates=("replace", "drop"), criteria=("window",))) == frozenset()
+
+
+@pytest.mark.parametrize("kinds", [1, 4, 5])
+def test_every_kind_of_text_is_among_what_is_screened_on(kinds: int) -> None:
+    """Sequences of a mixture stand in turns; those at even distances of the whole could all be of one kind."""
+    length, num = screenings.LENGTH, 20
+    tokens = as_tokens(torch.arange(num)[:, None].expand(num, 2 * length).contiguous())
+    tokens = replace(tokens, kinds=Kinds(tuple(map(str, range(kinds))), torch.arange(num) % kinds))
+    for wanted in (1, 512, 768, 10**6):
+        some = screenings._some(tokens, wanted)
+        found = some.kinds.of_N.bincount(minlength=kinds)
+        assert found.min() >= 1
+        assert found.max() - found.min() <= 1
+        assert len(some.ids_NT) == min(max(2, kinds, wanted // length), 2 * num)
+        if wanted < 10**6:  # of different documents while there are others
+            assert len(set(some.ids_NT[:, 0].tolist())) == len(some.ids_NT)
+
+
+def test_the_kl_of_another_objective_is_another_figure(context: TrialContext, tmp_path: Path) -> None:
+    """Kept figures are of the mean over kinds or of the worst kind; one is never taken for the other."""
+    bench, paths = open_workbench(context), set()
+    for over in ("mean", "worst"):
+        search = replace(bench.splits.search, kinds=replace(bench.splits.search.kinds, over=over))
+        other = replace(bench, splits=replace(bench.splits, search=search))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(screenings, "open_workbench", lambda *_, other=other: other)
+            paths.add(Screening(replace(context, cache_dir=tmp_path), SPACE)._path)
+    assert len(paths) == 2
+
+
+def test_a_plan_that_two_ask_for_is_both_ones(context: TrialContext, tmp_path: Path) -> None:
+    fresh = Screening(replace(context, cache_dir=tmp_path), SPACE)
+    plan = FoldPlan.dropping([2], NUM_BLOCKS)
+    for author in ("alone", "uniform", "alone"):
+        fresh._measure(plan, author)
+    (one,) = fresh.found
+    assert one.authors == ("alone", "uniform")
+    assert screened_by_count([one]) == {1: {"search": one, "uniform": one}}
+    fresh._keep()
+    other = Screening(replace(context, cache_dir=tmp_path), SPACE)
+    other._measure(plan, "chain")
+    other._keep()
+    assert other.found[0].authors == ("chain", "alone", "uniform")
+
+
+def test_nothing_outside_the_space_is_promoted(screened: Screening, context: TrialContext) -> None:
+    """What earlier runs of other spaces measured is known, but not trained."""
+    narrow = SPACE.model_copy(update={"removal": (0.4, 0.6)})
+    screening = Screening(context, narrow)
+    screening.run()
+    assert {len(one.plan.dropped) for one in screening.found} - {2, 3}
+    assert {len(plan.dropped) for plan in screening.promoted().plans} <= {2, 3}
 
 
 def test_a_run_begins_with_what_was_promoted(

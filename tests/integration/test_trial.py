@@ -724,6 +724,23 @@ def test_a_stopped_trial_whose_start_was_let_go_of_goes_on(context):
     assert measured(run(context, 2, DROPPING)) == measured(whole)
 
 
+def test_who_goes_on_with_a_trial_whose_start_was_let_go_of_keeps_one(context):
+    """So that its model is rebuilt from a file, not healed again by who exports it."""
+    run(context, 0, DROPPING)
+    shutil.rmtree(context.run.path / "plans")
+    generator = run_trial(DROPPING, context, number=1)
+    next(generator)
+    generator.close()
+    context.run.trial(1).start.unlink()  # as halving does
+    *_, last = run(context, 2, DROPPING)
+    assert last.state == "measured"
+    assert context.run.trial(2).start.exists()
+    assert last.healing is not None
+    record = TrialRecord.read(context.run.trial(2))
+    assert record is not None
+    assert context.run.trial(2).start.name in record.files
+
+
 def test_where_nothing_is_trained_the_dense_model_is_not_asked_about_the_recovery_texts(context, monkeypatch):
     asked = []
     ask = contexts.dense_targets

@@ -184,6 +184,29 @@ def test_what_was_used_last_stays(folder: Path) -> None:
     assert kinds(folder) == {"models": 100, "states": 3}
 
 
+def test_what_a_killed_process_left_goes_too(folder: Path) -> None:
+    """A folder on its way out is renamed first, so nobody lists it; nobody would remove it either."""
+    left = folder / "models" / f".{KEYS[0]}-float32.gone"
+    left.mkdir()
+    (left / "half").write_bytes(b"x" * 50)
+    before = kinds(folder)
+    assert cache.trim(folder, 10**9) == []
+    assert not left.exists()
+    assert kinds(folder) == before
+
+
+def test_what_goes_while_it_is_listed_is_not_listed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = cache._entry
+
+    def gone(path: Path) -> cache.Entry:
+        if path.parent.name == "targets":
+            raise FileNotFoundError(path)
+        return real(path)
+
+    monkeypatch.setattr(cache, "_entry", gone)
+    assert "targets" not in {one.kind for one in cache.entries(folder)}
+
+
 def test_whoever_reads_while_others_remove_reads_it_whole(tmp_path: Path) -> None:
     """An entry that is removed again and again is made again: what is read is what was made."""
     path, stop = tmp_path / "evidence" / f"{KEYS[0]}.json", threading.Event()

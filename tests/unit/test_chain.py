@@ -22,9 +22,8 @@ def planted(seed: int) -> Chain:
 @pytest.mark.parametrize("seed", range(5))
 def test_the_best_sets_are_those_of_all_subsets(seed: int) -> None:
     chain = planted(seed)
-    best = chain.best(1, N - 1, keep=3)
-    assert list(best) == list(range(1, N))
-    for count, found in best.items():
+    for count in range(1, N):
+        found = chain.best(count, keep=3)
         every = sorted(itertools.combinations(range(N), count), key=chain.kl)
         assert [chain.kl(one) for one in found] == pytest.approx([chain.kl(one) for one in every[:3]])
         assert all(one == tuple(sorted(set(one))) and len(one) == count for one in found)

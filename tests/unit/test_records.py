@@ -33,7 +33,7 @@ from foldsearch.search.proposer import Line, missing_baselines
 from foldsearch.search.records import STUDY_NAME, Record, Records, front, note, point, read_records
 from foldsearch.spec.load import shipped
 from foldsearch.spec.propose import baseline_count, is_baseline
-from foldsearch.spec.study import BudgetSettings, HealingSettings, Objective, Study
+from foldsearch.spec.study import BudgetSettings, HealingSettings, Objective, ScreenSettings, Study
 from tests.fake_driver import SPACE
 from tests.fake_driver import study as small_study
 from tests.fake_trial import NUM_BLOCKS, ORDERS, TABLE, result_of
@@ -614,6 +614,11 @@ def test_a_dry_run_says_what_a_run_would_find(tmp_path: Path, study: Study) -> N
     twice = plan_search(study.model_copy(update={"trials": 24}), TABLE, num_proposals=10)
     assert twice.seconds > found.seconds
     assert plan_search(study.model_copy(update={"seconds": 0.001}), TABLE, num_proposals=10).seconds == 0.001
+    untold = plan_search(
+        study.model_copy(update={"screen": ScreenSettings(plans=0)}), TABLE, num_proposals=10
+    )
+    assert untold.seconds < found.seconds
+    assert untold.memory_bytes < found.memory_bytes
     plain = plan_search(
         study.model_copy(update={"healing": HealingSettings(tokens=0)}), TABLE, num_proposals=10
     )

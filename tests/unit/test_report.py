@@ -746,7 +746,7 @@ def test_screened_plans_stand_beside_the_criteria(view: RunView) -> None:
     quality = view.finished[0].quality
 
     def screened(dropped: list[int], author: str, kl: float) -> Screened:
-        return Screened(FoldPlan.dropping(dropped, NUM_BLOCKS), author, replace(quality, kl=kl))
+        return Screened(FoldPlan.dropping(dropped, NUM_BLOCKS), (author,), replace(quality, kl=kl))
 
     found = [
         screened([3], "alone", 0.05),  # no criterion was asked at this count
