@@ -198,8 +198,8 @@ def check_study_lengths(study: Study, config: PretrainedConfig) -> str:
         study.model,
         config,
         sequence_length=study.splits.sequence_length,
-        # the default is nobody's wish
-        context=study.target.context if "context" in study.target.model_fields_set else 0,
+        context=study.target.context,
+        is_default="context" not in study.target.model_fields_set,
     )
 
 

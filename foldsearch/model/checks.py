@@ -176,7 +176,9 @@ def check_tokens(reference: str, vocab_size: int, ids: Iterable[torch.Tensor]) -
             )
 
 
-def check_lengths(reference: str, config: PretrainedConfig, *, sequence_length: int, context: int) -> str:
+def check_lengths(
+    reference: str, config: PretrainedConfig, *, sequence_length: int, context: int, is_default: bool
+) -> str:
     """Sequences must fit what the model was made for; a longer context may be priced, where positions are rotary.
 
     Figures of sequences beyond a model's own context are figures of what it was never made for, so they are refused.
@@ -186,13 +188,15 @@ def check_lengths(reference: str, config: PretrainedConfig, *, sequence_length: 
         reference: what the person typed.
         config: of the model.
         sequence_length: of what is measured and trained on, in tokens.
-        context: of the target, in tokens; 0 if it was left to the default.
+        context: of the target, in tokens.
+        is_default: whether nobody asked for that context.
 
     Returns:
         What a person should know; "" if nothing.
 
     Raises:
-        ModelError: sequences, or the context of a model with learned positions, are longer than the model's own.
+        ModelError: sequences, or the context that was asked for of a model with learned positions, are longer than the
+            model's own.
     """
     longest = getattr(config, "max_position_embeddings", None)
     if not isinstance(longest, int) or longest <= 0:
@@ -205,10 +209,17 @@ def check_lengths(reference: str, config: PretrainedConfig, *, sequence_length: 
     if context <= longest:
         return ""
     if config.model_type in _LEARNED_POSITIONS:
+        if is_default:
+            return (
+                f"the model has {longest:,} positions, but plans are priced for a context of {context:,} tokens, the "
+                f"default: more memory than it can use. Give --context {longest}."
+            )
         raise ModelError(
             f"{reference}: the model has {longest:,} positions; got a context of {context:,} under [target]. Set it to "
             f"{longest:,} or less."
         )
+    if is_default:
+        return ""
     return (
         f"the target's context of {context:,} tokens is longer than the {longest:,} that the model was made for: its "
         "memory is priced, its quality there is not measured."

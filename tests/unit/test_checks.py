@@ -139,8 +139,8 @@ def test_sequences_longer_than_the_model_was_made_for() -> None:
         with pytest.raises(
             ModelError, match=r"at most 128 tokens; got sequences of 129\. Set sequence_length"
         ):
-            check_lengths("m", CONFIGS[name](), sequence_length=129, context=0)
-        assert check_lengths("m", CONFIGS[name](), sequence_length=128, context=128) == ""
+            check_lengths("m", CONFIGS[name](), sequence_length=129, context=128, is_default=True)
+        assert check_lengths("m", CONFIGS[name](), sequence_length=128, context=128, is_default=False) == ""
 
 
 def test_a_context_longer_than_the_model_was_made_for() -> None:
@@ -148,9 +148,17 @@ def test_a_context_longer_than_the_model_was_made_for() -> None:
         with pytest.raises(
             ModelError, match=r"the model has 128 positions; got a context of 129 under \[target\]"
         ):
-            check_lengths("m", CONFIGS[name](), sequence_length=16, context=129)
-    words = check_lengths("m", CONFIGS["llama"](), sequence_length=16, context=129)
+            check_lengths("m", CONFIGS[name](), sequence_length=16, context=129, is_default=False)
+    words = check_lengths("m", CONFIGS["llama"](), sequence_length=16, context=129, is_default=False)
     assert words.startswith("the target's context of 129 tokens is longer than the 128")
+
+
+def test_the_default_context_is_told_where_the_model_has_fewer_positions() -> None:
+    for name in ("gpt2", "opt"):
+        words = check_lengths("m", CONFIGS[name](), sequence_length=16, context=2048, is_default=True)
+        assert "128 positions" in words
+        assert "--context 128" in words
+    assert check_lengths("m", CONFIGS["llama"](), sequence_length=16, context=2048, is_default=True) == ""
 
 
 # ---------------------------------------------------------------------------------------------------- what lies there
