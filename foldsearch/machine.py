@@ -22,6 +22,22 @@ def num_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def free_memory() -> int:
+    """Bytes that a new process could use, within what its container may."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError):  # no limit is written as "max"
+        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()) - _used_by_container())
+    return max(0, free)
+
+
+def _used_by_container() -> int:
+    # Pages of files are given back when memory is short, so they are free.
+    pages = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+    return int(Path("/sys/fs/cgroup/memory.current").read_text()) - int(pages.get("inactive_file", 0))
+
+
 def num_gpus() -> int:
     """CUDA devices that this process may use."""
     import torch

@@ -5,9 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from foldsearch.machine import MACS_PER_SECOND, num_cpus
+from foldsearch.machine import (
+    MACS_PER_SECOND,
+    choose_device,
+    choose_precision,
+    free_memory,
+    num_cpus,
+)
 from foldsearch.model.training import SCREEN_BYTES
-from foldsearch.plan.cost import GB, Cost, CostTable
+from foldsearch.plan.cost import DTYPE_BYTES, GB, Cost, CostTable
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.run import Run
 from foldsearch.search.screened import is_screened
@@ -30,6 +36,53 @@ def dense_fits(run: Run) -> str:
     words += [f"{dense.flops:.4g} FLOPs per token" if budget.flops is not None else ""]
     needs = " and ".join(word for word in words if word)
     return f"the dense model keeps the budget already (it needs {needs}); searching below it."
+
+
+def lacks_memory(run: Run, dtype: str) -> str:
+    """What to say where a search takes more memory than is free here; "" where there is enough.
+
+    It is an estimate, and files that are mapped can be read again, so the search may do all the same.
+
+    Args:
+        run: to search.
+        dtype: that trials compute in.
+    """
+    needed, free = memory_needed(run, dtype), free_memory()
+    if needed <= free:
+        return ""
+    jobs, screens = run.study.jobs, is_screened(run.study, run.study.space)
+    remedies = ["fewer jobs"] * (jobs > 1) + ["no screening (screen.plans = 0)"] * screens
+    remedies += ["smaller or shorter batches (recovery.batch, splits.sequence_length)"]
+    return (
+        f"this search takes about {needed / GB:.1f} GB of memory, and {free / GB:.1f} GB are free: it may be slow, or "
+        f"end for lack of it. Less is taken by {', '.join(remedies)}."
+    )
+
+
+def memory_needed(run: Run, dtype: str) -> int:
+    """Bytes of memory that a search takes, about.
+
+    The dense model once, as it is mapped; of each trial its parameters, their gradients and two moments, what healing
+    changed, what a step of training keeps, Python with its libraries; what a screening keeps.
+    """
+    study, table = run.study, run.table
+    weights = run.dense.weight_bytes // DTYPE_BYTES[run.target.dtype] * DTYPE_BYTES[dtype]
+    step = 4 * study.splits.sequence_length * study.recovery.batch
+    activations = step * (run.num_blocks * table.activation_width + 2 * table.vocabulary)
+    of_trial = 4 * _trained_bytes(run) + _healed_bytes(run) + activations + 6 * 10**8
+    return weights + SCREEN_BYTES * is_screened(study, study.space) + study.jobs * of_trial
+
+
+def _trained_bytes(run: Run) -> int:
+    """Of what recovery trains at most, float32."""
+    space = run.study.space
+    width = sum(block.attention.adapter_width + block.mlp.adapter_width for block in run.table.blocks)
+    return 4 * width * (max(space.recover.delta_ranks) + max(space.groups.adapter_ranks))
+
+
+def _healed_bytes(run: Run) -> int:
+    """Of what healing changes: of each MLP the matrix that writes, which is half of its weights at most; float32."""
+    return 4 * sum(block.mlp.weights for block in run.table.blocks) // 2 if run.study.healing.tokens else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,17 +144,6 @@ def plan_search(
     seconds = forward * work / rate  # trials at a time share the processor
     if study.seconds is not None:
         seconds = min(seconds, study.seconds) if study.trials else study.seconds
-    rank = max(space.recover.delta_ranks)
-    trained = sum(block.attention.adapter_width + block.mlp.adapter_width for block in table.blocks)
-    trained_bytes = 4 * trained * (rank + max(space.groups.adapter_ranks))
-    # What healing changes is a trial's own: of each MLP the matrix that writes, which is half of its weights at most.
-    healed_bytes = 4 * sum(block.mlp.weights for block in table.blocks) // 2 if healing_tokens else 0
-    activations = (
-        4
-        * splits.sequence_length
-        * study.recovery.batch
-        * (num_blocks * table.activation_width + 2 * table.vocabulary)
-    )
     return DryRun(
         size=size(for_runtime(study.space, table, target), num_blocks),
         feasible_share=feasible_share(study.space, table, target, budget, num_proposals=num_proposals),
@@ -112,10 +154,7 @@ def plan_search(
         trials=trials,
         seconds=seconds,
         # What was trained, and beside it the optimizer's file of a trial that was stopped: the same and two moments.
-        disk_bytes=trials * (4 * trained_bytes + healed_bytes) + 10**7,
-        # weights once for the machine; each trial its parameters, gradients, two moments, activations, Python
-        memory_bytes=run.dense.weight_bytes
-        + SCREEN_BYTES * screened
-        + study.jobs * (4 * trained_bytes + healed_bytes + activations + 6 * 10**8),
+        disk_bytes=trials * (4 * _trained_bytes(run) + _healed_bytes(run)) + 10**7,
+        memory_bytes=memory_needed(run, choose_precision(study.precision, choose_device(study.device))),
         notice=dense_fits(run),
     )

@@ -26,7 +26,7 @@ from foldsearch.paths import command, printable
 from foldsearch.plan.cost import GB
 from foldsearch.plan.result import TrialResult
 from foldsearch.run import Run
-from foldsearch.search.dry_run import dense_fits
+from foldsearch.search.dry_run import dense_fits, lacks_memory
 from foldsearch.search.events import (
     Event,
     Notice,
@@ -183,7 +183,10 @@ def _resumable(run: Run, on_event: OnEvent) -> Iterator[None]:
 
 def _search(context: Any, trial: str, on_event: OnEvent) -> None:
     run: Run = context.run
-    if notice := dense_fits(run):
+    notices = [dense_fits(run)]
+    if context.device == "cpu":
+        notices.append(lacks_memory(run, context.files.dtype))
+    for notice in filter(None, notices):
         on_event(Notice(notice))
     records = Records(run)
     began, asking = time.monotonic(), getattr(context, "asking_seconds", 0.0)

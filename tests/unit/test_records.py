@@ -28,6 +28,7 @@ from foldsearch.plan.result import TrialResult
 from foldsearch.proposal import Groups, Proposal, fold_plan
 from foldsearch.run import Run
 from foldsearch.runtimes import runtime_named
+from foldsearch.search import dry_run
 from foldsearch.search.dry_run import plan_search
 from foldsearch.search.proposer import Line, missing_baselines
 from foldsearch.search.records import STUDY_NAME, Record, Records, front, note, point, read_records
@@ -639,6 +640,22 @@ def test_a_budget_that_dense_keeps_is_said(study: Study) -> None:
     assert (
         "keeps the budget already (it needs 0.0090 GB)" in plan_search(roomy, TABLE, num_proposals=10).notice
     )
+
+
+def test_a_search_that_memory_may_not_hold_is_told(
+    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run(tmp_path / "run", study.model_copy(update={"jobs": 2}))
+    needed = dry_run.memory_needed(run, "float32")
+    weights = run.dense.weight_bytes // 2  # of the target's bfloat16, in number
+    assert needed - dry_run.memory_needed(run, "bfloat16") == 2 * weights
+    monkeypatch.setattr(dry_run, "free_memory", lambda: needed)
+    assert dry_run.lacks_memory(run, "float32") == ""
+    monkeypatch.setattr(dry_run, "free_memory", lambda: needed - 1)
+    words = dry_run.lacks_memory(run, "float32")
+    assert f"about {needed / 1e9:.1f} GB of memory" in words
+    assert "fewer jobs" in words
+    assert "screen.plans = 0" in words
 
 
 # ---- what a neighbour may be
