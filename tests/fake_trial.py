@@ -37,19 +37,11 @@ ORDERS = {
 
 
 @dataclass(frozen=True)
-class FakeFiles:
-    """dtype: that the dense model would be computed in."""
-
-    dtype: str = "float32"
-
-
-@dataclass(frozen=True)
 class FakeContext:
-    """run, cache_dir, files, threads, device: as the search expects them."""
+    """run, cache_dir, threads, device: as the search expects them."""
 
     run: Run
     cache_dir: Path
-    files: FakeFiles = FakeFiles()
     threads: int = 0
     device: str = "cpu"
 

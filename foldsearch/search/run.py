@@ -184,7 +184,7 @@ def _resumable(run: Run, on_event: OnEvent) -> Iterator[None]:
 def _search(context: Any, trial: str, on_event: OnEvent) -> None:
     run: Run = context.run
     notices = [dense_fits(run)]
-    if context.device == "cpu":
+    if _is_real(context) and context.device == "cpu":
         notices.append(lacks_memory(run, context.files.dtype))
     for notice in filter(None, notices):
         on_event(Notice(notice))
@@ -207,11 +207,15 @@ def _search(context: Any, trial: str, on_event: OnEvent) -> None:
     Search(records, line, on_event).run_trials(replace(context, threads=threads), trial)
 
 
+def _is_real(context: Any) -> bool:
+    """Whether trials have a model; those of tests may have none."""
+    return getattr(context, "files", None) is not None
+
+
 def _screened(records: Records, context: Any, asking: float, on_event: OnEvent) -> Promoted:
     """Screen plans for a run that has no trials yet; what of them is to be trained. What it took up is let go of."""
     study = records.run.study
-    is_real = getattr(context, "files", None) is not None
-    if records.all() or not (is_real and is_screened(study, records.space)):
+    if records.all() or not (_is_real(context) and is_screened(study, records.space)):
         return Promoted()
     seconds = math.inf
     if study.seconds is not None:
