@@ -14,10 +14,11 @@ from foldsearch.codec import to_json
 from foldsearch.errors import RunError, quote_error
 from foldsearch.files import replace_atomically, write_json
 from foldsearch.paths import command, printable
-from foldsearch.plan.cost import CostTable
+from foldsearch.plan.cost import CostTable, Target
 from foldsearch.plan.plan import FoldPlan, check_ranks
 from foldsearch.plan.result import TrialResult
 from foldsearch.progress import Notice, StageProgress, silent, unheard
+from foldsearch.runtimes import runtime_for
 
 if TYPE_CHECKING:
     from foldsearch.context import TrialContext
@@ -208,13 +209,13 @@ def try_plan(
 
 
 def export_tried(
-    study: Study, folder: Path, out: Path, *, form: str = "folded", progress: StageProgress = silent
+    study: Study, folder: Path, out: Path, *, to: str | None = None, progress: StageProgress = silent
 ) -> ExportReport:
     """Write the model that `try_plan` measured last in `folder`, and verify it in a fresh process.
 
     Args:
         study, folder: as `try_plan` was given them.
-        out, form, progress: see `export_trial`.
+        out, to, progress: see `export_trial`.
 
     Raises:
         RunError: nothing was measured there. Else as `export_trial`.
@@ -222,7 +223,7 @@ def export_tried(
     from foldsearch.prepare import prepare_context
 
     context = prepare_context(study, folder, progress=progress)
-    return _export(context, _TRIED, out, form, None, progress)
+    return _export(context, _TRIED, out, to, None, progress)
 
 
 # ---- after a search
@@ -292,7 +293,7 @@ def export_trial(
     number: int,
     out: Path,
     *,
-    form: str = "folded",
+    to: str | None = None,
     progress: StageProgress = silent,
     notice: Notice = unheard,
 ) -> ExportReport:
@@ -304,7 +305,7 @@ def export_trial(
         run: the run.
         number: of a trial that reached the last rung.
         out: new folder; whole or absent.
-        form: the name of the runtime: "folded" (shared weights once) or "expanded" (the stock architecture).
+        to: the name of the runtime (see `foldsearch.runtimes`); None takes the one that `runtime_for` names.
         progress: told what is being done.
         notice: told what a person should know.
 
@@ -318,20 +319,24 @@ def export_trial(
 
     entry = run.pick(number=number)
     folder = run.folder
-    check_export(out, entry.plan, form, by_position=folder.table.by_position)
+    runtime = _runtime(to, entry.plan, folder.target, folder.table)
+    check_export(out, entry.plan, runtime, by_position=folder.table.by_position)
     context = prepare_context(folder.study, folder.path, progress=progress, notice=notice)
-    return _export(context, entry.number, out, form, entry, progress)
+    return _export(context, entry.number, out, runtime, entry, progress)
 
 
 def _export(
     context: TrialContext,
     number: int,
     out: Path,
-    form: str,
+    to: str | None,
     entry: Entry | None,
     progress: StageProgress,
 ) -> ExportReport:
-    """Rebuild a trial's model and ship it. entry: what a run recorded of the trial; None outside a run."""
+    """Rebuild a trial's model and ship it.
+
+    to: the name of the runtime; None takes the usual one. entry: what a run recorded of the trial; None outside a run.
+    """
     from foldsearch.context import open_workbench
     from foldsearch.export import Shipment, export
     from foldsearch.model.source import open_tokenizer
@@ -345,7 +350,7 @@ def _export(
     progress("writing and verifying in a fresh process", 0.0)
     shipment = Shipment(
         plan=result.plan,
-        form=form,
+        runtime=_runtime(to, result.plan, context.target, context.table),
         dtype=context.target.dtype,
         ids_NT=bench.splits.report.ids_NT,
         text_NT=bench.splits.report.text_NT,
@@ -359,6 +364,11 @@ def _export(
         },
     )
     return export(model, open_tokenizer(context.files), out, shipment)
+
+
+def _runtime(to: str | None, plan: FoldPlan, target: Target, table: CostTable) -> str:
+    """The name of the runtime that a plan is exported to, where `to` says none."""
+    return to or runtime_for(plan, target.runtime, by_position=table.by_position).name
 
 
 def compare_words(run: RunView, folder: Path, prompt: str, *, num_tokens: int = 40) -> tuple[str, str]:

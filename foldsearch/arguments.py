@@ -206,11 +206,23 @@ def _export(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
     _add_choice(parser)
     _add_out(parser, "new folder", required=True)
-    form = "; ".join(f"{runtime.name}: {runtime.title}" for runtime in runtimes.RUNTIMES)
-    parser.add_argument("--form", choices=runtimes.names(), default="folded", help=form)
+    titles = "; ".join(f"{runtime.name}: {runtime.title}" for runtime in runtimes.RUNTIMES)
+    parser.add_argument(
+        "--to",
+        choices=runtimes.names(),
+        help=f"what it is to run in. {titles}. By default the study's target.runtime; where that is "
+        f"{runtimes.ALL_CAN}, {runtimes.STOCK} for a plan that stock blocks run exactly and that shares nothing",
+    )
+    parser.add_argument("--form", action=_CalledTo, help=argparse.SUPPRESS)
     parser.add_argument(
         "--prompt", metavar="TEXT", help="let the exported model and the dense one go on with this text"
     )
+
+
+class _CalledTo(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, namespace: object, value: object, *_: object) -> None:
+        """The name that `--to` had in earlier versions: refused, with what to type."""
+        parser.error(f"--form is called --to now: --to {runtimes.called_now(str(value))}")
 
 
 def _evaluate(parser: argparse.ArgumentParser) -> None:

@@ -436,15 +436,15 @@ def _export(args: argparse.Namespace) -> int:
     view = open_run(args.run)
     entry = _chosen(args, view)
     with _status() as progress:
-        report = export_trial(view, entry.number, args.out, form=args.form, progress=progress, notice=_say)
+        report = export_trial(view, entry.number, args.out, to=args.to, progress=progress, notice=_say)
     out = console()
     out.print(export_table(report, args.out))
     if args.prompt:
         from foldsearch.api import compare_words
 
-        folded, dense = compare_words(view, args.out, args.prompt)
+        exported, dense = compare_words(view, args.out, args.prompt)
         out.print()
-        out.print(words_table(args.prompt, {args.form: folded, "dense": dense}))
+        out.print(words_table(args.prompt, {report.runtime: exported, "dense": dense}))
     return 0
 
 

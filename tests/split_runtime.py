@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from foldsearch.runtimes import Runtime
-from foldsearch.runtimes.expanded import before_rounding
+from foldsearch.runtimes.stock import before_rounding
 
 __all__ = ["ENTRY", "before_rounding", "load", "write"]
 

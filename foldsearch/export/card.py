@@ -20,7 +20,7 @@ def model_card(report: ExportReport, folder: Path) -> str:
         report: what was shipped.
         folder: where it lies, as the loading lines name it.
     """
-    runtime = runtime_named(report.form)
+    runtime = runtime_named(report.runtime)
     table = "\n".join(f"| {' | '.join(row)} |" for row in report.rows)
     notes = "\n\n".join([*(f"Speed of {words}." for words in report.unsteady), report.how_measured])
     details = ""
@@ -63,7 +63,7 @@ Reloaded in a fresh process and compared with the model that was measured:
 
 def loading_lines(report: ExportReport, folder: Path) -> str:
     """Python that loads an export and lets it write: it runs as it stands, and asks nothing."""
-    runtime = runtime_named(report.form)
+    runtime = runtime_named(report.runtime)
     trust = ", trust_remote_code=True" if runtime.carries_code else ""
     classes = [
         *([] if runtime.loader else ["AutoModelForCausalLM"]),

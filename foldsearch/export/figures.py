@@ -91,7 +91,7 @@ def spread(values: Sequence[float]) -> Spread:
 class ExportReport:
     """What was shipped, and the checks it passed.
 
-    form: the name of the runtime (see `foldsearch.runtimes`).
+    runtime: its name (see `foldsearch.runtimes`).
     dense: the model it was folded from, in the same dtype, loaded in the same way; None where there is none to
     compare with, and `dense_note` says why. file_bytes: of the export's weight files.
     prompt, decode: speed of reading a prompt of `prompt_tokens`, and of writing one token after the other with the KV
@@ -99,12 +99,12 @@ class ExportReport:
     measured_perplexity: of the model that was measured, in the shipped dtype, on the same tokens.
     logits_max_difference, logits_difference: to that model, largest and RMS over RMS; logits_tolerance bounds the
     latter (0: equal to the bit). decode_difference: cached decoding to one full forward, RMS over RMS.
-    loads_without_foldsearch: with trust_remote_code, where foldsearch cannot be imported (None: a stock model).
-    refused_without_code: stock transformers refuses the folder instead of loading it wrong (None: a stock model).
+    loads_without_foldsearch: it was loaded where foldsearch cannot be imported.
+    refused_without_code: stock transformers refuses the folder instead of loading it wrong (None: it needs no code).
     has_tokenizer: whether the folder holds one. threads: of the processor, for all timings.
     """
 
-    form: str
+    runtime: str
     dtype: str
     plan: str
     num_blocks: int
@@ -123,7 +123,7 @@ class ExportReport:
     logits_tolerance: float
     decode_difference: float
     decode_tolerance: float
-    loads_without_foldsearch: bool | None
+    loads_without_foldsearch: bool
     refused_without_code: bool | None
     has_tokenizer: bool
     threads: int

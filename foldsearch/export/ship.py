@@ -58,7 +58,7 @@ ROOM = 1.1  # of disk or memory, as a multiple of the weights
 class Shipment:
     """What is shipped of a model, and what it is held against.
 
-    plan: of the model. form: the name of the runtime (see `foldsearch.runtimes`). dtype: float32, bfloat16 or float16.
+    plan: of the model. runtime: its name (see `foldsearch.runtimes`). dtype: float32, bfloat16 or float16.
     ids_NT: int64 token ids, N sequences of T ≥ 2 tokens: what logits, decoding and perplexity are taken on.
     text_NT: bool, which of them are of the text (see `foldsearch.model.tokens.TokenSet`); None is all. Perplexity is
     over the positions that predict one of these.
@@ -67,7 +67,7 @@ class Shipment:
     """
 
     plan: FoldPlan
-    form: str
+    runtime: str
     dtype: str
     ids_NT: Tensor
     text_NT: Tensor | None = None
@@ -100,7 +100,7 @@ def export(
         model: a folded model, recovered, its deltas merged; any dtype, any device. It is not changed.
         tokenizer: saved beside the weights.
         folder: where to; its parent is made.
-        shipment: the plan, the form, and what the export is held against.
+        shipment: the plan, the runtime, and what the export is held against.
         overwrite: replace a folder that is there.
 
     Raises:
@@ -110,7 +110,7 @@ def export(
         VerificationError: what was written is not the model that was measured; the message lists every fault.
     """
     _check_arguments(model, folder, shipment, overwrite=overwrite)
-    runtime = runtime_named(shipment.form)
+    runtime = runtime_named(shipment.runtime)
     writer = runtime.writer
     measured = _as_shipped(model, shipment.dtype)
     written, is_exact = writer.before_rounding(model)
@@ -175,13 +175,13 @@ def _make_room(folder: Path, weight_bytes: int) -> None:
         )
 
 
-def check_export(folder: Path, plan: FoldPlan, form: str, *, by_position: bool = False) -> None:
+def check_export(folder: Path, plan: FoldPlan, runtime: str, *, by_position: bool = False) -> None:
     """What can be refused before a model is opened.
 
     Args:
         folder: where to.
         plan: of the model.
-        form: the name of the runtime.
+        runtime: its name.
         by_position: whether the model scales attention by a block's position (`CostTable.by_position`).
 
     Raises:
@@ -191,11 +191,11 @@ def check_export(folder: Path, plan: FoldPlan, form: str, *, by_position: bool =
     check_path(folder, "an export's path")
     _check_new(folder)
     check_writable(folder.parent, "an export")
-    runtime_named(form).check(plan, by_position=by_position)
+    runtime_named(runtime).check(plan, by_position=by_position)
 
 
 def load_exported(folder: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """An exported model, whatever its form, in eval mode and its own dtype; and its tokenizer, where it has one.
+    """An exported model, whatever its runtime, in eval mode and its own dtype; and its tokenizer, where it has one.
 
     Raises:
         ModelError: not a model folder, or weights are missing from it.
@@ -231,8 +231,8 @@ def load_exported(folder: Path | str) -> tuple[PreTrainedModel, PreTrainedTokeni
 def _loader_of(folder: Path) -> str:
     """The module that loads an export; empty where transformers does, as for a folder that says nothing of it."""
     try:
-        form = json.loads((folder / "foldsearch.json").read_text())["form"]
-        return runtime_named(form).loader
+        name = json.loads((folder / "foldsearch.json").read_text())["runtime"]
+        return runtime_named(name).loader
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 
@@ -252,7 +252,7 @@ def _check_arguments(model: PreTrainedModel, folder: Path, shipment: Shipment, *
             f"the model runs the plan '{fold['plan']}', not '{plan}'. Export it with its own plan."
         )
     by_position = bool(getattr(model.config, "scale_attn_by_inverse_layer_idx", False))
-    runtime_named(shipment.form).check(plan, by_position=by_position)
+    runtime_named(shipment.runtime).check(plan, by_position=by_position)
     if dtype not in DTYPE_BYTES:
         raise InputError(f"an export's dtype is one of {', '.join(DTYPE_BYTES)}, got '{dtype}'.")
     if ids_NT.dim() != 2 or ids_NT.shape[0] < 1 or ids_NT.shape[1] < 2:
@@ -315,12 +315,13 @@ def _report(job: _Job, shipment: Shipment) -> ExportReport:
         workplace = Path(name)
         tensors = workplace / "with logits.safetensors"
         save_file({**job.tokens, "logits_BTV": logits_BTV.contiguous()}, tensors)
-        with ModelProcess(workplace) as exported:
+        stock = job.runtime.needs_only_transformers
+        with ModelProcess(workplace, without_foldsearch=stock) as exported:
             answer, figures = _verify(job, exported, tensors, measured_perplexity)
-            alone = _verify_alone(job, workplace, tensors) if job.runtime.carries_code else None
+            code = _verify_alone(job, workplace, tensors) if job.runtime.carries_code else None
             dense_figures, dense_note, speeds = _compare(job, exported, shipment.dense, workplace)
     return ExportReport(
-        form=job.runtime.name,
+        runtime=job.runtime.name,
         dtype=job.dtype,
         plan=str(plan),
         num_blocks=plan.num_blocks,
@@ -339,8 +340,8 @@ def _report(job: _Job, shipment: Shipment) -> ExportReport:
         logits_tolerance=job.tolerance,
         decode_difference=answer["decode_difference"],
         decode_tolerance=ROUNDING[job.dtype],
-        loads_without_foldsearch=alone,
-        refused_without_code=alone,
+        loads_without_foldsearch=stock or bool(code),
+        refused_without_code=code,
         has_tokenizer=(job.folder / "tokenizer_config.json").is_file(),
         threads=torch.get_num_threads(),
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
@@ -457,10 +458,10 @@ def _take_turns(*processes: ModelProcess) -> dict[str, Speed]:
 # ---- faults
 
 
-def _raise_for(faults: list[str], form: str) -> None:
+def _raise_for(faults: list[str], runtime: str) -> None:
     if faults:
         raise VerificationError(
-            f"the {form} export is not the model that was measured: {'; '.join(faults)}. Nothing was exported. "
+            f"the {runtime} export is not the model that was measured: {'; '.join(faults)}. Nothing was exported. "
             "This is a bug of foldsearch or of a library: please report it with the plan and the versions."
         )
 

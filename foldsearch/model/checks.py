@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from foldsearch.errors import ModelError
 from foldsearch.model.blocks import FOLDED_PREFIX
+from foldsearch.model.fold import stock_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -76,19 +77,14 @@ def unfold_config(reference: str, config: PretrainedConfig) -> PretrainedConfig:
     """
     if not str(config.model_type).startswith(FOLDED_PREFIX):
         return config
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     fold = getattr(config, "fold", None) or {}
     by_position = getattr(config, "scale_attn_by_inverse_layer_idx", False)
     if not by_position and _only_drops(fold):
-        values = config.to_dict()
-        for key in ("model_type", "architectures", "fold", "auto_map", "kv_sharing_modes"):
-            values.pop(key, None)
-        return CONFIG_MAPPING[str(config.model_type).removeprefix(FOLDED_PREFIX)](**values)
+        return stock_config(config)
     raise ModelError(
         f"{reference}: only a dense model can be folded, and this is a folded export: the plan "
         f"'{fold.get('plan', 'unknown')}' of a model of {fold.get('num_blocks', 'unknown')} blocks. Give that model, "
-        "or export with --form expanded and give that folder."
+        "or export it with --to stock and give that folder."
     )
 
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
+# Every how many blocks one sees everything (Gemma 3): a plan breaks that period, and `layer_types` says it by block.
+_PERIODS = ("sliding_window_pattern", "_sliding_window_pattern")
+
 
 @torch.no_grad()
 def fold(
@@ -87,6 +90,23 @@ def folded_config(dense: PretrainedConfig, plan: FoldPlan) -> PretrainedConfig:
     config.fold = {"schema": FOLD_SCHEMA, "plan": str(plan), "num_blocks": plan.num_blocks, "slots": slots}
     folded: PretrainedConfig = config
     return folded
+
+
+def stock_config(folded: PretrainedConfig) -> PretrainedConfig:
+    """The config of a stock model with a block for each position of the folded one; what goes by position follows."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    values = folded.to_dict()
+    for key in (
+        *("model_type", "architectures", "fold", "auto_map", "kv_sharing_modes"),
+        *_PERIODS,
+    ):
+        values.pop(key, None)
+    config: Any = CONFIG_MAPPING[str(folded.model_type).removeprefix(FOLDED_PREFIX)](**values)
+    for key in _PERIODS:
+        vars(config).pop(key, None)
+    stock: PretrainedConfig = config
+    return stock
 
 
 def layer_map(plan: FoldPlan, width: int) -> list[dict[str, Any]]:

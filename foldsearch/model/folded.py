@@ -103,12 +103,16 @@ def place_slots(config: Any, slots: list[dict[str, Any]]) -> None:
     """Make the fields of a config that go by position follow the slots, in place.
 
     The config is the dense model's when it comes in. Attention types are looked up by position in the forward pass, so
-    they are listed by each slot's home. A position without attention gets no cache layer ("reuse" makes transformers'
-    caches put a dummy there, and read lengths from the first real one).
+    they are listed by each slot's home; Qwen also counts the first ones that have no window, which other programs read.
+    A position without attention gets no cache layer ("reuse" makes transformers' caches put a dummy there, and read
+    lengths from the first real one).
     """
     types = getattr(config, "layer_types", None)
     if types is not None:
         config.layer_types = [types[slot["home"]] for slot in slots]
+    whole = getattr(config, "max_window_layers", None)
+    if whole is not None:
+        config.max_window_layers = sum(slot["home"] < whole for slot in slots)
     config.num_hidden_layers = len(slots)
     if any(slot["attention"] is None for slot in slots):
         config.kv_sharing_modes = ["reuse" if slot["attention"] is None else None for slot in slots]

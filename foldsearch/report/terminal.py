@@ -582,7 +582,7 @@ def dry_run_table(study: Study, found: DryRun) -> Group:
 
 def export_table(report: ExportReport, folder: Path) -> Group:
     """What was shipped, beside dense: `foldsearch export`."""
-    names = ("", report.form, "dense", "ratio")
+    names = ("", report.runtime, "dense", "ratio")
     cells = zip(*report.rows, strict=True)
     table = Grid(
         tuple(
@@ -601,13 +601,14 @@ def export_table(report: ExportReport, folder: Path) -> Group:
         f"perplexity {report.exported.perplexity:.4f}, measured {report.measured_perplexity:.4f}",
     ]
     if report.loads_without_foldsearch:
-        checks.append(
-            "loads where foldsearch is not installed, with trust_remote_code=True, to the same logits"
-        )
+        code = ", with trust_remote_code=True," if report.refused_without_code else ""
+        checks.append(f"loads where foldsearch is not installed{code} to the same logits")
     holds = "with a tokenizer" if report.has_tokenizer else "without a tokenizer"
     return Group(
         Text(f"{printable(folder)}", style="bold"),
-        Text(f"The {report.form} model for transformers, {holds}. How to load it stands in its README.md."),
+        Text(
+            f"The {report.runtime} model for transformers, {holds}. How to load it stands in its README.md."
+        ),
         Text(),
         table,
         Text(),

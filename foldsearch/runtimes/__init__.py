@@ -12,13 +12,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from foldsearch.errors import InputError, PlanError
-from foldsearch.plan.plan import FoldPlan
+from foldsearch.plan.plan import UNITS, FoldPlan
 from foldsearch.runtimes.needs import WORDS, Need, needs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["ALL_CAN", "RUNTIMES", "Loader", "Need", "Runtime", "Writer", "listed", "names", "runtime_named"]
+__all__ = [
+    "ALL_CAN",
+    "RUNTIMES",
+    "Loader",
+    "Need",
+    "Runtime",
+    "Writer",
+    "called_now",
+    "listed",
+    "names",
+    "runtime_for",
+    "runtime_named",
+]
 
 
 class Writer(Protocol):
@@ -52,8 +64,7 @@ class Runtime:
     adapters merged. So plans are priced.
     cannot: what of a plan the runtime cannot do.
     file: the module that writes (see `Writer`).
-    carries_code: whether the folder holds the code that runs it, which is then also checked where foldsearch cannot be
-    imported. card: what the model card says of loading it.
+    carries_code: whether the folder holds the code that runs it. card: what the model card says of loading it.
     loader: the module that loads a folder (see `Loader`); empty where transformers does.
     weights: the files of a folder that hold weights, as a pattern.
     """
@@ -68,6 +79,11 @@ class Runtime:
     card: str
     loader: str = ""
     weights: str = "*.safetensors"
+
+    @property
+    def needs_only_transformers(self) -> bool:
+        """Whether an export runs where foldsearch is not installed, and brings no code of its own."""
+        return not (self.carries_code or self.loader)
 
     @property
     def writer(self) -> Writer:
@@ -93,12 +109,16 @@ class Runtime:
         if (found := self.refusal(plan, by_position=by_position)) is not None:
             what, remedy = found
             raise PlanError(
-                f"the {self.name} form of an export runs {self.blocks} only, but the plan '{plan}' has {what}, which "
-                f"it cannot do. Export it {ALL_CAN}, or {remedy}."
+                f"the {self.name} runtime runs {self.blocks} only, but the plan '{plan}' has {what}, which it cannot "
+                f"do. Export it to {ALL_CAN}, or {remedy}."
             )
 
 
 ALL_CAN = "folded"  # the runtime that holds every plan
+STOCK = "stock"  # the one that needs no code of ours
+
+# Names that runs and habits of earlier versions have, and what they are called now.
+_CALLED_NOW = {"expanded": STOCK}
 
 RUNTIMES: tuple[Runtime, ...] = (
     Runtime(
@@ -114,12 +134,12 @@ RUNTIMES: tuple[Runtime, ...] = (
         "After `import foldsearch` it is not needed.",
     ),
     Runtime(
-        name="expanded",
-        title="the stock architecture",
+        name="stock",
+        title="the stock architecture of transformers, shared weights written out",
         blocks="stock blocks",
         shares_weights=False,
         cannot=frozenset({"network", "norm", "half block", "moved block"}),
-        file="foldsearch.runtimes.expanded",
+        file="foldsearch.runtimes.stock",
         carries_code=False,
         card="A stock transformers model: it needs nothing else.",
     ),
@@ -146,4 +166,28 @@ def runtime_named(name: str) -> Runtime:
     for runtime in RUNTIMES:
         if runtime.name == name:
             return runtime
-    raise InputError(f"the form of an export is {listed()}, got '{name}'. Choose one of these.")
+    raise InputError(f"a runtime is {listed()}, got '{name}'. Choose one of these.")
+
+
+def called_now(name: str) -> str:
+    """The name of a runtime that was called `name` in an earlier version; any other name as it is."""
+    return _CALLED_NOW.get(name, name)
+
+
+def runtime_for(plan: FoldPlan, target: str, *, by_position: bool) -> Runtime:
+    """The runtime that a plan is exported to where nobody says another.
+
+    That of the target, where it was priced for one that cannot hold everything. Else the stock architecture, if it runs
+    the plan to the bit from as few bytes: nothing is shared, and no block needs code of ours.
+
+    Args:
+        plan: of the folded model.
+        target: the name of the target's runtime.
+        by_position: as for `Runtime.refusal`.
+    """
+    if target != ALL_CAN:
+        return runtime_named(target)
+    shares = not all(own for unit in UNITS for *_, own in plan.runs(unit))
+    stock = runtime_named(STOCK)
+    fits = not shares and stock.refusal(plan, by_position=by_position) is None
+    return stock if fits else runtime_named(ALL_CAN)

@@ -8,13 +8,21 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from foldsearch.model.text import own_name
 from foldsearch.model.training import FITTED_TOKENS, GATE_STEPS, HEALED_TOKENS, RecoveryTraining
 from foldsearch.plan.cost import DTYPE_BYTES, Budget, Cost, CostTable, Target, parse_flops, price
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.runtimes import names, runtime_named
+from foldsearch.runtimes import called_now, names, runtime_named
 from foldsearch.spec.fit import narrow
 from foldsearch.spec.space import Space
 from foldsearch.toml import Share01, TomlTable, as_toml, one_of
@@ -31,7 +39,12 @@ LONGEST_KIND = 24  # characters: it heads a column of every table
 MOST = 1e9  # gigabytes, or seconds: beyond any machine's, and safe in arithmetic
 
 
-RuntimeName = Annotated[str, one_of(names)]
+def _of_today(name: Any) -> Any:
+    """A run of an earlier version may have a runtime by the name of then."""
+    return called_now(name) if isinstance(name, str) else name
+
+
+RuntimeName = Annotated[str, one_of(names), BeforeValidator(_of_today)]
 
 
 class TargetSettings(TomlTable):

@@ -112,16 +112,16 @@ def test_the_chosen_model_is_exported_as_it_was_measured(run: Path, place: Path)
     assert done.code == 0, done.err
     assert "Verified in a fresh process" in done.out
     _, _, words = done.out.partition("w5 w9 ...")
-    assert words.split()[0] == "folded"
     assert len(words.partition("dense")[2].split()) > 5
     view = RunView.open(run)
     entry = view.pick(number=int(number))
     shipped = json.loads((place / "shipped" / "foldsearch.json").read_text())
     assert shipped["plan"] == str(entry.plan)
+    assert words.split()[0] == shipped["runtime"] == ("stock" if entry.plan.only_drops else "folded")
     assert shipped["exported"]["perplexity"] == pytest.approx(entry.final.perplexity, rel=1e-3)
     assert shipped["exported"]["weight_bytes"] == entry.cost.stored_bytes
     model, _ = load_exported(place / "shipped")
-    assert model.config.fold["plan"] == str(entry.plan)
+    assert model.config.num_hidden_layers == entry.plan.depth
 
     again = foldsearch("export", "runs/tiny", "--out", "shipped", cwd=place)
     assert again.code == 2

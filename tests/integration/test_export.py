@@ -109,7 +109,7 @@ def test_folded_export(tmp_path, monkeypatch):
         out,
         Shipment(
             plan=plan,
-            form="folded",
+            runtime="folded",
             dtype="bfloat16",
             ids_NT=IDS,
             text_NT=torch.arange(24).expand(5, 24) >= 2,
@@ -153,17 +153,18 @@ def test_folded_export(tmp_path, monkeypatch):
     assert 0 < len(run_card(out, tmp_path).split()) <= 20  # the prompt's words are unknown to this tokenizer
 
 
-def test_expanded_export(tmp_path):
+def test_stock_export(tmp_path):
     """Float32; merged adapters are the same function up to rounding; it replaces an older export."""
     model, plan = folded(dense_model(), "0 1=3+r4 2 3 5 2=2")
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").touch()
-    report = export(model, None, out, Shipment(plan, "expanded", "float32", IDS), overwrite=True)
+    report = export(model, None, out, Shipment(plan, "stock", "float32", IDS), overwrite=True)
     assert not (out / "old").exists()
     assert report.logits_tolerance > 0
     assert report.logits_difference <= report.logits_tolerance
-    assert report.loads_without_foldsearch is None
+    assert report.loads_without_foldsearch
+    assert report.refused_without_code is None
     assert report.dense is None
     again, _ = load_exported(out)
     assert type(again) is tf.Gemma2ForCausalLM

@@ -269,8 +269,8 @@ assert last.state == "measured" and str(last.plan) == "0 1m 2 3m 4", last
 plain = study.model_copy(update={"space": space.model_copy(update={"fates": ("drop",)})})
 (words,) = unused_settings(plain)
 assert words == "space.halves.every does not apply: the space's fates do not name 'halve', so no block is halved."
-expanded = study.model_copy(update={"target": study.target.model_copy(update={"runtime": "expanded"})})
-assert any(words.startswith("space.fates 'halve'") for words in unused_settings(expanded))
+stock = study.model_copy(update={"target": study.target.model_copy(update={"runtime": "stock"})})
+assert any(words.startswith("space.fates 'halve'") for words in unused_settings(stock))
 print("followed")
 """
 

@@ -130,7 +130,7 @@ def test_where_an_export_goes_is_looked_at_before_the_model(
     assert "study.json' is a file" in capsys.readouterr().err
     shared = next(entry.number for entry in api.open_run(run_path).finished if "=" in str(entry.plan))
     write_json(run_path / "pick.json", {"trial": shared})
-    assert cli.main(["export", ".", "--out", "new", "--form", "expanded"]) == 2
+    assert cli.main(["export", ".", "--out", "new", "--to", "stock"]) == 2
     assert "stock blocks" in capsys.readouterr().err
 
 

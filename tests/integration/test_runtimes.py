@@ -82,14 +82,15 @@ def test_a_plan_it_holds_is_shipped_and_loaded_as_the_same_model(runtime, table,
     out = tmp_path / "out"
     check_export(out, plan, runtime.name)
     report = export(model, None, out, Shipment(plan, runtime.name, "float32", IDS))
-    assert report.form == runtime.name
+    assert report.runtime == runtime.name
     assert report.exported.weight_bytes == price(plan, table, target_of(runtime)).stored_bytes
-    assert (report.loads_without_foldsearch is not None) == runtime.carries_code
+    assert report.loads_without_foldsearch == (not runtime.loader)
+    assert bool(report.refused_without_code) == runtime.carries_code
     again, _ = load_exported(out)
     torch.testing.assert_close(again(IDS).logits, model(IDS).logits, **OTHER_WAY)
     card = (out / "README.md").read_text()
     assert runtime.card in card
-    assert json.loads((out / "foldsearch.json").read_text())["form"] == runtime.name
+    assert json.loads((out / "foldsearch.json").read_text())["runtime"] == runtime.name
 
 
 @pytest.mark.parametrize("need", WORDS)
@@ -104,7 +105,7 @@ def test_a_plan_it_does_not_hold_is_refused_in_words(runtime, table, need, tmp_p
         check_export(tmp_path / "out", plan, runtime.name, by_position=by_position)
     what, remedy = WORDS[need]
     assert f"has {what}, " in str(caught.value)
-    assert str(caught.value).endswith(f"Export it {runtimes.ALL_CAN}, or {remedy}.")
+    assert str(caught.value).endswith(f"Export it to {runtimes.ALL_CAN}, or {remedy}.")
     if not by_position:
         assert not can_run(plan, table, target_of(runtime))
         model = fold(dense_model(), plan)
@@ -128,7 +129,7 @@ def test_the_command_line_and_studies_know_it(runtime, table, capsys):
 
 
 def test_what_is_not_in_the_list_is_refused_by_the_names_that_are():
-    with pytest.raises(SpecError, match=r"must be one of 'folded' or 'expanded'; got \"split\""):
+    with pytest.raises(SpecError, match=r"must be one of 'folded' or 'stock'; got \"split\""):
         load_study("default", {"target.runtime": "split"})
 
 

@@ -202,7 +202,7 @@ def test_a_folded_export_is_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     folded.write(fold(dense_model(), plan), tmp_path / "m")
     with pytest.raises(
-        ModelError, match=r"dense model.*the plan '0-2 3=2 4' of a model of 5 blocks.*--form expanded"
+        ModelError, match=r"dense model.*the plan '0-2 3=2 4' of a model of 5 blocks.*--to stock"
     ):
         open_config(locate(str(tmp_path / "m")))
 

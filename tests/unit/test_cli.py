@@ -394,17 +394,17 @@ def test_export_takes_what_was_picked_unless_told(
     asked: list[Any] = []
 
     def refuse(run: RunView, chosen: int, out: Path, **more: Any) -> None:
-        asked.append((chosen, out, more["form"]))
+        asked.append((chosen, out, more["to"]))
         raise VerificationError("logits differ by 0.3, at most 0 is allowed.")
 
     monkeypatch.setattr(api, "export_trial", refuse)
     shell("pick", str(run_path), "--trial", "2")
-    code, _, err = shell("export", str(run_path), "--out", "x", "--form", "expanded", *words)
+    code, _, err = shell("export", str(run_path), "--out", "x", "--to", "stock", *words)
     assert code == 1  # what was written is not what was measured
     assert "logits differ by 0.3" in err
     knee = RunView.open(run_path).knee
     assert knee is not None
-    assert asked == [(knee.number if number is None else number, Path("x"), "expanded")]
+    assert asked == [(knee.number if number is None else number, Path("x"), "stock")]
 
 
 def test_a_new_run_gets_a_name_that_is_free(shell: Shell) -> None:

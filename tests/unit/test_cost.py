@@ -1,7 +1,7 @@
 """The price of a plan.
 
 Oracles: prices of a toy table worked out by hand (each in a comment), laws over random plans and tables, and a second,
-slower pricing of the expanded runtime. The table itself is tested in test_measure.py.
+slower pricing of the stock runtime. The table itself is tested in test_measure.py.
 """
 
 from __future__ import annotations
@@ -101,13 +101,13 @@ def test_a_repeat_runs_and_caches_again():
     assert twice.decode_macs - once.decode_macs == 400 + 3 * 16 + 50
 
 
-def test_expanded_runtime_stores_again_and_merges():
-    expanded = replace(TARGET, shares_weights=False)
-    found = cost_of("0 1=0+r3 2", expanded)
+def test_stock_runtime_stores_again_and_merges():
+    stock = replace(TARGET, shares_weights=False)
+    found = cost_of("0 1=0+r3 2", stock)
     assert found.weight_bytes == 4 * (1000 + 405 + (100 + 300 + 4) + 405)
     assert found.adapter_bytes == 0
-    assert found.decode_macs == cost_of("0-2", expanded).decode_macs - 110 + 110  # units cost their home's
-    assert cost_of("0 1=0+r3+n 2", expanded).adapter_bytes == 4 * 8
+    assert found.decode_macs == cost_of("0-2", stock).decode_macs - 110 + 110  # units cost their home's
+    assert cost_of("0 1=0+r3+n 2", stock).adapter_bytes == 4 * 8
 
 
 def test_dtype_and_batch_scale():
@@ -175,7 +175,7 @@ def test_dropping_never_raises_a_term(drawn, data):
 
 @given(st.integers(2, 8), st.data())
 def test_sharing_at_rank_0_costs_nothing_and_saves_the_linears(num_blocks, data):
-    """KV cache, activations and MACs stay; stored bytes fall by the child's linears, or not at all if expanded."""
+    """KV cache, activations and MACs stay; stored bytes fall by the child's linears, or not at all if stock."""
     table, target = data.draw(tables(num_blocks, alike=True)), data.draw(targets)
     kept = sorted(data.draw(st.sets(st.integers(0, num_blocks - 1), min_size=2)))
     plan = FoldPlan.dropping(set(range(num_blocks)) - set(kept), num_blocks)
@@ -189,16 +189,16 @@ def test_sharing_at_rank_0_costs_nothing_and_saves_the_linears(num_blocks, data)
 
 @few
 @given(priced())
-def test_expanded_stores_every_run(drawn):
+def test_stock_stores_every_run(drawn):
     plan, table, target = drawn
-    expanded = price(plan, table, replace(target, shares_weights=False, dtype="float16"))
+    stock = price(plan, table, replace(target, shares_weights=False, dtype="float16"))
     parameters = table.fixed_weights
     for unit in ("attention", "mlp"):
         for _, slot, source, _ in plan.runs(unit):
             parameters += getattr(table.blocks[source], unit).weights
             parameters += getattr(table.blocks[slot.home], unit).norms
     parameters += sum(table.blocks[slot.home].other for slot in plan.slots if isinstance(slot, Slot))
-    assert expanded.weight_bytes == 2 * parameters
+    assert stock.weight_bytes == 2 * parameters
     folded = price(plan, table, replace(target, shares_weights=True))
     assert folded.weight_bytes <= price(plan, table, replace(target, shares_weights=False)).weight_bytes
 

@@ -97,12 +97,12 @@ def test_the_rule_for_a_busy_machine() -> None:
 def test_no_figure_of_the_table_is_cut_whatever_the_width(width: int, ours: tuple[float, ...]) -> None:
     speed = Speed(ours, (1121.0, 1100.0, 1150.0))
     report = ExportReport(
-        form="expanded", exported=ModelFigures(113_300_000, 226_600_000, 328_000_000, 41.63),
+        runtime="stock", exported=ModelFigures(113_300_000, 226_600_000, 328_000_000, 41.63),
         dense=ModelFigures(134_500_000, 269_000_000, 372_000_000, 30.71), dense_note="", tokens=4096,
         dtype="bfloat16", logits_tolerance=0.0, logits_max_difference=0.0, logits_difference=0.0,
         decode_difference=0.015, decode_tolerance=0.05, measured_perplexity=41.63, num_blocks=30, plan="0-12 19-29",
         threads=2, base_model="x", details={}, file_bytes=1, prompt_tokens=256, prompt=speed, decode=speed,
-        loads_without_foldsearch=None, refused_without_code=None, has_tokenizer=True, versions={},
+        loads_without_foldsearch=True, refused_without_code=None, has_tokenizer=True, versions={},
     )  # fmt: skip
     out = io.StringIO()
     Console(file=out, width=width).print(export_table(report, Path("exports/demo")))

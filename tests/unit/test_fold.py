@@ -1,6 +1,6 @@
-"""What `fold` refuses and keeps, the parts, the expanded form, and registration with transformers.
+"""What `fold` refuses and keeps, the parts, the stock model, and registration with transformers.
 
-Oracles: values that follow from definitions; the folded model (for its expanded form); a subprocess that loads a saved
+Oracles: values that follow from definitions; the folded model (for its stock model); a subprocess that loads a saved
 model by AutoModelForCausalLM (for registration).
 """
 
@@ -26,7 +26,7 @@ from foldsearch.model.parts import AbsentMLP, Borrowed, OutputNorm
 from foldsearch.plan.plan import FoldPlan, Slot
 from foldsearch.runtimes import folded as folded_runtime
 from foldsearch.runtimes import runtime_named
-from foldsearch.runtimes.expanded import expand
+from foldsearch.runtimes.stock import expand
 from tests.strategies import plans
 from tests.tolerances import REORDERED
 
@@ -167,23 +167,23 @@ def test_refusals_of_plans():
         fold(dense_model(), plan("0 1=0+r500 2-3"))
 
 
-# ---- the expanded form
+# ---- the stock model
 
 
 @pytest.mark.parametrize("text", ["0 2-3", "0 1=3 2 3 2=2", "0 1=3+r4 2=0a3m+r2 3"])
-def test_expanded_equals_folded(text):
+def test_stock_equals_folded(text):
     model = fold(dense_model(config(attention_bias=True)), plan(text))
     for part in model.modules():
         if isinstance(part, Borrowed) and part.rank:
             part.up.data.normal_(0, 0.1)
-    expanded = expand(model)
-    assert type(expanded) is tf.LlamaForCausalLM
-    assert type(expanded.config) is tf.LlamaConfig
-    assert len(decoder_blocks(expanded)) == plan(text).depth
-    torch.testing.assert_close(logits(expanded), logits(model), **REORDERED)
+    written = expand(model)
+    assert type(written) is tf.LlamaForCausalLM
+    assert type(written.config) is tf.LlamaConfig
+    assert len(decoder_blocks(written)) == plan(text).depth
+    torch.testing.assert_close(logits(written), logits(model), **REORDERED)
 
 
-def test_expanded_gpt2_merges_conv1d(tmp_path):
+def test_stock_gpt2_merges_conv1d(tmp_path):
     sizes = {"vocab_size": 64, "n_embd": 16, "n_layer": NUM_BLOCKS, "n_head": 2, "n_positions": 32}
     model = fold(dense_model(tf.GPT2Config(**sizes)), plan("0 1=3+r4 2-3"))
     for part in model.modules():
@@ -192,7 +192,7 @@ def test_expanded_gpt2_merges_conv1d(tmp_path):
     torch.testing.assert_close(logits(expand(model)), logits(model), **REORDERED)
     by_position = dense_model(tf.GPT2Config(**sizes, scale_attn_by_inverse_layer_idx=True))
     assert expand(fold(by_position, plan("0-2")))
-    given = Shipment(plan("1-3"), "expanded", "float32", IDS)
+    given = Shipment(plan("1-3"), "stock", "float32", IDS)
     with pytest.raises(PlanError, match="by a block's position"):
         export(fold(by_position, plan("1-3")), None, tmp_path / "out", given)
 
@@ -200,9 +200,9 @@ def test_expanded_gpt2_merges_conv1d(tmp_path):
 @pytest.mark.parametrize(
     ("text", "what"), [("0 1=0+n 2-3", "output norm"), ("0 1a 2m 3", "without attention")]
 )
-def test_expanded_refuses_what_stock_blocks_cannot_do(text, what):
+def test_stock_refuses_what_stock_blocks_cannot_do(text, what):
     with pytest.raises(PlanError, match=what):
-        runtime_named("expanded").check(plan(text))
+        runtime_named("stock").check(plan(text))
 
 
 @settings(max_examples=20, deadline=None, phases=[Phase.generate])
@@ -216,16 +216,16 @@ def test_what_is_not_refused_is_the_same_model(plan, stock):
         ]
         plan = FoldPlan(tuple(slots), NUM_BLOCKS)
     model = fold(dense_model(), plan)
-    if runtime_named("expanded").refusal(plan) is not None:
-        with pytest.raises(PlanError, match="Export it folded, or "):
-            runtime_named("expanded").check(plan)
+    if runtime_named("stock").refusal(plan) is not None:
+        with pytest.raises(PlanError, match="Export it to folded, or "):
+            runtime_named("stock").check(plan)
         return
-    expanded = expand(model)
-    assert type(expanded) is tf.LlamaForCausalLM
-    torch.testing.assert_close(logits(expanded), logits(model), **REORDERED)
+    written = expand(model)
+    assert type(written) is tf.LlamaForCausalLM
+    torch.testing.assert_close(logits(written), logits(model), **REORDERED)
 
 
-def test_attention_types_of_the_expanded_form_follow_the_blocks():
+def test_attention_types_of_the_stock_model_follow_the_blocks():
     types = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
     model_config = tf.Qwen2Config(
         **{
@@ -257,12 +257,12 @@ def test_cast_keeps_buffers_and_the_original():
 
 def test_export_refuses_before_it_writes(tmp_path):
     model = fold(dense_model(), plan("0 2-3"))
-    given = Shipment(plan=plan("0 2-3"), form="folded", dtype="float32", ids_NT=IDS)
+    given = Shipment(plan=plan("0 2-3"), runtime="folded", dtype="float32", ids_NT=IDS)
     out = tmp_path / "out"
     with pytest.raises(PlanError, match=r"'0 2-3', not '0-1 3'"):
         export(model, None, out, replace(given, plan=plan("0 1 3")))
-    with pytest.raises(InputError, match="'folded' or 'expanded', got 'onnx'"):
-        export(model, None, out, replace(given, form="onnx"))
+    with pytest.raises(InputError, match="'folded' or 'stock', got 'onnx'"):
+        export(model, None, out, replace(given, runtime="onnx"))
     with pytest.raises(InputError, match="int8"):
         export(model, None, out, replace(given, dtype="int8"))
     with pytest.raises(InputError, match="token ids"):
@@ -282,7 +282,7 @@ def test_export_refuses_before_it_writes(tmp_path):
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     model = fold(dense_model(), plan("0 2-3"))
-    given = Shipment(plan=plan("0 2-3"), form="folded", dtype="float32", ids_NT=IDS)
+    given = Shipment(plan=plan("0 2-3"), runtime="folded", dtype="float32", ids_NT=IDS)
     (tmp_path / "old").mkdir()
 
     def fill_the_disk(model, folder):

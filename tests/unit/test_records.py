@@ -679,11 +679,11 @@ def test_every_neighbour_can_be_folded(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_neighbours_keep_what_the_runtime_can_hold(tmp_path: Path) -> None:
     space = {**SPACE, "neighbour_share": 1.0, "fates": ["drop", "share"]}
-    target = {"runtime": "expanded"}
+    target = {"runtime": "stock"}
     records = Records(new_run(tmp_path / "run", small_study(space=space, target=target, trials=24)))
     proposals = run_line(records)
     assert sum(proposal.origin == "neighbour" for proposal in proposals) > 10
-    assert all(runtime_named("expanded").refusal(plan_of(proposal)) is None for proposal in proposals)
+    assert all(runtime_named("stock").refusal(plan_of(proposal)) is None for proposal in proposals)
 
 
 def test_nsga2_takes_no_neighbours(tmp_path: Path) -> None:

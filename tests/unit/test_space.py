@@ -225,11 +225,11 @@ def test_ranks_are_shares_of_the_width_or_whole_numbers_up_to_it() -> None:
 
 # ---- a runtime that cannot share
 
-EXPANDED = replace(TARGET, runtime="expanded", shares_weights=False)
+STOCK = replace(TARGET, runtime="stock", shares_weights=False)
 
 
 @pytest.mark.parametrize("name", ["everything", "foldgpt", "streamline"])
-def test_an_expanded_runtime_is_offered_what_it_can_hold_only(name: str) -> None:
+def test_a_stock_runtime_is_offered_what_it_can_hold_only(name: str) -> None:
     """Oracle: the criterion that the export refuses by, on the plan of every proposal; before, few passed."""
 
     def held(space: Space) -> list[bool]:
@@ -240,18 +240,18 @@ def test_an_expanded_runtime_is_offered_what_it_can_hold_only(name: str) -> None
             plan = fold_plan(
                 removed, proposal.fold, N, bases=dict.fromkeys(removed, 0), attention_order=range(N)
             )
-            found.append(runtime_named("expanded").refusal(plan) is None)
+            found.append(runtime_named("stock").refusal(plan) is None)
         return found
 
     space = load_space(name)
     assert not all(held(space))
-    narrowed = narrow(space, TABLE, EXPANDED, Budget())
+    narrowed = narrow(space, TABLE, STOCK, Budget())
     assert all(held(narrowed))
     assert {
         count_of(proposal) for proposal in (propose(RandomSuggest(i), narrowed, N) for i in range(99))
     } == set(range(1, narrowed.counts(N)[1] + 1))
-    plan, _ = smallest(space, TABLE, EXPANDED)
-    assert runtime_named("expanded").refusal(plan) is None
+    plan, _ = smallest(space, TABLE, STOCK)
+    assert runtime_named("stock").refusal(plan) is None
     # every plan of a folded runtime is as before
     assert narrow(space, TABLE, TARGET, Budget()).fates == space.fates
 
@@ -265,15 +265,15 @@ def test_an_expanded_runtime_is_offered_what_it_can_hold_only(name: str) -> None
         Space(removal=(0.0, 0.0), attention=(0.1, 0.4)),
     ],
 )
-def test_a_space_of_which_an_expanded_runtime_can_hold_nothing_is_refused(space: Space) -> None:
+def test_a_space_of_which_a_stock_runtime_can_hold_nothing_is_refused(space: Space) -> None:
     assert narrow(space, TABLE, TARGET, Budget())
     with pytest.raises(SpecError, match=r"stock blocks.*has none.*or take the folded runtime"):
-        narrow(space, TABLE, EXPANDED, Budget())
+        narrow(space, TABLE, STOCK, Budget())
 
 
-def test_a_model_that_scales_by_position_cannot_be_expanded_by_a_search() -> None:
+def test_a_model_that_scales_by_position_cannot_be_stock_by_a_search() -> None:
     with pytest.raises(SpecError, match="scales attention by a block's position"):
-        narrow(load_space("everything"), replace(TABLE, by_position=True), EXPANDED, Budget())
+        narrow(load_space("everything"), replace(TABLE, by_position=True), STOCK, Budget())
 
 
 def test_the_feasible_share_is_a_share() -> None:

@@ -27,7 +27,7 @@ WHY = {
     "drop": "the space's fates do not name 'drop', and only plans that drop blocks are screened.",
     "heal": "healing.tokens is 0, and plans are screened as they are healed.",
     "screen": "screen.plans is 0, so nothing is screened.",
-    "stock": "the expanded runtime runs stock blocks.",
+    "stock": "the stock runtime runs stock blocks.",
 }
 
 
@@ -72,7 +72,7 @@ WHY = {
         ),
         (
             {"fates": ["drop", "share", "replace"], "attention": [0.0, 0.2], "groups": {"max_groups": 1}},
-            {"target.runtime": "expanded"},
+            {"target.runtime": "stock"},
             "space.fates 'share', space.replace.kinds 'linear', space.attention and space.groups.max_groups do not "
             f"apply: {WHY['stock']}",
         ),
@@ -95,7 +95,7 @@ def test_what_does_not_apply_is_told_with_its_reason(
         ({"criteria": ["linear_window"]}, {"starts.tokens": 64}),
         ({"recover": {"delta_ranks": [4]}}, {"rungs": [0, 64], "recovery.batch": 4, "halving.keep": 0.3}),
         ({"neighbour_share": 0.25}, {"sampler": "tpe"}),
-        ({"fates": ["drop", "replace"], "replace": {"kinds": ["layer"]}}, {"target.runtime": "expanded"}),
+        ({"fates": ["drop", "replace"], "replace": {"kinds": ["layer"]}}, {"target.runtime": "stock"}),
     ],
 )
 def test_what_applies_is_not_told(space: dict[str, Any], settings: dict[str, Any]) -> None:

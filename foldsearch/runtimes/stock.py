@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from foldsearch.model.blocks import family_of
+from foldsearch.model.fold import stock_config
 from foldsearch.model.parts import Borrowed
 
 if TYPE_CHECKING:
@@ -39,10 +40,7 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
     import transformers
 
     stock_class: Any = getattr(transformers, family_of(model.config).stock)
-    values = model.config.to_dict()
-    for key in ("model_type", "architectures", "fold", "auto_map", "kv_sharing_modes"):
-        values.pop(key, None)
-    config: Any = stock_class.config_class(**values)
+    config: Any = stock_config(model.config)
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
         stock: Any = stock_class(config)
@@ -62,8 +60,7 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
             else:
                 module._parameters[key] = tied.setdefault(id(found), nn.Parameter(found.detach(), False))
     stock.generation_config = copy.deepcopy(model.generation_config)
-    expanded: PreTrainedModel = stock.eval()
-    return expanded
+    return cast("PreTrainedModel", stock.eval())
 
 
 def merged_weight(child: Borrowed, weight: Tensor) -> Tensor:
