@@ -6,8 +6,10 @@ import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 from foldsearch import runtimes
+from foldsearch.model.training import HealMethod
 from foldsearch.plan.extend import DEFAULT_RANK, PATTERNS
 from foldsearch.version import __version__
 
@@ -151,6 +153,12 @@ def _try(parser: argparse.ArgumentParser) -> None:
     _add_tokens(parser, "recovery tokens")
     parser.add_argument(
         "--no-heal", action="store_true", help="show the plan as it is, not healed in closed form"
+    )
+    parser.add_argument(
+        "--heal-method",
+        choices=get_args(HealMethod),
+        metavar="M",
+        help="ridge; rivals: fused, fused-cosine, rescale",
     )
     _add_out(parser, "keep the trained parameters and results here")
 

@@ -321,6 +321,8 @@ def _tried_study(args: argparse.Namespace) -> Study:
     more: dict[str, Any] = {} if args.tokens is None else {"rungs": sorted({0, args.tokens})}
     if getattr(args, "no_heal", False):
         more["healing.tokens"] = 0
+    if getattr(args, "heal_method", None):
+        more["healing.method"] = args.heal_method
     return _study(args, **more)
 
 

@@ -20,9 +20,10 @@ from foldsearch.errors import RunError, VerificationError
 from foldsearch.files import replace_atomically
 from foldsearch.machine import Machine
 from foldsearch.model.fold import fold
-from foldsearch.model.heal import heal, is_healable
+from foldsearch.model.healing import METHODS
 from foldsearch.model.judge import judge
 from foldsearch.model.recover import attach, load_trained, merge
+from foldsearch.model.replacements import FitSettings
 from foldsearch.model.starts import folded_start, new_values
 from foldsearch.paths import printable
 from foldsearch.plan.result import Healing, Quality, TrialResult
@@ -43,11 +44,16 @@ def folded_model(
         return fold(bench.dense, record.plan, load_file(path))
     text = bench.fit_text(context.study.starts.tokens)
     model, found = folded_start(
-        text, record.plan, adapters=record.proposal.fold.adapter_start or "zero", progress=say
+        text,
+        record.plan,
+        adapters=record.proposal.fold.adapter_start or "zero",
+        fit=FitSettings(linear=context.study.starts.linear),
+        progress=say,
     )
     values = new_values(model)
     # What runs deeper than the dense model is to become better than it, not more like it.
-    if context.study.healing.tokens and not record.plan.is_extension and is_healable(model):
+    settings = context.study.healing
+    if settings.tokens and not record.plan.is_extension and METHODS[settings.method].can_heal(model):
         healed, healing = _heal(model, context, say)
         values, found = values | healed, found | {HEALING: to_json(healing)}
     # A start that was let go of is made again, but not written again: nobody measured this file.
@@ -62,9 +68,10 @@ def _heal(
 ) -> tuple[dict[str, Tensor], Healing]:
     """Heal a folded model in place; what is new in it, and what is told of it."""
     began = time.perf_counter()
-    text = open_workbench(context).fit_text(context.study.healing.tokens)
+    settings = context.study.healing
+    text = open_workbench(context).fit_text(settings.tokens)
     states = text.states(counting(say, "residual states"))
-    healed = heal(model, states, text.ids_NT, counting(say, "healing"))
+    healed = METHODS[settings.method].heal(model, states, text.ids_NT, counting(say, "healing"))
     solved = len(healed.blocks)
     healing = Healing(
         tokens=healed.tokens,
@@ -73,6 +80,7 @@ def _heal(
         before=sum(block.before for block in healed.blocks) / solved,
         after=sum(block.after for block in healed.blocks) / solved,
         seconds=time.perf_counter() - began,
+        method=settings.method,
     )
     return healed.values, healing
 

@@ -27,21 +27,18 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from foldsearch.errors import InputError, ModelError
-from foldsearch.model.blocks import Family, decoder_blocks, family_of
+from foldsearch.errors import ModelError
+from foldsearch.model.blocks import decoder_blocks
 from foldsearch.model.evidence import hidden_of, other_inputs
-from foldsearch.model.folded import linears
-from foldsearch.model.parts import Borrowed, Replaced
+from foldsearch.model.places import Place, StreamText, Writer, first_touched, num_fitted, places_of
 from foldsearch.model.states import in_float64
 from foldsearch.progress import CountProgress
 
@@ -51,10 +48,6 @@ LEAST_SQUARE = (
 )
 FIRST_RIDGE = 5  # of them; a block begins with the one that served the block before it
 BIAS_RIDGE = 1e-9  # a bias is free
-HELD_OUT = 0.25  # of the sequences, the last of them
-BATCH_TOKENS = 2048
-LEAST_SIZE = 0.1  # of the mean squared size of what is added; smaller tokens weigh no more than such a one
-LEAST_GAIN = 1e-2  # of the RMS of a norm's gains; a channel below it hardly gets through, and stays as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +56,8 @@ class HealedBlock:
 
     Attributes:
         position: in the folded model.
-        ridge: that was chosen, in squares of what a column reads; None where no change was best.
+        ridge: that was chosen, in squares of what a column reads; None where no change was best; 0 of methods that have
+            none (fuse.py, rescale.py).
         before: mean relative squared error of its output on held-out tokens, as it was.
         after: the same, with what was found on the others.
     """
@@ -145,11 +139,7 @@ class Healer:
         self._states, self._ids_NT = states, ids_NT[: states.shape[1]]
         num, length = self._ids_NT.shape
         self._num_text = num - num_led
-        if self._num_text < 2:
-            raise InputError(
-                f"healing must have a sequence to fit to and another to choose on; got {self._num_text} of {length} "
-                f"tokens. Give {2 * length} tokens or more."
-            )
+        self._num_fitted = num_fitted(self._num_text, length)
         self._num_led, self._most_bytes = num_led, most_bytes
         self._kept: OrderedDict[tuple[str, ...], _Step] = OrderedDict()
         self._kept_bytes = 0
@@ -159,13 +149,12 @@ class Healer:
     @torch.no_grad()
     def heal(self, model: PreTrainedModel, progress: CountProgress | None = None) -> tuple[Healed, Tensor]:
         """Heal a folded model in place; also its states after the last position, for the sequences that are led."""
-        places = _places(model)
-        begin = _first_touched(places)
+        places = places_of(model)
+        begin = first_touched(places)
         if any(place.reads not in self._inputs for place in places):
             inputs = other_inputs(model, list(decoder_blocks(model)), self._ids_NT)
             self._inputs |= {place.reads: given for place, given in zip(places, inputs, strict=True)}
-        num_fitted = self._num_text - max(1, round(HELD_OUT * self._num_text))
-        text = _Text(self._states, begin, (num_fitted, self._num_text), model.device)
+        text = StreamText(self._states, begin, (self._num_fitted, self._num_text), model.device)
         values: dict[str, Tensor] = {}
         blocks: list[HealedBlock] = []
         ridge = FIRST_RIDGE
@@ -190,7 +179,7 @@ class Healer:
         tokens = self._num_text * self._ids_NT.shape[1] if blocks else 0
         return Healed(values, tuple(blocks), tokens), text.own_NTD[self._num_text :]
 
-    def _step(self, place: _Place, text: _Text, ridge: int) -> _Step:
+    def _step(self, place: Place, text: StreamText, ridge: int) -> _Step:
         self.num_steps += 1
         others, named = self._inputs[place.reads]
 
@@ -221,47 +210,24 @@ def is_healable(model: PreTrainedModel) -> bool:
 
     It costs nothing, where the dense model's states are still to be computed.
     """
-    places = _places(model)
-    return any(place.writer for place in places[_first_touched(places) :])
-
-
-def _first_touched(places: list[_Place]) -> int:
-    return next((index for index, place in enumerate(places) if place.is_touched), len(places))
+    places = places_of(model)
+    return any(place.writer for place in places[first_touched(places) :])
 
 
 def _heal_one(
-    place: _Place, writer: _Writer, text: _Text, run: Callable[[Tensor], Tensor], first_ridge: int
+    place: Place, writer: Writer, text: StreamText, run: Callable[[Tensor], Tensor], first_ridge: int
 ) -> tuple[HealedBlock, int]:
     """Solve one position, and let the text go through it; also the ridge that served, by its number."""
     weight_NT1 = text.weights(place)
-    read: list[tuple[slice, Tensor]] = []  # what the matrix reads of all of the text: a few depths of states
     sums: dict[str, Any] = {part: _sums_for(writer, text) for part in ("fitted", "held out")}
-
-    def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        read.append((here, writer.reads(args[0])))
-
-    handle = writer.module.register_forward_pre_hook(keep)
-    try:
-        for here in text.batches():
-            text.own_NTD[here] = run(text.own_NTD[here])
-            if (part := text.part(here)) in sums:
-                features_MF = writer.features(read[-1][1])
-                weight_M1 = weight_NT1[here].flatten(0, 1)
-                sums[part].add(features_MF, text.missing(place, here), weight_M1)
-    finally:
-        handle.remove()
-    held_out = [(here, h_MF) for here, h_MF in read if text.part(here) == "held out"]
+    read = text.read(run, writer)
+    for here, h_MF in read:
+        if (part := text.part(here)) in sums:
+            weight_M1 = weight_NT1[here].flatten(0, 1)
+            sums[part].add(writer.features(h_MF), text.missing(place, here), weight_M1)
 
     def missed(solution_FD: Tensor | None) -> float:
-        """Of the held-out tokens, the mean relative squared error of the output."""
-        total = 0.0
-        for here, h_MF in held_out:
-            left_MD = text.missing(place, here)
-            if solution_FD is not None:
-                left_MD = left_MD - writer.change(h_MF, solution_FD)
-            total += float((left_MD.square() * weight_NT1[here].flatten(0, 1)).sum(dtype=torch.float64))
-        error = total / sum(weight_NT1[here].numel() for here, _ in held_out)
-        return math.inf if math.isnan(error) else error
+        return text.missed(place, read, weight_NT1, solution_FD)
 
     before = missed(None)
     if not math.isfinite(before + sums["fitted"].square):
@@ -275,10 +241,7 @@ def _heal_one(
     solution_FD = (sums["fitted"] + sums["held out"]).solved(RIDGES[number], writer)
     if not (after < before and bool(solution_FD.isfinite().all())):
         return HealedBlock(place.position, None, before, before), number
-    for here, h_MF in read:
-        own_BTD = text.own_NTD[here]
-        own_BTD += writer.change(h_MF, solution_FD).view_as(own_BTD).to(own_BTD.dtype)
-    writer.add(solution_FD)
+    text.take(place, read, solution_FD)
     return HealedBlock(place.position, RIDGES[number], before, after), number
 
 
@@ -296,258 +259,7 @@ def _best_ridge(error: Callable[[int], float], first: int) -> tuple[int, float]:
     return best, errors[best]
 
 
-# ---- positions
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Place:
-    """A position of the folded model.
-
-    Attributes:
-        position: its number.
-        key: all that its healing depends on, beside the positions before it.
-        path: of its block, in the model.
-        block: the block.
-        reads: depth of the dense state that it should read.
-        meets: depth of the dense state that its output should be.
-        is_touched: whether it is not the dense block at its depth, or a gap follows.
-        writer: what writes to the stream, and is this position's alone; else None.
-    """
-
-    position: int
-    key: str
-    path: str
-    block: nn.Module
-    reads: int
-    meets: int
-    is_touched: bool
-    writer: _Writer | None
-
-
-def _places(model: PreTrainedModel) -> list[_Place]:
-    family, slots = family_of(model.config), model.config.fold["slots"]
-    num_blocks = model.config.fold["num_blocks"]
-    shared = _shared(model)
-    places: list[_Place] = []
-    covered = 0  # depth up to which the dense model's blocks have had their turn
-    for position, (block, slot) in enumerate(zip(decoder_blocks(model), slots, strict=True)):
-        home = slot["home"]
-        covered = max(covered, slot.get("replaced", {}).get("last", home) + 1)
-        following = slots[position + 1]["home"] if position + 1 < len(slots) else num_blocks
-        meets = max(covered, following)  # a block that runs again follows on what is covered already
-        is_dense = "replaced" not in slot and home == slot["attention"] == slot["mlp"] == position
-        places.append(
-            _Place(
-                position,
-                f"{meets} {sorted(slot.items())}",
-                f"{family.blocks}.{position}",
-                block,
-                home,
-                meets,
-                not is_dense or meets != home + 1,
-                _writer(block, slot, family, shared),
-            )
-        )
-    return places
-
-
-def _shared(model: PreTrainedModel) -> set[int]:
-    """The ids of parameters that more than one module runs."""
-    found: set[int] = set()
-    seen: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, Borrowed):
-            found |= {id(parameter) for parameter in module.owner.parameters()}
-        for parameter in module.parameters(recurse=False):
-            (found if id(parameter) in seen else seen).add(id(parameter))
-    return found
-
-
-def _writer(block: nn.Module, slot: dict[str, Any], family: Family, shared: set[int]) -> _Writer | None:
-    unit = family.mlp
-    if isinstance(block.get_submodule(unit.modules[-1]), Replaced):
-        path = norm = unit.modules[-1]
-    else:
-        if slot["mlp"] is None:
-            unit = family.attention
-        if slot["mlp" if unit is family.mlp else "attention"] is None:
-            return None
-        # Where a norm stands after a unit, its last linear comes last in the block too (a test looks).
-        # Phi-3's attention, without such a norm, ends in another one.
-        norm = unit.output
-        path = norm if norm in linears(block, unit) else linears(block, unit)[-1]
-    module = block.get_submodule(path)
-    if isinstance(module, Borrowed) or any(id(parameter) in shared for parameter in module.parameters()):
-        return None
-    return _Writer(path, module, block.get_submodule(norm) if norm != path else None)
-
-
-# ---- what writes to the stream
-
-
-class _Writer:
-    """A linear map whose output is added to the stream, by itself or through a norm.
-
-    Attributes:
-        path: of the module, in its block.
-        module: a linear, or a network in place of blocks.
-        norm: that stands between the module and the stream, or None.
-        has_bias: whether the module adds one.
-        device: of its weights.
-    """
-
-    def __init__(self, path: str, module: nn.Module, norm: nn.Module | None) -> None:
-        self.path, self.module, self.norm = path, module, norm
-        self._weight = "down" if isinstance(module, Replaced) else "weight"
-        self.has_bias = getattr(module, "bias", None) is not None
-        self.device: torch.device = getattr(module, self._weight).device
-
-    def reads(self, given_MD: Tensor) -> Tensor:
-        """What the matrix reads, (M, F), of what the module is given."""
-        given_MD = given_MD.flatten(0, -2)
-        return self.module.features(given_MD) if isinstance(self.module, Replaced) else given_MD
-
-    def features(self, h_MF: Tensor) -> Tensor:
-        """What the change of the stream is linear in, float32: h / size, and a column for the bias."""
-        h_MF = h_MF.float()
-        if self.has_bias:
-            h_MF = torch.cat((h_MF, torch.ones_like(h_MF[:, :1])), 1)
-        return h_MF if self.norm is None else h_MF / _rms(self._written(h_MF))
-
-    def change(self, h_MF: Tensor, solution_FD: Tensor) -> Tensor:
-        """What a solution adds to the stream, (M, D), float32."""
-        if self.norm is None:
-            return self.features(h_MF) @ solution_FD
-        h_MF = h_MF.float()
-        if self.has_bias:
-            h_MF = torch.cat((h_MF, torch.ones_like(h_MF[:, :1])), 1)
-        old_MD = self._written(h_MF)
-        new_MD = old_MD + h_MF @ (solution_FD * self._per_gain())
-        dtype = next(self.norm.parameters()).dtype
-        new, old = self.norm(new_MD.to(dtype)), self.norm(old_MD.to(dtype))
-        return new.float() - old.float()  # type: ignore[no-any-return]
-
-    def add(self, solution_FD: Tensor) -> None:
-        """Take up a solution: new parameters, not the old ones' memory."""
-        if self.norm is not None:
-            solution_FD = solution_FD * self._per_gain()
-        weight: Tensor = getattr(self.module, self._weight)
-        inputs = len(solution_FD) - self.has_bias
-        change = solution_FD[:inputs] if isinstance(self.module, Conv1D) else solution_FD[:inputs].T
-        self._put(self._weight, weight.float() + change)
-        if self.has_bias:
-            self._put("bias", self._bias.float() + solution_FD[inputs])
-
-    def take(self, name: str, value: Tensor) -> None:
-        """Take up what `parameters` told."""
-        self._put(name.rpartition(".")[2], value)
-
-    def parameters(self) -> dict[str, Tensor]:
-        """What `add` changes, by its name in the block."""
-        names = (self._weight, *(["bias"] if self.has_bias else []))
-        return {f"{self.path}.{name}": getattr(self.module, name).detach() for name in names}
-
-    @property
-    def num_features(self) -> int:
-        """Of what the change is linear in."""
-        weight: Tensor = getattr(self.module, self._weight)
-        return weight.shape[0 if isinstance(self.module, Conv1D) else 1] + self.has_bias
-
-    @property
-    def _bias(self) -> Tensor:
-        bias = self.module.bias
-        assert isinstance(bias, Tensor)
-        return bias
-
-    def _put(self, name: str, value: Tensor) -> None:
-        old: Tensor = getattr(self.module, name)
-        setattr(self.module, name, nn.Parameter(value.to(old.dtype), requires_grad=False))
-
-    def _written(self, h_MF: Tensor) -> Tensor:
-        """What the matrix gives, before the norm, of h with the column for the bias; float32."""
-        weight_FD: Tensor = getattr(self.module, self._weight).float()
-        if not isinstance(self.module, Conv1D):
-            weight_FD = weight_FD.T
-        if self.has_bias:
-            weight_FD = torch.cat((weight_FD, self._bias.float()[None]))
-        return h_MF @ weight_FD
-
-    def _per_gain(self) -> Tensor:
-        """1 / gain of the norm, by channel; 0 where hardly anything gets through."""
-        assert self.norm is not None
-        like = next(self.norm.parameters())
-        gain_D: Tensor = self.norm(torch.ones_like(like)[None])[0].float()
-        least = LEAST_GAIN * _rms(gain_D)
-        return torch.where(gain_D.abs() > least, 1 / gain_D, 0.0)
-
-
-def _rms(values: Tensor) -> Tensor:
-    return values.square().mean(-1, keepdim=True).clamp_min(1e-12).sqrt()
-
-
-# ---- the text
-
-
-class _Text:
-    """The folded model's own states at one depth, over all of the text, beside the dense model's at every depth.
-
-    Attributes:
-        own_NTD: in the dtype of the model, on its device.
-    """
-
-    def __init__(self, states: Tensor, depth: int, ends: tuple[int, int], device: torch.device) -> None:
-        """`ends`: of the sequences that are fitted to, and of those that are held out; others are led along."""
-        self._states, self._ends = states, ends
-        self.own_NTD = states[depth].to(device, copy=True)
-
-    def batches(self) -> Iterator[slice]:
-        """Of sequences; all of a batch are of one part."""
-        num, length = self.own_NTD.shape[:2]
-        step = max(1, BATCH_TOKENS // length)
-        for first, last in pairwise((0, *self._ends, num)):
-            for start in range(first, last, step):
-                yield slice(start, min(start + step, last))
-
-    def part(self, here: slice) -> str:
-        """Whether a batch is "fitted", "held out" or "led"."""
-        fitted, held_out = self._ends
-        return "fitted" if here.stop <= fitted else "held out" if here.stop <= held_out else "led"
-
-    @property
-    def num_tokens(self) -> int:
-        """Of those that are fitted to or held out."""
-        return self._ends[1] * self.own_NTD.shape[1]
-
-    def advance(self, run: Callable[[Tensor], Tensor]) -> None:
-        """Let a position run."""
-        for here in self.batches():
-            self.own_NTD[here] = run(self.own_NTD[here])
-
-    def missing(self, place: _Place, here: slice) -> Tensor:
-        """What the output of a position, which is the own state now, lacks; (M, D), float32."""
-        wanted_BTD = self._states[place.meets][here].to(self.own_NTD.device)
-        return (wanted_BTD.float() - self.own_NTD[here].float()).flatten(0, 1)
-
-    def weights(self, place: _Place) -> Tensor:
-        """1 / size² of what the dense model adds from what a position reads to what it should meet, (N, T, 1)."""
-        before, after = self._states[place.reads], self._states[place.meets]
-        sizes_NT1 = torch.cat(
-            [
-                (after[here].float() - before[here].float()).square().sum(-1, keepdim=True)
-                for here in self.batches()
-                if self.part(here) != "led"
-            ]
-        )
-        mean = float(sizes_NT1.mean(dtype=torch.float64))
-        if not math.isfinite(mean):
-            raise ModelError(
-                f"healing must read finite states, but the dense model's at depth {place.reads} or {place.meets} are "
-                "not finite numbers. Compute in float32, or leave healing out."
-            )
-        return (1 / sizes_NT1.clamp_min(max(LEAST_SIZE * mean, 1e-12))).to(self.own_NTD.device)
-
-
-def _sums_for(writer: _Writer, text: _Text) -> _Moments | _Tokens:
+def _sums_for(writer: Writer, text: StreamText) -> _Moments | _Tokens:
     """What solves faster: sums over features, or over tokens where there are fewer of these."""
     return _Tokens() if text.num_tokens < writer.num_features else _Moments()
 
@@ -574,7 +286,7 @@ class _Tokens:
         self._wanted.append(wanted_MD * root_M1)
         self.square += float(self._wanted[-1].square().sum(dtype=torch.float64))
 
-    def solved(self, ridge: float, writer: _Writer) -> Tensor:
+    def solved(self, ridge: float, writer: Writer) -> Tensor:
         """As of `_Moments`: R⁻¹ Fᵀ (F R⁻¹ Fᵀ + 1)⁻¹ Y, R the diagonal of the ridges."""
         if self._joined is None:
             self._joined = _Joined.of(torch.cat(self._features), torch.cat(self._wanted), writer.has_bias)
@@ -647,7 +359,7 @@ class _Moments:
         self.cross_FD = self.cross_FD.to(cross_FD.device) + cross_FD
         self.square += float(wanted_MD.square().sum(dtype=torch.float64))
 
-    def solved(self, ridge: float, writer: _Writer) -> Tensor:
+    def solved(self, ridge: float, writer: Writer) -> Tensor:
         """The ridge solution, (F, D), float32, on the writer's device; no numbers where rounding leaves none."""
         size = len(self.gram_FF) - writer.has_bias
         diagonal = self.gram_FF.diagonal()

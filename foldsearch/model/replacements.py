@@ -32,6 +32,7 @@ from foldsearch.model.evidence import hidden_of, other_inputs
 from foldsearch.model.networks import NETWORKS
 from foldsearch.model.parts import Replaced
 from foldsearch.model.states import in_float64
+from foldsearch.model.training import LinearStart
 from foldsearch.plan.plan import Replacement
 from foldsearch.progress import CountProgress
 
@@ -48,7 +49,8 @@ class FitSettings:
 
     held_out: share of the sequences that ridge and the winner are chosen on; at least one. epochs, learning_rate,
     weight_decay, clip: of the training by AdamW ([C] of LLM-Streamline: 1, 2e-4, 1e-3, 5); epochs 0 is closed form
-    alone. batch: sequences of a step.
+    alone. batch: sequences of a step. linear: how the kind `linear` is found, by "ridge" or as a "patch" (see
+    `align_channels`).
     """
 
     held_out: float = 0.25
@@ -58,6 +60,7 @@ class FitSettings:
     clip: float = 5.0
     batch: int = 2
     seed: int = 0
+    linear: LinearStart = "ridge"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +69,8 @@ class Fit:
 
     values: parameters by their names in the module, float32 (`layer`: in the model's dtype). errors: mean relative
     squared error on held-out tokens, by what was tried: "nothing" (1 by definition), "closed form" and "trained"; of
-    `layer`, "copy" and "trained". chosen: the one whose values these are.
+    `layer`, "copy" and "trained"; of a patch, "nothing" and "patch". chosen: the one whose values these are: that of
+    the least error, but a patch in any case, as in its paper.
     """
 
     values: dict[str, Tensor]
@@ -103,6 +107,9 @@ def fit_replacement(
     net.reset_parameters(torch.Generator().manual_seed(settings.seed))
     tried = {"nothing": _values(net)}
     errors = {"nothing": 1.0}
+    if slot.kind == "linear" and settings.linear == "patch":
+        net.down.data.copy_(align_channels(*run.train, device))
+        return Fit(_values(net), errors | {"patch": run.error(net, settings.batch, device)}, "patch")
     if net.down.shape[1] <= MOST_FEATURES:
         net.hold_linear_maps()
         solve_down(net, run.train, run.held_out)
@@ -214,6 +221,44 @@ def _moments(
         cross += features.T @ added
         square += float(added.square().sum())
     return gram, cross, square
+
+
+# ---- LinearPatch
+
+
+@torch.no_grad()
+def align_channels(before_NTD: Tensor, after_NTD: Tensor, device: torch.device) -> Tensor:
+    """What LinearPatch adds to the stream for a run of blocks, as one symmetric matrix H (S − 1) Hᵀ, (D, D).
+
+    H is a rotation that spreads the outliers of a few tokens over all channels, S the ratio of each rotated channel's
+    mean size after the run to that before it, over all tokens. Source: LinearPatch (arXiv 2505.24680, NeurIPS 2025),
+    which multiplies the stream by H S Hᵀ; a network here adds to the stream, hence S − 1. Its H is a Hadamard matrix;
+    of widths that are no power of two ours is described at `rotation`.
+    """
+    turn_DD = rotation(before_NTD.shape[-1]).to(device)
+    sizes = torch.zeros(2, len(turn_DD), dtype=torch.float64)
+    for pair in _pairs(before_NTD, after_NTD, 1, device):
+        for size_D, states_BTD in zip(sizes, pair, strict=True):
+            size_D += (states_BTD @ turn_DD).abs().sum((0, 1)).cpu()
+    scale_D = (sizes[1] / sizes[0].clamp_min(1e-12)).to(turn_DD)
+    return (turn_DD * (scale_D - 1)) @ turn_DD.T
+
+
+def rotation(width: int) -> Tensor:
+    """An orthogonal matrix whose numbers are all of about one size, (D, D).
+
+    The Hadamard matrix of the largest power of two in the width, by Sylvester's construction, times (Kronecker) the
+    cosine transform of the odd rest [ours]: of a power of two, a Hadamard matrix over the root of its width.
+    """
+    odd = width
+    turn_DD = torch.ones(1, 1)
+    while odd % 2 == 0:
+        odd //= 2
+        turn_DD = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / math.sqrt(2), turn_DD)
+    step = torch.arange(odd, dtype=torch.float64)
+    cosine = torch.cos(math.pi / odd * (step[None] + 0.5) * step[:, None]) * math.sqrt(2 / odd)
+    cosine[0] = math.sqrt(1 / odd)
+    return torch.kron(turn_DD, cosine.float())
 
 
 # ---- training on states

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from foldsearch.errors import InputError
 
 GATE_STEPS = 20
 FITTED_TOKENS = 8192  # of a text, that what is new in a folded model is fitted to
 HEALED_TOKENS = 8192  # of a text, that a folded model is healed on
+HealMethod = Literal["ridge", "fused", "fused-cosine", "rescale"]  # see `foldsearch.model.healing`
+LinearStart = Literal["ridge", "patch"]  # see `foldsearch.model.replacements.FitSettings`
 SCREEN_BYTES = 2 * 10**9  # of states and solved matrices that screened plans have in common, which are kept
 
 

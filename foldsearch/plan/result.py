@@ -98,6 +98,7 @@ class Healing:
         before: relative squared error of what these positions give, mean over them, on held-out tokens: as they were.
         after: the same, as they were solved.
         seconds: that it took.
+        method: by which, see `foldsearch.model.healing`.
     """
 
     tokens: int
@@ -106,12 +107,14 @@ class Healing:
     before: float
     after: float
     seconds: float = field(compare=False)
+    method: str = "ridge"
 
     @property
     def words(self) -> str:
         """In one line of a report."""
+        how = "in closed form" if self.method == "ridge" else f"by the method '{self.method}'"
         return (
-            f"healed in closed form on {self.tokens:,} tokens, forward only: {self.changed} of {self.solved} positions "
+            f"healed {how} on {self.tokens:,} tokens, forward only: {self.changed} of {self.solved} positions "
             f"changed, held-out error {self.before:.3f} → {self.after:.3f}, {self.seconds:.0f} s"
         )
 

@@ -41,7 +41,8 @@ class Promoted:
 
 def is_screened(study: Study, space: Space) -> bool:
     """Whether a search of the space begins with a screening: plans are screened as they are healed, and only drop."""
-    return study.screen.plans > 0 and study.healing.tokens > 0 and "drop" in space.fates
+    heals = study.healing.tokens > 0 and study.healing.method == "ridge"
+    return study.screen.plans > 0 and heals and "drop" in space.fates
 
 
 def compared_criteria(space: Space) -> frozenset[str]:

@@ -19,7 +19,14 @@ from pydantic import (
 )
 
 from foldsearch.model.text import own_name
-from foldsearch.model.training import FITTED_TOKENS, GATE_STEPS, HEALED_TOKENS, RecoveryTraining
+from foldsearch.model.training import (
+    FITTED_TOKENS,
+    GATE_STEPS,
+    HEALED_TOKENS,
+    HealMethod,
+    LinearStart,
+    RecoveryTraining,
+)
 from foldsearch.plan.cost import DTYPE_BYTES, Budget, Cost, CostTable, Target, parse_flops, price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.runtimes import called_now, names, runtime_named
@@ -106,18 +113,24 @@ class GateSettings(TomlTable):
 
 
 class StartSettings(TomlTable):
-    """What replacements and adapters start from. tokens: of the recovery text, that they are fitted to."""
+    """What replacements and adapters start from.
+
+    tokens: of the recovery text, that they are fitted to. linear: how a linear map in place of blocks is found.
+    """
 
     tokens: Positive = FITTED_TOKENS
+    linear: LinearStart = "ridge"
 
 
 class HealingSettings(TomlTable):
-    """Healing in closed form, between fold and recovery (see `foldsearch.model.heal`).
+    """Healing in closed form, between fold and recovery (see `foldsearch.model.healing`).
 
-    tokens: of the recovery text, that it is fitted to; whole sequences, at least two. 0 heals nothing.
+    tokens: of the recovery text, that it is fitted to; whole sequences, at least two. 0 heals nothing. method: how; all
+    but "ridge" are rivals.
     """
 
     tokens: Annotated[int, Field(ge=0)] = HEALED_TOKENS
+    method: HealMethod = "ridge"
 
 
 class RecoverySettings(TomlTable):

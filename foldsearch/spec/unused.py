@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from foldsearch.criteria import CRITERIA, Criterion, criterion_of
 from foldsearch.fates import FATES, Fate
+from foldsearch.fates.replace import Networks
 from foldsearch.runtimes import runtime_named
 from foldsearch.spec.fit import held_part
 from foldsearch.spec.load import load_space, shipped
@@ -40,6 +41,12 @@ def _fits(study: Study) -> bool:
     space = study.space
     criteria = map(criterion_of, space.criteria)
     return any(one.is_fitted for one in criteria) or any(space.table(fate).is_fitted for fate in space.fates)
+
+
+def _has_linear(study: Study) -> bool:
+    """Whether a linear map may take the place of blocks."""
+    tables = [study.space.table(fate) for fate in study.space.fates]
+    return any(isinstance(table, Networks) and "linear" in table.kinds for table in tables)
 
 
 def _of_criterion(criterion: Criterion, *more: str) -> _Rule:
@@ -71,7 +78,12 @@ _RULES = (
         "groups.max_groups is 0, so no weights are shared in groups",
     ),
     *(_of_fate(fate) for fate in FATES if fate.table.key),
-    _Rule(("starts",), _fits, "nothing in the space is fitted to text"),
+    _Rule(("starts.tokens",), _fits, "nothing in the space is fitted to text"),
+    _Rule(
+        ("starts.linear",),
+        _has_linear,
+        "the space has no network of the kind 'linear'",
+    ),
     _Rule(
         ("recovery", "space.recover"),
         _trains,
@@ -86,6 +98,16 @@ _RULES = (
         ("screen",),
         lambda study: study.healing.tokens > 0 or study.screen.plans == 0,
         "healing.tokens is 0, and plans are screened as they are healed",
+    ),
+    _Rule(
+        ("screen",),
+        lambda study: study.healing.method == "ridge" or study.screen.plans == 0 or study.healing.tokens == 0,
+        "healing.method is not 'ridge', and plans are screened healed by it",
+    ),
+    _Rule(
+        ("healing.method",),
+        lambda study: study.healing.tokens > 0,
+        "healing.tokens is 0, so nothing is healed",
     ),
     _Rule(
         ("screen.share", "screen.promoted", "screen.healed_tokens", "screen.judged_tokens"),

@@ -29,9 +29,10 @@ from foldsearch.errors import RunError
 from foldsearch.fates import Replace, Share
 from foldsearch.model import gates, states, workbench
 from foldsearch.model.fold import fold
-from foldsearch.model.heal import heal
+from foldsearch.model.healing import METHODS
 from foldsearch.model.recover import Recovery
 from foldsearch.model.states import residual_states
+from foldsearch.model.training import HealMethod
 from foldsearch.plan.cost import price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import TrialResult
@@ -655,14 +656,17 @@ def test_what_was_not_measured_cannot_be_rebuilt(context):
 # ---- healing
 
 
-def healed_on(context: TrialContext, tokens: int, **more: object) -> TrialContext:
-    healing = HealingSettings(tokens=tokens)
+def healed_on(
+    context: TrialContext, tokens: int, method: HealMethod = "ridge", **more: object
+) -> TrialContext:
+    healing = HealingSettings(tokens=tokens, method=method)
     return of_study(context, healing=healing, **more)
 
 
-def test_what_is_measured_first_is_the_fold_healed(context):
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_measured_first_is_the_fold_healed(context, method):
     """Oracle: the fold, the states and the healing called by themselves, on the recovery text's first sequences."""
-    context = healed_on(context, 6 * 16 + 5, rungs=(0,))
+    context = healed_on(context, 6 * 16 + 5, method, rungs=(0,))
     (result,) = run(context, proposal=DROPPING)
     bench = open_workbench(context)
     ids_NT = bench.splits.recovery.ids_NT[:6]
@@ -670,13 +674,18 @@ def test_what_is_measured_first_is_the_fold_healed(context):
     states = residual_states(
         bench.dense, ids_NT, model_hash=context.files.content_hash, cache_dir=context.cache_dir
     )
-    healed = heal(model, states, ids_NT)
+    healed = METHODS[method].heal(model, states, ids_NT, None)
     assert healed.values
     assert quality_of(context, model) == (result.quality, result.report)
     assert result.healing is not None
     assert (result.healing.tokens, result.healing.solved) == (6 * 16, len(healed.blocks))
     assert result.healing.changed == sum(block.ridge is not None for block in healed.blocks)
-    assert result.healing.after < result.healing.before
+    assert result.healing.method == method
+    for told in ("before", "after"):
+        errors = [getattr(block, told) for block in healed.blocks]
+        assert getattr(result.healing, told) == sum(errors) / len(errors)
+    # rivals choose nothing on held-out text
+    assert method != "ridge" or result.healing.after < result.healing.before
     stored = load_file(context.run.trial(0).start)
     assert stored.keys() == healed.values.keys()
     assert all(torch.equal(stored[name], value) for name, value in healed.values.items())
@@ -702,7 +711,7 @@ def test_healing_can_be_left_out(context, tmp_path):
 def test_a_model_that_was_healed_is_rebuilt_from_what_is_kept_and_without_it(context, monkeypatch, proposal):
     last = run(context, proposal=proposal)[-1]
     with monkeypatch.context() as patched:
-        patched.setattr(rebuild, "heal", never)
+        patched.setattr(rebuild, "_heal", never)
         model, result = recovered_model(context, 0)
     assert quality_of(context, model) == (last.quality, last.report)
     context.run.trial(0).start.unlink()
@@ -755,7 +764,7 @@ def test_where_nothing_is_trained_the_dense_model_is_not_asked_about_the_recover
 
 @pytest.mark.parametrize("plan", ["0-4", "0 1 1=1+n 2-4"])
 def test_what_lost_nothing_is_not_healed(context, monkeypatch, plan):
-    monkeypatch.setattr(rebuild, "heal", never)
+    monkeypatch.setattr(rebuild, "_heal", never)
     proposal = given(FoldPlan.parse(plan, NUM_BLOCKS), origin="hand")
     assert next(run_trial(proposal, context, number=0)).healing is None
 

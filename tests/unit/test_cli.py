@@ -153,8 +153,17 @@ def test_every_verb_that_reads_text_takes_sources_and_how_to_read_them(
     assert one.text_column is None
 
 
-@pytest.mark.parametrize("tokens", [0, HealingSettings().tokens])
-def test_a_plan_can_be_tried_as_it_is(shell: Shell, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("options", "healing"),
+    [
+        ([], HealingSettings()),
+        (["--no-heal"], HealingSettings(tokens=0)),
+        (["--heal-method", "rescale"], HealingSettings(method="rescale")),
+    ],
+)
+def test_a_plan_can_be_tried_as_it_is_or_healed_by_a_rival(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, options: list[str], healing: HealingSettings
+) -> None:
     seen: list[Study] = []
 
     def try_plan(plan: str, study: Study, **_: object) -> list[object]:
@@ -162,9 +171,9 @@ def test_a_plan_can_be_tried_as_it_is(shell: Shell, monkeypatch: pytest.MonkeyPa
         raise InputError("seen.")
 
     monkeypatch.setattr(api, "try_plan", try_plan)
-    shell("try", "0-3", "--tokens", "0", *([] if tokens else ["--no-heal"]))
+    shell("try", "0-3", "--tokens", "0", *options)
     (study,) = seen
-    assert study.healing.tokens == tokens
+    assert study.healing == healing
     assert study.rungs == (0,)
 
 

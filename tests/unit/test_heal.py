@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from foldsearch.errors import InputError, ModelError
 from foldsearch.model import heal as healing
+from foldsearch.model import places as positions
 from foldsearch.model.blocks import decoder_blocks, family_of
 from foldsearch.model.evidence import hidden_of
 from foldsearch.model.fold import cast, fold
@@ -221,7 +222,7 @@ def test_what_is_solved_is_what_writes_to_the_stream(name):
     """Where a norm stands between, the matrix is what the norm reads."""
     model = folded(dense_model(name), "0 1a 2m 3-4")
     family = family_of(model.config)
-    places = healing._places(model)
+    places = positions.places_of(model)
     for position, unit in ((0, family.mlp), (1, family.attention), (2, family.mlp)):
         writer = places[position].writer
         assert writer is not None
@@ -266,7 +267,7 @@ def test_what_is_solved_is_what_writes_to_the_stream(name):
 def test_what_more_than_one_position_runs_is_left_alone(text, expected, states_of):
     dense = dense_model()
     model = folded(dense, text)
-    places = healing._places(model)
+    places = positions.places_of(model)
     found = heal(model, states_of(dense), IDS)
     assert [block.position for block in found.blocks] == list(expected)
     path = {"mlp": "mlp.down_proj", "self_attn": "self_attn.o_proj", "down": "mlp"}
@@ -291,7 +292,7 @@ def test_a_matrix_that_two_blocks_of_the_dense_model_share_is_left_alone(states_
 def test_the_size_of_a_batch_changes_nothing_but_rounding(states_of, monkeypatch):
     dense = dense_model("gpt2")
     whole = heal(folded(dense, "0-1 3-4"), states_of(dense), IDS)
-    monkeypatch.setattr(healing, "BATCH_TOKENS", 3 * LENGTH)
+    monkeypatch.setattr(positions, "BATCH_TOKENS", 3 * LENGTH)
     parts = heal(folded(dense, "0-1 3-4"), states_of(dense), IDS)
     assert [block.ridge for block in parts.blocks] == [block.ridge for block in whole.blocks]
     for key, value in whole.values.items():

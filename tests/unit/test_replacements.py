@@ -7,6 +7,7 @@ kind can say exactly, and targets that nobody can; the dense block itself; the f
 from __future__ import annotations
 
 import copy
+import math
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +24,15 @@ from foldsearch.model.evidence import hidden_of
 from foldsearch.model.fold import cast, fold
 from foldsearch.model.networks import NETWORKS
 from foldsearch.model.parts import Replaced
-from foldsearch.model.replacements import RIDGES, Fit, FitSettings, fit_replacement, solve_down
+from foldsearch.model.replacements import (
+    RIDGES,
+    Fit,
+    FitSettings,
+    align_channels,
+    fit_replacement,
+    rotation,
+    solve_down,
+)
 from foldsearch.model.states import residual_states
 from foldsearch.plan.plan import FoldPlan, Replacement
 from tests.tiny import NUM_BLOCKS, WIDTH, dense_model, token_set
@@ -427,3 +436,40 @@ def test_a_token_to_which_the_run_adds_nothing_does_not_outweigh_the_others():
     made = x @ values["down"].T + values["bias"]
     others = (made - added)[-HELD:, 1:].square().sum() / added[-HELD:, 1:].square().sum()
     assert others < 0.7  # 1 is nothing fitted; without a floor it is
+
+
+# ---- LinearPatch
+
+
+@pytest.mark.parametrize("width", [1, 7, 16, 48, 576])
+def test_a_rotation_is_orthogonal_and_of_numbers_of_one_size(width):
+    turn = rotation(width)
+    torch.testing.assert_close(turn @ turn.T, torch.eye(width), rtol=0, atol=1e-5)
+    assert float(turn.abs().max()) <= math.sqrt(2 / width) + 1e-6
+    if width == 16:
+        torch.testing.assert_close(turn.abs(), torch.full((16, 16), 0.25))
+
+
+def test_a_patch_aligns_the_sizes_of_rotated_channels():
+    """The law of LinearPatch: after it every rotated channel is as large in the mean as it is after the run."""
+    generator = torch.Generator().manual_seed(0)
+    before_NTD = torch.randn(6, 8, WIDTH, generator=generator)
+    after_NTD = before_NTD * torch.linspace(0.5, 3, WIDTH) + torch.randn(6, 8, WIDTH, generator=generator)
+    patch_DD = align_channels(before_NTD, after_NTD, torch.device("cpu"))
+    torch.testing.assert_close(patch_DD, patch_DD.T, rtol=0, atol=1e-5)
+    turn = rotation(WIDTH)
+    patched_NTD = before_NTD + before_NTD @ patch_DD.T
+    sizes = [(states @ turn).abs().mean((0, 1)) for states in (patched_NTD, after_NTD)]
+    torch.testing.assert_close(*sizes, rtol=1e-4, atol=1e-5)
+
+
+def test_a_patch_is_taken_whatever_its_error():
+    dense, ids_NT = dense_model(), token_set(sequences=8).ids_NT
+    states = torch.randn(NUM_BLOCKS + 1, *ids_NT.shape, WIDTH, generator=torch.Generator().manual_seed(0))
+    fit = fit_replacement(dense, Replacement(1, 2, "linear"), states, ids_NT, FitSettings(linear="patch"))
+    assert fit.chosen == "patch"
+    expected = align_channels(states[1][:6], states[3][:6], torch.device("cpu"))
+    torch.testing.assert_close(fit.values["down"], expected)
+    assert not fit.values["bias"].any()
+    ridge = fit_replacement(dense, Replacement(1, 2, "linear"), states, ids_NT)
+    assert ridge.chosen != "patch"

@@ -54,11 +54,20 @@ def test_every_baseline_is_a_study_of_its_own() -> None:
         "evolution",
         "tail",
         "random-search",
+        "linearpatch",
+        "replaceme",
+        "prune-comp",
+    }
+    others = {
+        "influence": "block_influence",
+        "linearpatch": "greedy",
+        "replaceme": "window",
+        "prune-comp": "greedy",
     }
     for name in names - {"random-search"}:
         study = load_study(f"baselines/{name}")
-        assert study.space.criteria == ("block_influence" if name == "influence" else name,)
-        assert study.space.fates == ("drop",)
+        assert study.space.criteria == (others.get(name, name),)
+        assert study.space.fates == ("replace" if name == "linearpatch" else "drop",)
         assert study.rungs == load_study("baselines/random-search").rungs
     assert load_study("baselines/random-search").sampler == "random"
 

@@ -1,0 +1,423 @@
+"""The positions of a folded model, what each of them writes to the stream by, and a text that goes through them.
+
+What changes a folded model in closed form (heal.py, fuse.py, rescale.py) goes through it position by position, on the
+folded model's own states so far.
+
+A position writes to the stream through a linear map: `down_proj` in a Llama. Where a norm stands between the matrix and
+the stream (Gemma 2 and 3, OLMo 2), what it adds is D h · gain / size. A change is computed with each token's size held
+as it was, which makes it linear again: it reads h / size, and what is found is divided by the gain.
+
+Shapes: N sequences, T positions, M tokens of a batch, D width of the stream, F what the matrix reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from foldsearch.errors import InputError, ModelError
+from foldsearch.model.blocks import Family, Unit, decoder_blocks, family_of
+from foldsearch.model.evidence import hidden_of, other_inputs
+from foldsearch.model.folded import linears
+from foldsearch.model.parts import Borrowed, Replaced
+
+BATCH_TOKENS = 2048
+HELD_OUT = 0.25  # of the sequences, the last of them
+LEAST_SIZE = 0.1  # of the mean squared size of what is added; smaller tokens weigh no more than such a one
+LEAST_GAIN = 1e-2  # of the RMS of a norm's gains; a channel below it hardly gets through, and stays as it is
+
+
+# ---- positions
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """A position of the folded model.
+
+    Attributes:
+        position: its number.
+        key: all that its healing depends on, beside the positions before it.
+        path: of its block, in the model.
+        block: the block.
+        reads: depth of the dense state that it should read.
+        ends: depth up to which the dense model's blocks have had their turn after it.
+        meets: depth of the dense state that its output should be; a gap follows where it is not `ends`.
+        is_touched: whether it is not the dense block at its depth, or a gap follows.
+        writer: what writes to the stream, and is this position's alone; else None.
+    """
+
+    position: int
+    key: str
+    path: str
+    block: nn.Module
+    reads: int
+    ends: int
+    meets: int
+    is_touched: bool
+    writer: Writer | None
+
+    @property
+    def is_before_gap(self) -> bool:
+        """Whether blocks that follow on it in the dense model are not there."""
+        return self.meets > self.ends
+
+
+def places_of(model: PreTrainedModel) -> list[Place]:
+    """The positions of a folded model, in execution order."""
+    family, slots = family_of(model.config), model.config.fold["slots"]
+    num_blocks = model.config.fold["num_blocks"]
+    shared = shared_parameters(model)
+    places: list[Place] = []
+    covered = 0  # depth up to which the dense model's blocks have had their turn
+    for position, (block, slot) in enumerate(zip(decoder_blocks(model), slots, strict=True)):
+        home = slot["home"]
+        covered = max(covered, slot.get("replaced", {}).get("last", home) + 1)
+        following = slots[position + 1]["home"] if position + 1 < len(slots) else num_blocks
+        meets = max(covered, following)  # a block that runs again follows on what is covered already
+        is_dense = "replaced" not in slot and home == slot["attention"] == slot["mlp"] == position
+        places.append(
+            Place(
+                position,
+                f"{meets} {sorted(slot.items())}",
+                f"{family.blocks}.{position}",
+                block,
+                home,
+                covered,
+                meets,
+                not is_dense or meets != home + 1,
+                writer_of(block, slot, family, shared),
+            )
+        )
+    return places
+
+
+def first_touched(places: list[Place]) -> int:
+    """The first position that is not as in the dense model, or is followed by a gap; their number if there is none."""
+    return next((index for index, place in enumerate(places) if place.is_touched), len(places))
+
+
+def shared_parameters(model: PreTrainedModel) -> set[int]:
+    """The ids of parameters that more than one module runs."""
+    found: set[int] = set()
+    seen: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, Borrowed):
+            found |= {id(parameter) for parameter in module.owner.parameters()}
+        for parameter in module.parameters(recurse=False):
+            (found if id(parameter) in seen else seen).add(id(parameter))
+    return found
+
+
+def writer_of(block: nn.Module, slot: dict[str, Any], family: Family, shared: set[int]) -> Writer | None:
+    """What a position writes to the stream last; None where it is not the position's alone, or nothing is there.
+
+    Args:
+        block: at the position.
+        slot: of the position, from the model's config.
+        family: of the model.
+        shared: the ids of parameters that others run too.
+    """
+    if isinstance(block.get_submodule(family.mlp.modules[-1]), Replaced):
+        path = family.mlp.modules[-1]
+        return Writer.alone(block, path, path, shared)
+    if slot["mlp"] is None and slot["attention"] is None:
+        return None
+    return unit_writer(block, family.attention if slot["mlp"] is None else family.mlp, shared)
+
+
+def unit_writer(block: nn.Module, unit: Unit, shared: set[int]) -> Writer | None:
+    """What a unit that is there writes to the stream; None where it is not this block's alone."""
+    # Where a norm stands after a unit, its last linear comes last in the block too (a test looks).
+    # Phi-3's attention, without such a norm, ends in another one.
+    norm = unit.output
+    path = norm if norm in linears(block, unit) else linears(block, unit)[-1]
+    return Writer.alone(block, path, norm, shared)
+
+
+def block_runs(model: PreTrainedModel, ids_NT: Tensor) -> list[Callable[[Tensor], Tensor]]:
+    """For each position, a function from the state that it reads to its output, both (B, T, D), on such a text."""
+    blocks = list(decoder_blocks(model))
+
+    def running(
+        block: nn.Module, others: tuple[Any, ...], named: dict[str, Any]
+    ) -> Callable[[Tensor], Tensor]:
+        return lambda own_BTD: hidden_of(block(own_BTD, *others, **named))
+
+    inputs = other_inputs(model, blocks, ids_NT)
+    return [running(block, *given) for block, given in zip(blocks, inputs, strict=True)]
+
+
+# ---- what writes to the stream
+
+
+class Writer:
+    """A linear map whose output is added to the stream, by itself or through a norm.
+
+    Attributes:
+        path: of the module, in its block.
+        module: a linear, or a network in place of blocks.
+        norm: that stands between the module and the stream, or None.
+        has_bias: whether the module adds one.
+        device: of its weights.
+    """
+
+    def __init__(self, path: str, module: nn.Module, norm: nn.Module | None) -> None:
+        self.path, self.module, self.norm = path, module, norm
+        self._weight = "down" if isinstance(module, Replaced) else "weight"
+        self.has_bias = getattr(module, "bias", None) is not None
+        self.device: torch.device = getattr(module, self._weight).device
+
+    @classmethod
+    def alone(cls, block: nn.Module, path: str, norm: str, shared: set[int]) -> Writer | None:
+        """The module of a block at a path, and the norm at another; None where others run its parameters too."""
+        module = block.get_submodule(path)
+        if isinstance(module, Borrowed) or any(id(parameter) in shared for parameter in module.parameters()):
+            return None
+        return cls(path, module, block.get_submodule(norm) if norm != path else None)
+
+    def reads(self, given_MD: Tensor) -> Tensor:
+        """What the matrix reads, (M, F), of what the module is given."""
+        given_MD = given_MD.flatten(0, -2)
+        return self.module.features(given_MD) if isinstance(self.module, Replaced) else given_MD
+
+    def features(self, h_MF: Tensor) -> Tensor:
+        """What the change of the stream is linear in, float32: h / size, and a column for the bias."""
+        h_MF = h_MF.float()
+        if self.has_bias:
+            h_MF = torch.cat((h_MF, torch.ones_like(h_MF[:, :1])), 1)
+        return h_MF if self.norm is None else h_MF / rms(self._written(h_MF))
+
+    def change(self, h_MF: Tensor, solution_FD: Tensor) -> Tensor:
+        """What a solution adds to the stream, (M, D), float32."""
+        if self.norm is None:
+            return self.features(h_MF) @ solution_FD
+        h_MF = h_MF.float()
+        if self.has_bias:
+            h_MF = torch.cat((h_MF, torch.ones_like(h_MF[:, :1])), 1)
+        old_MD = self._written(h_MF)
+        new_MD = old_MD + h_MF @ (solution_FD * self._per_gain())
+        dtype = next(self.norm.parameters()).dtype
+        new, old = self.norm(new_MD.to(dtype)), self.norm(old_MD.to(dtype))
+        return new.float() - old.float()  # type: ignore[no-any-return]
+
+    def add(self, solution_FD: Tensor) -> None:
+        """Take up a solution: new parameters, not the old ones' memory."""
+        if self.norm is not None:
+            solution_FD = solution_FD * self._per_gain()
+        weight: Tensor = getattr(self.module, self._weight)
+        inputs = len(solution_FD) - self.has_bias
+        change = solution_FD[:inputs] if isinstance(self.module, Conv1D) else solution_FD[:inputs].T
+        self._put(self._weight, weight.float() + change)
+        if self.has_bias:
+            self._put("bias", self._bias.float() + solution_FD[inputs])
+
+    def take(self, name: str, value: Tensor) -> None:
+        """Take up what `parameters` told."""
+        self._put(name.rpartition(".")[2], value)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """What `add` changes, by its name in the block."""
+        names = (self._weight, *(["bias"] if self.has_bias else []))
+        return {f"{self.path}.{name}": getattr(self.module, name).detach() for name in names}
+
+    def to_stream(self) -> Tensor:
+        """What the features are multiplied by on their way to the stream, (F, D), float32."""
+        weight_FD = self._own_weight()
+        if self.norm is None:
+            return weight_FD
+        return weight_FD * self._gain()
+
+    @property
+    def num_features(self) -> int:
+        """Of what the change is linear in."""
+        weight: Tensor = getattr(self.module, self._weight)
+        return weight.shape[0 if isinstance(self.module, Conv1D) else 1] + self.has_bias
+
+    @property
+    def _bias(self) -> Tensor:
+        bias = self.module.bias
+        assert isinstance(bias, Tensor)
+        return bias
+
+    def _put(self, name: str, value: Tensor) -> None:
+        old: Tensor = getattr(self.module, name)
+        setattr(self.module, name, nn.Parameter(value.to(old.dtype), requires_grad=False))
+
+    def _own_weight(self) -> Tensor:
+        """The matrix, with a row for the bias, (F, D), float32."""
+        weight_FD: Tensor = getattr(self.module, self._weight).float()
+        if not isinstance(self.module, Conv1D):
+            weight_FD = weight_FD.T
+        if self.has_bias:
+            weight_FD = torch.cat((weight_FD, self._bias.float()[None]))
+        return weight_FD
+
+    def _written(self, h_MF: Tensor) -> Tensor:
+        """What the matrix gives, before the norm, of h with the column for the bias; float32."""
+        return h_MF @ self._own_weight()
+
+    def _gain(self) -> Tensor:
+        """The norm's, by channel, (D), float32."""
+        assert self.norm is not None
+        like = next(self.norm.parameters())
+        gain_D: Tensor = self.norm(torch.ones_like(like)[None])[0].float()
+        return gain_D
+
+    def _per_gain(self) -> Tensor:
+        """1 / gain of the norm, by channel; 0 where hardly anything gets through."""
+        gain_D = self._gain()
+        least = LEAST_GAIN * rms(gain_D)
+        return torch.where(gain_D.abs() > least, 1 / gain_D, 0.0)
+
+
+def rms(values: Tensor) -> Tensor:
+    """The root mean square over the last dimension, which is kept."""
+    return values.square().mean(-1, keepdim=True).clamp_min(1e-12).sqrt()
+
+
+# ---- the text
+
+
+def num_fitted(num: int, length: int) -> int:
+    """How many of the sequences of a text are fitted to; the others are held out.
+
+    Raises:
+        InputError: there is only one.
+    """
+    if num < 2:
+        raise InputError(
+            f"healing must have a sequence to fit to and another to choose on; got {num} of {length} tokens. "
+            f"Give {2 * length} tokens or more."
+        )
+    return num - max(1, round(HELD_OUT * num))
+
+
+class StreamText:
+    """The folded model's own states at one depth, over all of the text, beside the dense model's at every depth.
+
+    Attributes:
+        own_NTD: in the dtype of the model, on its device.
+    """
+
+    def __init__(self, states: Tensor, depth: int, ends: tuple[int, int], device: torch.device) -> None:
+        """`ends`: of the sequences that are fitted to, and of those that are held out; others are led along."""
+        self._states, self._ends = states, ends
+        self.own_NTD = states[depth].to(device, copy=True)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, states: Tensor) -> StreamText:
+        """A text as it comes to the first position of a model that is touched.
+
+        Args:
+            model: a folded one.
+            states: of the dense model, from `foldsearch.model.states.residual_states`.
+
+        Raises:
+            InputError: there is only one sequence.
+        """
+        num, length = states.shape[1:3]
+        return cls(states, first_touched(places_of(model)), (num_fitted(num, length), num), model.device)
+
+    def batches(self) -> Iterator[slice]:
+        """Of sequences; all of a batch are of one part."""
+        num, length = self.own_NTD.shape[:2]
+        step = max(1, BATCH_TOKENS // length)
+        for first, last in pairwise((0, *self._ends, num)):
+            for start in range(first, last, step):
+                yield slice(start, min(start + step, last))
+
+    def part(self, here: slice) -> str:
+        """Whether a batch is "fitted", "held out" or "led"."""
+        fitted, held_out = self._ends
+        return "fitted" if here.stop <= fitted else "held out" if here.stop <= held_out else "led"
+
+    @property
+    def num_tokens(self) -> int:
+        """Of those that are fitted to or held out."""
+        return self._ends[1] * self.own_NTD.shape[1]
+
+    def advance(self, run: Callable[[Tensor], Tensor]) -> None:
+        """Let a position run."""
+        for here in self.batches():
+            self.own_NTD[here] = run(self.own_NTD[here])
+
+    def read(self, run: Callable[[Tensor], Tensor], writer: Writer) -> list[tuple[slice, Tensor]]:
+        """Let a position run; what its matrix reads, (M, F), for each batch: a few depths of states in all."""
+        read: list[tuple[slice, Tensor]] = []
+
+        def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            read.append((here, writer.reads(args[0])))
+
+        handle = writer.module.register_forward_pre_hook(keep)
+        try:
+            for here in self.batches():
+                self.own_NTD[here] = run(self.own_NTD[here])
+        finally:
+            handle.remove()
+        return read
+
+    def missing(self, place: Place, here: slice) -> Tensor:
+        """What the output of a position, which is the own state now, lacks; (M, D), float32."""
+        wanted_BTD = self._states[place.meets][here].to(self.own_NTD.device)
+        return (wanted_BTD.float() - self.own_NTD[here].float()).flatten(0, 1)
+
+    def missed(
+        self,
+        place: Place,
+        read: list[tuple[slice, Tensor]],
+        weight_NT1: Tensor,
+        solution_FD: Tensor | None = None,
+    ) -> float:
+        """Of the held-out tokens, the mean relative squared error of a position's output.
+
+        Args:
+            place: the position, which has run.
+            read: what its matrix read.
+            weight_NT1: of the tokens.
+            solution_FD: a change of its matrix, which its output is without.
+        """
+        total, tokens = 0.0, 0
+        for here, h_MF in read:
+            if self.part(here) == "held out":
+                left_MD = self.missing(place, here)
+                if solution_FD is not None:
+                    assert place.writer is not None
+                    left_MD = left_MD - place.writer.change(h_MF, solution_FD)
+                weight_M1 = weight_NT1[here].flatten(0, 1)
+                total += float((left_MD.square() * weight_M1).sum(dtype=torch.float64))
+                tokens += len(weight_M1)
+        return math.inf if math.isnan(total) else total / tokens
+
+    def take(self, place: Place, read: list[tuple[slice, Tensor]], solution_FD: Tensor) -> None:
+        """Change the matrix of a position that has run, and its output."""
+        assert place.writer is not None
+        for here, h_MF in read:
+            own_BTD = self.own_NTD[here]
+            own_BTD += place.writer.change(h_MF, solution_FD).view_as(own_BTD).to(own_BTD.dtype)
+        place.writer.add(solution_FD)
+
+    def weights(self, place: Place) -> Tensor:
+        """1 / size² of what the dense model adds from what a position reads to what it should meet, (N, T, 1)."""
+        before, after = self._states[place.reads], self._states[place.meets]
+        sizes_NT1 = torch.cat(
+            [
+                (after[here].float() - before[here].float()).square().sum(-1, keepdim=True)
+                for here in self.batches()
+                if self.part(here) != "led"
+            ]
+        )
+        mean = float(sizes_NT1.mean(dtype=torch.float64))
+        if not math.isfinite(mean):
+            raise ModelError(
+                f"healing must read finite states, but the dense model's at depth {place.reads} or {place.meets} are "
+                "not finite numbers. Compute in float32, or leave healing out."
+            )
+        return (1 / sizes_NT1.clamp_min(max(LEAST_SIZE * mean, 1e-12))).to(self.own_NTD.device)
