@@ -70,7 +70,7 @@ def _heal(
     began = time.perf_counter()
     settings = context.study.healing
     text = open_workbench(context).fit_text(settings.tokens)
-    states = text.states(counting(say, "residual states"))
+    states = text.states_in_order(counting(say, "residual states"))
     healed = METHODS[settings.method].heal(model, states, text.ids_NT, counting(say, "healing"))
     solved = len(healed.blocks)
     healing = Healing(

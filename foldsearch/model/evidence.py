@@ -260,6 +260,19 @@ def other_inputs(
     return found
 
 
+def block_runs(model: PreTrainedModel, ids_NT: Tensor) -> list[Callable[[Tensor], Tensor]]:
+    """For each position, a function from the state that it reads to its output, both (B, T, D), on such a text."""
+    blocks = list(decoder_blocks(model))
+
+    def running(
+        block: nn.Module, others: tuple[Any, ...], named: dict[str, Any]
+    ) -> Callable[[Tensor], Tensor]:
+        return lambda own_BTD: hidden_of(block(own_BTD, *others, **named))
+
+    inputs = other_inputs(model, blocks, ids_NT)
+    return [running(block, *given) for block, given in zip(blocks, inputs, strict=True)]
+
+
 def next_token_losses(dense: PreTrainedModel, hidden_BTD: Tensor, ids_BT: Tensor) -> Tensor:
     """Next-token loss of each position but the last, (B, T - 1), in nats, without all their logits in memory."""
     losses = [

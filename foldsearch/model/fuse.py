@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from foldsearch.model.evidence import block_runs
 from foldsearch.model.heal import Healed, HealedBlock
-from foldsearch.model.places import Place, StreamText, Writer, block_runs, first_touched, places_of
-from foldsearch.model.states import in_float64
+from foldsearch.model.places import Place, StreamText, Writer, first_touched, places_of
+from foldsearch.model.states import DepthStates, in_float64
 from foldsearch.progress import CountProgress
 
 LEAST_RIDGE = 1e-6  # in mean squares of what the position writes, so that there is a solution
@@ -37,14 +38,14 @@ Solve = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def fuse_by_squares(
-    model: PreTrainedModel, states: Tensor, ids_NT: Tensor, progress: CountProgress | None = None
+    model: PreTrainedModel, states: DepthStates, ids_NT: Tensor, progress: CountProgress | None = None
 ) -> Healed:
     """Heal a folded model in place by ReplaceMe's map, found by least squares; see `foldsearch.model.heal.heal`."""
     return _fuse(model, StreamText.of(model, states), ids_NT, by_squares, progress)
 
 
 def fuse_by_cosine(
-    model: PreTrainedModel, states: Tensor, ids_NT: Tensor, progress: CountProgress | None = None
+    model: PreTrainedModel, states: DepthStates, ids_NT: Tensor, progress: CountProgress | None = None
 ) -> Healed:
     """Heal a folded model in place by ReplaceMe's map, found by cosine; see `foldsearch.model.heal.heal`."""
     return _fuse(model, StreamText.of(model, states), ids_NT, by_cosine, progress)

@@ -39,7 +39,7 @@ from foldsearch.errors import ModelError
 from foldsearch.model.blocks import decoder_blocks
 from foldsearch.model.evidence import hidden_of, other_inputs
 from foldsearch.model.places import Place, StreamText, Writer, first_touched, num_fitted, places_of
-from foldsearch.model.states import in_float64
+from foldsearch.model.states import DepthStates, in_float64
 from foldsearch.progress import CountProgress
 
 RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # in squares of what a column reads
@@ -84,7 +84,7 @@ class Healed:
 
 
 def heal(
-    model: PreTrainedModel, states: Tensor, ids_NT: Tensor, progress: CountProgress | None = None
+    model: PreTrainedModel, states: DepthStates, ids_NT: Tensor, progress: CountProgress | None = None
 ) -> Healed:
     """Heal a folded model in place: what it is changed in are new tensors, so no other model's memory is written.
 
@@ -94,7 +94,7 @@ def heal(
 
     Args:
         model: of `foldsearch.model.fold.fold`, before `attach`.
-        states: of the dense model, from `foldsearch.model.states.residual_states`.
+        states: of the dense model, from `foldsearch.model.states`.
         ids_NT: the tokens that they are of.
         progress: called with (done, total) positions.
 
@@ -124,7 +124,7 @@ class Healer:
     Plans that begin alike are healed alike up to where they part: that part is computed once, while it is kept.
     """
 
-    def __init__(self, states: Tensor, ids_NT: Tensor, *, num_led: int = 0, most_bytes: int = 0) -> None:
+    def __init__(self, states: DepthStates, ids_NT: Tensor, *, num_led: int = 0, most_bytes: int = 0) -> None:
         """See `heal` for the others.
 
         Args:

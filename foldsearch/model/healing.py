@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from foldsearch.model.fuse import fuse_by_cosine, fuse_by_squares, is_fusible
 from foldsearch.model.heal import Healed, heal, is_healable
 from foldsearch.model.rescale import is_rescalable, rescale
+from foldsearch.model.states import DepthStates
 from foldsearch.model.training import HealMethod
 from foldsearch.progress import CountProgress
 
@@ -27,7 +28,7 @@ class Method:
     """
 
     source: str
-    heal: Callable[[PreTrainedModel, Tensor, Tensor, CountProgress | None], Healed]
+    heal: Callable[[PreTrainedModel, DepthStates, Tensor, CountProgress | None], Healed]
     can_heal: Callable[[PreTrainedModel], bool]
 
 

@@ -25,9 +25,9 @@ from transformers.pytorch_utils import Conv1D
 
 from foldsearch.errors import InputError, ModelError
 from foldsearch.model.blocks import Family, Unit, decoder_blocks, family_of
-from foldsearch.model.evidence import hidden_of, other_inputs
 from foldsearch.model.folded import linears
 from foldsearch.model.parts import Borrowed, Replaced
+from foldsearch.model.states import DepthStates
 
 BATCH_TOKENS = 2048
 HELD_OUT = 0.25  # of the sequences, the last of them
@@ -140,19 +140,6 @@ def unit_writer(block: nn.Module, unit: Unit, shared: set[int]) -> Writer | None
     norm = unit.output
     path = norm if norm in linears(block, unit) else linears(block, unit)[-1]
     return Writer.alone(block, path, norm, shared)
-
-
-def block_runs(model: PreTrainedModel, ids_NT: Tensor) -> list[Callable[[Tensor], Tensor]]:
-    """For each position, a function from the state that it reads to its output, both (B, T, D), on such a text."""
-    blocks = list(decoder_blocks(model))
-
-    def running(
-        block: nn.Module, others: tuple[Any, ...], named: dict[str, Any]
-    ) -> Callable[[Tensor], Tensor]:
-        return lambda own_BTD: hidden_of(block(own_BTD, *others, **named))
-
-    inputs = other_inputs(model, blocks, ids_NT)
-    return [running(block, *given) for block, given in zip(blocks, inputs, strict=True)]
 
 
 # ---- what writes to the stream
@@ -307,13 +294,13 @@ class StreamText:
         own_NTD: in the dtype of the model, on its device.
     """
 
-    def __init__(self, states: Tensor, depth: int, ends: tuple[int, int], device: torch.device) -> None:
+    def __init__(self, states: DepthStates, depth: int, ends: tuple[int, int], device: torch.device) -> None:
         """`ends`: of the sequences that are fitted to, and of those that are held out; others are led along."""
         self._states, self._ends = states, ends
         self.own_NTD = states[depth].to(device, copy=True)
 
     @classmethod
-    def of(cls, model: PreTrainedModel, states: Tensor) -> StreamText:
+    def of(cls, model: PreTrainedModel, states: DepthStates) -> StreamText:
         """A text as it comes to the first position of a model that is touched.
 
         Args:

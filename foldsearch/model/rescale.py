@@ -23,17 +23,18 @@ from transformers import PreTrainedModel
 
 from foldsearch.errors import InputError
 from foldsearch.model.blocks import FOLDED_PREFIX, family_of
+from foldsearch.model.evidence import block_runs
 from foldsearch.model.heal import Healed, HealedBlock
 from foldsearch.model.places import (
     Place,
     StreamText,
     Writer,
-    block_runs,
     first_touched,
     places_of,
     shared_parameters,
     unit_writer,
 )  # fmt: skip
+from foldsearch.model.states import DepthStates
 from foldsearch.progress import CountProgress
 
 
@@ -45,7 +46,7 @@ def is_rescalable(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def rescale(
-    model: PreTrainedModel, states: Tensor, ids_NT: Tensor, progress: CountProgress | None = None
+    model: PreTrainedModel, states: DepthStates, ids_NT: Tensor, progress: CountProgress | None = None
 ) -> Healed:
     """Heal a folded model in place by rescaling; see `foldsearch.model.heal.heal`.
 

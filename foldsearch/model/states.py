@@ -2,6 +2,8 @@
 
 What replaces a run of blocks is fitted to it: any run of any plan, from one forward pass over the text. Memory stays
 that of one batch, disk at most `MOST_BYTES` a model and text: where more text is given, its first sequences are taken.
+Who asks for one depth after the other, as healing does, can have more (`StatesInOrder`): they are computed when they
+are asked for, and two depths are held in memory.
 
 Shapes: L blocks, N sequences, T positions, D width.
 """
@@ -9,25 +11,38 @@ Shapes: L blocks, N sequences, T positions, D width.
 from __future__ import annotations
 
 import hashlib
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foldsearch import cache
 from foldsearch.errors import InputError
 from foldsearch.files import replace_atomically
 from foldsearch.model.blocks import decoder_blocks
-from foldsearch.model.evidence import hidden_of
+from foldsearch.model.evidence import block_runs, hidden_of
 from foldsearch.model.head import last_hidden
 from foldsearch.progress import CountProgress
 
 SCHEMA = 1  # of the files; raise it when what is written in them changes
 MOST_BYTES = 2 * 10**9
 BATCH_TOKENS = 2048
+
+
+class DepthStates(Protocol):
+    """The dense model's states by depth: a tensor (L + 1, N, T, D), or what gives such tensors (N, T, D)."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """(L + 1, N, T, D)."""
+
+    def __getitem__(self, depth: int, /) -> Tensor:
+        """The states at a depth, in the model's dtype, on the CPU."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +63,12 @@ class FitText:
         return residual_states(
             self.dense, self.ids_NT, model_hash=self.model_hash, cache_dir=self.cache_dir, progress=progress
         )
+
+    def states_in_order(self, progress: CountProgress | None = None) -> DepthStates:
+        """The states of all of the text, for who asks for one depth after the other: kept on disk if they fit there."""
+        if num_kept(self.dense, self.ids_NT) == len(self.ids_NT):
+            return self.states(progress)
+        return StatesInOrder(self.dense, self.ids_NT)
 
 
 def first_sequences(ids_NT: Tensor, tokens: int) -> Tensor:
@@ -79,12 +100,11 @@ def residual_states(
     """
     num_states, width = len(decoder_blocks(dense)) + 1, dense.config.hidden_size
     length = ids_NT.shape[1]
-    of_one = num_states * length * width * dense.dtype.itemsize
-    count = min(len(ids_NT), most_bytes // of_one)
+    count = num_kept(dense, ids_NT, most_bytes)
     if not count:
         raise InputError(
-            f"the states of one sequence of {length} tokens take {of_one} bytes, but {most_bytes} are allowed. "
-            "Use shorter sequences, or allow more."
+            f"the states of one sequence of {length} tokens must fit {most_bytes} bytes, but take more. Use shorter "
+            "sequences, or allow more."
         )
     ids_NT = ids_NT[:count].cpu()
     size = num_states * count * length * width
@@ -100,6 +120,69 @@ def residual_states(
     key = cache.key(SCHEMA, model_hash, str(dense.dtype), of_ids, count, length)
     found, _ = cache.once(cache_dir / "states" / f"{key}.bin", make, mapped, keep=True)
     return found.view(num_states, count, length, width)
+
+
+def num_kept(dense: PreTrainedModel, ids_NT: Tensor, most_bytes: int = MOST_BYTES) -> int:
+    """How many sequences of a text are kept on disk."""
+    of_one = (
+        (len(decoder_blocks(dense)) + 1) * ids_NT.shape[1] * dense.config.hidden_size * dense.dtype.itemsize
+    )
+    return int(min(len(ids_NT), most_bytes // of_one))
+
+
+class StatesInOrder:
+    """The residual stream of the dense model on a text, depth after depth: nothing is kept on disk.
+
+    To go back costs as much as to begin again.
+    """
+
+    def __init__(self, dense: PreTrainedModel, ids_NT: Tensor) -> None:
+        """Computes nothing yet; see `residual_states`."""
+        self._dense, self._ids_NT = dense, ids_NT
+        self.shape = (len(decoder_blocks(dense)) + 1, *ids_NT.shape, dense.config.hidden_size)
+        self._found: dict[int, Tensor] = {}  # the depth asked for before, and the deepest
+        self._before = 0
+
+    @torch.inference_mode()
+    def __getitem__(self, depth: int) -> Tensor:
+        """The states at a depth, (N, T, D), in the model's dtype, on the CPU; not to be written to."""
+        if depth not in self._found:
+            nearest = max((known for known in self._found if known < depth), default=None)
+            state_NTD = self._first() if nearest is None else self._found[nearest]
+            runs = block_runs(self._dense, self._ids_NT)
+            for run in runs[nearest or 0 : depth]:
+                state_NTD = torch.cat(
+                    [run(part.to(self._dense.device)).cpu() for part in self._parts(state_NTD)]
+                )
+            self._found = {key: value for key, value in self._found.items() if key == self._before}
+            self._found[depth] = state_NTD.clone() if depth == 0 else state_NTD
+        self._before = depth
+        return self._found[depth]
+
+    def _parts(self, values: Tensor) -> Iterator[Tensor]:
+        step = max(1, BATCH_TOKENS // self._ids_NT.shape[1])
+        yield from (values[start : start + step] for start in range(0, len(values), step))
+
+    def _first(self) -> Tensor:
+        """What the first block reads."""
+        found: list[Tensor] = []
+
+        def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append((args[0] if args else kwargs["hidden_states"]).cpu())
+            raise _Enough
+
+        hook = decoder_blocks(self._dense)[0].register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            for ids_BT in self._parts(self._ids_NT):
+                with suppress(_Enough):
+                    last_hidden(self._dense, ids_BT.to(self._dense.device))
+        finally:
+            hook.remove()
+        return torch.cat(found)
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose rest nobody needs."""
 
 
 @torch.inference_mode()

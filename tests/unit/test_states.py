@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from foldsearch.errors import InputError
 from foldsearch.model import states
 from foldsearch.model.blocks import decoder_blocks, family_of
-from foldsearch.model.fold import cast
-from foldsearch.model.states import residual_states
+from foldsearch.model.fold import cast, fold
+from foldsearch.model.heal import heal
+from foldsearch.model.states import FitText, StatesInOrder, residual_states
+from foldsearch.plan.plan import FoldPlan
 from tests.tiny import NUM_BLOCKS, WIDTH, dense_model, token_set
 
 # plain, four norms and windows, norms after units, Conv1D, parallel residual, an MLP of flattened tokens
@@ -96,7 +98,7 @@ def test_bytes_bound_the_sequences(ask, files, tmp_path, most, count):
 
 def test_not_one_sequence_fits(ask, tmp_path):
     with pytest.raises(
-        InputError, match=f"one sequence of 16 tokens take {OF_ONE} bytes, but {OF_ONE - 1} are allowed. Use"
+        InputError, match=f"one sequence of 16 tokens must fit {OF_ONE - 1} bytes, but take more. Use"
     ):
         ask(most_bytes=OF_ONE - 1)
     assert not list(tmp_path.iterdir())
@@ -182,3 +184,54 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(ask, files, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         ask()
     assert files() == []
+
+
+# ---- depth after depth
+
+
+@families
+@torch.no_grad()
+def test_states_in_order_are_those_on_disk(name, ask, monkeypatch):
+    """Also where a depth is left out, asked for twice, or gone back to."""
+    monkeypatch.setattr(states, "BATCH_TOKENS", 4 * LENGTH + 1)
+    dense = dense_model(name)
+    kept, found = ask(dense), StatesInOrder(dense, IDS)
+    assert tuple(found.shape) == tuple(kept.shape)
+    for depth in (0, 1, 1, 3, 1, NUM_BLOCKS, 2, 0):
+        torch.testing.assert_close(found[depth], kept[depth], rtol=0, atol=1e-6)
+
+
+def test_states_in_order_hold_two_depths(monkeypatch):
+    """So that memory does not grow with the depth of the model; and no block runs twice."""
+    ran: list[int] = []
+    real = states.block_runs
+
+    def counted(model, ids_NT):
+        runs = real(model, ids_NT)
+        return [lambda own, i=i, run=run: (ran.append(i), run(own))[1] for i, run in enumerate(runs)]
+
+    monkeypatch.setattr(states, "block_runs", counted)
+    found = StatesInOrder(dense_model(), IDS)
+    for depth in range(NUM_BLOCKS + 1):
+        _ = found[depth], found[max(0, depth - 1)], found[depth]
+        assert len(found._found) <= 2
+    assert ran == list(range(NUM_BLOCKS))
+
+
+@torch.no_grad()
+def test_a_text_that_does_not_fit_the_disk_is_healed_on_whole(tmp_path, monkeypatch):
+    """Oracle: the same healing on states that were kept."""
+    dense = dense_model()
+    plan = FoldPlan.parse("0-1 3-4", NUM_BLOCKS)
+    text = FitText(dense, IDS, "m", tmp_path)
+    one, two = fold(dense, plan), fold(dense, plan)
+    expected = heal(one, text.states_in_order(), IDS)
+    assert isinstance(text.states_in_order(), Tensor)
+    monkeypatch.setattr(states.num_kept, "__defaults__", (OF_ONE,))
+    streamed = text.states_in_order()
+    assert isinstance(streamed, StatesInOrder)
+    found = heal(two, streamed, IDS)
+    assert found.tokens == expected.tokens == IDS.numel()
+    assert found.values.keys() == expected.values.keys()
+    for key, value in expected.values.items():
+        assert torch.dist(found.values[key], value) < 1e-3 * value.norm()
