@@ -15,7 +15,7 @@ from foldsearch.model.children import base_blocks, base_distances
 from foldsearch.model.evidence import Evidence, measure_evidence
 from foldsearch.model.judge import DenseTargets
 from foldsearch.model.source import DenseFiles
-from foldsearch.model.states import FitText, first_sequences
+from foldsearch.model.states import FitText, text_to_fit
 from foldsearch.model.tokens import Splits, TokenSet
 from foldsearch.plan.cost import CostTable
 from foldsearch.progress import StageProgress, counting
@@ -23,7 +23,7 @@ from foldsearch.progress import StageProgress, counting
 Value = TypeVar("Value")
 BASE_RANK = 1 / 16  # of the base-block metric, in widths of the model: FlexiGPT's 256 for 4,096
 # Of what is kept. The keys hold what can be set; raise it when the code, or a constant, that computes them changes.
-SCHEMA = 4
+SCHEMA = 5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,8 +62,8 @@ class Workbench:
         return from_json(kind, value), known
 
     def fit_text(self, tokens: int) -> FitText:
-        """The first sequences of the recovery text that hold so many tokens."""
-        ids_NT = first_sequences(self.splits.recovery.ids_NT, tokens)
+        """The beginnings of as many sequences of the recovery text as hold so many tokens in all."""
+        ids_NT = text_to_fit(self.splits.recovery.ids_NT, tokens)
         return FitText(self.dense, ids_NT, self.files.content_hash, self.cache_dir)
 
     def evidence(self, say: StageProgress) -> Evidence:

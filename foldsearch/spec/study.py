@@ -125,8 +125,8 @@ class StartSettings(TomlTable):
 class HealingSettings(TomlTable):
     """Healing in closed form, between fold and recovery (see `foldsearch.model.healing`).
 
-    tokens: of the recovery text, that it is fitted to; whole sequences, at least two. 0 heals nothing. method: how; all
-    but "ridge" are rivals.
+    tokens: of the recovery text, that it is fitted to; all of its sequences, cut, at least two. 0 heals nothing.
+    method: how; all but "ridge" are rivals.
     """
 
     tokens: Annotated[int, Field(ge=0)] = HEALED_TOKENS

@@ -21,7 +21,7 @@ from foldsearch.model.fold import fold
 from foldsearch.model.parts import Borrowed, OutputNorm, Replaced
 from foldsearch.model.replacements import FitSettings, fit_replacement
 from foldsearch.model.starts import folded_start, new_values
-from foldsearch.model.states import FitText, first_sequences, residual_states
+from foldsearch.model.states import FitText, residual_states, text_to_fit
 from foldsearch.plan.plan import FoldPlan, Replacement
 from tests.tiny import NUM_BLOCKS, WIDTH, dense_model, token_set
 
@@ -221,7 +221,7 @@ def test_whole_sequences_of_the_text_and_two_at_least(monkeypatch, tokens, seque
         "start_adapters",
         lambda *args: (seen.append(("adapt", len(args[2]))), adapt(*args))[1],
     )
-    start(dense_model(), "0 1-2~linear 3 4=0+r2", first_sequences(IDS, tokens), adapters="data")
+    start(dense_model(), "0 1-2~linear 3 4=0+r2", text_to_fit(IDS, tokens), adapters="data")
     assert seen == [("fit", sequences, sequences), ("adapt", sequences)]
 
 

@@ -18,7 +18,7 @@ from foldsearch.model import states
 from foldsearch.model.blocks import decoder_blocks, family_of
 from foldsearch.model.fold import cast, fold
 from foldsearch.model.heal import heal
-from foldsearch.model.states import FitText, StatesInOrder, residual_states
+from foldsearch.model.states import FitText, StatesInOrder, residual_states, text_to_fit
 from foldsearch.plan.plan import FoldPlan
 from tests.tiny import NUM_BLOCKS, WIDTH, dense_model, token_set
 
@@ -235,3 +235,28 @@ def test_a_text_that_does_not_fit_the_disk_is_healed_on_whole(tmp_path, monkeypa
     assert found.values.keys() == expected.values.keys()
     for key, value in expected.values.items():
         assert torch.dist(found.values[key], value) < 1e-3 * value.norm()
+
+
+# ---- which text
+
+
+@pytest.mark.parametrize(
+    ("tokens", "num", "length"),
+    [
+        (8192, 64, 128),
+        (16384, 64, 256),
+        (10**6, 64, 256),
+        (12000, 64, 187),
+        (4096, 32, 128),
+        (300, 2, 128),
+        (1, 2, 128),
+    ],
+)
+def test_many_documents_are_read_in_part(tokens, num, length):
+    """As many sequences as can be, evenly cut, but none below 128 tokens; from 64 of 256."""
+    ids_NT = torch.arange(64 * 256).view(64, 256)
+    assert torch.equal(text_to_fit(ids_NT, tokens), ids_NT[:num, :length])
+
+
+def test_short_sequences_are_not_cut():
+    assert torch.equal(text_to_fit(IDS, 3 * LENGTH + 2), IDS[:3])
