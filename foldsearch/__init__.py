@@ -20,7 +20,7 @@ Each name says its shapes, units, errors and source in its own docstring:
     fold            a plan and a dense model give a folded model
     measure         a model's cost table, by fvcore
     price           a plan's cost on a target
-    CostTable, Target, Budget, Cost, Quality, TrialResult     values
+    CostTable, Target, Budget, Cost, Quality, Trial           values
     FoldsearchError, InputError, VerificationError            what is raised on purpose
 
 Importing foldsearch also tells transformers about folded models, so an export loads without `trust_remote_code`.
@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from foldsearch.plan.cost import Budget, Cost, CostTable, Target, price
     from foldsearch.plan.extend import extended
     from foldsearch.plan.plan import FoldPlan
-    from foldsearch.plan.result import Quality, TrialResult
+    from foldsearch.plan.result import Quality
+    from foldsearch.record import Trial
     from foldsearch.search.run import run_search
     from foldsearch.spec.load import load_study
 
@@ -67,7 +68,7 @@ __all__ = [
     "Budget",
     "Cost",
     "Quality",
-    "TrialResult",
+    "Trial",
     "FoldsearchError",
     "InputError",
     "VerificationError",
@@ -83,7 +84,8 @@ _HOMES = {
     "foldsearch.plan.cost": ("Budget", "Cost", "CostTable", "Target", "price"),
     "foldsearch.plan.extend": ("extended",),
     "foldsearch.plan.plan": ("FoldPlan",),
-    "foldsearch.plan.result": ("Quality", "TrialResult"),
+    "foldsearch.plan.result": ("Quality",),
+    "foldsearch.record": ("Trial",),
     "foldsearch.search.run": ("run_search",),
     "foldsearch.spec.load": ("load_study",),
 }

@@ -16,8 +16,8 @@ from foldsearch.files import replace_atomically, write_json
 from foldsearch.paths import command, printable
 from foldsearch.plan.cost import CostTable, Target
 from foldsearch.plan.plan import FoldPlan, check_ranks
-from foldsearch.plan.result import TrialResult
 from foldsearch.progress import Notice, StageProgress, silent, unheard
+from foldsearch.record import Trial
 from foldsearch.runtimes import runtime_for
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from foldsearch.export.figures import ExportReport
     from foldsearch.model.evidence import Evidence
     from foldsearch.model.source import DenseFiles
-    from foldsearch.report.view import Entry, RunView
+    from foldsearch.report.view import RunView
     from foldsearch.search.dry_run import DryRun
     from foldsearch.spec.study import Study
 
@@ -163,8 +163,8 @@ def try_plan(
     folder: Path | None = None,
     progress: StageProgress = silent,
     notice: Notice = unheard,
-) -> Iterator[TrialResult]:
-    """Fold, recover and measure one plan in this process; yields a result per rung of the study.
+) -> Iterator[Trial]:
+    """Fold, recover and measure one plan in this process; yields the trial as it stands after each rung.
 
     Recovery runs at the geometric middle of the space's learning rates. A budget is reported, not enforced.
 
@@ -253,7 +253,7 @@ def write_report(run: RunView) -> Path:
     return page
 
 
-def pick(run: RunView, *, number: int | None = None, max_gb: float | None = None) -> Entry:
+def pick(run: RunView, *, number: int | None = None, max_gb: float | None = None) -> Trial:
     """Choose a finished trial and write the choice into the run folder; the knee if neither argument is given.
 
     Args:
@@ -264,12 +264,12 @@ def pick(run: RunView, *, number: int | None = None, max_gb: float | None = None
     Raises:
         RunError: no such trial, or none that fits.
     """
-    entry = run.pick(number=number, max_gb=max_gb)
-    write_json(run.folder.pick, {"trial": entry.number, "plan": str(entry.plan)})
-    return entry
+    trial = run.pick(number=number, max_gb=max_gb)
+    write_json(run.folder.pick, {"trial": trial.number, "plan": str(trial.plan)})
+    return trial
 
 
-def picked(run: RunView) -> Entry:
+def picked(run: RunView) -> Trial:
     """The trial that `pick` chose; the knee if none was chosen.
 
     Raises:
@@ -317,12 +317,12 @@ def export_trial(
     from foldsearch.export import check_export
     from foldsearch.prepare import prepare_context
 
-    entry = run.pick(number=number)
+    trial = run.pick(number=number)
     folder = run.folder
-    runtime = _runtime(to, entry.plan, folder.target, folder.table)
-    check_export(out, entry.plan, runtime, by_position=folder.table.by_position)
+    runtime = _runtime(to, trial.plan, folder.target, folder.table)
+    check_export(out, trial.plan, runtime, by_position=folder.table.by_position)
     context = prepare_context(folder.study, folder.path, progress=progress, notice=notice)
-    return _export(context, entry.number, out, runtime, entry, progress)
+    return _export(context, trial.number, out, runtime, trial, progress)
 
 
 def _export(
@@ -330,12 +330,13 @@ def _export(
     number: int,
     out: Path,
     to: str | None,
-    entry: Entry | None,
+    recorded: Trial | None,
     progress: StageProgress,
 ) -> ExportReport:
     """Rebuild a trial's model and ship it.
 
-    to: the name of the runtime; None takes the usual one. entry: what a run recorded of the trial; None outside a run.
+    to: the name of the runtime; None takes the usual one. recorded: the trial as the run's study has it; None outside a
+    run.
     """
     from foldsearch.context import open_workbench
     from foldsearch.export import Shipment, export
@@ -343,14 +344,14 @@ def _export(
     from foldsearch.rebuild import check_rebuilt, recovered_model
 
     progress("rebuilding the model that was measured", 0.0)
-    model, result = recovered_model(context, number)
+    model, trial = recovered_model(context, number)
     progress("comparing it with what was recorded", 0.0)
-    rebuilt = check_rebuilt(context, number, model, [entry.result] if entry else [])
+    rebuilt = check_rebuilt(context, number, model, recorded)
     bench = open_workbench(context)
     progress("writing and verifying in a fresh process", 0.0)
     shipment = Shipment(
-        plan=result.plan,
-        runtime=_runtime(to, result.plan, context.target, context.table),
+        plan=trial.plan,
+        runtime=_runtime(to, trial.plan, context.target, context.table),
         dtype=context.target.dtype,
         ids_NT=bench.splits.report.ids_NT,
         text_NT=bench.splits.report.text_NT,
@@ -358,9 +359,9 @@ def _export(
         details={
             "base_model": context.study.model,
             "note": context.files.note,
-            **({"trial": number, "run": context.run.path.name} if entry else {}),
+            **({"run": context.run.path.name} if recorded else {}),
             "rebuilt": asdict(rebuilt),
-            "result": to_json(result),
+            "trial": to_json(trial),
         },
     )
     return export(model, open_tokenizer(context.files), out, shipment)

@@ -32,9 +32,9 @@ from foldsearch.signals import exit_code, ignore_stops, stops_raise, uninterrupt
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from foldsearch.plan.result import TrialResult
     from foldsearch.progress import StageProgress
-    from foldsearch.report.view import Entry, RunView
+    from foldsearch.record import Trial
+    from foldsearch.report.view import RunView
     from foldsearch.search.dry_run import DryRun
     from foldsearch.spec.study import Study
 
@@ -234,7 +234,7 @@ def _search(study: Study | None, folder: Path, *, resume: bool) -> int:
         _print_line(out, f"\nPictures: {printable(page)}")
         return _fail(
             f"a search ends with a front of trials that reached the last rung, but this one has none: "
-            f"{why_no_front(view.records)}. Mend it in a new run, or go on with: {command('resume', folder)}",
+            f"{why_no_front(view.trials)}. Mend it in a new run, or go on with: {command('resume', folder)}",
             3,
         )
     out.print()
@@ -251,8 +251,8 @@ def _try(args: argparse.Namespace) -> int:
     _check_new(args)
     study = _tried_study(args)
     with _whole_or_absent(args.out), _status() as progress:
-        results = list(try_plan(args.plan, study, folder=args.out, progress=progress, notice=_say))
-    return _show_results(results)
+        *_, trial = try_plan(args.plan, study, folder=args.out, progress=progress, notice=_say)
+    return _show_results(trial)
 
 
 def _extend(args: argparse.Namespace) -> int:
@@ -274,8 +274,8 @@ def _extend(args: argparse.Namespace) -> int:
     with TemporaryDirectory(prefix="foldsearch-extend-") as elsewhere:
         folder = args.out or Path(elsewhere)
         with _whole_or_absent(args.out), _status() as progress:
-            results = list(try_plan(plan, study, folder=folder, progress=progress, notice=_say))
-        code = _show_results(results)
+            *_, trial = try_plan(plan, study, folder=folder, progress=progress, notice=_say)
+        code = _show_results(trial)
         if args.export is None or code:
             return code
         _quiet_bars()
@@ -326,16 +326,14 @@ def _tried_study(args: argparse.Namespace) -> Study:
     return _study(args, **more)
 
 
-def _show_results(results: list[TrialResult]) -> int:
+def _show_results(trial: Trial) -> int:
     """Print the rungs of one trial; returns the exit code."""
     from foldsearch.report.terminal import console, results_table
 
-    console().print(results_table(results))
-    last = results[-1]
-    state = "diverged" if last.training_diverged else last.state
-    failed = state in ("failed", "diverged")
+    console().print(results_table(trial))
+    failed = trial.state == "failed" or trial.last.training_diverged
     if failed:
-        print(f"error: the trial {state}: {last.reason}", file=sys.stderr)
+        print(f"error: the trial {trial.reason}", file=sys.stderr)
     return 2 if failed else 0
 
 
@@ -391,20 +389,20 @@ def _pick(args: argparse.Namespace) -> int:
     from foldsearch.api import open_run, pick
 
     view = open_run(args.run)
-    entry = pick(view, number=args.trial, max_gb=args.max_gb)
-    _say(f"trial {entry.number}: {entry.plan}")
-    print(entry.number)
+    trial = pick(view, number=args.trial, max_gb=args.max_gb)
+    _say(f"trial {trial.number}: {trial.plan}")
+    print(trial.number)
     return 0
 
 
-def _chosen(args: argparse.Namespace, view: RunView) -> Entry:
+def _chosen(args: argparse.Namespace, view: RunView) -> Trial:
     """The trial that the options name; what was picked if they name none."""
     from foldsearch.api import picked
 
     named = args.knee or args.trial is not None or args.max_gb is not None
-    entry = view.pick(number=args.trial, max_gb=args.max_gb) if named else picked(view)
-    _say(f"trial {entry.number}: {entry.plan}")
-    return entry
+    trial = view.pick(number=args.trial, max_gb=args.max_gb) if named else picked(view)
+    _say(f"trial {trial.number}: {trial.plan}")
+    return trial
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -413,14 +411,14 @@ def _evaluate(args: argparse.Namespace) -> int:
     from foldsearch.report.terminal import console, evaluation_table, kinds_table
 
     view = open_run(args.run)
-    entry = _chosen(args, view)
+    trial = _chosen(args, view)
     tasks = [task.strip() for task in args.tasks.split(",") if task.strip()]
     asked = Asked(args.questions, tasks, args.limit, args.include_path)
     with _status() as progress:
-        found = evaluate_trial(view, entry.number, asked, progress=progress, notice=_say)
+        found = evaluate_trial(view, trial.number, asked, progress=progress, notice=_say)
     out = console()
-    _print_line(out, f"Trial {entry.number}: {entry.result.tokens_words}.\n")
-    if (by_kind := kinds_table(entry.result)) is not None:
+    _print_line(out, f"Trial {trial.number}: {trial.tokens_words}.\n")
+    if (by_kind := kinds_table(trial)) is not None:
         out.print(by_kind)
         out.print()
     questions = {one.name: one.choices for one in found if one.choices is not None}
@@ -436,9 +434,9 @@ def _export(args: argparse.Namespace) -> int:
 
     _quiet_bars()
     view = open_run(args.run)
-    entry = _chosen(args, view)
+    trial = _chosen(args, view)
     with _status() as progress:
-        report = export_trial(view, entry.number, args.out, to=args.to, progress=progress, notice=_say)
+        report = export_trial(view, trial.number, args.out, to=args.to, progress=progress, notice=_say)
     out = console()
     out.print(export_table(report, args.out))
     if args.prompt:

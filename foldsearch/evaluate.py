@@ -98,26 +98,26 @@ def evaluate_trial(
         notice(
             "--include-path does not apply: no task is asked, and it holds tasks only. Name some with --tasks."
         )
-    entry, folder = run.pick(number=number), run.folder
+    picked, folder = run.pick(number=number), run.folder
     names = _file_names(asked)
     ready = _read_unseen(asked, run, progress)
     context = prepare_context(folder.study, folder.path, progress=progress, notice=notice)
     progress("rebuilding the model that was measured", 0.0)
-    folded, result = recovered_model(context, entry.number)
-    check_rebuilt(context, entry.number, folded, [entry.result])
+    folded, trial = recovered_model(context, picked.number)
+    check_rebuilt(context, picked.number, folded, picked)
     models = {"dense": open_workbench(context).dense, "folded": folded}
     about = {
-        "trial": entry.number,
-        "plan": str(result.plan),
+        "trial": trial.number,
+        "plan": str(trial.plan),
         "model": folder.study.model,
         "dtype": context.files.dtype,
-        "recovery_tokens": result.kept_tokens,
-        "healing_tokens": result.healing.tokens if result.healing else 0,
+        "recovery_tokens": trial.last.kept_tokens,
+        "healing_tokens": trial.healing.tokens if trial.healing else 0,
         "limit": asked.limit,
     }
 
     def write(name: str, what: dict[str, Any]) -> Path:
-        file = folder.evaluation(entry.number, name)
+        file = folder.evaluation(trial.number, name)
         write_json(file, {**about, **what})
         return file
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,45 +19,46 @@ from foldsearch.context import TrialContext, open_workbench
 from foldsearch.errors import RunError, VerificationError
 from foldsearch.files import replace_atomically
 from foldsearch.machine import Machine
+from foldsearch.model.content import file_hash
 from foldsearch.model.fold import fold
 from foldsearch.model.healing import METHODS
 from foldsearch.model.judge import judge
-from foldsearch.model.recover import attach, load_trained, merge
+from foldsearch.model.recover import attach, load_trained, merge, saved_tokens
 from foldsearch.model.replacements import FitSettings
 from foldsearch.model.starts import folded_start, new_values
 from foldsearch.paths import printable
-from foldsearch.plan.result import Healing, Quality, TrialResult
+from foldsearch.plan.result import Healing, Quality
 from foldsearch.progress import StageProgress, counting, silent
-from foldsearch.record import TrialRecord, check_state, is_ahead
+from foldsearch.record import Trial, read_trial
 from foldsearch.run import TrialFolder
 
 HEALING = "healing"  # of what is told with the start of a trial
 
 
 def folded_model(
-    record: TrialRecord, context: TrialContext, folder: TrialFolder, say: StageProgress
+    trial: Trial, context: TrialContext, folder: TrialFolder, say: StageProgress
 ) -> PreTrainedModel:
     """The folded model before recovery; what was fitted for it, and healed in it, is kept in the trial's folder."""
     bench = open_workbench(context, say)
     path = folder.start
     if path.exists():
-        return fold(bench.dense, record.plan, load_file(path))
+        return fold(bench.dense, trial.plan, load_file(path))
     text = bench.fit_text(context.study.starts.tokens)
     model, found = folded_start(
         text,
-        record.plan,
-        adapters=record.proposal.fold.adapter_start or "zero",
+        trial.plan,
+        adapters=trial.fold.adapter_start or "zero",
         fit=FitSettings(linear=context.study.starts.linear),
         progress=say,
     )
     values = new_values(model)
     # What runs deeper than the dense model is to become better than it, not more like it.
     settings = context.study.healing
-    if settings.tokens and not record.plan.is_extension and METHODS[settings.method].can_heal(model):
+    if settings.tokens and not trial.plan.is_extension and METHODS[settings.method].can_heal(model):
         healed, healing = _heal(model, context, say)
         values, found = values | healed, found | {HEALING: to_json(healing)}
     # A start that was let go of is made again, but not written again: nobody measured this file.
-    if found and path.name not in record.files:
+    if found and path.name not in trial.files:
         values = {name: value.contiguous() for name, value in values.items()}
         replace_atomically(path, lambda temporary: save_file(values, temporary, {"found": json.dumps(found)}))
     return model
@@ -94,43 +95,65 @@ def healing_of(folder: TrialFolder) -> Healing | None:
     return from_json(Healing, found) if found else None
 
 
-def kept_model(
-    record: TrialRecord, context: TrialContext, folder: TrialFolder, kept_tokens: int
-) -> PreTrainedModel:
+def kept_model(trial: Trial, context: TrialContext, folder: TrialFolder, kept_tokens: int) -> PreTrainedModel:
     """The folded model at the state that the trial keeps, its deltas not merged yet."""
-    model = folded_model(record, context, folder, silent)
+    model = folded_model(trial, context, folder, silent)
     if kept_tokens:
-        load_trained(attach(model, record.proposal.recovery.delta_rank, context.study.seed), folder.recovered)
+        load_trained(attach(model, trial.recovery.delta_rank, context.study.seed), folder.recovered)
     return model
 
 
-def recovered_model(context: TrialContext, number: int) -> tuple[PreTrainedModel, TrialResult]:
-    """The folded model of a finished trial at the state that it keeps, deltas merged, and its last result.
+def recovered_model(context: TrialContext, number: int) -> tuple[PreTrainedModel, Trial]:
+    """The folded model of a finished trial at the state that it keeps, deltas merged, and the trial.
 
     Raises:
         RunError: the trial was not measured, or its weights are gone.
     """
     folder = context.run.trial(number)
-    record = TrialRecord.read(folder)
-    if record is None or not record.results:
+    trial = read_trial(folder)
+    if trial is None or not trial.results:
         raise RunError(
             f"only a trial that was measured can be rebuilt, but trial {number} of '{printable(context.run.path)}' "
             "was not."
         )
-    result = record.results[-1]
-    if result.kept_tokens:
+    kept_tokens, rung = trial.last.kept_tokens, len(trial.results) - 1
+    if kept_tokens:
         if not folder.recovered.exists():
             raise RunError(
                 f"trial {number} was trained, but {printable(folder.recovered)} is gone. Run it again."
             )
-        if is_ahead(record, folder):
+        if is_ahead(trial, folder):
             raise RunError(
-                f"trial {number} was stopped while rung {result.rung + 1} was measured: its weights are of that rung, "
-                f"its last result is of rung {result.rung}. Resume the run first."
+                f"trial {number} was stopped while rung {rung + 1} was measured: its weights are of that rung, its "
+                f"last result is of rung {rung}. Resume the run first."
             )
-    check_state(record, folder)
-    model = kept_model(record, context, folder, result.kept_tokens)
-    return merge(model), result
+    check_state(trial, folder)
+    return merge(kept_model(trial, context, folder, kept_tokens)), trial
+
+
+def check_state(trial: Trial, folder: TrialFolder) -> None:
+    """Check that the files from which a trial's model is rebuilt are as they were when its last result was measured.
+
+    Raises:
+        RunError: one was changed.
+    """
+    for path in (folder.start, folder.recovered):
+        ours = trial.files.get(path.name)
+        if path == folder.recovered and is_ahead(trial, folder):
+            continue  # the trial was killed between its training and its result
+        if ours is not None and path.exists() and (theirs := file_hash(path)) != ours:
+            raise RunError(
+                f"a trial is rebuilt only from what it was measured with: '{printable(path)}' had the hash {ours[:12]} "
+                f"(sha256), but now has {theirs[:12]}. Put the old file back, or choose another trial."
+            )
+
+
+def is_ahead(trial: Trial, folder: TrialFolder) -> bool:
+    """Whether the trained weights on disk have seen other tokens than the last result says."""
+    try:
+        return saved_tokens(folder.recovered) != trial.last.kept_tokens
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
+        return False  # it cannot be read at all
 
 
 # What rounding alone may change in a mean over thousands of tokens, in nats, and as a share of a KL above 1: another
@@ -163,7 +186,7 @@ class Rebuilt:
 
 
 def check_rebuilt(
-    context: TrialContext, number: int, model: PreTrainedModel, recorded: Sequence[TrialResult] = ()
+    context: TrialContext, number: int, model: PreTrainedModel, recorded: Trial | None = None
 ) -> Rebuilt:
     """Judge a rebuilt model, and compare it with the figures that were recorded when it was measured.
 
@@ -171,34 +194,32 @@ def check_rebuilt(
         context: of the run.
         number: of the trial.
         model: what `recovered_model` rebuilt.
-        recorded: results of it that are kept elsewhere, such as in the study; they must say the same.
+        recorded: the trial as the run's study has it, which must say the same; None outside a run.
 
     Raises:
         VerificationError: the figures differ by more than rounding.
-        RunError: what is kept elsewhere differs from what the trial's folder holds.
+        RunError: the study differs from what the trial's folder holds.
     """
     folder = context.run.trial(number)
-    record = TrialRecord.read(folder)
-    assert record is not None
-    last = record.results[-1]
-    for other in recorded:
-        if (other.quality, other.report) != (last.quality, last.report):
-            raise RunError(
-                f"a trial has one result, but '{printable(folder.record)}' says KL {_kl_of(last)}, and the "
-                f"run's study says KL {_kl_of(other)}. Put the old files back, or choose another trial."
-            )
+    trial = read_trial(folder)
+    assert trial is not None
+    last = trial.last
+    if recorded is not None and (recorded.quality, recorded.last.report) != (last.quality, last.report):
+        raise RunError(
+            f"a trial has one result, but '{printable(folder.record)}' says KL {trial.final.kl:.6g}, and the run's "
+            f"study says KL {recorded.final.kl:.6g}. Put the old files back, or choose another trial."
+        )
     bench = open_workbench(context)
-    tokens, told = ("report", last.report) if last.report else ("search", last.quality)
-    assert told is not None
+    tokens, told = ("report" if last.report else "search"), trial.final
     here, threads = Machine.here(context.device), torch.get_num_threads()
-    if record.machine is not None and record.machine.kind == here.kind:
-        torch.set_num_threads(record.machine.threads)
-        here = replace(here, threads=record.machine.threads)
+    if trial.machine is not None and trial.machine.kind == here.kind:
+        torch.set_num_threads(trial.machine.threads)
+        here = replace(here, threads=trial.machine.threads)
     try:
         found = judge(model, getattr(bench.splits, tokens), getattr(bench, tokens))
     finally:
         torch.set_num_threads(threads)
-    same = here == record.machine and context.device == "cpu"  # a GPU may sum in another order each time
+    same = here == trial.machine and context.device == "cpu"  # a GPU may sum in another order each time
     rebuilt = Rebuilt(
         tokens,
         told.kl,
@@ -214,11 +235,6 @@ def check_rebuilt(
             "torch and transformers are the versions that the run was made with, please report it with the plan."
         )
     return rebuilt
-
-
-def _kl_of(result: TrialResult) -> str:
-    quality = result.report or result.quality
-    return f"{quality.kl:.6g}" if quality else "none"
 
 
 def quality_of(context: TrialContext, model: PreTrainedModel) -> tuple[Quality, Quality]:

@@ -1,4 +1,8 @@
-"""A trial as it stands on disk: enough to go on from its last rung, and to rebuild its model.
+"""A trial as a value: what its folder, the study's row, the messages of workers and reports all hold.
+
+A trial's folder keeps it after every rung, so that it can go on from there and its model can be rebuilt. The study
+keeps the same value (see `foldsearch.search.records`). What is told of several trials, such as their front, is computed
+from a list of them.
 
 No plan is trained twice: a file a plan says which trial measures it. Plans whose adapters start in different ways are
 different ones, so the start is part of the file's name.
@@ -9,118 +13,258 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError
+from typing import Any, Literal
 
 from foldsearch.codec import from_json, to_json
-from foldsearch.context import TrialContext
-from foldsearch.errors import RunError
-from foldsearch.files import replace_atomically, write_json
+from foldsearch.errors import FoldsearchError, RunError, quote_error
+from foldsearch.files import write_json
 from foldsearch.machine import Machine
 from foldsearch.model.content import file_hash
-from foldsearch.model.recover import saved_tokens
 from foldsearch.paths import printable
+from foldsearch.plan.cost import GB, Cost
+from foldsearch.plan.front import non_dominated
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.result import TrialResult
-from foldsearch.proposal import Proposal
-from foldsearch.run import TrialFolder
+from foldsearch.plan.result import Healing, Quality, RungResult, rounded, trained_for
+from foldsearch.proposal import Fold, Given, Proposal, Recovery, Removed
+from foldsearch.run import Run, TrialFolder
+from foldsearch.spec.study import Objective
 
 WAIT_SECONDS = 0.2  # between looks at a trial that measures the same plan
 
+State = Literal["waiting", "running", "cut", "finished", "stopped", "infeasible", "failed", "repeat"]
+
 
 @dataclass(frozen=True, slots=True)
-class TrialRecord:
-    """A trial as it stands on disk: enough to go on from its last rung.
+class Draft:
+    """What a proposal came to.
 
-    proposal: what was tried. plan: that it came to. gates: see `TrialResult`.
+    plan: which blocks run. cost: its price on the target. gates: summary of the gated training that chose its blocks
+    (steps, tokens, polarized, ranking, whether from the cache), where one did.
     """
 
-    proposal: Proposal
     plan: FoldPlan
-    gates: dict[str, Any] | None
-    results: tuple[TrialResult, ...]
-    machine: Machine | None = None  # that the last result was measured on
-    files: Mapping[str, str] = field(
-        default_factory=dict
-    )  # hashes of those that the last result was measured with
+    cost: Cost
+    gates: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """All that is known of one trial.
+
+    Attributes:
+        number: of the trial.
+        state: "waiting" in line; "running" also where it was interrupted; "cut": the time limit interrupted it, and a
+            run that goes on begins with it; "finished": it reached the last rung, or its training diverged after a
+            state that is kept; "stopped" by halving; "infeasible": above the budget, never built; "failed"; "repeat":
+            another trial measures its plan, with other recovery settings or at this moment.
+        proposal: what is tried; None until it is asked for.
+        draft: what the proposal came to; None until its blocks are chosen.
+        healing: of the untrained model; None where nothing was healed.
+        results: of its rungs so far, in order.
+        reason: of a failure, a stop or a divergence, in words.
+        closing: whether it was added when the search had spent its trials (see `foldsearch.search.proposer`).
+        machine: that the latest result was measured on; None where the trial itself measured nothing.
+        files: hashes of those that the latest result was measured with, by their names.
+    """
+
+    number: int
+    state: State = "running"
+    proposal: Proposal | None = None
+    draft: Draft | None = None
+    healing: Healing | None = None
+    results: tuple[RungResult, ...] = ()
+    reason: str = ""
+    closing: bool = False
+    machine: Machine | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    # ---- what it is
+
+    @property
+    def plan(self) -> FoldPlan:
+        """The plan that its proposal came to, which must be known."""
+        assert self.draft is not None, f"trial {self.number} has no plan yet"
+        return self.draft.plan
+
+    @property
+    def cost(self) -> Cost:
+        """What its plan costs on the target; the plan must be known."""
+        assert self.draft is not None, f"trial {self.number} has no plan yet"
+        return self.draft.cost
+
+    @property
+    def fold(self) -> Fold | Given:
+        """How its model is folded; it must have been proposed."""
+        assert self.proposal is not None, f"trial {self.number} is not proposed yet"
+        return self.proposal.fold
+
+    @property
+    def recovery(self) -> Recovery:
+        """How its model is trained; it must have been proposed."""
+        assert self.proposal is not None, f"trial {self.number} is not proposed yet"
+        return self.proposal.recovery
+
+    @property
+    def removed(self) -> Removed | None:
+        """The blocks that its criterion was to choose, if it has one."""
+        return None if self.proposal is None else self.proposal.removed
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen to it in this process."""
+        return self.state not in ("waiting", "running")
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether it counts as a trial: not those that were rejected, or known to be a repeat, before anything ran."""
+        return self.state not in ("infeasible", "repeat") or self.draft is not None
+
+    @property
+    def exempt(self) -> bool:
+        """Whether halving lets it through: baselines, so that reports can compare with them, and what was screened."""
+        return self.proposal is not None and self.proposal.origin in ("baseline", "screened")
+
+    # ---- what it measured
+
+    @property
+    def last(self) -> RungResult:
+        """Its latest result; it must have one."""
+        return self.results[-1]
+
+    @property
+    def quality(self) -> Quality:
+        """On the search texts, which the search looks at, at its latest rung."""
+        return self.last.quality
+
+    @property
+    def final(self) -> Quality:
+        """On the report texts, which the search does not look at; on the search texts before the last rung."""
+        return self.last.report or self.last.quality
+
+    @property
+    def known_from(self) -> int | None:
+        """The trial that its latest result was taken from; None where it measured it itself, or has none."""
+        return self.results[-1].known_from if self.results else None
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether it reached the last rung itself: what another trial had measured is that one's."""
+        return self.state == "finished" and self.known_from is None
 
     @property
     def has_trained(self) -> bool:
-        """Whether any of its results is of a trained model."""
-        return bool(self.results) and self.results[-1].recovery_tokens > 0
+        """Whether it trained its plan itself."""
+        return any(result.recovery_tokens and result.known_from is None for result in self.results)
 
-    def worth(self, other: TrialRecord) -> tuple[TrialResult, ...]:
+    def worth(self, other: Trial) -> tuple[RungResult, ...]:
         """The results that hold for another trial of the same plan too.
 
         All of them if that one would train in the same way, or if this one has reached the last rung: no plan is
         trained twice. Else (this one was stopped, or its training diverged) only those of the untrained model.
         """
-        same = self.proposal.recovery == other.proposal.recovery
-        last = self.results[-1]
-        if same or (last.is_last_rung and not last.training_diverged):
+        if self.recovery == other.recovery or (self.state == "finished" and not self.last.training_diverged):
             return self.results
         return tuple(result for result in self.results if not result.recovery_tokens)
 
-    def write(self, folder: TrialFolder, machine: Machine) -> None:
-        """Keep it in the trial's folder, with the machine that its last result was measured on."""
+    # ---- in words
+
+    @property
+    def tokens_words(self) -> str:
+        """What the kept state was made with: a token of healing goes forward only, one of training back too."""
+        healed = f"healed on {self.healing.tokens:,} tokens (forward only), " if self.healing else ""
+        return f"{healed}trained on {self.last.kept_tokens:,} tokens"
+
+    @property
+    def setback_words(self) -> str:
+        """How training hurt and what is kept, for one line of a report; empty where it did not."""
+        setback = self.results[-1].setback if self.results else None
+        if setback is None:
+            return ""
+        kept = f"after {setback.kept_tokens:,} tokens" if setback.kept_tokens else "untrained"
+        if setback.latest is None:
+            return f"training diverged: kept {kept}"
+        measure = "perplexity" if self.plan.is_extension else "KL"
+        return (
+            f"training hurt ({measure} {rounded(trained_for(self.plan, setback.latest), '.3f')}): kept {kept}"
+        )
+
+    # ---- in its folder
+
+    def kept_in(self, folder: TrialFolder, machine: Machine) -> Trial:
+        """Write the trial into its folder, with the machine and the files that its latest result was measured with."""
         paths = (folder.start, folder.recovered)
         files = {path.name: file_hash(path) for path in paths if path.exists()}
-        write_json(folder.record, to_json(replace(self, machine=machine, files=files)))
-
-    @classmethod
-    def read(cls, folder: TrialFolder) -> TrialRecord | None:
-        """Read what `write` kept; None where the trial has no result yet."""
-        return from_json(cls, json.loads(folder.record.read_text())) if folder.record.exists() else None
+        kept = replace(self, machine=machine, files=files)
+        write_json(folder.record, to_json(kept))
+        return kept
 
 
-def check_state(record: TrialRecord, folder: TrialFolder) -> None:
-    """Check that the files from which a trial's model is rebuilt are as they were when its last result was measured.
+def read_trial(folder: TrialFolder) -> Trial | None:
+    """The trial that `Trial.kept_in` wrote; None where the folder has no result yet.
 
     Raises:
-        RunError: one was changed.
+        RunError: the file is damaged.
     """
-    for path in (folder.start, folder.recovered):
-        ours = record.files.get(path.name)
-        if path == folder.recovered and is_ahead(record, folder):
-            continue  # the trial was killed between its training and its result
-        if ours is not None and path.exists() and (theirs := file_hash(path)) != ours:
-            raise RunError(
-                f"a trial is rebuilt only from what it was measured with: '{printable(path)}' had the hash {ours[:12]} "
-                f"(sha256), but now has {theirs[:12]}. Put the old file back, or choose another trial."
-            )
-
-
-def is_ahead(record: TrialRecord, folder: TrialFolder) -> bool:
-    """Whether the trained weights on disk have seen other tokens than the last result says."""
+    if not folder.record.exists():
+        return None
     try:
-        return saved_tokens(folder.recovered) != record.results[-1].kept_tokens
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
-        return False  # it cannot be read at all
+        return from_json(Trial, json.loads(folder.record.read_text()))
+    except (ValueError, KeyError, TypeError, FoldsearchError) as error:
+        remedy = "Put back a copy of it, or start a new run."
+        raise RunError(
+            quote_error(f"what a trial learnt, '{printable(folder.record)}', cannot be read", error, remedy)
+        ) from error
 
 
-def copy_state(owner: TrialFolder, folder: TrialFolder, *, trained: bool) -> None:
-    """Copy the start of another trial of the same plan and, if asked, what that one trained."""
-    for file in (owner.start, owner.recovered, owner.optimizer) if trained else (owner.start,):
-        if file.exists():  # not every plan has a start of its own
-            replace_atomically(folder.path / file.name, partial(shutil.copyfile, file))
+# ---- of several trials
 
 
-def plan_path(context: TrialContext, record: TrialRecord) -> Path:
+def point(trial: Trial, objectives: Sequence[Objective], rung: int = -1) -> tuple[float, ...]:
+    """A trial's objectives at a rung, in the given order: KL in nats per token, memory in GB, FLOPs per token."""
+    kl, cost = trial.results[rung].quality.kl, trial.cost
+    values = {"kl": kl, "memory": cost.memory_bytes / GB, "flops": float(cost.flops)}
+    return tuple(values[name] for name in objectives)
+
+
+def best_of_plans(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that measured a plan to the last rung, each plan once.
+
+    A plan was measured twice where the training of the first diverged or was stopped, or where adapters start in two
+    ways: the best of its results counts.
+    """
+    best: dict[FoldPlan, Trial] = {}
+    for trial in trials:
+        if trial.is_measured:
+            known = best.setdefault(trial.plan, trial)
+            if trial.quality.kl < known.quality.kl:
+                best[trial.plan] = trial
+    return list(best.values())
+
+
+def front(
+    trials: Sequence[Trial], objectives: Sequence[Objective] = ("kl", "memory", "flops")
+) -> list[Trial]:
+    """The trials that no other dominates: feasible ones that reached the last rung, each plan once."""
+    candidates = best_of_plans(trials)
+    return [candidates[i] for i in non_dominated([point(trial, objectives) for trial in candidates])]
+
+
+# ---- who measures a plan
+
+
+def plan_path(run: Run, trial: Trial) -> Path:
     """The file that says which trial measures a plan; one for each start of adapters, which is another model."""
-    start = record.proposal.fold.adapter_start
-    return context.run.plan(record.plan.id if start is None else f"{record.plan.id}-{start}")
+    start = trial.fold.adapter_start
+    return run.plan(trial.plan.id if start is None else f"{trial.plan.id}-{start}")
 
 
 @contextmanager
-def hold_plan(path: Path, context: TrialContext) -> Iterator[tuple[bool, int | None]]:
+def hold_plan(path: Path, run: Run) -> Iterator[tuple[bool, int | None]]:
     """Hold the lock of a plan, so that no two running trials measure it.
 
     Where another trial has begun to measure it, this waits for that one's first result.
@@ -136,7 +280,7 @@ def hold_plan(path: Path, context: TrialContext) -> Iterator[tuple[bool, int | N
             free = _is_free(lock)
             owner = json.loads(path.read_text())["trial"] if path.exists() else None
             # The first result of the other trial is enough: the lock itself is held until its last rung.
-            if free or (owner is not None and TrialRecord.read(context.run.trial(owner)) is not None):
+            if free or (owner is not None and read_trial(run.trial(owner)) is not None):
                 break
             time.sleep(WAIT_SECONDS)
         yield free, owner

@@ -32,7 +32,7 @@ from foldsearch.spec.load import study_from_json
 from foldsearch.spec.study import Study
 from foldsearch.version import __version__
 
-SCHEMA = 7
+SCHEMA = 8
 LIMITS = ("trials", "seconds", "jobs")  # what a resumed run may change
 
 
@@ -44,7 +44,7 @@ class TrialFolder:
 
     @property
     def record(self) -> Path:
-        """Its plan, its recovery settings and its results so far (`foldsearch.record`)."""
+        """The trial as it stood after its latest rung (`foldsearch.record.Trial`)."""
         return self.path / "trial.json"
 
     @property

@@ -10,26 +10,27 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from foldsearch.context import TrialContext, open_workbench
 from foldsearch.draft import draft
 from foldsearch.errors import InputError, describe_error
-from foldsearch.files import write_json
+from foldsearch.files import replace_atomically, write_json
 from foldsearch.machine import Machine
 from foldsearch.model.judge import judge
 from foldsearch.model.recover import Diverged, Recovery, attach, load_trained
 from foldsearch.model.training import RecoveryTraining
-from foldsearch.plan.cost import Cost, price
-from foldsearch.plan.result import Quality, Setback, TrialResult, trained_for
+from foldsearch.plan.result import Quality, RungResult, Setback, trained_for
 from foldsearch.progress import StageProgress, TimeUp, silent
 from foldsearch.proposal import Proposal
-from foldsearch.rebuild import folded_model, healing_of, kept_model
-from foldsearch.record import TrialRecord, check_state, copy_state, hold_plan, plan_path
+from foldsearch.rebuild import check_state, folded_model, healing_of, kept_model
+from foldsearch.record import Trial, hold_plan, plan_path, read_trial
 from foldsearch.run import TrialFolder
 
 EXTENSION_NEXT_TOKEN = 0.5  # weight of the next-token loss for extensions, where the study does not say
@@ -38,15 +39,14 @@ RATE_AFTER_SETBACK = 0.25  # of the learning rate, where training left the model
 
 def run_trial(
     proposal: Proposal, context: TrialContext, *, number: int, progress: StageProgress = silent
-) -> Iterator[TrialResult]:
-    """Run one trial; yields a result per rung, and may be closed at any yield.
+) -> Iterator[Trial]:
+    """Run one trial; yields it as it stands after every rung, and may be closed at any yield.
 
     A trial whose folder holds earlier rungs goes on after the last of them and yields only what is new. A plan that
-    another trial has measured is not trained again: its results are yielded as "known", and if that trial was stopped
-    early, or its training diverged, this one goes on: from where that one stopped if it would train in the same way,
-    else from the untrained model, with its own settings. What cannot fit or runs out of memory ends the trial with a
-    result that says so. Where the training diverges, the best state before it is the trial's result; where there is
-    none, the result says so.
+    another trial has measured is not trained again: its results are taken, and if that trial was stopped early, or its
+    training diverged, this one goes on: from where that one stopped if it would train in the same way, else from the
+    untrained model, with its own settings. What cannot fit or runs out of memory ends the trial with a state that says
+    so. Where the training diverges, the best state before it is the trial's result; where there is none, it failed.
 
     Args:
         proposal: what to try. number: of the trial; names its folder.
@@ -56,84 +56,86 @@ def run_trial(
     if context.threads:
         torch.set_num_threads(context.threads)
     folder = context.run.trial(number)
-    record = TrialRecord.read(folder)
-    if record is None:
-        drafted = draft(proposal, context, progress)
-        if isinstance(drafted, TrialResult):
-            yield drafted
+    trial = read_trial(folder)
+    if trial is None:
+        drafted, excess = draft(proposal, context, progress)
+        trial = Trial(number, "infeasible" if excess else "running", proposal, drafted, reason=excess)
+        if trial.ended:
+            yield trial
             return
-        record = TrialRecord(proposal, drafted.plan, drafted.gates, ())
-    cost = price(record.plan, context.table, context.target)
-    with hold_plan(plan_path(context, record), context) as (free, owner):
+    with hold_plan(plan_path(context.run, trial), context.run) as (free, owner):
         if owner is not None and owner != number:
-            known = TrialRecord.read(context.run.trial(owner))
+            known = read_trial(context.run.trial(owner))
             if known is not None and known.results:
-                told = known.results if not free else known.worth(record)
-                for result in told:
-                    yield replace(result, state="known", known_from=owner, gates=record.gates)
-                if not free or (told and told[-1].is_last_rung):
+                taken = list(_take(trial, known, all_of_them=not free))
+                yield from taken
+                trial = taken[-1] if taken else trial
+                if not free or trial.ended:
                     return
-                record = replace(record, results=told)
-                copy_state(context.run.trial(owner), folder, trained=record.has_trained)
+                trained = bool(trial.results) and trial.last.recovery_tokens > 0
+                _copy_state(context.run.trial(owner), folder, trained=trained)
                 # What the owner has let go of is made again here, and kept: it is this trial's from now on.
                 files = {
                     name: digest for name, digest in known.files.items() if (folder.path / name).exists()
                 }
-                record = replace(record, files=files)
+                trial = replace(trial, files=files)
         # The plan is this trial's from here on, also where another one began it and was stopped.
         if free:
-            write_json(plan_path(context, record), {"trial": number, "plan": str(record.plan)})
-        if record.results and record.results[-1].is_last_rung:
+            write_json(plan_path(context.run, trial), {"trial": number, "plan": str(trial.plan)})
+        if trial.ended:
             return  # nothing is left to do
-        spent = record.results[-1].seconds if record.results else 0.0
+        spent = trial.last.seconds if trial.results else 0.0
         try:
-            course = _Course(record, context, folder, progress)
-            healing = record.results[-1].healing if record.results else healing_of(folder)
-            for rung in range(len(record.results), len(context.study.rungs)):
-                result = replace(
-                    course.to_rung(rung),
-                    cost=cost,
-                    seconds=spent + time.perf_counter() - began,
-                    gates=record.gates,
-                    healing=healing,
-                )
-                record = replace(record, results=(*record.results, result))
-                record.write(folder, Machine.here(context.device))
-                if result.is_last_rung:
+            course = _Course(trial, context, folder, progress)
+            if not trial.results:
+                trial = replace(trial, healing=healing_of(folder))
+            while not trial.ended:
+                result, reason = course.to_rung(len(trial.results))
+                result = replace(result, seconds=spent + time.perf_counter() - began)
+                is_last = bool(reason) or len(trial.results) + 1 == len(context.study.rungs)
+                trial = replace(
+                    trial,
+                    results=(*trial.results, result),
+                    state="finished" if is_last else "running",
+                    reason=reason,
+                ).kept_in(folder, Machine.here(context.device))
+                if is_last:
                     folder.optimizer.unlink(missing_ok=True)
-                yield result
-                if result.is_last_rung:
-                    break
+                yield trial
         except (Diverged, InputError, MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-            yield _failed(record, cost, spent + time.perf_counter() - began, error)
+            yield replace(trial, state="failed", reason=_reason(error))
 
 
-def _failed(record: TrialRecord, cost: Cost, seconds: float, error: BaseException) -> TrialResult:
-    """The result of a trial that could not go on; anything that is our own fault is raised again."""
-    state, reason = _failure(error)
-    return TrialResult(
-        plan=record.plan,
-        cost=cost,
-        quality=None,
-        rung=len(record.results),
-        is_last_rung=False,
-        recovery_tokens=record.results[-1].recovery_tokens if record.results else 0,
-        seconds=seconds,
-        state=state,  # type: ignore[arg-type]
-        reason=reason,
-        gates=record.gates,
-    )
+def _take(trial: Trial, known: Trial, *, all_of_them: bool) -> Iterator[Trial]:
+    """The trial with what another one of the same plan has measured, rung by rung: what holds for it, or all."""
+    told = known.results if all_of_them else known.worth(trial)
+    whole = known.state == "finished" and len(told) == len(known.results)
+    for count in range(1, len(told) + 1):
+        yield replace(
+            trial,
+            healing=known.healing,
+            results=tuple(replace(result, known_from=known.number) for result in told[:count]),
+            state="finished" if whole and count == len(told) else "running",
+            reason=known.reason if whole and count == len(told) else "",
+        )
 
 
-def _failure(error: BaseException) -> tuple[str, str]:
-    """State and reason of a trial that could not go on; anything that is our own fault is raised again."""
+def _copy_state(owner: TrialFolder, folder: TrialFolder, *, trained: bool) -> None:
+    """Copy the start of another trial of the same plan and, if asked, what that one trained."""
+    for file in (owner.start, owner.recovered, owner.optimizer) if trained else (owner.start,):
+        if file.exists():  # not every plan has a start of its own
+            replace_atomically(folder.path / file.name, partial(shutil.copyfile, file))
+
+
+def _reason(error: BaseException) -> str:
+    """Why a trial could not go on; anything that is our own fault is raised again."""
     if isinstance(error, Diverged):
-        return "diverged", str(error)
+        return f"diverged: {error}"
     text = str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return "failed", f"out of memory: {describe_error(error)}"
+        return f"failed: out of memory: {describe_error(error)}"
     if isinstance(error, InputError):
-        return "failed", text
+        return f"failed: {text}"
     raise error
 
 
@@ -146,28 +148,26 @@ class _Course:
     rate. (To go on from the worse one was worse in every case tried, and so was the old rate; see docs/decisions/0010.)
     """
 
-    def __init__(
-        self, record: TrialRecord, context: TrialContext, folder: TrialFolder, say: StageProgress
-    ) -> None:
-        self._record, self._context, self._folder, self._say = record, context, folder, say
+    def __init__(self, trial: Trial, context: TrialContext, folder: TrialFolder, say: StageProgress) -> None:
+        self._trial, self._context, self._folder, self._say = trial, context, folder, say
         self._bench = open_workbench(context, say)
         random.seed(context.study.seed)
         torch.manual_seed(context.study.seed)
-        self._model = folded_model(record, context, folder, say)
+        self._model = folded_model(trial, context, folder, say)
         self._recovery: Recovery | None = None
         self._best: Quality | None = None
         self._kept_tokens = 0
-        self._results = list(record.results)
+        self._results = list(trial.results)
         if self._results:
-            self._best, self._kept_tokens = self._results[-1].quality, self._results[-1].kept_tokens
-            check_state(record, folder)
+            self._best, self._kept_tokens = trial.quality, trial.last.kept_tokens
+            check_state(trial, folder)
         elif context.study.rungs[0] > 0:
             # No rung measures the untrained model, but training is not to end worse than it.
             untrained = self._measure()
             self._best = untrained if math.isfinite(untrained.kl) else None
 
-    def to_rung(self, rung: int) -> TrialResult:
-        """Train until the rung, and tell the best state so far.
+    def to_rung(self, rung: int) -> tuple[RungResult, str]:
+        """Train until the rung: the best state so far, and how the training diverged, empty where it did not.
 
         Raises:
             Diverged: there is no state with a finite KL.
@@ -179,31 +179,22 @@ class _Course:
         except Diverged as error:
             if self._best is None:
                 raise
-            diverged = str(error)
+            diverged = _reason(error)
+        assert self._best is not None, "what was measured has a finite KL"
         done = self._tokens_done
         is_last = bool(diverged) or rung == len(self._context.study.rungs) - 1
         report = self._report() if is_last else None
         if self._recovery is not None and self._kept_tokens == done:
             # Last, so that a trial killed before its result is noted can nearly always be rebuilt at the rung before.
             self._recovery.keep(self._folder.recovered)
-        result = TrialResult(
-            plan=self._record.plan,
-            cost=self._context.run.dense,  # the caller knows the plan's
-            quality=self._best,
-            rung=rung,
-            is_last_rung=is_last,
-            recovery_tokens=done,
-            seconds=0.0,
-            reason=diverged,
-            report=report,
-            setback=None if self._kept_tokens == done else Setback(self._kept_tokens, latest),
-        )
+        setback = None if self._kept_tokens == done else Setback(self._kept_tokens, latest)
+        result = RungResult(self._best, done, 0.0, report, setback)  # the caller knows the seconds
         self._results.append(result)
-        return result
+        return result, diverged
 
     @property
     def _rate(self) -> float:
-        """Share of the record's learning rate to train at: less with every rung that hurt."""
+        """Share of the proposal's learning rate to train at: less with every rung that hurt."""
         return RATE_AFTER_SETBACK ** sum(result.setback is not None for result in self._results)
 
     @property
@@ -218,24 +209,24 @@ class _Course:
         if not math.isfinite(quality.kl):
             raise Diverged(
                 f"the folded model's KL is {quality.kl} after {tokens} tokens of recovery at learning rate "
-                f"{self._record.proposal.recovery.learning_rate:g}. Lower the learning rate, or compute in float32."
+                f"{self._trial.recovery.learning_rate:g}. Lower the learning rate, or compute in float32."
             )
-        plan = self._record.plan
+        plan = self._trial.plan
         if self._best is None or trained_for(plan, quality) < trained_for(plan, self._best):
             self._best, self._kept_tokens = quality, self._tokens_done
         return quality
 
     def _train(self, tokens: int) -> None:
-        study, record = self._context.study, self._record
+        study, trial = self._context.study, self._trial
         if self._recovery is None:
             wanted = study.recovery.next_token
             if wanted is None:
                 # Text draws a model away from the dense one, most of all where that is at a loss: wrong for a folded
                 # model, which is to be like it, and right for an extension, which is to become better.
-                wanted = EXTENSION_NEXT_TOKEN if record.plan.is_extension else 0.0
+                wanted = EXTENSION_NEXT_TOKEN if trial.plan.is_extension else 0.0
             training = RecoveryTraining(
-                learning_rate=record.proposal.recovery.learning_rate,
-                delta_rank=record.proposal.recovery.delta_rank,
+                learning_rate=trial.recovery.learning_rate,
+                delta_rank=trial.recovery.delta_rank,
                 next_token=wanted,
                 kl=study.recovery.kl,
                 tail=study.recovery.tail,
@@ -262,8 +253,8 @@ class _Course:
 
     def _go_back(self, recovery: Recovery) -> None:
         """Take up the kept state: the untrained one as it is attached anew, another one as it was written."""
-        model = folded_model(self._record, self._context, self._folder, silent)
-        kept = attach(model, self._record.proposal.recovery.delta_rank, self._context.study.seed)
+        model = folded_model(self._trial, self._context, self._folder, silent)
+        kept = attach(model, self._trial.recovery.delta_rank, self._context.study.seed)
         if self._kept_tokens:
             load_trained(kept, self._folder.recovered)
         recovery.go_back(kept, self._rate)
@@ -276,5 +267,5 @@ class _Course:
         """Quality of the kept state on the report tokens."""
         model = self._model
         if self._kept_tokens != self._tokens_done:
-            model = kept_model(self._record, self._context, self._folder, self._kept_tokens)
+            model = kept_model(self._trial, self._context, self._folder, self._kept_tokens)
         return judge(model, self._bench.splits.report, self._bench.report)

@@ -41,7 +41,7 @@ def _recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from foldsearch.search.records import Records
     from foldsearch.spec.load import load_study
     from foldsearch.spec.propose import baseline_count
-    from tests.fake_trial import NUM_BLOCKS, ORDERS, TABLE, result_of
+    from tests.fake_trial import NUM_BLOCKS, ORDERS, TABLE, trial_at
     from tests.proposals import criterion_in, ordered_plan
 
     path = tmp_path_factory.mktemp("recorded") / "run"
@@ -63,25 +63,23 @@ def _recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
             continue
         plan = ordered_plan(proposal, ORDERS, NUM_BLOCKS)
         owner = measured.setdefault(plan, number)
-        for rung in range(3):
-            result = result_of(plan, study, rung, proposal.recovery.learning_rate)
-            if rung == 2:
-                assert result.quality is not None
-                report = replace(
-                    result.quality, kl=1.1 * result.quality.kl, dense_perplexity=33.0, tokens=222
-                )
-                result = replace(result, report=report)
-            if criterion_in(proposal) == "gate":
-                gates = {"steps": 20, "tokens": 1000, "polarized": 0.9, "soft_loss": 2.0, "hard_loss": 2.5}
-                result = replace(result, gates={**gates, "from_cache": number > 4})
-            if owner != number:
-                result = replace(result, state="known", known_from=owner)
-            records.record(number, result)
-            if number == 7 and rung == 1:
-                records.stop(number, "rank 2 of 4")
-                break
-        else:
+        trial = trial_at(plan, study, 1 if number == 7 else 2, proposal, number)
+        *earlier, last = trial.results
+        if trial.ended:
+            report = replace(last.quality, kl=1.1 * last.quality.kl, dense_perplexity=33.0, tokens=222)
+            last = replace(last, report=report)
+        known_from = None if owner == number else owner
+        results = (replace(result, known_from=known_from) for result in (*earlier, last))
+        gates = None
+        if criterion_in(proposal) == "gate":
+            gates = {"steps": 20, "tokens": 1000, "polarized": 0.9, "soft_loss": 2.0, "hard_loss": 2.5}
+            gates["from_cache"] = number > 4
+        assert trial.draft is not None
+        records.record(replace(trial, draft=replace(trial.draft, gates=gates), results=tuple(results)))
+        if trial.ended:
             records.finish(number)
+        else:
+            records.stop(number, "rank 2 of 4")
     return path
 
 

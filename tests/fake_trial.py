@@ -10,15 +10,16 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from foldsearch.codec import to_json
 from foldsearch.files import write_json
 from foldsearch.plan.cost import BlockCost, CostTable, UnitCost, price
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.result import Quality, TrialResult
+from foldsearch.plan.result import Quality, RungResult
 from foldsearch.proposal import Proposal
+from foldsearch.record import Draft, State, Trial, read_trial
 from foldsearch.run import Run
 from foldsearch.spec.study import Study
 from tests.proposals import ordered_plan
@@ -60,23 +61,35 @@ def prepare(
     return FakeContext(Run(run_folder, study, TABLE), run_folder.parent / "cache")
 
 
-def result_of(plan: FoldPlan, study: Study, rung: int, learning_rate: float = 1e-3) -> TrialResult:
-    """Loss grows with dropped and shared blocks, and shrinks with recovery tokens: deterministic, no two alike."""
-    tokens = study.rungs[rung]
+def trial_at(
+    plan: FoldPlan, study: Study, rung: int, proposal: Proposal | None = None, number: int = 0
+) -> Trial:
+    """A trial after a rung, with the results of all rungs until there.
+
+    Loss grows with dropped and shared blocks, and shrinks with recovery tokens: deterministic, no two alike.
+    """
     odd = sum((block * 7919) % 13 for block in plan.dropped) / 100
     children = sum(not own for _, _, _, own in plan.runs("mlp"))
-    kl = (0.1 + 0.2 * len(plan.dropped) + 0.07 * children + odd) * (
-        1 + 1 / (1 + tokens / 100)
-    ) + 10 * learning_rate
-    return TrialResult(
-        plan=plan,
-        cost=price(plan, TABLE, study.target.value()),
-        quality=Quality(kl, kl / 20, 30 + kl, 0.5, 30.0, 0.7, 100),
-        rung=rung,
-        is_last_rung=rung == len(study.rungs) - 1,
-        recovery_tokens=tokens,
-        seconds=0.1 * (rung + 1),
-    )
+    learning_rate = 1e-3 if proposal is None else proposal.recovery.learning_rate
+    results = []
+    for count, tokens in enumerate(study.rungs[: rung + 1], 1):
+        kl = (0.1 + 0.2 * len(plan.dropped) + 0.07 * children + odd) * (
+            1 + 1 / (1 + tokens / 100)
+        ) + 10 * learning_rate
+        results.append(RungResult(Quality(kl, kl / 20, 30 + kl, 0.5, 30.0, 0.7, 100), tokens, 0.1 * count))
+    state: State = "finished" if rung == len(study.rungs) - 1 else "running"
+    drafted = Draft(plan, price(plan, TABLE, study.target.value()))
+    return Trial(number, state, proposal, drafted, results=tuple(results))
+
+
+def with_results(trial: Trial, change: Callable[[RungResult], RungResult]) -> Trial:
+    """The trial with each of its results changed."""
+    return replace(trial, results=tuple(map(change, trial.results)))
+
+
+def known(trial: Trial, other: int) -> Trial:
+    """The trial with results that it took from another one."""
+    return with_results(trial, lambda result: replace(result, known_from=other))
 
 
 def run_trial(
@@ -85,7 +98,7 @@ def run_trial(
     *,
     number: int,
     progress: Callable[[str, float], None] | None = None,
-) -> Iterator[TrialResult]:
+) -> Iterator[Trial]:
     """`faults.json` beside the run folder says what goes wrong: {"3:1": "raise"} breaks trial 3 at rung 1, and "*:1"
     all trials; other words are "kill" (this process, the first time), "disk full" and "wait for trial 1".
     {"seconds": 0.2} is how long a rung takes.
@@ -94,11 +107,11 @@ def run_trial(
     beside = context.run.path.parent / "faults.json"
     faults = json.loads(beside.read_text()) if beside.is_file() else {}
     plan = ordered_plan(proposal, ORDERS, NUM_BLOCKS)
-    path = context.run.trial(number).record
-    known = json.loads(path.read_text())["results"] if path.is_file() else []
-    for rung in range(len(known), len(study.rungs)):
+    place = context.run.trial(number)
+    before = read_trial(place)
+    for rung in range(len(before.results) if before else 0, len(study.rungs)):
         log = context.run.path / "executed.log"
-        before = log.read_text() if log.is_file() else ""
+        executed = log.read_text() if log.is_file() else ""
         with log.open("a") as file:
             file.write(f"{number}:{rung} {os.getpid()}\n")
         fault = faults.get(f"{number}:{rung}", faults.get(f"*:{rung}"))
@@ -111,7 +124,7 @@ def run_trial(
         if fault == "wait for trial 1":
             while "1:0 " not in log.read_text():
                 time.sleep(0.05)
-        if fault == "kill" and f"{number}:{rung} " not in before:
+        if fault == "kill" and f"{number}:{rung} " not in executed:
             os.kill(os.getpid(), 9)
         if progress is not None:
             progress("recovery", 0.5)
@@ -120,8 +133,7 @@ def run_trial(
             time.sleep(min(0.1, left))
             if progress is not None:
                 progress("recovery", 0.5)
-        result = result_of(plan, study, rung, proposal.recovery.learning_rate)
-        known.append(to_json(result))
-        write_json(path, {"results": known})
-        context.run.trial(number).start.touch()
-        yield result
+        trial = trial_at(plan, study, rung, proposal, number)
+        write_json(place.record, to_json(trial))
+        place.start.touch()
+        yield trial

@@ -6,6 +6,7 @@ What stands in it is made up: plans of 30 blocks, priced as they are, and a KL t
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from foldsearch.codec import to_json
 from foldsearch.plan.cost import CostTable, price
 from foldsearch.plan.plan import FoldPlan, Slot
-from foldsearch.plan.result import Quality, TrialResult
+from foldsearch.plan.result import Quality, RungResult
 from foldsearch.proposal import Proposal
+from foldsearch.record import Draft, Trial, point
 from foldsearch.run import Run
-from foldsearch.search.records import Records, point
+from foldsearch.search.records import Records
 from foldsearch.spec.load import load_study
 from foldsearch.spec.study import Study
 from tests.fake_trial import BLOCK, TABLE
@@ -49,32 +51,20 @@ def _trial(
         known = rng.randrange(len(plans))
         plan = plans[known]
     plans.append(plan)
-    results = list(_results(plan, known, rng, study, table))
-    attributes = {
-        "origin": proposal.origin,
-        "closing": False,
-        "proposal": proposal.to_json(),
-        "tune_id": f"{number:08x}",
-        "plan": str(plan),
-    }
+    results = tuple(_results(plan, known, rng, study))
+    trial = Trial(
+        number, "finished", proposal, Draft(plan, price(plan, table, study.target.value())), results=results
+    )
+    state, values = TrialState.COMPLETE, point(trial, study.objectives)
     if number % 50 == 49:
-        return _row(TrialState.FAIL, attributes | {"reason": "crashed: out of paper"}, results[:1])
-    if number % 10 == 9 and proposal.origin != "baseline":
-        attributes |= {"stopped_at_rung": 1, "reason": "rank 3 of 4"}
-        return _row(TrialState.PRUNED, attributes, results[:2])
-    values = point(results[-1], study.objectives)
-    return _row(TrialState.COMPLETE, attributes, results, values)
-
-
-def _row(
-    state: TrialState,
-    attributes: dict[str, object],
-    results: list[TrialResult],
-    values: tuple[float, ...] | None = None,
-) -> FrozenTrial:
-    rungs = {f"rung {result.rung}": to_json(result) for result in results}
-    trial: FrozenTrial = create_trial(state=state, values=values, user_attrs=attributes | rungs)
-    return trial
+        trial = replace(trial, state="failed", results=results[:1], reason="crashed: out of paper")
+        state, values = TrialState.FAIL, None
+    elif number % 10 == 9 and proposal.origin != "baseline":
+        trial = replace(trial, state="stopped", results=results[:2], reason="rank 3 of 4")
+        state, values = TrialState.PRUNED, None
+    attributes = {"origin": proposal.origin, "trial": to_json(trial)}
+    row: FrozenTrial = create_trial(state=state, values=values, user_attrs=attributes)
+    return row
 
 
 def _proposal(number: int, rng: random.Random) -> tuple[Proposal, FoldPlan]:
@@ -96,28 +86,12 @@ def _proposal(number: int, rng: random.Random) -> tuple[Proposal, FoldPlan]:
     return removing("window", count), FoldPlan(tuple(slots), NUM_BLOCKS)
 
 
-def _results(
-    plan: FoldPlan, known: int | None, rng: random.Random, study: Study, table: CostTable
-) -> list[TrialResult]:
+def _results(plan: FoldPlan, known: int | None, rng: random.Random, study: Study) -> Iterator[RungResult]:
     missing = len(plan.dropped) + 0.4 * sum(not own for _, _, _, own in plan.runs("mlp"))
     noise = rng.lognormvariate(0, 0.3)
-    found = []
     for rung, tokens in enumerate(study.rungs):
         kl = 0.03 * missing**1.3 * noise * (1 + 1 / (1 + tokens / 100))
         quality = Quality(kl, kl / 20, 30 + kl, 0.5, 30.0, 0.7, 100)
         last = rung == len(study.rungs) - 1
-        found.append(
-            TrialResult(
-                plan=plan,
-                cost=price(plan, table, study.target.value()),
-                quality=quality,
-                rung=rung,
-                is_last_rung=last,
-                recovery_tokens=tokens,
-                seconds=12.5 * (rung + 1),
-                state="measured" if known is None else "known",
-                known_from=known,
-                report=replace(quality, kl=1.1 * kl) if last else None,
-            )
-        )
-    return found
+        report = replace(quality, kl=1.1 * kl) if last else None
+        yield RungResult(quality, tokens, 12.5 * (rung + 1), report, known_from=known)

@@ -145,6 +145,11 @@ class Budget:
             found["flops"] = cost.flops / self.flops - 1
         return found
 
+    def excess(self, cost: Cost) -> str:
+        """By how much the cost is above the budget, in words; empty where it keeps every bound."""
+        above = [f"{name} {share:+.1%}" for name, share in self.violations(cost).items() if share > 0]
+        return f"above the budget: {', '.join(above)}" if above else ""
+
     def admits(self, cost: Cost) -> bool:
         """Whether the cost keeps every bound."""
         return (self.memory_bytes is None or cost.memory_bytes <= self.memory_bytes) and (

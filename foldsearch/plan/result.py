@@ -1,14 +1,10 @@
-"""What a trial found out: one result a rung."""
+"""What is measured of a folded model, and of one rung of a trial."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
-from foldsearch.plan.cost import Cost
 from foldsearch.plan.plan import FoldPlan
-
-State = Literal["measured", "known", "infeasible", "diverged", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,34 +116,21 @@ class Healing:
 
 
 @dataclass(frozen=True, slots=True)
-class TrialResult:
-    """One plan at one rung.
+class RungResult:
+    """What one rung of a trial came to: the best of its states so far (see `trained_for`), the untrained one counts.
 
-    state: "measured"; "known": the same plan was measured before as trial `known_from`, nothing was trained;
-    "infeasible": priced above the budget, never built; "diverged" or "failed": see `reason`.
-    A trial keeps the best of its states so far (see `trained_for`), on the search tokens; the untrained one counts.
-    quality: of the kept state, on the search tokens, which objectives come from. report: of the same state on the
-    report tokens, at the last rung only. setback: where the kept state is not the latest one; else None.
-    recovery_tokens: tokens trained on so far, whichever state is kept. is_last_rung: no further rung follows, as it is
-    the study's last one or the training diverged in it (`reason` says how). seconds: spent by this trial so far.
-    gates: summary of the gated training behind the plan (steps, tokens, polarized, ranking, whether from the cache).
-    healing: of the untrained model; None where nothing was healed.
+    quality: of the kept state, on the search tokens, which objectives come from. recovery_tokens: trained on so far,
+    whichever state is kept. seconds: spent by the trial so far. report: quality of the same state on the report
+    tokens, at the last rung only. setback: where the kept state is not the latest one; else None. known_from: the
+    number of the trial that measured this, where another one of the same plan did; nothing was trained then.
     """
 
-    plan: FoldPlan
-    cost: Cost
-    quality: Quality | None
-    rung: int
-    is_last_rung: bool
+    quality: Quality
     recovery_tokens: int
     seconds: float
-    state: State = "measured"
-    reason: str = ""
-    known_from: int | None = None
-    gates: dict[str, Any] | None = None
     report: Quality | None = None
     setback: Setback | None = None
-    healing: Healing | None = None
+    known_from: int | None = None
 
     @property
     def kept_tokens(self) -> int:
@@ -155,28 +138,6 @@ class TrialResult:
         return self.recovery_tokens if self.setback is None else self.setback.kept_tokens
 
     @property
-    def tokens_words(self) -> str:
-        """What the kept state was made with: a token of healing goes forward only, one of training back too."""
-        healed = f"healed on {self.healing.tokens:,} tokens (forward only), " if self.healing else ""
-        return f"{healed}trained on {self.kept_tokens:,} tokens"
-
-    @property
-    def setback_words(self) -> str:
-        """How training hurt and what is kept, for one line of a report; empty where it did not."""
-        if self.setback is None:
-            return ""
-        kept = f"after {self.kept_tokens:,} tokens" if self.kept_tokens else "untrained"
-        if (latest := self.setback.latest) is None:
-            return f"training diverged: kept {kept}"
-        measure = "perplexity" if self.plan.is_extension else "KL"
-        return f"training hurt ({measure} {rounded(trained_for(self.plan, latest), '.3f')}): kept {kept}"
-
-    @property
     def training_diverged(self) -> bool:
         """Whether a state from before the divergence is kept."""
         return self.setback is not None and self.setback.latest is None
-
-    def objectives(self) -> tuple[float, float, float]:
-        """KL in nats per token, memory in bytes, FLOPs per token at decode: each to be minimised."""
-        assert self.quality is not None
-        return self.quality.kl, float(self.cost.memory_bytes), float(self.cost.flops)

@@ -19,7 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from foldsearch.paths import printable
-from foldsearch.plan.result import TrialResult, rounded
+from foldsearch.plan.result import rounded
+from foldsearch.record import Trial
 from foldsearch.report.terminal import budget_words, ruler, strip_text
 from foldsearch.report.view import author, counted, gb
 from foldsearch.search.events import (
@@ -31,19 +32,14 @@ from foldsearch.search.events import (
     SearchDone,
     SearchInterrupted,
     SearchStarted,
-    TrialCut,
-    TrialFailed,
-    TrialFinished,
+    TrialEnded,
     TrialProgress,
-    TrialRepeated,
     TrialRetried,
     TrialStarted,
-    TrialStopped,
 )
 
 if TYPE_CHECKING:
     from foldsearch.plan.cost import Cost
-    from foldsearch.proposal import Proposal
 
 QUIET_SECONDS = 25  # in a log file, a line after so long without one: at least every half minute
 _LOOK_SECONDS = 1.0
@@ -128,8 +124,7 @@ class RunDisplay:
         self._pulse = Pulse(lambda words: self._print(Text(words, style="dim")), self._where)
         self._began = time.monotonic()
         self._running: dict[int, tuple[str, float]] = {}  # number: phase and share
-        self._proposals: dict[int, Proposal] = {}
-        self._results: dict[int, list[TrialResult]] = {}
+        self._trials: dict[int, Trial] = {}  # those that run
         self._progress = Progress(0, None, 0.0, None)
         self._progress_at = self._began
 
@@ -160,29 +155,13 @@ class RunDisplay:
                 self._prepare(event)
             case SearchStarted():
                 self._start(event)
-            case TrialStarted():
-                self._proposals[event.number] = event.proposal
-                self._results.setdefault(event.number, [])
-                self._running[event.number] = ("starting", 0.0)
+            case TrialStarted(trial) | RungDone(trial):
+                self._trials[trial.number] = trial
+                self._running.setdefault(trial.number, ("starting", 0.0))
             case TrialProgress():
                 self._running[event.number] = (event.phase, event.share)
-            case RungDone():
-                self._results.setdefault(event.number, []).append(event.result)
-            case TrialFinished():
-                mark = (
-                    Text("● on the front", style="bold") if event.on_front else Text("dominated", style="dim")
-                )
-                if event.result.state == "known":
-                    mark = Text(f"same plan as trial {event.result.known_from}", style="dim")
-                self._end(event.number, mark)
-            case TrialStopped():
-                self._end(
-                    event.number, Text(f"stopped at rung {event.result.rung}: {event.reason}", style="dim")
-                )
-            case TrialRepeated():
-                self._end(event.number, Text(f"same plan as trial {event.other}", style="dim"))
-            case TrialFailed():
-                self._end(event.number, Text(printable(event.reason), style="red"))
+            case TrialEnded(trial, on_front):
+                self._end(trial, on_front)
             case TrialRetried():
                 self._print(
                     Text(
@@ -190,8 +169,6 @@ class RunDisplay:
                         style="yellow",
                     )
                 )
-            case TrialCut():
-                self._end(event.number, Text(event.reason, style="dim"))
             case Progress():
                 ended = event.num_ended != self._progress.num_ended
                 self._progress, self._progress_at = event, time.monotonic()
@@ -255,25 +232,22 @@ class RunDisplay:
         heads = f"{'trial':>5}  {'by':<{_BY_WIDTH}}  {ruler(run.num_blocks):<{run.num_blocks}}  {'GB':>7}  KL"
         self._print(Text(heads, style="bold", no_wrap=True))
 
-    def _end(self, number: int, outcome: Text) -> None:
-        self._running.pop(number, None)
-        results = self._results.pop(number, [])
-        proposal = self._proposals.pop(number, None)
-        line = Text(f"{number:>5}  {author(proposal) if proposal else '':<{_BY_WIDTH}}  ")
-        if results:
-            last = results[-1]
-            line.append_text(strip_text(last.plan))
-            line.append(f"  {gb(last.cost.memory_bytes, self._dense or last.cost):>7}  ")
-            measured = [result.quality.kl for result in results if result.quality]
-            for rung, kl in enumerate(measured):
-                final = rung == len(measured) - 1
-                line.append(("" if rung == 0 else " → ") + rounded(kl, ".3f"), style="bold" if final else "")
+    def _end(self, trial: Trial, on_front: bool) -> None:
+        self._running.pop(trial.number, None)
+        self._trials.pop(trial.number, None)
+        line = Text(f"{trial.number:>5}  {_by(trial):<{_BY_WIDTH}}  ")
+        if trial.draft is not None:
+            line.append_text(strip_text(trial.plan))
+            line.append(f"  {gb(trial.cost.memory_bytes, self._dense or trial.cost):>7}  ")
+            for rung, result in enumerate(trial.results):
+                style = "bold" if rung == len(trial.results) - 1 else ""
+                line.append(("" if rung == 0 else " → ") + rounded(result.quality.kl, ".3f"), style=style)
             line.append("  ")
-        line.append_text(outcome)
-        if results and (setback := results[-1].setback_words):
+        line.append_text(_outcome(trial, on_front))
+        if setback := trial.setback_words:
             line.append(f"  {setback}", style="yellow")
         self._print(line)
-        if results and (gates := results[-1].gates) is not None:
+        if trial.draft is not None and (gates := trial.draft.gates) is not None:
             self._print(Text(f"       gates: {gate_words(gates)}", style="dim"))
 
     def _done(self, event: SearchDone) -> None:
@@ -317,14 +291,30 @@ class RunDisplay:
             )
         table = Table.grid(padding=(0, 2, 0, 0))
         for number, (phase, share) in sorted(self._running.items()):
-            proposal = self._proposals.get(number)
+            by = _by(self._trials[number]) if number in self._trials else ""
             table.add_row(
                 Text(f"{number:>5}"),
-                Text(f"{author(proposal) if proposal else '':<{_BY_WIDTH}}"),
+                Text(f"{by:<{_BY_WIDTH}}"),
                 ProgressBar(total=1.0, completed=share, width=24),
                 Text(phase, style="dim"),
             )
         return Group(table, Text(f"       {self._overall()}", style="bold"))
+
+
+def _by(trial: Trial) -> str:
+    """Who proposed a trial."""
+    return author(trial.proposal) if trial.proposal is not None else ""
+
+
+def _outcome(trial: Trial, on_front: bool) -> Text:
+    """How a trial ended."""
+    if trial.state in ("finished", "repeat") and trial.known_from is not None:
+        return Text(f"same plan as trial {trial.known_from}", style="dim")
+    if trial.state == "finished":
+        return Text("● on the front", style="bold") if on_front else Text("dominated", style="dim")
+    if trial.state == "stopped":
+        return Text(f"stopped at rung {len(trial.results) - 1}: {trial.reason}", style="dim")
+    return Text(printable(trial.reason), style="dim" if trial.state == "cut" else "red")
 
 
 def gate_words(gates: dict[str, Any]) -> str:

@@ -10,9 +10,10 @@ from foldsearch.files import replace_atomically
 from foldsearch.plan.cost import Cost
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Quality, rounded
+from foldsearch.record import Trial
 from foldsearch.report.colours import DROPPED, FAINT, INK, REPLACED, paint
 from foldsearch.report.terminal import budget_words
-from foldsearch.report.view import NO_ERROR, Entry, RunView, author, flops_unit, gb, has_errors, with_error
+from foldsearch.report.view import NO_ERROR, RunView, author, flops_unit, gb, has_errors, with_error
 
 
 def write_page(view: RunView, path: Path, picture: bytes = b"") -> None:
@@ -110,9 +111,9 @@ def _svg(plan: FoldPlan) -> str:
 
 
 def _trial_table(view: RunView) -> str:
-    front = {entry.number for entry in view.front}
+    front = {trial.number for trial in view.front}
     kinds = list(
-        dict.fromkeys(kind.title for entry in view.front_and_baselines for kind in entry.final.shown_kinds)
+        dict.fromkeys(kind.title for trial in view.front_and_baselines for kind in trial.final.shown_kinds)
     )
     rows = [
         "<tr><th>trial<th class=l>plan<th>search KL<th>report KL"
@@ -126,24 +127,24 @@ def _trial_table(view: RunView) -> str:
         + "<td>0" * len(kinds)
         + f"<td>{'' if perplexity is None else f'{perplexity:.2f}'}<td><td class=l>{_cost_cells(dense, dense)}"
     )
-    for entry in view.front_and_baselines:
-        gain = view.gain(entry)
+    for trial in view.front_and_baselines:
+        gain = view.gain(trial)
         shade = "" if gain is None else " class=better" if gain < 0 else " class=worse"
-        by = html.escape(", ".join(entry.authors))
-        if entry.is_baseline:
+        by = html.escape(", ".join(view.authors(trial)))
+        if view.baseline(trial):
             by += " <span class=baseline>baseline</span>"
-        if entry == view.knee:
+        if trial == view.knee:
             by += " <span class=knee>◆ knee</span>"
-        if setback := entry.result.setback_words:
+        if setback := trial.setback_words:
             by += f" <span class=worse>{html.escape(setback)}</span>"
-        final, change = entry.final, "—" if gain is None else rounded(gain, "+.3f")
+        final, change = trial.final, "—" if gain is None else rounded(gain, "+.3f")
         by_title = {kind.title: with_error(kind.kl, kind.kl_se, ".3f") for kind in final.shown_kinds}
         by_kind = "".join(f"<td>{by_title.get(kind, '')}" for kind in kinds)
         rows.append(
-            f"<tr{' class=front' if entry.number in front else ''}><td>{entry.number}<td class=l>{_svg(entry.plan)}"
-            f"<td>{_kl(entry.quality)}<td>{_kl(final)}{by_kind}"
+            f"<tr{' class=front' if trial.number in front else ''}><td>{trial.number}<td class=l>{_svg(trial.plan)}"
+            f"<td>{_kl(trial.quality)}<td>{_kl(final)}{by_kind}"
             f"<td>{with_error(final.perplexity, final.perplexity_se, '.2f')}"
-            f"<td{shade}>{change}<td class=l>{by}{_cost_cells(entry.cost, dense)}"
+            f"<td{shade}>{change}<td class=l>{by}{_cost_cells(trial.cost, dense)}"
         )
     return f"<div class=wide><table>{''.join(rows)}</table></div>"
 
@@ -161,11 +162,11 @@ def _cost_cells(cost: Cost, dense: Cost) -> str:
     return "<td>" + "<td>".join(cells)
 
 
-def _criteria(counts: dict[int, dict[str, Entry]]) -> str:
+def _criteria(counts: dict[int, dict[str, Trial]]) -> str:
     names = list(dict.fromkeys(name for row in counts.values() for name in row))
     rows = ["<tr><th>dropped<th>" + "<th>".join(html.escape(name.replace("_", " ")) for name in names)]
     for count, row in counts.items():
-        best = min(entry.final.kl for entry in row.values())
+        best = min(trial.final.kl for trial in row.values())
         cells = []
         for name in names:
             if name not in row:
@@ -181,20 +182,21 @@ def _every_trial(view: RunView) -> str:
     rows = [
         "<tr><th>trial<th class=l>chosen by<th class=l>state<th>rung<th>tokens<th>KL<th>GB<th>seconds<th class=l>plan"
     ]
-    for record in view.records:
-        by = "" if record.proposal is None else html.escape(author(record.proposal))
-        state = record.state + (f": {html.escape(record.reason)}" if record.reason else "")
-        if record.state == "finished" and record.last is not None and record.last.state == "known":
-            state += f": same plan as trial {record.last.known_from}"
-        if record.last is not None and (setback := record.last.setback_words):
+    for trial in view.trials:
+        by = "" if trial.proposal is None else html.escape(author(trial.proposal))
+        state = trial.state + (f": {html.escape(trial.reason)}" if trial.reason else "")
+        if trial.state == "finished" and trial.known_from is not None:
+            state += f": same plan as trial {trial.known_from}"
+        if setback := trial.setback_words:
             state += f"; {html.escape(setback)}"
-        row = f"<tr><td>{record.number}<td class=l>{by}<td class='l why'>{state}"
-        if (result := record.last) is not None:
-            kl = "—" if result.quality is None else rounded(result.quality.kl, ".3f")
-            memory = gb(result.cost.memory_bytes, view.folder.dense)
-            row += (
-                f"<td>{result.rung}<td>{result.recovery_tokens:,}<td>{kl}<td>{memory}<td>{result.seconds:.0f}"
-            )
-            row += f"<td class=l><code>{html.escape(str(result.plan))}</code>"
+        row = f"<tr><td>{trial.number}<td class=l>{by}<td class='l why'>{state}"
+        if trial.draft is not None:
+            measured = "<td><td><td>—"
+            if trial.results:
+                rung, kl = len(trial.results) - 1, rounded(trial.quality.kl, ".3f")
+                measured = f"<td>{rung}<td>{trial.last.recovery_tokens:,}<td>{kl}"
+            seconds = f"{trial.last.seconds:.0f}" if trial.results else ""
+            row += f"{measured}<td>{gb(trial.cost.memory_bytes, view.folder.dense)}<td>{seconds}"
+            row += f"<td class=l><code>{html.escape(str(trial.plan))}</code>"
         rows.append(row)
     return f"<div class=wide><table>{''.join(rows)}</table></div>"

@@ -13,8 +13,9 @@ from foldsearch.paths import printable
 from foldsearch.plan.cost import GB
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import rounded
+from foldsearch.record import Trial
 from foldsearch.report.colours import DROPPED, FAINT, INK, PAIRS, REPLACED, paint
-from foldsearch.report.view import Entry, RunView, flops_unit, has_errors
+from foldsearch.report.view import RunView, flops_unit, has_errors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -154,14 +155,14 @@ def _front_figure(view: RunView) -> Figure:
     return figure
 
 
-def _drawn(view: RunView) -> tuple[Entry, ...]:
+def _drawn(view: RunView) -> tuple[Trial, ...]:
     """The plans of the front that get a strip and a number: all, or some at equal steps and the knee among them."""
     front = view.front
     if len(front) <= MOST_STRIPS:
         return front
     last = len(front) - 1
     chosen = {round(i * last / (MOST_STRIPS - 2)) for i in range(MOST_STRIPS - 1)}
-    return tuple(entry for i, entry in enumerate(front) if i in chosen or entry == view.knee)
+    return tuple(trial for i, trial in enumerate(front) if i in chosen or trial == view.knee)
 
 
 class _Place(NamedTuple):
@@ -182,8 +183,8 @@ class _Frame:
         marks = [dense.memory_bytes / GB]
         if budget.memory_bytes is not None:
             marks.append(budget.memory_bytes / GB)
-        self.x = shown_range([*(_gigabytes(entry) for entry in entries), *marks], most + len(marks))
-        kls = [entry.quality.kl for entry in entries]
+        self.x = shown_range([*(_gigabytes(trial) for trial in entries), *marks], most + len(marks))
+        kls = [trial.quality.kl for trial in entries]
         self.y = shown_range([0.0, *kls], most, always=0.0)
         self.beyond = sum(not self.y.holds(kl) for kl in kls)
         shown = [kl for kl in kls if self.y.holds(kl)]
@@ -223,18 +224,18 @@ class _Frame:
         return _Place(x, y, "  ".join(words))
 
 
-def _gigabytes(entry: Entry) -> float:
-    return entry.cost.memory_bytes / GB
+def _gigabytes(trial: Trial) -> float:
+    return trial.cost.memory_bytes / GB
 
 
-def _draw_points(view: RunView, figure: Figure, axes: Axes, drawn: Sequence[Entry]) -> None:
+def _draw_points(view: RunView, figure: Figure, axes: Axes, drawn: Sequence[Trial]) -> None:
     frame = _Frame(view, axes)
     dense = view.folder.dense
     unit, size = flops_unit(dense)
-    flops = [entry.cost.flops / size for entry in view.finished]
+    flops = [trial.cost.flops / size for trial in view.finished]
     low, high = shown_range([*flops, dense.flops / size], max(1, len(flops) // 10) + 1)
     scale: dict[str, Any] = {"cmap": "viridis", "vmin": low, "vmax": high}
-    places = {entry.number: frame.place(_gigabytes(entry), entry.quality.kl) for entry in view.finished}
+    places = {trial.number: frame.place(_gigabytes(trial), trial.quality.kl) for trial in view.finished}
     _draw_errors(view, axes, places)
     _draw_trials(view, axes, places, scale)
     _draw_words(view, axes, places, drawn)
@@ -250,7 +251,7 @@ def _draw_points(view: RunView, figure: Figure, axes: Axes, drawn: Sequence[Entr
     )  # fmt: skip
     _write_beyond(axes, star)
     _draw_budget(view, axes, frame)
-    for criterion in dict.fromkeys(entry.baseline for entry in view.finished if entry.baseline):
+    for criterion in dict.fromkeys(filter(None, map(view.baseline, view.finished))):
         known = criterion_of(criterion)
         name, marker = known.title, known.marker
         axes.scatter([], [], marker=marker, c="white", edgecolors=INK, s=42, label=f"{name} (baseline)")
@@ -268,9 +269,9 @@ def _draw_points(view: RunView, figure: Figure, axes: Axes, drawn: Sequence[Entr
 def _draw_errors(view: RunView, axes: Axes, places: Mapping[int, _Place]) -> None:
     """A standard error above and below each trial that is drawn where it is."""
     shown = [
-        (places[entry.number], entry.quality.kl_se)
-        for entry in view.finished
-        if has_errors(entry.quality) and not places[entry.number].beyond
+        (places[trial.number], trial.quality.kl_se)
+        for trial in view.finished
+        if has_errors(trial.quality) and not places[trial.number].beyond
     ]
     axes.errorbar(
         [place.x for place, _ in shown], [place.y for place, _ in shown], yerr=[error for _, error in shown],
@@ -280,14 +281,15 @@ def _draw_errors(view: RunView, axes: Axes, places: Mapping[int, _Place]) -> Non
 
 def _draw_trials(view: RunView, axes: Axes, places: Mapping[int, _Place], scale: Mapping[str, Any]) -> None:
     """One call for all trials that look alike: a call each would take seconds for a long run."""
-    front = {entry.number for entry in view.front}
+    front = {trial.number for trial in view.front}
     _, size = flops_unit(view.folder.dense)
-    alike: dict[tuple[str, bool], list[Entry]] = {}
-    for entry in view.finished:
-        marker = criterion_of(entry.baseline).marker if entry.baseline else FOUND
-        alike.setdefault((marker, entry.number in front), []).append(entry)
+    alike: dict[tuple[str, bool], list[Trial]] = {}
+    for trial in view.finished:
+        baseline = view.baseline(trial)
+        marker = criterion_of(baseline).marker if baseline else FOUND
+        alike.setdefault((marker, trial.number in front), []).append(trial)
     for (marker, on_front), entries in alike.items():
-        at = [places[entry.number] for entry in entries]
+        at = [places[trial.number] for trial in entries]
         axes.scatter(
             [place.x for place in at], [place.y for place in at], c=[e.cost.flops / size for e in entries],
             marker=marker, s=72 if on_front else 38, alpha=1.0 if on_front else 0.75,
@@ -296,19 +298,19 @@ def _draw_trials(view: RunView, axes: Axes, places: Mapping[int, _Place], scale:
         )  # fmt: skip
 
 
-def _draw_words(view: RunView, axes: Axes, places: Mapping[int, _Place], drawn: Sequence[Entry]) -> None:
+def _draw_words(view: RunView, axes: Axes, places: Mapping[int, _Place], drawn: Sequence[Trial]) -> None:
     """The numbers of the plans that have a strip, and the values of the trials beyond an axis."""
-    for entry in drawn:
-        x, y, _ = places[entry.number]
+    for trial in drawn:
+        x, y, _ = places[trial.number]
         axes.annotate(
-            str(entry.number), (x, y), xytext=(6, 5), textcoords="offset points", fontsize=8, color=INK
+            str(trial.number), (x, y), xytext=(6, 5), textcoords="offset points", fontsize=8, color=INK
         )
-    beyond = [entry for entry in view.finished if places[entry.number].beyond]
+    beyond = [trial for trial in view.finished if places[trial.number].beyond]
     if len(beyond) <= MOST_WORDS:
-        for entry in beyond:
-            _write_beyond(axes, places[entry.number])
+        for trial in beyond:
+            _write_beyond(axes, places[trial.number])
         return
-    kls = [entry.quality.kl for entry in beyond]
+    kls = [trial.quality.kl for trial in beyond]
     axes.text(
         0.5, 1.0, f"{len(beyond)} trials lie beyond an axis: KL {min(kls):.3g} to {max(kls):.3g}",
         transform=axes.transAxes, fontsize=8, color=INK, ha="center", va="bottom",
@@ -340,17 +342,21 @@ def _draw_budget(view: RunView, axes: Axes, frame: _Frame) -> None:
     )
 
 
-def _draw_strips(view: RunView, axes: Axes, shown: Sequence[Entry]) -> None:
+def _draw_strips(view: RunView, axes: Axes, shown: Sequence[Trial]) -> None:
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
     num_blocks = view.folder.num_blocks
-    num_cells = max([num_blocks, *(len(paint(entry.plan)) for entry in shown)])
+    num_cells = max([num_blocks, *(len(paint(trial.plan)) for trial in shown)])
     rows: list[tuple[str, str, FoldPlan]] = [("dense", "", FoldPlan.identity(num_blocks))]
-    for entry in shown:
-        mark = " ◆" if entry == view.knee else ""
+    for trial in shown:
+        mark = " ◆" if trial == view.knee else ""
         rows.append(
-            (f"{entry.number}{mark}", f"{rounded(entry.quality.kl, '.3f')}  {entry.authors[0]}", entry.plan)
+            (
+                f"{trial.number}{mark}",
+                f"{rounded(trial.quality.kl, '.3f')}  {view.authors(trial)[0]}",
+                trial.plan,
+            )
         )
     cells: list[Rectangle] = []
     for row, (left, right, plan) in enumerate(rows):

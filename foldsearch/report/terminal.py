@@ -19,13 +19,13 @@ from foldsearch.criteria import criterion_names
 from foldsearch.paths import printable
 from foldsearch.plan.cost import GB, Cost, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan, Slot
-from foldsearch.plan.result import Quality, TrialResult, rounded
+from foldsearch.plan.result import Quality, rounded
 from foldsearch.plan.strip import LEGEND, Cell, cells
+from foldsearch.record import Trial
 from foldsearch.report.colours import DROPPED, PAIRS, paint
 from foldsearch.report.grid import GAP, Column, Grid, fold_size
 from foldsearch.report.view import (
     NO_ERROR,
-    Entry,
     RunView,
     by_cost,
     counted,
@@ -226,38 +226,38 @@ def _front_columns(view: RunView, every: bool) -> dict[str, Column]:
 def _front_rows(view: RunView, every: bool) -> list[dict[str, str | Text]]:
     """What stands under each head: of the dense model, then of each trial."""
     shown = sorted(view.finished, key=by_cost) if every else view.front_and_baselines
-    front = {entry.number for entry in view.front}
-    best_kl = min(entry.final.kl for entry in shown)
+    front = {trial.number for trial in view.front}
+    best_kl = min(trial.final.kl for trial in shown)
     folder, perplexity = view.folder, view.dense_perplexity
     dense: dict[str, str | Text] = {
         "trial": "dense",
         "plan": strip_text(FoldPlan.identity(folder.num_blocks)),
     }
     dense |= dict.fromkeys(_KL, "0") | {"perplexity": "" if perplexity is None else f"{perplexity:.2f}"}
-    kinds = dict.fromkeys(f"{_KIND}{kind.title}" for entry in shown for kind in entry.final.shown_kinds)
+    kinds = dict.fromkeys(f"{_KIND}{kind.title}" for trial in shown for kind in trial.final.shown_kinds)
     dense |= dict.fromkeys(kinds, "0")
     rows = [dense | _price(folder.dense, folder.dense)]
-    for entry in shown:
-        q, final, on_front = entry.quality, entry.final, entry.number in front
-        authors = ", ".join(entry.authors)
-        if every and entry.repeats:
-            trials = "trial" if len(entry.repeats) == 1 else "trials"
-            authors += f" (also {trials} {', '.join(map(str, entry.repeats))})"
+    for trial in shown:
+        q, final, on_front = trial.quality, trial.final, trial.number in front
+        authors = ", ".join(view.authors(trial))
+        if every and (repeats := view.repeats(trial)):
+            trials = "trial" if len(repeats) == 1 else "trials"
+            authors += f" (also {trials} {', '.join(map(str, repeats))})"
         row: dict[str, str | Text] = {
-            "": _marks(view, entry, on_front),
-            "trial": Text(str(entry.number), style="bold" if on_front else "dim"),
-            "plan": strip_text(entry.plan),
+            "": _marks(view, trial, on_front),
+            "trial": Text(str(trial.number), style="bold" if on_front else "dim"),
+            "plan": strip_text(trial.plan),
             "search KL": with_error(q.kl, q.kl_se, ".3f"),
             "report KL": Text(
                 with_error(final.kl, final.kl_se, ".3f"), style="bold" if final.kl == best_kl else ""
             ),
             "perplexity": with_error(final.perplexity, final.perplexity_se, ".2f"),
-            "Δ KL": _gain(view, entry),
+            "Δ KL": _gain(view, trial),
             "chosen by": authors,
         }
         for kind in final.shown_kinds:
             row[f"{_KIND}{kind.title}"] = with_error(kind.kl, kind.kl_se, ".3f")
-        rows.append(row | _price(entry.cost, folder.dense))
+        rows.append(row | _price(trial.cost, folder.dense))
     return rows
 
 
@@ -293,26 +293,26 @@ def _price(cost: Cost, dense: Cost) -> dict[str, str | Text]:
     }
 
 
-def _marks(view: RunView, entry: Entry, on_front: bool) -> Text:
+def _marks(view: RunView, trial: Trial, on_front: bool) -> Text:
     text = Text()
     if on_front:
-        text.append(*("◆", "bold magenta") if entry == view.knee else ("●", "bold"))
+        text.append(*("◆", "bold magenta") if trial == view.knee else ("●", "bold"))
     else:
         text.append(" ")
-    if entry.is_baseline:
+    if view.baseline(trial):
         text.append("○", style="yellow")
     return text
 
 
-def _gain(view: RunView, entry: Entry) -> Text:
-    gain = view.gain(entry)
+def _gain(view: RunView, trial: Trial) -> Text:
+    gain = view.gain(trial)
     if gain is None:
         return Text("—", style="dim")
     words = rounded(gain, "+.3f")
     return Text(words, style="dim" if words == "+0.000" else "green" if gain < 0 else "red")
 
 
-def _criteria_tables(criteria: Mapping[int, Mapping[str, Entry]], width: int) -> list[Table]:
+def _criteria_tables(criteria: Mapping[int, Mapping[str, Trial]], width: int) -> list[Table]:
     """KL by criterion and count, as many criteria in a table as fit the width."""
     found = dict.fromkeys(name for row in criteria.values() for name in row)
     order = criterion_names()
@@ -328,11 +328,11 @@ def _criteria_tables(criteria: Mapping[int, Mapping[str, Entry]], width: int) ->
     return tables
 
 
-def _criteria_table(criteria: Mapping[int, Mapping[str, Entry]], used: Sequence[str]) -> Table:
+def _criteria_table(criteria: Mapping[int, Mapping[str, Trial]], used: Sequence[str]) -> Table:
     table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0))
     _columns(table, "dropped>", *(f"{name.replace('_', ' ')}>" for name in used))
     for count, row in criteria.items():
-        best = min(entry.final.kl for entry in row.values())
+        best = min(trial.final.kl for trial in row.values())
         cells = []
         for name in used:
             q = row[name].final if name in row else None
@@ -416,9 +416,9 @@ def _setbacks(view: RunView, every: bool) -> list[Text]:
     """The shown trials whose training made them worse, a line each."""
     shown = sorted(view.finished, key=by_cost) if every else view.front_and_baselines
     return [
-        Text(f"trial {entry.number}: {entry.result.setback_words}", style="yellow")
-        for entry in shown
-        if entry.result.setback_words
+        Text(f"trial {trial.number}: {trial.setback_words}", style="yellow")
+        for trial in shown
+        if trial.setback_words
     ]
 
 
@@ -448,47 +448,44 @@ def cache_table(found: Sequence[CacheEntry]) -> Table:
     return table
 
 
-def results_table(results: Sequence[TrialResult]) -> Group:
+def results_table(trial: Trial) -> Group:
     """The rungs of one trial: `foldsearch try`."""
     table = _plain_table("rung>", "tokens>", "search KL>", "perplexity>", "agree>", "report KL>", "s>")
-    for result in results:
-        row = [str(result.rung), f"{result.recovery_tokens:,}"]
-        if (q := result.quality) is not None:
-            row += [
-                with_error(q.kl, q.kl_se, ".4f"),
-                with_error(q.perplexity, q.perplexity_se, ".2f"),
-                f"{q.agreement:.1%}",
-            ]
-            report = result.report
-            row.append("" if report is None else with_error(report.kl, report.kl_se, ".4f"))
-        else:
-            row += [result.state, "", "", ""]
-        table.add_row(*row, f"{result.seconds:.0f}")
-    last = results[-1]
-    words = f"{last.cost.memory_bytes / GB:.4f} GB, {last.cost.flops:.4g} FLOPs per token at decode"
-    if last.quality is not None:
-        words += f"; dense has perplexity {last.quality.dense_perplexity:.2f} on the same texts"
-    if not has_errors(last.quality, last.report):
-        words += f"\n{NO_ERROR}"
-    if last.healing is not None:
-        words += f"\n{last.healing.words}"
-    if last.setback_words:
-        words += f"\n{last.setback_words}"
+    for rung, result in enumerate(trial.results):
+        q, report = result.quality, result.report
+        table.add_row(
+            str(rung),
+            f"{result.recovery_tokens:,}",
+            with_error(q.kl, q.kl_se, ".4f"),
+            with_error(q.perplexity, q.perplexity_se, ".2f"),
+            f"{q.agreement:.1%}",
+            "" if report is None else with_error(report.kl, report.kl_se, ".4f"),
+            f"{result.seconds:.0f}",
+        )
+    words = f"{trial.cost.memory_bytes / GB:.4f} GB, {trial.cost.flops:.4g} FLOPs per token at decode"
+    if trial.results:
+        words += f"; dense has perplexity {trial.quality.dense_perplexity:.2f} on the same texts"
+        if not has_errors(trial.quality, trial.last.report):
+            words += f"\n{NO_ERROR}"
+    if trial.healing is not None:
+        words += f"\n{trial.healing.words}"
+    if trial.setback_words:
+        words += f"\n{trial.setback_words}"
     parts: list[RenderableType] = [
-        strip_text(last.plan),
-        Text(str(last.plan), style="dim"),
+        strip_text(trial.plan),
+        Text(str(trial.plan), style="dim"),
         Text(),
         table,
         Text(),
     ]
-    if (by_kind := kinds_table(last)) is not None:
+    if (by_kind := kinds_table(trial)) is not None:
         parts += [by_kind, Text()]
     return Group(*parts, Text(words))
 
 
-def kinds_table(result: TrialResult) -> Table | None:
-    """The KL of a trial on each kind of text, a column each; None where there is one kind."""
-    told = {"search KL": result.quality, "report KL": result.report}
+def kinds_table(trial: Trial) -> Table | None:
+    """The KL of a trial on each kind of text, a column each; None where there is one kind, or no result."""
+    told = {"search KL": trial.quality, "report KL": trial.last.report} if trial.results else {}
     shown = {name: quality.shown_kinds for name, quality in told.items() if quality is not None}
     titles = dict.fromkeys(kind.title for kinds in shown.values() for kind in kinds)
     if not titles:

@@ -1,4 +1,4 @@
-"""What there is to see in a run: its records, and the questions that every report asks of them."""
+"""What there is to see in a run: its trials, and the questions that every report asks of them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from foldsearch.paths import command, printable
 from foldsearch.plan.cost import GB, Cost
 from foldsearch.plan.front import knee
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.result import Quality, TrialResult, rounded
+from foldsearch.plan.result import Quality, rounded
 from foldsearch.proposal import Given, Proposal
+from foldsearch.record import Trial, best_of_plans, front, point
 from foldsearch.run import Run
-from foldsearch.search.records import Record, front, point, read_records
+from foldsearch.search.records import read_trials
 from foldsearch.search.screened import Screened, read_screened, screened_by_count
 
 FEWEST_TO_RANK = 4  # plans, that an order of them says something
@@ -27,55 +28,15 @@ SAME_COST = 1.02  # a baseline that costs a hair more is still the one to beat
 NO_ERROR = "± —: no standard error, as all texts of the split, or of the kind, are one document."
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A trial that reached the last rung: one row of a table, one point of a picture.
-
-    proposals: all those that led to its plan, its own first. quality: on the search texts, which the search looked
-    at. final: on the report texts, which it did not. repeats: other trials that came to the same plan.
-    """
-
-    number: int
-    proposals: tuple[Proposal, ...]
-    result: TrialResult
-    quality: Quality
-    final: Quality
-    repeats: tuple[int, ...] = ()
-
-    @property
-    def plan(self) -> FoldPlan:
-        """What was built."""
-        return self.result.plan
-
-    @property
-    def cost(self) -> Cost:
-        """What it costs on the target."""
-        return self.result.cost
-
-    @property
-    def is_baseline(self) -> bool:
-        """Whether one of the simple baselines gives this plan; gates are not one."""
-        return self.baseline is not None
-
-    @property
-    def baseline(self) -> str | None:
-        """The first simple baseline that gives this plan."""
-        baselines = [p.removed.criterion for p in self.proposals if p.removed and p.origin == "baseline"]
-        names = [name for name in baselines if criterion_of(name).is_simple]
-        return names[0] if names else None
-
-    @property
-    def authors(self) -> tuple[str, ...]:
-        """Who chose the blocks, each once: a criterion, or who gave the plan."""
-        return tuple(dict.fromkeys(author(proposal) for proposal in self.proposals))
-
-
 @dataclass(frozen=True)  # without slots: what a report asks for many times is computed once and kept
 class RunView:
-    """A run as it stands: the folder, its records by number, and what must be said beside a figure of the model."""
+    """A run as it stands: the folder, its trials by number, and what must be said beside a figure of the model.
+
+    A plan that reached the last rung is shown as the trial that measured it; others that came to it are named there.
+    """
 
     folder: Run
-    records: tuple[Record, ...]
+    trials: tuple[Trial, ...]
     note: str = ""
 
     @classmethod
@@ -86,7 +47,7 @@ class RunView:
             RunError: not a run folder.
         """
         folder = Run.open(path)
-        return cls(folder, tuple(read_records(folder)), folder.note)
+        return cls(folder, tuple(read_trials(folder)), folder.note)
 
     @property
     def name(self) -> str:
@@ -136,10 +97,9 @@ class RunView:
         ]
         for rung, tokens in enumerate(self.folder.study.rungs):
             kls = {
-                result.plan: result.quality.kl
-                for record in self.records
-                for result in record.results
-                if result.rung == rung and result.state == "measured" and result.quality is not None
+                trial.plan: trial.results[rung].quality.kl
+                for trial in self.trials
+                if len(trial.results) > rung and trial.results[rung].known_from is None
             }
             told.append((f"{tokens:,} tokens", kls))
         found = []
@@ -155,89 +115,88 @@ class RunView:
         return screened_by_count(self._screened)
 
     @cached_property
-    def finished(self) -> tuple[Entry, ...]:
-        """The plans that reached the last rung, each once, by the number of the trial that measured it."""
-        proposals: dict[FoldPlan, list[Proposal]] = {}
-        numbers: dict[FoldPlan, list[int]] = {}
-        measured: dict[FoldPlan, tuple[int, TrialResult, Quality]] = {}
-        for record in self.records:
-            result = record.last
-            if result is None or result.quality is None:
-                continue
-            numbers.setdefault(result.plan, []).append(record.number)
-            if record.proposal is not None:  # also of a trial that left the plan to another one
-                proposals.setdefault(result.plan, []).append(record.proposal)
-            if record.state == "finished" and result.state == "measured":
-                known = measured.get(result.plan)
-                # Twice, where the first was stopped or diverged, or where adapters start in two ways: the best counts.
-                if known is None or result.quality.kl < known[2].kl:
-                    measured[result.plan] = (record.number, result, result.quality)
+    def finished(self) -> tuple[Trial, ...]:
+        """The trials that measured a plan to the last rung, each plan once, the best where it was measured twice."""
+        return tuple(best_of_plans(self.trials))
+
+    @cached_property
+    def _came_to(self) -> dict[FoldPlan, list[Trial]]:
+        """For each plan the trials that came to it and have a result, also one of another trial."""
+        found: dict[FoldPlan, list[Trial]] = {}
+        for trial in self.trials:
+            if trial.results:
+                found.setdefault(trial.plan, []).append(trial)
+        return found
+
+    def repeats(self, trial: Trial) -> tuple[int, ...]:
+        """The other trials that came to a trial's plan."""
+        return tuple(other.number for other in self._came_to[trial.plan] if other.number != trial.number)
+
+    def proposals(self, trial: Trial) -> list[Proposal]:
+        """All proposals that led to a trial's plan, by the number of the trial."""
+        return [other.proposal for other in self._came_to[trial.plan] if other.proposal is not None]
+
+    def authors(self, trial: Trial) -> tuple[str, ...]:
+        """Who chose the blocks of a trial's plan, each once: a criterion, or who gave the plan."""
+        return tuple(dict.fromkeys(author(proposal) for proposal in self.proposals(trial)))
+
+    def baseline(self, trial: Trial) -> str | None:
+        """The first simple baseline that gives a trial's plan; gates are not simple."""
+        named = (p.removed.criterion for p in self.proposals(trial) if p.removed and p.origin == "baseline")
+        return next((name for name in named if criterion_of(name).is_simple), None)
+
+    @cached_property
+    def front(self) -> tuple[Trial, ...]:
+        """The Pareto front of the finished trials, largest memory first."""
+        return tuple(sorted(front(self.finished, self.folder.study.objectives), key=by_cost))
+
+    @cached_property
+    def knee(self) -> Trial | None:
+        """The front's compromise (see `foldsearch.plan.front.knee`)."""
+        points = [point(trial, self.folder.study.objectives) for trial in self.front]
+        return self.front[knee(points)] if points else None
+
+    @cached_property
+    def baselines(self) -> tuple[Trial, ...]:
+        """The finished trials that a simple baseline leads to."""
+        return tuple(trial for trial in self.finished if self.baseline(trial) is not None)
+
+    @cached_property
+    def front_and_baselines(self) -> tuple[Trial, ...]:
+        """What a table shows, largest memory first."""
         return tuple(
-            Entry(
-                number,
-                tuple(proposals.get(plan, ())),
-                result,
-                quality,
-                result.report or quality,
-                repeats=tuple(other for other in numbers[plan] if other != number),
-            )
-            for plan, (number, result, quality) in measured.items()
+            sorted({trial.number: trial for trial in (*self.front, *self.baselines)}.values(), key=by_cost)
         )
 
-    @cached_property
-    def front(self) -> tuple[Entry, ...]:
-        """The Pareto front of the finished trials, largest memory first."""
-        numbers = {record.number for record in front(self.records, self.folder.study.objectives)}
-        return tuple(sorted((e for e in self.finished if e.number in numbers), key=by_cost))
-
-    @cached_property
-    def knee(self) -> Entry | None:
-        """The front's compromise (see `foldsearch.plan.front.knee`)."""
-        entries = self.front
-        points = [point(entry.result, self.folder.study.objectives) for entry in entries]
-        return entries[knee(points)] if entries else None
-
-    @cached_property
-    def baselines(self) -> tuple[Entry, ...]:
-        """The finished trials that a simple baseline leads to."""
-        return tuple(entry for entry in self.finished if entry.is_baseline)
-
-    @cached_property
-    def front_and_baselines(self) -> tuple[Entry, ...]:
-        """What a table shows, largest memory first."""
-        numbers = {entry.number for entry in self.front}
-        shown = (entry for entry in self.finished if entry.is_baseline or entry.number in numbers)
-        return tuple(sorted(shown, key=by_cost))
-
-    def gain(self, entry: Entry) -> float | None:
+    def gain(self, trial: Trial) -> float | None:
         """KL on the report texts, less that of the baseline to beat: below 0, the search found something better.
 
         The baseline to beat has the lowest KL of those that cost no more memory and no more FLOPs, give or take 2 %;
-        None where there is none, or where `entry` is it.
+        None where there is none, or where `trial` is it.
         """
         fair = [
             other
             for other in self.baselines
-            if other.cost.memory_bytes <= SAME_COST * entry.cost.memory_bytes
-            and other.cost.flops <= SAME_COST * entry.cost.flops
+            if other.cost.memory_bytes <= SAME_COST * trial.cost.memory_bytes
+            and other.cost.flops <= SAME_COST * trial.cost.flops
         ]
-        best = min(fair, key=_final_kl, default=None)
-        return None if best is None or best.number == entry.number else _final_kl(entry) - _final_kl(best)
+        best = min(fair, key=lambda other: other.final.kl, default=None)
+        return None if best is None or best.number == trial.number else trial.final.kl - best.final.kl
 
-    def by_count(self) -> dict[int, dict[str, Entry]]:
+    def by_count(self) -> dict[int, dict[str, Trial]]:
         """For each number of dropped blocks, by criterion, the plan of lowest KL on the search texts.
 
         Only plans that do nothing but drop blocks. Counts that only one criterion reached are left out.
         """
-        found: dict[int, dict[str, Entry]] = {}
-        for entry in sorted(self.finished, key=_kl, reverse=True):
-            if entry.plan.only_drops:
-                for proposal in entry.proposals:
+        found: dict[int, dict[str, Trial]] = {}
+        for trial in sorted(self.finished, key=lambda trial: trial.quality.kl, reverse=True):
+            if trial.plan.only_drops:
+                for proposal in self.proposals(trial):
                     name = proposal.removed.criterion if proposal.removed else proposal.origin
-                    found.setdefault(len(entry.plan.dropped), {})[name] = entry
+                    found.setdefault(len(trial.plan.dropped), {})[name] = trial
         return {count: row for count, row in sorted(found.items()) if len(row) > 1}
 
-    def pick(self, *, number: int | None = None, max_gb: float | None = None) -> Entry:
+    def pick(self, *, number: int | None = None, max_gb: float | None = None) -> Trial:
         """The trial a person means: by its number, or of lowest KL within `max_gb`, or the knee.
 
         Raises:
@@ -250,15 +209,15 @@ class RunView:
                 f"Go on with: {command('resume', self.folder.path)}"
             )
         if number is not None:
-            for entry in finished:
-                if entry.number == number:
-                    return entry
-                if number in entry.repeats:
+            for trial in finished:
+                if trial.number == number:
+                    return trial
+                if number in self.repeats(trial):
                     raise RunError(
-                        f"trial {number} of '{self.name}' has the same plan as trial {entry.number}, which measured "
-                        f"it. Name that one: --trial {entry.number}"
+                        f"trial {number} of '{self.name}' has the same plan as trial {trial.number}, which measured "
+                        f"it. Name that one: --trial {trial.number}"
                     )
-            known = ", ".join(str(entry.number) for entry in finished)
+            known = ", ".join(str(trial.number) for trial in finished)
             raise RunError(
                 f"only a trial that reached the last rung can be picked, got {number}. "
                 f"Those of '{self.name}' that did: {known}."
@@ -267,15 +226,15 @@ class RunView:
             chosen = self.knee
             assert chosen is not None
             return chosen
-        fitting = [entry for entry in finished if entry.cost.memory_bytes <= max_gb * GB]
+        fitting = [trial for trial in finished if trial.cost.memory_bytes <= max_gb * GB]
         if not fitting:
-            least = min(entry.cost.memory_bytes for entry in finished) / GB
+            least = min(trial.cost.memory_bytes for trial in finished) / GB
             raise RunError(
                 f"no finished trial of '{self.name}' fits {max_gb:g} GB: the smallest needs {least:.4f} GB. "
                 "Raise --max-gb, or run a search with a smaller --budget-gb."
             )
         # by the search texts: the report texts stay unseen by every choice
-        return min(fitting, key=_kl)
+        return min(fitting, key=lambda trial: trial.quality.kl)
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,9 +272,9 @@ def author(proposal: Proposal) -> str:
     return f"{name} → {removed.fate.title}" if removed.fate.title else name
 
 
-def by_cost(entry: Entry) -> tuple[int, int, int]:
+def by_cost(trial: Trial) -> tuple[int, int, int]:
     """Sorts by memory, then FLOPs, the largest first."""
-    return -entry.cost.memory_bytes, -entry.cost.flops, entry.number
+    return -trial.cost.memory_bytes, -trial.cost.flops, trial.number
 
 
 def flops_unit(dense: Cost) -> tuple[str, float]:
@@ -343,11 +302,3 @@ def has_errors(*qualities: Quality | None) -> bool:
     told = [quality for quality in qualities if quality is not None]
     errors = [*(quality.kl_se for quality in told), *(kind.kl_se for one in told for kind in one.shown_kinds)]
     return all(map(isfinite, errors))
-
-
-def _kl(entry: Entry) -> float:
-    return entry.quality.kl
-
-
-def _final_kl(entry: Entry) -> float:
-    return entry.final.kl

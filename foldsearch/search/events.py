@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from foldsearch.plan.result import TrialResult
-from foldsearch.proposal import Proposal
+from foldsearch.record import Trial
 from foldsearch.run import Run
 
 
@@ -41,11 +40,9 @@ class SearchStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class TrialStarted(Event):
-    """A trial begins, or goes on after an interruption (`resumed`)."""
+    """A trial begins, or goes on after an interruption: then it may have results."""
 
-    number: int
-    proposal: Proposal
-    resumed: bool
+    trial: Trial
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,52 +56,17 @@ class TrialProgress(Event):
 
 @dataclass(frozen=True, slots=True)
 class RungDone(Event):
-    """A result of a rung; TrialStopped, TrialFinished or TrialFailed follows if it was the trial's last."""
+    """A trial reached a rung; TrialEnded follows if it was its last."""
 
-    number: int
-    result: TrialResult
-
-
-@dataclass(frozen=True, slots=True)
-class TrialStopped(Event):
-    """Halving stopped a trial."""
-
-    number: int
-    result: TrialResult
-    reason: str
+    trial: Trial
 
 
 @dataclass(frozen=True, slots=True)
-class TrialCut(Event):
-    """The time of the run was up; a run that goes on begins with this trial. reason: in words."""
+class TrialEnded(Event):
+    """A trial ended in this process: its state and reason say how. on_front: whether nothing dominates it so far."""
 
-    number: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class TrialFinished(Event):
-    """A trial reached the last rung. on_front: whether nothing dominates it so far."""
-
-    number: int
-    result: TrialResult
-    on_front: bool
-
-
-@dataclass(frozen=True, slots=True)
-class TrialRepeated(Event):
-    """A trial came to a plan that another one (`other`) measures or has measured with other recovery settings."""
-
-    number: int
-    other: int
-
-
-@dataclass(frozen=True, slots=True)
-class TrialFailed(Event):
-    """A trial crashed, diverged, or turned out above the budget."""
-
-    number: int
-    reason: str
+    trial: Trial
+    on_front: bool = False
 
 
 @dataclass(frozen=True, slots=True)

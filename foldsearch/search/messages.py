@@ -6,14 +6,14 @@ import json
 from dataclasses import dataclass
 
 from foldsearch.codec import from_json, to_json
-from foldsearch.plan.result import TrialResult
+from foldsearch.record import Trial
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The result of a rung. again: it was in the trial's folder already, so the study may know it or not."""
+    """The trial after a rung, or at its end. again: as its folder had it already, so the study may know it or not."""
 
-    result: TrialResult
+    trial: Trial
     again: bool = False
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from foldsearch.bound import lower_bound
 from foldsearch.plan.cost import Cost
 from foldsearch.proposal import Proposal
+from foldsearch.record import Trial
 from foldsearch.run import Run
 from foldsearch.search.dry_run import GATE_STEP_TOKENS, HEALING
-from foldsearch.search.records import Record
 from foldsearch.spec.study import Study
 
 TRAINING = 3.0  # a token of training costs about three forward passes
@@ -52,24 +52,25 @@ class Pace:
     _rungs: dict[int, _Observed] = field(default_factory=dict)
     _gates: list[float] = field(default_factory=list)
 
-    def look_at(self, records: list[Record]) -> None:
+    def look_at(self, trials: list[Trial]) -> None:
         """Learn from the results so far."""
         self._rungs, self._gates = {}, []
         study = self.run.study
-        for record in records:
+        for trial in trials:
             before = 0.0
-            for result in record.results:
+            for rung, result in enumerate(trial.results):
                 took, before = result.seconds - before, result.seconds
-                if result.state != "measured" or result.quality is None:
+                if result.known_from is not None:
                     continue
-                if result.rung == 0 and result.gates is not None and not result.gates["from_cache"]:
-                    self._gates.append(result.gates["seconds"])
-                    took = max(0.0, took - result.gates["seconds"])
-                share = self._share(result.cost)
-                observed = self._rungs.setdefault(result.rung, _Observed())
+                gates = trial.draft.gates if trial.draft is not None else None
+                if rung == 0 and gates is not None and not gates["from_cache"]:
+                    self._gates.append(gates["seconds"])
+                    took = max(0.0, took - gates["seconds"])
+                share = self._share(trial.cost)
+                observed = self._rungs.setdefault(rung, _Observed())
                 observed.seconds += took
                 observed.shares += share
-                observed.work += share * rung_work(study, result.rung)
+                observed.work += share * rung_work(study, rung)
 
     def rung(self, number: int, cost: Cost) -> float:
         """Seconds from the rung before to the end of this one, of a plan of this cost."""

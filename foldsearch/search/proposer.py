@@ -28,9 +28,10 @@ from foldsearch.machine import MACS_PER_SECOND, num_cpus
 from foldsearch.paths import command
 from foldsearch.plan.front import contributions, knee, normalise
 from foldsearch.proposal import Proposal
+from foldsearch.record import Trial, front, point
 from foldsearch.search.outcome import ALIKE_FAILURES, failing_alike
 from foldsearch.search.pace import Pace
-from foldsearch.search.records import Record, Records, front, point
+from foldsearch.search.records import Records
 from foldsearch.search.screened import Promoted, compared_criteria
 from foldsearch.spec.propose import baseline, baseline_count, baseline_fits, first_trials, is_baseline
 
@@ -66,7 +67,7 @@ class Line:
         self.study = run.study
         self._before = records.elapsed
         self._began = time.monotonic() - spent
-        self._failed_before = {record.number for record in records.all() if record.state == "failed"}
+        self._failed_before = {trial.number for trial in records.all() if trial.state == "failed"}
         self.is_over = False  # a trial was cut: its next step would have ended after the time is up
         self._since: dict[int, float] = {}  # trials that run: when they began, or ended their latest rung
         job_macs = MACS_PER_SECOND * max(1.0, num_cpus() / self.study.jobs)
@@ -118,7 +119,7 @@ class Line:
         known = self.records.all()
         if self.is_over or self.left <= 0 or self._failing():
             return None
-        first = not any(record.state == "finished" for record in known)
+        first = not any(trial.state == "finished" for trial in known)
         if self.records.anyone_waits:
             return self.records.ask() if first or self._typical() <= self.left else None
         if self._may_begin(known, first=first):
@@ -132,16 +133,16 @@ class Line:
             self.records.queue(criterion, count, closing=True)
         return self.records.ask() if missing else None
 
-    def _closing(self, known: list[Record]) -> list[tuple[str, int]]:
+    def _closing(self, known: list[Trial]) -> list[tuple[str, int]]:
         most = CLOSING_ROUNDS * CLOSING_COUNTS * len(self.records.space.criteria)
         # Those that were compared before anything was trained are not compared again.
         done = compared_criteria(self.records.space) if self.records.num_promoted else frozenset()
         missing = [one for one in missing_baselines(self.records) if one[0] not in done]
-        return missing[: max(0, most - sum(record.closing for record in known))]
+        return missing[: max(0, most - sum(trial.closing for trial in known))]
 
-    def _may_begin(self, known: list[Record], *, first: bool) -> bool:
+    def _may_begin(self, known: list[Trial], *, first: bool) -> bool:
         if self.study.trials is not None:
-            begun = sum(record.is_trial and not record.closing for record in known)
+            begun = sum(trial.is_trial and not trial.closing for trial in known)
             if begun >= self.study.trials:
                 return False
         if self.study.seconds is None or first:
@@ -157,8 +158,8 @@ class Line:
         """Trials this run will have, as far as is known now; None where only seconds (or nothing) end it."""
         if self.study.trials is None:
             return None
-        known = [record for record in self.records.all() if record.is_trial]
-        closing = sum(record.closing for record in known)
+        known = [trial for trial in self.records.all() if trial.is_trial]
+        closing = sum(trial.closing for trial in known)
         return closing + max(self.study.trials, len(known) - closing)  # queued baselines are run in any case
 
     def remaining(self) -> float | None:
@@ -168,8 +169,8 @@ class Line:
             return None if self.study.seconds is None else max(0.0, self.left)
         known = self.records.all()
         under_way = self._under_way()
-        running = sum(record.state == "running" for record in known)
-        to_begin = max(0, planned - running - sum(record.is_trial and record.ended for record in known))
+        running = sum(trial.state == "running" for trial in known)
+        to_begin = max(0, planned - running - sum(trial.is_trial and trial.ended for trial in known))
         expected = (under_way + to_begin * self._typical()) / self.study.jobs
         return max(0.0, min(max(expected, under_way / max(1, running)), self.left))
 
@@ -190,10 +191,10 @@ class Line:
     def _under_way(self) -> float:
         """Seconds that the running trials have before them."""
         total = 0.0
-        for record in self.records.all():
-            if record.state == "running" and record.proposal is not None:
-                whole = self.pace.whole(record.proposal, first_rung=len(record.results))
-                since = time.monotonic() - self._since.get(record.number, time.monotonic())
+        for trial in self.records.all():
+            if trial.state == "running" and trial.proposal is not None:
+                whole = self.pace.whole(trial.proposal, first_rung=len(trial.results))
+                since = time.monotonic() - self._since.get(trial.number, time.monotonic())
                 total += max(whole - since, 0.1 * whole)  # longer than expected: something is still to come
         return total
 
@@ -232,9 +233,9 @@ class Line:
             return ""
         known = self.records.all()
         words = []
-        if cut := [str(record.number) for record in known if record.cut]:
+        if cut := [str(trial.number) for trial in known if trial.state == "cut"]:
             words.append(f"trial {', '.join(cut)} did not end")
-        if waiting := sum(record.state == "waiting" for record in known):
+        if waiting := sum(trial.state == "waiting" for trial in known):
             words.append(f"{waiting} of those to begin with did not begin")
         elif left_out := self._closing(known):
             shown = ", ".join(f"{name.replace('_', ' ')} at {count} blocks" for name, count in left_out)
@@ -260,10 +261,10 @@ def missing_baselines(records: Records) -> list[tuple[str, int]]:
     known = records.all()
     done = {
         (removed.criterion, removed.count)
-        for record in known
-        if record.proposal is not None and (removed := record.removed) is not None
-        if is_baseline(record.proposal, records.space, records.run.num_blocks)
-        if record.state in ("finished", "failed") or record.exempt
+        for trial in known
+        if trial.proposal is not None and (removed := trial.removed) is not None
+        if is_baseline(trial.proposal, records.space, records.run.num_blocks)
+        if trial.state in ("finished", "failed") or trial.exempt
     }
     return [
         (criterion, count)
@@ -273,11 +274,11 @@ def missing_baselines(records: Records) -> list[tuple[str, int]]:
     ]
 
 
-def _promising(records: Records, known: list[Record]) -> list[int]:
-    ends = [record.last for record in front(known, records.objectives) if record.last is not None]
+def _promising(records: Records, known: list[Trial]) -> list[int]:
+    ends = front(known, records.objectives)
     if not ends:
         return []
-    points = [point(last, records.objectives) for last in ends]
+    points = [point(trial, records.objectives) for trial in ends]
     added = contributions(normalise(points), [1.1] * len(points[0]))
     order = (knee(points), *sorted(range(len(points)), key=lambda i: -added[i]))
     space, run = records.space, records.run
@@ -313,7 +314,6 @@ class Proposer(Searcher):
         if asked is None:
             return None if self._running else str(Searcher.FINISHED)
         number, proposal = asked
-        self._line.records.note_tune_id(number, trial_id)
         self._running.add(trial_id)
         return {"number": number, "proposal": proposal.to_json()}
 

@@ -1,14 +1,16 @@
 """The book of record: one Optuna study in the run folder's SQLite file.
 
-Every trial is a row, whatever became of it:
+Every trial is a row. Its user attribute `trial` is the whole value (`foldsearch.record.Trial`); rows that were put in
+line also have `origin` and `given`, which say what they are to propose. Samplers and the dashboard read what Optuna was
+told:
 
-    COMPLETE   reached the last rung                        objectives: KL, memory in GB, FLOPs per token
-    PRUNED     stopped at a rung (user attribute `stopped_at_rung`), or infeasible (its constraints say by how much)
-    FAIL       crashed, diverged, or no finite numbers: user attribute `reason`; or a repeat: another trial measures
-               its plan (`repeats`), and its figures belong to that one's parameters
-    RUNNING    being run, or interrupted, also by the time limit (`cut` says where): run_search goes on with it first
+    COMPLETE   finished                         objectives: KL, memory in GB, FLOPs per token
+    PRUNED     stopped at a rung, or infeasible (its constraints say by how much)
+    FAIL       crashed, diverged, or no finite numbers; or a repeat: another trial measures its plan, and its figures
+               belong to that one's parameters
+    RUNNING    being run, interrupted or cut: run_search goes on with it first
 
-User attributes: `proposal`, `closing`, `plan`, `tune_id`, `repeats`, and `rung 0`, `rung 1`, ... (TrialResults).
+Optuna lets nobody change a row that has ended, so the value is written before the row is told.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ import random
 import sqlite3
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import optuna
 import sqlalchemy
@@ -31,12 +33,12 @@ from foldsearch.errors import BudgetError, RunError, quote_error
 from foldsearch.fates import Option
 from foldsearch.paths import printable
 from foldsearch.plan.cost import GB, Cost, price
-from foldsearch.plan.front import non_dominated
 from foldsearch.plan.neighbour import neighbour
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.result import TrialResult, rounded
+from foldsearch.plan.result import rounded
 from foldsearch.plan.strip import strip
-from foldsearch.proposal import Fold, Given, Origin, Proposal, Removed, fold_plan
+from foldsearch.proposal import Fold, Given, Origin, Proposal, fold_plan
+from foldsearch.record import State, Trial, front, point
 from foldsearch.run import Run
 from foldsearch.spec.fit import can_run, narrow, repair
 from foldsearch.spec.propose import Plain, plain_answers, propose, propose_recovery
@@ -53,83 +55,16 @@ _WAIT_SECONDS = 60  # for another writer of the same file
 _REJECTS = 100
 _REDRAWS = 8  # suggestions in a row that would repeat a plan, before a neighbour is taken instead
 
-RecordState = Literal["waiting", "running", "finished", "stopped", "infeasible", "failed", "repeat"]
+_TOLD: dict[State, TrialState] = {
+    "finished": TrialState.COMPLETE,
+    "stopped": TrialState.PRUNED,
+    "infeasible": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+    "repeat": TrialState.FAIL,
+}
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One trial as the study knows it.
-
-    state: "repeat": another trial measures its plan, with other recovery settings or at this moment.
-    proposal: None until it is asked for. results: of its rungs so far, in order. reason: of a failure or a stop.
-    cut: whether the time limit stopped it, so that a run that goes on begins with it.
-    closing: whether it was added when the search had spent its trials (see `foldsearch.search.proposer`).
-    """
-
-    number: int
-    state: RecordState
-    proposal: Proposal | None
-    results: tuple[TrialResult, ...]
-    reason: str = ""
-    closing: bool = False
-    cut: bool = False
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing more will happen to it."""
-        return self.state not in ("waiting", "running")
-
-    @property
-    def is_trial(self) -> bool:
-        """Whether it counts as a trial: not those that were rejected, or known to be a repeat, before anything ran."""
-        return self.state not in ("infeasible", "repeat") or bool(self.results)
-
-    @property
-    def removed(self) -> Removed | None:
-        """The blocks that its criterion was to choose, if it has one."""
-        return None if self.proposal is None else self.proposal.removed
-
-    @property
-    def last(self) -> TrialResult | None:
-        """Its latest result."""
-        return self.results[-1] if self.results else None
-
-    @property
-    def exempt(self) -> bool:
-        """Whether halving lets it through: baselines, so that reports can compare with them, and what was screened."""
-        return self.proposal is not None and self.proposal.origin in ("baseline", "screened")
-
-
-def front(
-    records: Sequence[Record], objectives: Sequence[Objective] = ("kl", "memory", "flops")
-) -> list[Record]:
-    """The trials that no other dominates: feasible ones that reached the last rung, each plan once.
-
-    A plan was measured twice where the training of the first diverged or was stopped, or where adapters start in two
-    ways: the best of its results counts.
-    """
-    best: dict[FoldPlan, tuple[float, Record]] = {}
-    for record in records:
-        result = record.last
-        if record.state != "finished" or result is None or result.state != "measured":
-            continue
-        assert result.quality is not None, "a finished trial was measured"
-        kl, plan = result.quality.kl, result.plan
-        if plan not in best or kl < best[plan][0]:
-            best[plan] = kl, record
-    candidates = [record for _, record in best.values()]
-    points = [point(record.last, objectives) for record in candidates if record.last is not None]
-    return [candidates[i] for i in non_dominated(points)]
-
-
-def point(result: TrialResult, objectives: Sequence[Objective]) -> tuple[float, ...]:
-    """A result's objectives, in the study's order: KL in nats per token, memory in GB, FLOPs per token."""
-    kl, memory_bytes, flops = result.objectives()
-    values = {"kl": kl, "memory": memory_bytes / GB, "flops": flops}
-    return tuple(values[name] for name in objectives)
-
-
-def read_records(run: Run) -> list[Record]:
+def read_trials(run: Run) -> list[Trial]:
     """Every trial of a run so far, by number; safe while the run goes on.
 
     Raises:
@@ -142,7 +77,7 @@ def read_records(run: Run) -> list[Record]:
         study = optuna.load_study(study_name=STUDY_NAME, storage=open_storage(run))
     except KeyError:  # the file is there and the study is not yet: the run was stopped in between
         return []
-    return [_record(trial) for trial in study.get_trials(deepcopy=False)]
+    return [_read(row) for row in study.get_trials(deepcopy=False)]
 
 
 class Records:
@@ -166,32 +101,32 @@ class Records:
             load_if_exists=True,
         )
         # The run's lock makes this process the only writer, so what it knows need not be read again.
-        trials = self.study.get_trials(deepcopy=False)
-        self.study.sampler = _sampler(run.study, len(trials))
-        self._records = [_record(trial) for trial in trials]
-        self._front = front(self._records, self.objectives)
-        self._trials = {
-            trial.number: optuna.Trial(self.study, trial._trial_id)
-            for trial in trials
-            if trial.state == TrialState.RUNNING
+        rows = self.study.get_trials(deepcopy=False)
+        self.study.sampler = _sampler(run.study, len(rows))
+        self._trials = [_read(row) for row in rows]
+        self._front = front(self._trials, self.objectives)
+        self._rows = {
+            row.number: optuna.Trial(self.study, row._trial_id)
+            for row in rows
+            if row.state == TrialState.RUNNING
         }
-        self._interrupted = list(self._trials)
+        self._interrupted = list(self._rows)
         self._elapsed = float(self.study.user_attrs.get("seconds", 0.0))
         self._redraws = 0
-        if not trials:
+        if not rows:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 self.study.set_metric_names([METRIC_NAMES[name] for name in self.objectives])
 
-    def all(self) -> list[Record]:
+    def all(self) -> list[Trial]:
         """Every trial, by number."""
-        return list(self._records)
+        return list(self._trials)
 
-    def get(self, number: int) -> Record:
+    def get(self, number: int) -> Trial:
         """One trial."""
-        return self._records[number]
+        return self._trials[number]
 
-    def front(self) -> list[Record]:
+    def front(self) -> list[Trial]:
         """The front of the trials so far."""
         return list(self._front)
 
@@ -203,15 +138,18 @@ class Records:
         """Put a trial first in line: a baseline of the space, with the best setting of its criterion so far."""
         plain = plain_answers(self.space, criterion, num_removed, self._best_setting(criterion))
         propose(plain, self.space, self.run.num_blocks)
-        self.study.enqueue_trial(plain.answers, user_attrs={"origin": origin, "closing": closing})
-        self._records.append(Record(len(self._records), "waiting", None, (), closing=closing))
+        self._put_in_line(plain, closing=closing, origin=origin)
 
     def queue_plan(self, plan: FoldPlan) -> None:
         """Put a plan that was screened in line, recovery settings in mid-range."""
         plain = Plain({"delta_rank": self.space.recover.middle_rank})
         propose_recovery(plain, self.space)
-        self.study.enqueue_trial(plain.answers, user_attrs={"origin": "screened", "given": to_json(plan)})
-        self._records.append(Record(len(self._records), "waiting", None, ()))
+        self._put_in_line(plain, origin="screened", given=to_json(plan))
+
+    def _put_in_line(self, plain: Plain, *, closing: bool = False, **attributes: Any) -> None:
+        trial = Trial(len(self._trials), "waiting", closing=closing)
+        self.study.enqueue_trial(plain.answers, user_attrs={**attributes, "trial": to_json(trial)})
+        self._trials.append(trial)
 
     @property
     def num_promoted(self) -> int:
@@ -233,10 +171,9 @@ class Records:
     def _best_setting(self, criterion: str) -> float | None:
         """The setting of a criterion that led to the lowest KL; None where none did yet, or it has none."""
         tried = [
-            (record.last.quality.kl, removed.setting)
-            for record in self._records
-            if record.state == "finished" and record.last is not None and record.last.quality is not None
-            if (removed := record.removed) is not None
+            (trial.quality.kl, removed.setting)
+            for trial in self._trials
+            if trial.state == "finished" and (removed := trial.removed) is not None
             if removed.criterion == criterion and removed.setting is not None
         ]
         return min(tried)[1] if tried else None
@@ -244,7 +181,7 @@ class Records:
     @property
     def anyone_waits(self) -> bool:
         """Whether an interrupted or a queued trial is still to be run."""
-        return bool(self._interrupted) or any(record.state == "waiting" for record in self._records)
+        return bool(self._interrupted) or any(trial.state == "waiting" for trial in self._trials)
 
     @property
     def elapsed(self) -> float:
@@ -255,10 +192,6 @@ class Records:
         """Write down how long this run has worked."""
         self._elapsed = seconds
         self.study.set_user_attr("seconds", seconds)
-
-    def note_tune_id(self, number: int, trial_id: str) -> None:
-        """Write down under which name Tune runs a trial."""
-        self._write(number, tune_id=trial_id)
 
     def ask(self) -> tuple[int, Proposal]:
         """The next trial: one that was interrupted, a queued baseline, a neighbour of the front, or a suggestion.
@@ -272,60 +205,56 @@ class Records:
         """
         while self._interrupted:
             number = self._interrupted.pop(0)
-            self._change(number, state="running", reason="", cut=False)
-            self._write(number, cut="")
-            record = self.get(number)
-            if record.results and ended(record.results[-1]):
+            trial = self.get(number)
+            if trial.ended and trial.state != "cut":
                 self.finish(number)  # only the telling was interrupted
-            elif (proposal := record.proposal or self._propose(self._trials[number])) is not None:
+                continue
+            self._change(number, state="running", reason="")
+            if (proposal := trial.proposal or self._propose(number)) is not None:
                 return number, proposal
         for _ in range(_REJECTS):
-            trial = self.study.ask()
-            self._trials[trial.number] = trial
-            if trial.number == len(self._records):
-                self._records.append(Record(trial.number, "running", None, ()))
-            else:  # one that was queued
-                self._change(trial.number, state="running")
-            if (proposal := self._propose(trial)) is not None:
-                return trial.number, proposal
+            row = self.study.ask()
+            self._rows[row.number] = row
+            if row.number == len(self._trials):
+                self._trials.append(Trial(row.number))
+            else:  # one that was put in line
+                self._change(row.number, state="running")
+            if (proposal := self._propose(row.number)) is not None:
+                return row.number, proposal
         raise BudgetError(
             f"{_REJECTS} proposals in a row could not keep the budget {self.run.budget}. "
             "Raise the budget, or widen the space (groups.max_groups, groups.adapter_ranks)."
         )
 
-    def _propose(self, trial: optuna.Trial) -> Proposal | None:
-        run = self.run
-        origin: Origin = trial.user_attrs.get("origin", "sampler")
-        drawn = self._neighbour(trial) if origin == "sampler" else self._given(trial)
+    def _propose(self, number: int) -> Proposal | None:
+        run, row = self.run, self._rows[number]
+        origin: Origin = row.user_attrs.get("origin", "sampler")
+        drawn = self._neighbour(row) if origin == "sampler" else self._given(row)
         if drawn is None:
-            suggested = propose(_Suggest(trial), self.space, run.num_blocks, origin=origin)
+            suggested = propose(_Suggest(row), self.space, run.num_blocks, origin=origin)
             drawn = repair(suggested, self.space, run.table, run.target, run.budget)
             if drawn is None:
-                self._set_proposal(trial.number, suggested)
-                self._reject(trial.number, lower_bound(suggested, run.table, run.target))
+                self._change(number, proposal=suggested)
+                self._reject(number, lower_bound(suggested, run.table, run.target))
                 return None
             other = self.foretell(drawn) if origin == "sampler" else None
             if other is not None and self._redraws <= _REDRAWS:  # one more, where there was no neighbour
                 self._redraws += 1
-                self._set_proposal(trial.number, drawn)
-                self.repeat(trial.number, other)
+                self._change(number, proposal=drawn)
+                self.repeat(number, other)
                 return None
         self._redraws = 0
-        self._set_proposal(trial.number, drawn)
+        self._change(number, proposal=drawn)
         return drawn
 
-    def _given(self, trial: optuna.Trial) -> Proposal | None:
+    def _given(self, row: optuna.Trial) -> Proposal | None:
         """The plan that was put in line, if it was one."""
-        given = trial.user_attrs.get("given")
+        given = row.user_attrs.get("given")
         if given is None:
             return None
         return Proposal(
-            Given(from_json(FoldPlan, given)), propose_recovery(_Suggest(trial), self.space), "screened"
+            Given(from_json(FoldPlan, given)), propose_recovery(_Suggest(row), self.space), "screened"
         )
-
-    def _set_proposal(self, number: int, proposal: Proposal) -> None:
-        self._change(number, proposal=proposal)
-        self._write(number, proposal=proposal.to_json())
 
     def foretell(self, proposal: Proposal) -> int | None:
         """The trial that measures the plan which a proposal will come to, where that can be told before it is drafted.
@@ -333,21 +262,17 @@ class Records:
         Recovery settings aside: no plan is trained twice.
         """
         measured = [
-            record
-            for record in self._records
-            if record.proposal is not None and record.state not in ("failed", "infeasible")
+            trial
+            for trial in self._trials
+            if trial.proposal is not None and trial.state not in ("failed", "infeasible")
         ]
-        for record in measured:
-            if record.proposal is not None and record.proposal.fold == proposal.fold:
-                return record.number
-        plan = self._plan_of(proposal.fold)
-        for record in measured:
-            same_start = (
-                record.proposal is not None
-                and record.proposal.fold.adapter_start == proposal.fold.adapter_start
-            )
-            if plan is not None and record.last is not None and record.last.plan == plan and same_start:
-                return record.number
+        for trial in measured:
+            if trial.fold == proposal.fold:
+                return trial.number
+        plan, start = self._plan_of(proposal.fold), proposal.fold.adapter_start
+        for trial in measured:
+            if trial.results and trial.plan == plan and trial.fold.adapter_start == start:
+                return trial.number
         return None
 
     def _plan_of(self, fold: Fold | Given) -> FoldPlan | None:
@@ -356,17 +281,17 @@ class Records:
             return fold.plan
         if fold.removed is None or fold.attention_removed:
             return None
-        for record in self._records:
-            other, result = record.removed, record.last
-            if other is None or result is None or result.state == "infeasible":
+        for trial in self._trials:
+            other = trial.removed
+            if other is None or trial.draft is None or trial.state == "infeasible":
                 continue
             if other.ranking == fold.removed.ranking:
-                blocks, bases = other.fate.undo(result.plan)
+                blocks, bases = other.fate.undo(trial.plan)
                 if bases or not fold.removed.fate.needs_bases:
                     return fold_plan(blocks, fold, self.run.num_blocks, bases=bases)
         return None
 
-    def _neighbour(self, trial: optuna.Trial) -> Proposal | None:
+    def _neighbour(self, row: optuna.Trial) -> Proposal | None:
         """With the space's probability, a plan near one of the front that fits and was never tried.
 
         In any case after too many suggestions that were repeats. Never under NSGA-II: it crosses only the parameters
@@ -374,162 +299,127 @@ class Records:
         """
         if self.run.study.sampler == "nsga2":
             return None
-        rng = random.Random(f"{self.run.study.seed} {trial.number}")
+        rng = random.Random(f"{self.run.study.seed} {row.number}")
         if rng.random() >= self.space.neighbour_share and self._redraws < _REDRAWS:
             return None
-        records = self._records
         if not (parents := self.front()):
             return None
-        tried = {record.last.plan for record in records if record.last is not None}
-        tried |= {record.proposal.plan for record in records if record.proposal and record.proposal.plan}
+        tried = {trial.plan for trial in self._trials if trial.draft is not None}
+        tried |= {trial.proposal.plan for trial in self._trials if trial.proposal and trial.proposal.plan}
         tried.add(FoldPlan.identity(self.run.num_blocks))
         for _ in range(_NEIGHBOUR_TRIES):
             parent = rng.choice(parents)
-            assert parent.last is not None
-            assert parent.proposal is not None
-            plan = neighbour(parent.last.plan, rng)
+            plan = neighbour(parent.plan, rng)
             if plan is None or plan in tried or not can_run(plan, self.run.table, self.run.target):
                 continue
             if self.run.budget.admits(price(plan, self.run.table, self.run.target)):
-                given = Given(plan, parent.proposal.fold.adapter_start)
-                return Proposal(given, propose_recovery(_Suggest(trial), self.space), "neighbour")
+                given = Given(plan, parent.fold.adapter_start)
+                return Proposal(given, propose_recovery(_Suggest(row), self.space), "neighbour")
         return None
 
     # ---- what became of whom
 
-    def record(self, number: int, result: TrialResult) -> None:
-        """Write down the result of a rung."""
-        earlier = tuple(known for known in self.get(number).results if known.rung < result.rung)
-        if not earlier:
-            self._write(number, plan=str(result.plan))
-        self._write(number, **{f"rung {result.rung}": to_json(result)})
-        self._change(number, results=(*earlier, result))
+    def record(self, trial: Trial) -> None:
+        """Write down a trial as its worker tells it, after a rung or at its end."""
+        self._keep(replace(trial, closing=self.get(trial.number).closing))
 
-    def finish(self, number: int) -> RecordState:
-        """Tell the study how a trial ended, by its last result.
+    def finish(self, number: int) -> State:
+        """Tell the study how a trial ended, by what was recorded of it.
 
         COMPLETE only with finite objectives at the last rung (Optuna would take an infinity for a value).
         """
-        result = self.get(number).last
-        if result is None:
-            return self.fail(number, "it gave no result")
-        if result.state == "infeasible":
+        trial = self.get(number)
+        if trial.state == "infeasible" and trial.draft is not None:
             self._queue_one_more(number)
-            self._reject(number, result.cost)
+            self._reject(number, trial.cost)
             return "infeasible"
-        if result.state in ("diverged", "failed"):
-            return self.fail(number, f"{result.state}: {result.reason}" if result.reason else result.state)
-        if result.quality is None or not all(map(math.isfinite, point(result, self.objectives))):
+        if trial.state != "finished":
+            self._end(number, trial.state, trial.reason)
+            return trial.state
+        values = point(trial, self.objectives)
+        if not all(map(math.isfinite, values)):
             return self.fail(number, "diverged: its objectives are not finite numbers")
-        self._price(number, result.cost)
-        self._note(number, result)
-        if not result.is_last_rung:
-            return self.fail(number, f"it ended after rung {result.rung}, before the last one")
-        if result.known_from is not None and self._trained_otherwise(number, result.known_from):
-            return self.repeat(number, result.known_from)
-        self._end(number, "finished", TrialState.COMPLETE, values=point(result, self.objectives))
+        self._price(number, trial.cost)
+        self._note(trial)
+        if trial.known_from is not None and self._trained_otherwise(trial, trial.known_from):
+            return self.repeat(number, trial.known_from)
+        self._end(number, "finished", trial.reason, values)
         return "finished"
 
     def stop(self, number: int, reason: str) -> None:
         """Tell the study that halving stopped a trial: PRUNED, and never on a front."""
-        result = self.get(number).last
-        assert result is not None
-        self._price(number, result.cost)
-        self._note(number, result)
-        self._write(number, stopped_at_rung=result.rung)
-        self._end(number, "stopped", TrialState.PRUNED, reason)
+        trial = self.get(number)
+        self._price(number, trial.cost)
+        self._note(trial)
+        self._end(number, "stopped", reason)
 
-    def repeat(self, number: int, other: int, reason: str = "") -> RecordState:
+    def repeat(self, number: int, other: int, reason: str = "") -> State:
         """Tell the study that another trial measures, or has measured, the plan of this one.
 
         FAIL: the figures are of the other one's recovery settings. A sampler that was told them beside the parameters
         of this trial would learn what is not so, and PRUNED would be bad news where there is none.
         """
-        self._write(number, repeats=other)
-        self._end(number, "repeat", TrialState.FAIL, reason or f"the plan of trial {other}")
+        self._end(number, "repeat", reason or f"the plan of trial {other}")
         return "repeat"
 
-    def _trained_otherwise(self, number: int, other: int) -> bool:
-        """Whether a plan was trained by `other`, in another way than trial `number` asks for."""
-        result, mine, theirs = self.get(number).last, self.get(number).proposal, self.get(other).proposal
-        assert result is not None
-        return (
-            bool(result.recovery_tokens)
-            and mine is not None
-            and theirs is not None
-            and (mine.recovery != theirs.recovery)
-        )
+    def _trained_otherwise(self, trial: Trial, other: int) -> bool:
+        """Whether a plan was trained by `other`, in another way than `trial` asks for."""
+        return bool(trial.last.recovery_tokens) and trial.recovery != self.get(other).recovery
 
     def _queue_one_more(self, number: int) -> None:
         """A baseline must not be lost: blocks differ in price, and those that its criterion chose may be a hair too
         cheap for the budget that their count was chosen for. Then it is tried with one block more.
         """
-        record = self.get(number)
-        proposal, removed = record.proposal, record.removed
-        if proposal is None or proposal.origin not in ("baseline", "start") or record.closing:
+        trial = self.get(number)
+        proposal, removed = trial.proposal, trial.removed
+        if proposal is None or proposal.origin not in ("baseline", "start") or trial.closing:
             return
         if removed is not None and removed.count < self.space.counts(self.run.num_blocks)[1]:
             self.queue(removed.criterion, removed.count + 1, origin=proposal.origin)
 
     def cut(self, number: int, reason: str) -> None:
         """Write down that the time limit ended a trial; a run that goes on begins with it. It is on no front."""
-        self._write(number, cut=reason)
-        self._change(number, state="stopped", reason=reason, cut=True)
+        self._change(number, state="cut", reason=reason)
 
-    def fail(self, number: int, reason: str) -> RecordState:
+    def fail(self, number: int, reason: str) -> State:
         """Tell the study that a trial failed: a row with its reason."""
-        self._end(number, "failed", TrialState.FAIL, reason)
+        self._end(number, "failed", reason)
         return "failed"
 
     def _reject(self, number: int, cost: Cost) -> None:
         """PRUNED with constraints: a sampler learns from it where feasible plans end (from FAIL it would not)."""
         self._price(number, cost)
-        words = ", ".join(f"{name} {above:+.1%}" for name, above in self.run.budget.violations(cost).items())
-        self._end(number, "infeasible", TrialState.PRUNED, f"above the budget: {words}")
+        self._end(number, "infeasible", self.run.budget.excess(cost))
 
     # ---- writing
 
-    def _end(
-        self,
-        number: int,
-        state: RecordState,
-        told: TrialState,
-        reason: str = "",
-        values: Sequence[float] | None = None,
-    ) -> None:
-        if reason:
-            self._write(number, reason=reason)
-        self.study.tell(number, values, state=told)
+    def _end(self, number: int, state: State, reason: str, values: Sequence[float] | None = None) -> None:
         self._change(number, state=state, reason=reason)
-
-    def _change(self, number: int, **changes: Any) -> None:
-        record = self._records[number] = replace(self._records[number], **changes)
-        if changes.get("state") == "finished":
+        self.study.tell(number, values, state=_TOLD[state])
+        if state == "finished":
             # What the front dominates stays dominated, so that only the front has to be looked at again.
-            nearest = sorted([*self._front, record], key=lambda known: known.number)
+            nearest = sorted([*self._front, self.get(number)], key=lambda known: known.number)
             self._front = front(nearest, self.objectives)
 
-    def _write(self, number: int, **attributes: Any) -> None:
-        for name, value in attributes.items():
-            self._trials[number].set_user_attr(name, value)
+    def _change(self, number: int, **changes: Any) -> None:
+        self._keep(replace(self.get(number), **changes))
+
+    def _keep(self, trial: Trial) -> None:
+        self._trials[trial.number] = trial
+        self._rows[trial.number].set_user_attr("trial", to_json(trial))
 
     def _price(self, number: int, cost: Cost) -> None:
         violations = self.run.budget.violations(cost)
-        trial = self._trials[number]
+        row = self._rows[number]
         for name, above in violations.items():
-            trial.set_constraint(name, above)
+            row.set_constraint(name, above)
         # optuna-dashboard reads the key that Optuna used before version 5.
-        self.study._storage.set_trial_system_attr(trial._trial_id, "constraints", list(violations.values()))
+        self.study._storage.set_trial_system_attr(row._trial_id, "constraints", list(violations.values()))
 
-    def _note(self, number: int, result: TrialResult) -> None:
+    def _note(self, trial: Trial) -> None:
         from optuna_dashboard import save_note
 
-        save_note(self._trials[number], note(result))
-
-
-def ended(result: TrialResult) -> bool:
-    """Whether no further rung follows, whatever halving says."""
-    return result.is_last_rung or result.state in ("infeasible", "diverged", "failed")
+        save_note(self._rows[trial.number], note(trial))
 
 
 def _error(value: float, form: str) -> str:
@@ -537,9 +427,9 @@ def _error(value: float, form: str) -> str:
     return f" ± {value:{form}}" if math.isfinite(value) else ""
 
 
-def note(result: TrialResult) -> str:
+def note(trial: Trial) -> str:
     """What the dashboard shows beside a trial: the plan, its strip, every cost term, quality (Markdown)."""
-    cost = result.cost
+    cost, quality, last = trial.cost, trial.quality, trial.last
     rows = [
         ("weights", f"{cost.weight_bytes / GB:.4f} GB"),
         ("adapters", f"{cost.adapter_bytes / GB:.4f} GB"),
@@ -548,48 +438,28 @@ def note(result: TrialResult) -> str:
         ("**memory**", f"**{cost.memory_bytes / GB:.4f} GB**"),
         ("prefill", f"{2 * cost.prefill_macs:.4g} FLOPs per token"),
         ("decode", f"{cost.flops:.4g} FLOPs per token"),
-        ("rung", f"{result.rung}, after {result.recovery_tokens} recovery tokens"),
+        ("rung", f"{len(trial.results) - 1}, after {last.recovery_tokens} recovery tokens"),
+        ("KL to dense", f"{rounded(quality.kl, '.4f')}{_error(quality.kl_se, '.4f')} nats per token"),
+        (
+            "perplexity",
+            f"{quality.perplexity:.2f}{_error(quality.perplexity_se, '.2f')} "
+            f"(dense {quality.dense_perplexity:.2f})",
+        ),
+        ("agreement", f"{quality.agreement:.1%}"),
     ]
-    if result.setback_words:
-        rows.append(("recovery", result.setback_words))
-    if quality := result.quality:
-        rows += [
-            ("KL to dense", f"{rounded(quality.kl, '.4f')}{_error(quality.kl_se, '.4f')} nats per token"),
-            (
-                "perplexity",
-                f"{quality.perplexity:.2f}{_error(quality.perplexity_se, '.2f')} "
-                f"(dense {quality.dense_perplexity:.2f})",
-            ),
-            ("agreement", f"{quality.agreement:.1%}"),
-        ]
-    for words, measured in (("search", result.quality), ("report", result.report)):
+    if trial.setback_words:
+        rows.append(("recovery", trial.setback_words))
+    for words, measured in (("search", quality), ("report", last.report)):
         for kind in measured.shown_kinds if measured else ():
             kl = f"{rounded(kind.kl, '.4f')}{_error(kind.kl_se, '.4f')} nats per token"
             rows.append((f"KL to dense, {words} texts, {kind.title}", kl))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return f"`{result.plan}`\n\n`{strip(result.plan)}`\n\n| | |\n|---|---|\n{table}\n"
+    return f"`{trial.plan}`\n\n`{strip(trial.plan)}`\n\n| | |\n|---|---|\n{table}\n"
 
 
-def _record(trial: FrozenTrial) -> Record:
-    attributes = trial.user_attrs
-    rungs = sorted((name for name in attributes if name.startswith("rung ")), key=lambda name: int(name[5:]))
-    states: dict[TrialState, RecordState] = {
-        TrialState.WAITING: "waiting",
-        TrialState.RUNNING: "running",
-        TrialState.COMPLETE: "finished",
-        TrialState.FAIL: "repeat" if "repeats" in attributes else "failed",
-        TrialState.PRUNED: "stopped" if "stopped_at_rung" in attributes else "infeasible",
-    }
-    state, cut = states[trial.state], attributes.get("cut", "") if trial.state == TrialState.RUNNING else ""
-    return Record(
-        trial.number,
-        "stopped" if cut else state,
-        Proposal.from_json(attributes["proposal"]) if "proposal" in attributes else None,
-        tuple(from_json(TrialResult, attributes[name]) for name in rungs),
-        cut or attributes.get("reason", ""),
-        attributes.get("closing", False),
-        bool(cut),
-    )
+def _read(row: FrozenTrial) -> Trial:
+    value = row.user_attrs.get("trial")  # absent where the run was stopped before the trial was proposed
+    return Trial(row.number) if value is None else from_json(Trial, value)
 
 
 def open_storage(run: Run) -> optuna.storages.RDBStorage:

@@ -24,7 +24,7 @@ from foldsearch.files import disk_is_full
 from foldsearch.machine import gpu_share, num_cpus, num_gpus
 from foldsearch.paths import command, printable
 from foldsearch.plan.cost import GB
-from foldsearch.plan.result import TrialResult
+from foldsearch.record import Trial, point
 from foldsearch.run import Run
 from foldsearch.search.dry_run import dense_fits, lacks_memory
 from foldsearch.search.events import (
@@ -37,21 +37,17 @@ from foldsearch.search.events import (
     SearchDone,
     SearchInterrupted,
     SearchStarted,
-    TrialCut,
-    TrialFailed,
-    TrialFinished,
+    TrialEnded,
     TrialProgress,
-    TrialRepeated,
     TrialRetried,
     TrialStarted,
-    TrialStopped,
     ignore,
 )
 from foldsearch.search.halving import Halving, decide
 from foldsearch.search.messages import DiskIsFull, EndedEarly, Failed, Measured, Message, TimeIsUp, decode
 from foldsearch.search.own_ray import check_machine, own_ray
 from foldsearch.search.proposer import Line, Proposer
-from foldsearch.search.records import Record, Records, ended, point, read_records
+from foldsearch.search.records import Records, read_trials
 from foldsearch.search.screened import Promoted, is_screened, write_screened
 from foldsearch.search.worker import PROGRESS_SECONDS, TrialRunner, load_function
 from foldsearch.signals import check_stopped, stops_raise, uninterrupted
@@ -175,7 +171,7 @@ def _resumable(run: Run, on_event: OnEvent) -> Iterator[None]:
             yield
     except KeyboardInterrupt:
         with uninterrupted():
-            running = sum(record.state == "running" for record in read_records(run))
+            running = sum(trial.state == "running" for trial in read_trials(run))
             with suppress(OSError):  # whoever is told may be gone, as a terminal is after SIGHUP
                 on_event(SearchInterrupted(run, running, command("resume", run.path)))
         raise
@@ -255,7 +251,7 @@ class Search:
     def run_trials(self, context: Any, trial: str) -> None:
         """Run trials until the line is empty."""
         known = self.records.all()
-        ended_before = sum(record.ended for record in known)
+        ended_before = sum(trial.ended for trial in known)
         self._tell(SearchStarted(self.run, ended_before, self.line.planned()))
         study = self.run.study
         cpus = max(num_cpus(), study.jobs)
@@ -293,20 +289,20 @@ class Search:
         self.records.note_elapsed(self.line.elapsed())
         self._trim_cache(context.cache_dir)
         known = self.records.all()
-        states = [record.state for record in known]
+        states = [trial.state for trial in known]
         self._tell(
             SearchDone(
                 self.run,
                 num_finished=states.count("finished"),
-                num_stopped=sum(record.state == "stopped" and not record.cut for record in known),
-                num_cut=sum(record.cut for record in known),
-                num_repeated=sum(record.state == "repeat" and record.is_trial for record in known),
+                num_stopped=states.count("stopped"),
+                num_cut=states.count("cut"),
+                num_repeated=sum(trial.state == "repeat" and trial.is_trial for trial in known),
                 num_failed=states.count("failed"),
                 elapsed_seconds=self.line.elapsed(),
-                front=tuple(record.number for record in self.records.front()),
+                front=tuple(trial.number for trial in self.records.front()),
                 words=self.line.end_words(),
                 num_screened=self.records.num_screened,
-                num_trained=sum(_has_trained(record) for record in known),
+                num_trained=sum(trial.has_trained for trial in known),
             )
         )
 
@@ -326,12 +322,12 @@ class Search:
 
     def _judge(self, number: int, message: Message) -> bool:
         match message:
-            case Measured(result, again):
-                return self._take(number, result, again=again)
+            case Measured(told, again):
+                return self._take(told, again=again)
             case TimeIsUp(reason):
                 self.line.is_over = True
                 self.records.cut(number, reason)
-                self._ended(TrialCut(number, reason))
+                self._ended(number)
             case DiskIsFull(reason):
                 raise RunError(
                     f"trial {number} could not be written: {reason}\nFree some space; nothing that was finished is "
@@ -343,61 +339,44 @@ class Search:
                 self.lost(number, reason)
         return True
 
-    def _take(self, number: int, result: TrialResult, *, again: bool) -> bool:
-        """Record the result of a rung; whether the trial ends with it."""
-        known_rungs = {known.rung for known in self.records.get(number).results}
-        if again and result.rung in known_rungs and not ended(result):
+    def _take(self, told: Trial, *, again: bool) -> bool:
+        """Record what a worker tells of a trial; whether the trial ends with it."""
+        number, known = told.number, self.records.get(told.number)
+        if again and len(told.results) <= len(known.results) and not told.ended:
             return False  # it went on from here before it was interrupted
-        self.records.record(number, result)
+        self.records.record(told)
         self.line.began(number)
-        self._tell(RungDone(number, result))
-        if ended(result):
-            self._finish(number, result)
+        self._tell(RungDone(told))
+        if told.ended:
+            state = self.records.finish(number)
+            front = {trial.number for trial in self.records.front()}
+            self._ended(number, on_front=state == "finished" and number in front)
             return True
-        return self._is_halved(number, result)
+        return self._is_halved(told)
 
     def _end_early(self, number: int, reason: str) -> None:
         """Record a trial that ended between two rungs: as a repeat, where another trial measures its plan just now."""
-        last = self.records.get(number).last
-        if last is None or last.state != "known":
+        other = self.records.get(number).known_from
+        if other is None:
             self.lost(number, reason)
             return
-        assert last.known_from is not None
-        words = f"trial {last.known_from} measures the same plan at this moment"
-        self.records.repeat(number, last.known_from, words)
-        self._ended(TrialRepeated(number, last.known_from))
+        self.records.repeat(number, other, f"trial {other} measures the same plan at this moment")
+        self._ended(number)
 
-    def _finish(self, number: int, result: TrialResult) -> None:
-        """A trial gave its last result."""
-        state = self.records.finish(number)
-        if state == "finished":
-            on_front = number in {record.number for record in self.records.front()}
-            self._ended(TrialFinished(number, result, on_front))
-        elif state == "repeat":
-            assert result.known_from is not None
-            self._ended(TrialRepeated(number, result.known_from))
-        else:
-            self._ended(TrialFailed(number, self.records.get(number).reason))
-
-    def _is_halved(self, number: int, result: TrialResult) -> bool:
+    def _is_halved(self, trial: Trial) -> bool:
         """Whether a trial is stopped at this rung, beside what others reached there; if so, it is told."""
-        settings = self.run.study.halving
+        if trial.exempt:
+            return False
+        settings, rung = self.run.study.halving, len(trial.results) - 1
         # Halving wants quality first, in whichever order the study names its objectives.
         objectives = sorted(self.records.objectives, key=OBJECTIVES.index)
-        known = self.records.all()
-        if known[number].exempt or result.quality is None:
-            return False
         others = {
-            other.plan: point(other, objectives)
-            for record in known
-            for other in record.results
-            if record.number != number
-            and other.rung == result.rung
-            and other.quality
-            and other.plan != result.plan  # a plan does not compete with itself
+            other.plan: point(other, objectives, rung)
+            for other in self.records.all()
+            if len(other.results) > rung and other.plan != trial.plan  # a plan does not compete with itself
         }
         decision = decide(
-            point(result, objectives),
+            point(trial, objectives),
             list(others.values()),
             keep=settings.keep,
             at_least=settings.at_least,
@@ -405,18 +384,16 @@ class Search:
         )
         if not decision.goes_on:
             # Healed matrices are large, and nobody exports a trial that was stopped. Who goes on with it heals again.
-            self.run.trial(number).start.unlink(missing_ok=True)
-            self.records.stop(number, decision.reason)
-            self._ended(TrialStopped(number, result, decision.reason))
+            self.run.trial(trial.number).start.unlink(missing_ok=True)
+            self.records.stop(trial.number, decision.reason)
+            self._ended(trial.number)
         return not decision.goes_on
 
     def started(self, number: int) -> None:
         """A worker has the trial."""
-        record = self.records.get(number)
-        assert record.proposal is not None
         self.run.trial(number).progress.unlink(missing_ok=True)  # of an earlier process
         self.line.began(number)
-        self._tell(TrialStarted(number, record.proposal, resumed=bool(record.results)))
+        self._tell(TrialStarted(self.records.get(number)))
 
     def retried(self, number: int, reason: str) -> None:
         """The worker died, another one takes over."""
@@ -425,7 +402,7 @@ class Search:
     def lost(self, number: int, reason: str) -> None:
         """A trial gave no result: it raised an error, or workers died too often over it."""
         self.records.fail(number, reason)
-        self._ended(TrialFailed(number, reason))
+        self._ended(number)
 
     def progress(self, number: int) -> None:
         """Pass on what the worker wrote about where it is."""
@@ -435,14 +412,14 @@ class Search:
             return  # none yet
         self._tell(TrialProgress(number, value["phase"], value["share"]))
 
-    def _ended(self, event: Event) -> None:
-        self._tell(event)
+    def _ended(self, number: int, *, on_front: bool = False) -> None:
+        self._tell(TrialEnded(self.records.get(number), on_front))
         self.records.note_elapsed(self.line.elapsed())
         self.tell_progress()
 
     def tell_progress(self) -> None:
         """How far the whole run is."""
-        num_ended = sum(record.ended and record.is_trial for record in self.records.all())
+        num_ended = sum(trial.ended and trial.is_trial for trial in self.records.all())
         self._tell(Progress(num_ended, self.line.planned(), self.line.elapsed(), self.line.remaining()))
 
 
@@ -474,11 +451,6 @@ class Watcher(tune.Callback):
             for trial in trials:
                 if trial.status == "RUNNING":
                     self._search.progress(trial.config["number"])
-
-
-def _has_trained(record: Record) -> bool:
-    """Whether the trial itself trained its plan; what another one had trained is known, and not counted twice."""
-    return any(result.recovery_tokens and result.state == "measured" for result in record.results)
 
 
 def _reason(trial: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
 import time
@@ -15,12 +14,11 @@ from typing import Any
 
 from ray import tune
 
-from foldsearch.codec import from_json
 from foldsearch.errors import describe_error
 from foldsearch.files import alone, disk_is_full, write_json
-from foldsearch.plan.result import TrialResult
 from foldsearch.progress import TimeUp
 from foldsearch.proposal import Proposal
+from foldsearch.record import Trial, read_trial
 from foldsearch.run import TrialFolder
 from foldsearch.search.messages import DiskIsFull, EndedEarly, Failed, Measured, Message, TimeIsUp, encode
 
@@ -81,7 +79,7 @@ class TrialRunner(tune.Trainable):
         self._number = config["number"]
         self._proposal = Proposal.from_json(config["proposal"])
         self._place: TrialFolder = self._context.run.trial(self._number)
-        self._results: Iterator[TrialResult] | None = None
+        self._steps: Iterator[Trial] | None = None
 
     def step(self) -> dict[str, Any]:
         """Run to the next rung.
@@ -93,11 +91,12 @@ class TrialRunner(tune.Trainable):
 
     def _next(self) -> Message:
         try:
-            if self._results is None:
-                self._results = self._start()
-                if (known := self._known()) is not None:
+            if self._steps is None:
+                self._steps = self._start()
+                # `run_trial` will not yield again what its folder has, and the study may lack it.
+                if (known := read_trial(self._place)) is not None:
                     return Measured(known, again=True)
-            return Measured(next(self._results))
+            return Measured(next(self._steps))
         except TimeUp as stop:
             return TimeIsUp(str(stop))
         except StopIteration:
@@ -110,23 +109,16 @@ class TrialRunner(tune.Trainable):
             self._place.error.write_text(traceback.format_exc())
             return Failed(describe_error(error))
 
-    def _start(self) -> Iterator[TrialResult]:
+    def _start(self) -> Iterator[Trial]:
         # The worker of a driver that was killed may live a moment longer: wait until it let go.
         self._held.enter_context(alone(self._place.lock))
         progress = _ProgressFile(self._place.progress, self._deadline)
-        results: Iterator[TrialResult] = self._trial(
+        steps: Iterator[Trial] = self._trial(
             self._proposal, self._context, number=self._number, progress=progress
         )
-        if hasattr(results, "close"):
-            self._held.callback(results.close)
-        return results
-
-    def _known(self) -> TrialResult | None:
-        """The last result in the trial folder: `run_trial` will not yield it again, and the study may lack it."""
-        if not self._place.record.is_file():
-            return None
-        results: list[dict[str, Any]] = json.loads(self._place.record.read_text())["results"]
-        return from_json(TrialResult, results[-1]) if results else None
+        if hasattr(steps, "close"):
+            self._held.callback(steps.close)
+        return steps
 
 
 class _ProgressFile:

@@ -161,24 +161,24 @@ def measure_row(name: str, dropped: int, context: TrialContext, number: int) -> 
     proposal, plan = same_size(METHODS[name], dropped, context)
     shutil.rmtree(context.run.trial(number).path, ignore_errors=True)  # of a run that was interrupted
     shutil.rmtree(context.run.path / "plans", ignore_errors=True)  # every row is measured for itself
-    result = list(run_trial(proposal, context, number=number))[-1]
+    *_, trial = run_trial(proposal, context, number=number)
     took = time.perf_counter() - began
     row: Row = {
         "method": name,
         "size": dropped,
         "removed": count_of(proposal),
         "plan": str(plan),
-        "tokens": result.recovery_tokens,
-        "state": result.state,
+        "tokens": trial.last.recovery_tokens,
+        "state": trial.state,
         "seconds": took,
-        "stored": result.cost.stored_bytes / context.run.dense.stored_bytes,
-        "flops": result.cost.flops / context.run.dense.flops,
+        "stored": trial.cost.stored_bytes / context.run.dense.stored_bytes,
+        "flops": trial.cost.flops / context.run.dense.flops,
         "device": f"{context.device} {platform.processor() or platform.machine()}",
         "threads": torch.get_num_threads(),
     }
-    if result.report is None:
+    if trial.last.report is None:
         return row
-    quality = result.report
+    quality = trial.last.report
     model, _ = recovered_model(context, number)
     bench = open_workbench(context)
     encoded, answers = continuations(bench.splits.report.ids_NT)

@@ -24,8 +24,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
+from foldsearch.record import Trial
 from foldsearch.run import Run
-from foldsearch.search.records import Record, read_records
+from foldsearch.search.records import read_trials
 from foldsearch.search.run import run_search
 from foldsearch.spec.load import load_study
 from tests.tiny import save_model, write_corpus
@@ -47,22 +48,21 @@ adapter_ranks = [0, 2]
 """
 
 
-def told(record: Record) -> list[object]:
+def told(trial: Trial) -> list[object]:
     """What a trial was and came to, without times."""
+    cost = trial.draft and [str(trial.plan), trial.cost.memory_bytes, trial.cost.flops]
     return [
-        record.number,
-        record.state,
-        record.proposal.to_json() if record.proposal else None,
+        trial.number,
+        trial.state,
+        trial.proposal.to_json() if trial.proposal else None,
+        cost,
         [
             [
-                str(result.plan),
-                result.rung,
-                result.state,
-                result.cost.memory_bytes,
-                result.cost.flops,
+                result.known_from,
+                result.recovery_tokens,
                 *((one.kl, one.perplexity) if one else None for one in (result.quality, result.report)),
             ]
-            for result in record.results
+            for result in trial.results
         ],
     ]
 
@@ -95,7 +95,7 @@ def main(out: Path, healing_tokens: int | None = None) -> None:
             },
         )
         run_search(study, place / "run")
-        found = [told(record) for record in read_records(Run.open(place / "run"))]
+        found = [told(trial) for trial in read_trials(Run.open(place / "run"))]
     out.write_text(json.dumps(found, indent=1))
 
 

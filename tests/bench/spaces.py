@@ -31,9 +31,10 @@ from foldsearch.codec import to_json
 from foldsearch.errors import InputError, RunError
 from foldsearch.files import write_json
 from foldsearch.plan.front import hypervolume
+from foldsearch.record import Trial, front
 from foldsearch.run import Run
 from foldsearch.search.events import Event, Progress
-from foldsearch.search.records import STUDY_NAME, Record, front, read_records
+from foldsearch.search.records import STUDY_NAME, read_trials
 from foldsearch.search.run import run_search
 from foldsearch.spec.load import load_study
 from foldsearch.spec.study import Study
@@ -52,7 +53,7 @@ class Spent(KeyboardInterrupt):
 # ---- what a run has used up, and what it is worth
 
 
-def spent(records: Iterable[Record]) -> dict[str, int]:
+def spent(trials: Iterable[Trial]) -> dict[str, int]:
     """Tokens of a run so far, by what they were used for, as far as its results tell.
 
     recovery: trained on by the trials; what a trial took over from another one counts once. gates: trained on, each
@@ -62,45 +63,40 @@ def spent(records: Iterable[Record]) -> dict[str, int]:
     """
     recovery = measured = 0
     gates: dict[tuple[int, float | None], int] = {}
-    for record in records:
-        own = [result for result in record.results if result.state != "known"]
-        taken_over = [result.recovery_tokens for result in record.results if result.state == "known"]
+    for trial in trials:
+        own = [result for result in trial.results if result.known_from is None]
+        taken_over = [result.recovery_tokens for result in trial.results if result.known_from is not None]
         trained = max((result.recovery_tokens for result in own), default=0)
         recovery += max(0, trained - max(taken_over, default=0))
         measured += sum(
             quality.tokens for result in own for quality in (result.quality, result.report) if quality
         )
-        for result in record.results:
-            if result.gates is not None and record.removed is not None:
-                key = (record.removed.count, record.removed.setting)
-                gates[key] = int(result.gates["tokens"])
+        if trial.draft is not None and trial.draft.gates is not None and trial.removed is not None:
+            gates[trial.removed.count, trial.removed.setting] = int(trial.draft.gates["tokens"])
     return {"recovery": recovery, "gates": sum(gates.values()), "measured": measured}
 
 
-def enough(records: Sequence[Record], limits: Row) -> str:
+def enough(trials: Sequence[Trial], limits: Row) -> str:
     """Which limit the run has reached; "" for none."""
-    if sum(spent(records).values()) >= limits["tokens"]:
+    if sum(spent(trials).values()) >= limits["tokens"]:
         return "tokens"
     # A small space runs dry: what is left of it is known already and takes no tokens.
-    ended = sum(record.ended and record.is_trial for record in records)
+    ended = sum(trial.ended and trial.is_trial for trial in trials)
     return "trials" if ended >= limits["trials"] else ""
 
 
-def front_points(run: Run, records: Sequence[Record]) -> list[Row]:
+def front_points(run: Run, trials: Sequence[Trial]) -> list[Row]:
     """The front by the search's own objectives; KL of both texts, costs as shares of dense."""
     points = []
-    for record in front(records, run.study.objectives):
-        result = record.last
-        assert result is not None
-        assert result.quality is not None
+    for trial in front(trials, run.study.objectives):
         points.append(
             {
-                "trial": record.number,
-                "plan": str(result.plan),
-                "search_kl": result.quality.kl,
-                "kl": (result.report or result.quality).kl,
-                "memory": result.cost.memory_bytes / run.dense.memory_bytes,
-                "flops": result.cost.flops / run.dense.flops,
+                "trial": trial.number,
+                "plan": str(trial.plan),
+                "search_kl": trial.quality.kl,
+                "kl": trial.final.kl,
+                "memory": trial.cost.memory_bytes / run.dense.memory_bytes,
+                "flops": trial.cost.flops / run.dense.flops,
             }
         )
     return points
@@ -113,18 +109,18 @@ def volume(points: Iterable[Row]) -> float:
 
 def row_of(path: Path, space: str, seed: int, limits: Row) -> Row:
     """A run on disk as a row."""
-    run, records = Run.open(path), read_records(Run.open(path))
-    points = front_points(run, records)
+    run, trials = Run.open(path), read_trials(Run.open(path))
+    points = front_points(run, trials)
     storage = optuna.load_study(study_name=STUDY_NAME, storage=f"sqlite:///{run.storage.resolve()}")
     return {
         "space": space,
         "seed": seed,
         "limits": limits,
-        "ended_by": enough(records, limits),
+        "ended_by": enough(trials, limits),
         "hypervolume": volume(points),
         "reference": list(REFERENCE),
-        "trials": dict(Counter(record.state for record in records if record.ended and record.is_trial)),
-        "tokens": spent(records),
+        "trials": dict(Counter(trial.state for trial in trials if trial.ended and trial.is_trial)),
+        "tokens": spent(trials),
         "seconds": storage.user_attrs.get("seconds", 0.0),
         "front": points,
         "dense": {"memory_bytes": run.dense.memory_bytes, "flops": run.dense.flops},
@@ -164,14 +160,14 @@ def run_row(
 
     def listen(event: Event) -> None:
         if isinstance(event, Progress):  # a trial has ended, and is written down
-            records = read_records(Run.open(path))
-            used = sum(spent(records).values())
+            trials = read_trials(Run.open(path))
+            used = sum(spent(trials).values())
             print(f"{path.name}: {event.num_ended} trials, {used:,} tokens", flush=True)
-            if enough(records, limits):
+            if enough(trials, limits):
                 raise Spent
 
     begun = (path / "study.json").is_file()
-    if not (begun and enough(read_records(Run.open(path)), limits)):
+    if not (begun and enough(read_trials(Run.open(path)), limits)):
         with suppress(Spent):
             search(study, path, resume=begun, on_event=listen)
     row = row_of(path, space, seed, limits)

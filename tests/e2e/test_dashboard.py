@@ -18,8 +18,8 @@ import pytest
 
 from foldsearch.plan.strip import strip
 from foldsearch.run import Run
-from foldsearch.search.records import METRIC_NAMES, Records, read_records
-from tests.fake_trial import result_of
+from foldsearch.search.records import METRIC_NAMES, Records, read_trials
+from tests.fake_trial import trial_at
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_the_dashboard_shows_trials_constraints_and_notes_live(board: str, run_p
     assert board.startswith("http://127.0.0.1:")
     (summary,) = get(f"{board}api/studies")["study_summaries"]
     study = get(f"{board}api/studies/{summary['study_id']}")
-    records = read_records(Run.open(run_path))
+    records = read_trials(Run.open(run_path))
     assert study["objective_names"] == list(METRIC_NAMES.values())
 
     states = {record.number: record.state for record in records}
@@ -51,22 +51,20 @@ def test_the_dashboard_shows_trials_constraints_and_notes_live(board: str, run_p
     named = {"finished": "Complete", "stopped": "Pruned", "failed": "Fail", "repeat": "Fail"}
     assert {n: trial["state"] for n, trial in shown.items()} == {n: named[s] for n, s in states.items()}
 
-    last = records[0].last
-    assert last is not None
+    first = records[0]
     assert shown[0]["values"] == pytest.approx(
-        [last.objectives()[0], last.cost.memory_bytes / 1e9, last.cost.flops]
+        [first.quality.kl, first.cost.memory_bytes / 1e9, first.cost.flops]
     )
     (above,) = shown[0]["constraints"]
-    assert above == pytest.approx(last.cost.memory_bytes / 0.0070e9 - 1)
+    assert above == pytest.approx(first.cost.memory_bytes / 0.0070e9 - 1)
     assert above <= 0
-    assert strip(last.plan) in shown[0]["note"]["body"]
+    assert strip(first.plan) in shown[0]["note"]["body"]
     assert "KV cache" in shown[0]["note"]["body"]
 
     # a trial that ends while the page is open
     writer = Records(Run.open(run_path))
     number, proposal = writer.ask()
-    for rung in range(3):
-        writer.record(number, result_of(last.plan, writer.run.study, rung, proposal.recovery.learning_rate))
+    writer.record(trial_at(first.plan, writer.run.study, 2, proposal, number))
     writer.finish(number)
     until = time.monotonic() + 60
     while True:  # the dashboard reads the storage again every two seconds

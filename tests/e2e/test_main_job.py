@@ -222,7 +222,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(place: Path) -> Non
     assert done.code == 0, done.err
     after = {entry.number: entry.result for entry in RunView.open(place / "runs" / "stopped").finished}
     assert after.items() >= before.items()
-    assert max(record.number for record in RunView.open(place / "runs" / "stopped").records) >= 5
+    assert max(record.number for record in RunView.open(place / "runs" / "stopped").trials) >= 5
 
 
 def test_everything_is_searched_and_what_it_replaces_is_exported(place: Path) -> None:
@@ -236,7 +236,7 @@ def test_everything_is_searched_and_what_it_replaces_is_exported(place: Path) ->
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     view = RunView.open(place / "runs" / "everything")
-    tried = {record.removed.fate.name for record in view.records if record.removed is not None}
+    tried = {record.removed.fate.name for record in view.trials if record.removed is not None}
     assert {"replace", "share"} <= tried
     number = next(
         entry.number

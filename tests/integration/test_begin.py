@@ -175,7 +175,6 @@ def test_what_starts_trains_and_measures(context: TrialContext, tmp_path: Path, 
     with watched():
         *_, last = run_trial(proposal, of_run(context, path=tmp_path / "run"), number=0)
     # one position of each sequence predicts the second token in front of its text
-    assert last.quality is not None
     assert last.quality.tokens == 6 * (LENGTH - 2)
 
 
@@ -193,8 +192,8 @@ def test_what_is_exported_prompted_and_evaluated(
     records = Records(Run.open(place / "run"))
     records.queue("window", 1)
     number, proposal = records.ask()
-    for result in run_trial(proposal, context, number=number):
-        records.record(number, result)
+    for trial in run_trial(proposal, context, number=number):
+        records.record(trial)
     records.finish(number)
     run = api.open_run(place / "run")
     asked: list[exporting.Shipment] = []
@@ -219,6 +218,6 @@ def test_a_plan_that_is_typed(context: TrialContext, study: Study, place: Path, 
     with watched():
         *_, last = api.try_plan("0-2 4", study)
     assert last.plan == FoldPlan.parse("0-2 4", 5)
-    plan, _ = choose_plan(removing("window", 1).fold, context, lambda stage, share: None)
-    assert plan.num_blocks == 5
+    drafted = choose_plan(removing("window", 1).fold, context, lambda stage, share: None)
+    assert drafted.plan.num_blocks == 5
     assert open_tokenizer(context.files)("w5").input_ids == [*FRONT, 5, 2]

@@ -116,9 +116,9 @@ def test_a_new_criterion_is_a_file_and_a_line(
             return options[0]
 
     proposal = propose(Suggest(), space, NUM_BLOCKS)  # a search proposes it
-    (result,) = run_trial(retrained(proposal, delta_rank=0), context, number=77)  # a trial measures it
-    assert result.plan.dropped == tuple(range(count_of(proposal)))
-    assert result.quality is not None
+    (trial,) = run_trial(retrained(proposal, delta_rank=0), context, number=77)  # a trial measures it
+    assert trial.plan.dropped == tuple(range(count_of(proposal)))
+    assert trial.is_measured
     assert criteria.criterion_of("first").title == "first blocks"  # pictures and tables name it
     sys.modules.pop("first_blocks", None)
 

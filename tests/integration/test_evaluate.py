@@ -56,8 +56,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records = Records(folder)
     records.queue("window", 2)
     number, proposal = records.ask()
-    for result in run_trial(proposal, context, number=number):
-        records.record(number, result)
+    for trial in run_trial(proposal, context, number=number):
+        records.record(trial)
     records.finish(number)
     rows = questions(30)
     (place / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))

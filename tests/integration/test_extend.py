@@ -78,7 +78,7 @@ def test_extend_prices_trains_measures_and_exports(place, capsys):
     # the start, near the base model, and the end
     trial = Path("kept/trials/00000")
     record = json.loads((trial / "trial.json").read_text())
-    assert record["plan"]["plan"] == PLAN
+    assert record["draft"]["plan"]["plan"] == PLAN
     start, end = (result["quality"] for result in record["results"])
     assert [result["recovery_tokens"] for result in record["results"]] == [0, 128]
     assert start["kl"] < 0.01
@@ -102,7 +102,7 @@ def test_extend_prices_trains_measures_and_exports(place, capsys):
     assert model.config.num_hidden_layers == 7
     assert tokenizer is not None
     written = json.loads(Path("deep/foldsearch.json").read_text())
-    assert written["details"]["result"] == record["results"][-1]
+    assert written["details"]["trial"] == record
     assert sorted(path.name for path in Path().iterdir()) == ["deep", "kept"]
 
 

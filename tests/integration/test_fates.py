@@ -156,8 +156,8 @@ def test_a_trial_builds_trains_and_measures_it(context: TrialContext, fate: type
     one = every_fate(fate.table())[0]
     proposal = removing("window", 2, one, delta_rank=2)
     *_, last = run_trial(proposal, context, number=100 + NAMES.index(fate.name))
-    assert last.state == "measured"
-    assert last.recovery_tokens == 64
+    assert last.is_measured
+    assert last.last.recovery_tokens == 64
     assert len(one.undo(last.plan)[0]) == 2
 
 
@@ -261,11 +261,11 @@ for seed in range(20):  # a search proposes it, and prices it before it is draft
     proposal = propose(RandomSuggest(seed), space, 5)
     assert isinstance(proposal.removed.fate, Halve)
     assert Proposal.from_json(proposal.to_json()) == proposal
-    plan, _ = choose_plan(proposal.fold, context, silent)
+    plan = choose_plan(proposal.fold, context, silent).plan
     assert lower_bound(proposal, table, target).memory_bytes <= price(plan, table, target).memory_bytes
 assert author(proposal) == "uniform → halves"  # reports name it
 *_, last = run_trial(Proposal(Fold(Removed("uniform", 2, Halve(1)))), context, number=0)  # a trial builds it
-assert last.state == "measured" and str(last.plan) == "0 1m 2 3m 4", last
+assert last.is_measured and str(last.plan) == "0 1m 2 3m 4", last
 plain = study.model_copy(update={"space": space.model_copy(update={"fates": ("drop",)})})
 (words,) = unused_settings(plain)
 assert words == "space.halves.every does not apply: the space's fates do not name 'halve', so no block is halved."

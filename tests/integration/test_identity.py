@@ -51,8 +51,8 @@ def make_run(study: Study, path: Path) -> None:
     records = Records(run)
     records.queue("window", 1)
     number, proposal = records.ask()
-    for result in run_trial(proposal, replace(made, run=run), number=number):
-        records.record(number, result)
+    for trial in run_trial(proposal, replace(made, run=run), number=number):
+        records.record(trial)
     records.finish(number)
 
 

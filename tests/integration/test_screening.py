@@ -20,7 +20,7 @@ from foldsearch.prepare import prepare_context
 from foldsearch.run import Run
 from foldsearch.search import screening as screenings
 from foldsearch.search.events import Event, Preparing, SearchDone
-from foldsearch.search.records import Records, read_records
+from foldsearch.search.records import Records, read_trials
 from foldsearch.search.run import run_search
 from foldsearch.search.screened import (
     Promoted,
@@ -214,7 +214,7 @@ def test_a_screening_that_was_stopped_goes_on_with_what_it_has(
     with pytest.raises(KeyboardInterrupt):
         run_search(study, place / "stopped", on_event=stop)
     run = Run.open(place / "stopped")
-    assert read_records(run) == []
+    assert read_trials(run) == []
     assert Records(run).elapsed > 0
     measured = []
     real = Screen.measure
@@ -222,7 +222,7 @@ def test_a_screening_that_was_stopped_goes_on_with_what_it_has(
     run_search(None, place / "stopped", resume=True)
     found = [one.plan for one in read_screened(run.screened)]
     assert len(set(found)) == len(found) > len(measured)
-    assert any(record.state == "finished" for record in read_records(run))
+    assert any(record.state == "finished" for record in read_trials(run))
 
 
 def test_the_baselines_follow_where_no_criterion_of_the_space_is_quick(
@@ -234,13 +234,13 @@ def test_the_baselines_follow_where_no_criterion_of_the_space_is_quick(
     events: list[Event] = []
     slow = study.model_copy(update={"space": SPACE.model_copy(update={"criteria": ("greedy",)}), "trials": 5})
     run_search(slow, place / "slow", on_event=events.append)
-    records = read_records(Run.open(place / "slow"))
+    records = read_trials(Run.open(place / "slow"))
     proposals = [record.proposal for record in records if record.proposal is not None]
     assert [one.origin for one in proposals[:4]] == ["screened"] * 3 + ["baseline"]
     assert proposals[3].removed is not None
     assert proposals[3].removed.criterion == "greedy"
     (done,) = (event for event in events if isinstance(event, SearchDone))
-    trained = {result.plan for one in records for result in one.results if result.recovery_tokens}
+    trained = {one.plan for one in records if one.results and one.last.recovery_tokens}
     assert 0 < done.num_trained <= len(trained)
 
 
@@ -313,7 +313,7 @@ def test_a_run_begins_with_what_was_promoted(
     close_workbench()
     events: list[Event] = []
     run_search(study, place / "searched", on_event=events.append)
-    records = read_records(Run.open(place / "searched"))
+    records = read_trials(Run.open(place / "searched"))
     origins = [record.proposal.origin for record in records if record.proposal is not None]
     assert origins[:4] == ["screened"] * 3 + ["baseline"]
     found = read_screened(Run.open(place / "searched").screened)
@@ -331,4 +331,4 @@ def test_a_run_begins_with_what_was_promoted(
     monkeypatch.setattr(Screening, "run", never)
     more = study.model_copy(update={"trials": 5})
     run_search(more, place / "searched", resume=True)
-    assert len([r for r in read_records(Run.open(place / "searched")) if r.is_trial]) >= 5
+    assert len([r for r in read_trials(Run.open(place / "searched")) if r.is_trial]) >= 5

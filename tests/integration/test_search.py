@@ -27,9 +27,10 @@ from foldsearch import cache, cli
 from foldsearch.errors import BudgetError, RunError
 from foldsearch.machine import gpu_share
 from foldsearch.paths import command
+from foldsearch.record import Trial
 from foldsearch.run import Run
 from foldsearch.search import events
-from foldsearch.search.records import STUDY_NAME, Record, read_records
+from foldsearch.search.records import STUDY_NAME, read_trials
 from foldsearch.search.run import run_search
 from tests.fake_driver import FAKES, study
 
@@ -63,16 +64,15 @@ def stored(run: Path) -> list[optuna.trial.FrozenTrial]:
     return optuna.load_study(study_name=STUDY_NAME, storage=f"sqlite:///{link}").get_trials()
 
 
-def check_whole(run: Path) -> list[Record]:
+def check_whole(run: Path) -> list[Trial]:
     """Laws of a run that is over: every trial ended, and every rung of it was recorded once."""
     assert {trial.state for trial in stored(run)} <= {TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL}
-    records = read_records(Run.open(run))
-    for record in records:
-        rungs = [result.rung for result in record.results]
-        assert rungs == list(range(len(rungs)))
-        if record.state == "finished":
-            assert rungs == [0, 1, 2]
-    return records
+    trials = read_trials(Run.open(run))
+    assert all(len(trial.results) == 3 for trial in trials if trial.state == "finished")
+    tokens = [0, 100, 400]
+    for trial in trials:
+        assert [result.recovery_tokens for result in trial.results] == tokens[: len(trial.results)]
+    return trials
 
 
 def test_a_search_end_to_end_with_a_killed_worker_and_a_broken_trial(
@@ -133,8 +133,8 @@ def test_a_search_end_to_end_with_a_killed_worker_and_a_broken_trial(
         states["stopped"],
         states["failed"],
     )
-    ends = (events.TrialFinished, events.TrialStopped, events.TrialFailed)
-    assert Counter(event.number for event in told if isinstance(event, ends)) == Counter(range(len(records)))
+    ends = [event.trial.number for event in told if isinstance(event, events.TrialEnded)]
+    assert sorted(ends) == list(range(len(records)))
     progress = [event for event in told if isinstance(event, events.Progress)]
     assert progress[-1].num_ended == progress[-1].planned == len(records)
     assert progress[-1].remaining_seconds == 0
@@ -163,10 +163,12 @@ def test_two_at_a_time(shared_ray: None, tmp_path: Path) -> None:
     run_search(study(jobs=2, trials=4), run, on_event=told.append, **FAKES)
     check_whole(run)
     assert set(executed(run).values()) == {1}
-    began = [event.number for event in told if isinstance(event, events.TrialStarted)]
+    began = [event.trial.number for event in told if isinstance(event, events.TrialStarted)]
     assert began[:2] == [0, 1]
-    assert min(told.index(event) for event in told if isinstance(event, events.TrialFinished)) > next(
-        i for i, event in enumerate(told) if isinstance(event, events.TrialStarted) and event.number == 1
+    assert min(told.index(event) for event in told if isinstance(event, events.TrialEnded)) > next(
+        i
+        for i, event in enumerate(told)
+        if isinstance(event, events.TrialStarted) and event.trial.number == 1
     )
 
 
@@ -204,9 +206,9 @@ def test_a_trial_that_the_time_cuts_is_on_no_front_and_goes_on_with_more_time(
     assert isinstance(done, events.SearchDone)
     assert (done.num_finished, done.front) == (0, ())
     assert "Not all fits into 0:06: trial 0 did not end; 3 of those to begin with did not begin" in done.words
-    assert [event.number for event in told if isinstance(event, events.TrialCut)] == [0]
-    record = read_records(Run.open(run))[0]
-    assert (record.state, record.cut, record.results) == ("stopped", True, ())
+    record = read_trials(Run.open(run))[0]
+    assert [event.trial for event in told if isinstance(event, events.TrialEnded)] == [record]
+    assert (record.state, record.results) == ("cut", ())
     assert "the time was up in its recovery" in record.reason
 
     (tmp_path / "faults.json").write_text("{}")
@@ -222,7 +224,7 @@ def test_a_full_disk_ends_the_search_and_loses_nothing(shared_ray: None, tmp_pat
     run = tmp_path / "run"
     with pytest.raises(RunError, match=r"(?s)No space left on device.*foldsearch resume"):
         run_search(study(trials=4), run, **FAKES)
-    states = [record.state for record in read_records(Run.open(run))]
+    states = [record.state for record in read_trials(Run.open(run))]
     assert states == ["finished", "finished", "finished", "running"]
     faults.write_text("{}")
     run_search(None, run, resume=True, **FAKES)
@@ -332,14 +334,14 @@ def test_interrupted_and_killed_drivers_lose_and_repeat_nothing(
     first = driver(run, "run")
     wait_for(lambda: is_executing(run, rung=1, least=5), first)
     check_stopped(first, run, signal.SIGTERM, twice=True)
-    after_interrupt = read_records(Run.open(run))
+    after_interrupt = read_trials(Run.open(run))
     assert [record.state for record in after_interrupt].count("running") == 1
 
     # Ctrl-C while Ray starts
     starting = driver(run, "resume")
     wait_for(lambda: any(child.name() == "gcs_server" for child in processes_of(starting)), starting)
     check_stopped(starting, run, signal.SIGINT)
-    assert read_records(Run.open(run)) == after_interrupt
+    assert read_trials(Run.open(run)) == after_interrupt
 
     # kill -9 in the middle of another one
     lines = len((run / "executed.log").read_text().splitlines())
@@ -348,7 +350,7 @@ def test_interrupted_and_killed_drivers_lose_and_repeat_nothing(
     children = [(child, child.name()) for child in processes_of(second)]
     second.kill()
     second.communicate(timeout=60)
-    after_kill = read_records(Run.open(run))
+    after_kill = read_trials(Run.open(run))
     assert [record.state for record in after_kill].count("running") == 1
 
     (tmp_path / "faults.json").write_text("{}")

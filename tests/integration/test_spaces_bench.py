@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from foldsearch.errors import RunError
+from foldsearch.record import Trial
 from foldsearch.run import Run
-from foldsearch.search.records import Record, read_records
+from foldsearch.search.records import read_trials
 from foldsearch.search.run import run_search
 from tests.bench.spaces import report, run_row, spent, volume
 from tests.fake_driver import FAKES, study
@@ -55,7 +56,7 @@ def test_a_run_ends_with_the_trial_that_spends_its_tokens_and_goes_on(
 
 def check(path: Path, tokens: int) -> None:
     """The last trial spends the last of the tokens; nothing runs any more, and nothing closes the search."""
-    records: list[Record] = read_records(Run.open(path))
-    begun = [record for record in records if record.state != "waiting"]
-    assert all(record.ended and not record.closing for record in begun)
+    trials: list[Trial] = read_trials(Run.open(path))
+    begun = [trial for trial in trials if trial.state != "waiting"]
+    assert all(trial.ended and not trial.closing for trial in begun)
     assert sum(spent(begun[:-1]).values()) < tokens <= sum(spent(begun).values())

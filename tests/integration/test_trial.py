@@ -35,12 +35,12 @@ from foldsearch.model.states import residual_states
 from foldsearch.model.training import HealMethod
 from foldsearch.plan.cost import price
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.result import TrialResult
+from foldsearch.plan.result import RungResult
 from foldsearch.prepare import prepare_context
 from foldsearch.progress import TimeUp
 from foldsearch.proposal import Groups, Proposal
 from foldsearch.rebuild import quality_of, recovered_model
-from foldsearch.record import TrialRecord
+from foldsearch.record import Trial, point, read_trial
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import BudgetSettings, GateSettings, HealingSettings, SplitSettings, Study
 from foldsearch.trial import run_trial
@@ -82,9 +82,14 @@ def never(*args, **kwargs):
     raise AssertionError("this is not to be called")
 
 
-def measured(results: list[TrialResult]) -> list[TrialResult]:
-    """What does not depend on the clock or on who measured it."""
-    return [replace(r, seconds=0.0, state="measured", known_from=None) for r in results]
+def measured(steps: list[Trial]) -> list[RungResult]:
+    """What the latest rungs came to that does not depend on the clock or on who measured it."""
+    return [replace(trial.last, seconds=0.0, known_from=None) for trial in steps]
+
+
+def known_from(steps: list[Trial]) -> list[int | None]:
+    """Who measured the latest rung of each."""
+    return [trial.known_from for trial in steps]
 
 
 def trained(context: TrialContext, number: int) -> dict[str, torch.Tensor]:
@@ -93,41 +98,38 @@ def trained(context: TrialContext, number: int) -> dict[str, torch.Tensor]:
     return load_file(path) if path.exists() else {}
 
 
-def run(context: TrialContext, number: int = 0, proposal: Proposal = SHARING) -> list[TrialResult]:
+def run(context: TrialContext, number: int = 0, proposal: Proposal = SHARING) -> list[Trial]:
     return list(run_trial(proposal, context, number=number))
 
 
 def test_a_result_for_every_rung(context):
     stages = []
     results = list(run_trial(SHARING, context, number=3, progress=lambda stage, share: stages.append(stage)))
-    assert [result.rung for result in results] == [0, 1, 2]
-    assert [result.recovery_tokens for result in results] == list(RUNGS)
-    assert [result.is_last_rung for result in results] == [False, False, True]
-    assert {result.state for result in results} == {"measured"}
+    assert [len(trial.results) for trial in results] == [1, 2, 3]
+    assert [trial.last.recovery_tokens for trial in results] == list(RUNGS)
+    assert [trial.state for trial in results] == ["running", "running", "finished"]
+    assert known_from(results) == [None] * 3
     assert {result.plan for result in results} == {results[0].plan}
     plan = results[0].plan
     assert len(plan.dropped) == 1
     assert sum(not own for _, _, _, own in plan.runs("mlp")) == 1
     assert {result.cost for result in results} == {price(plan, context.table, context.target)}
     # the report's tokens are kept for the end
-    assert [result.report is None for result in results] == [True, True, False]
-    assert results[-1].report.kl != results[-1].quality.kl
+    assert [trial.last.report is None for trial in results] == [True, True, False]
+    assert results[-1].final.kl != results[-1].quality.kl
     assert results[0].quality.tokens == 6 * 15
     # training brought it nearer, and the clock went on
     assert results[2].quality.kl < results[1].quality.kl < results[0].quality.kl
-    assert 0 < results[0].seconds < results[1].seconds < results[2].seconds
+    assert 0 < results[0].last.seconds < results[1].last.seconds < results[2].last.seconds
     assert {"recovery", "measuring"} <= set(stages)
-    assert results[0].objectives() == (
-        results[0].quality.kl,
-        results[0].cost.memory_bytes,
-        results[0].cost.flops,
-    )
+    for step, trial in enumerate(results):
+        expected = (trial.quality.kl, trial.cost.memory_bytes / 1e9, trial.cost.flops)
+        assert point(results[-1], ("kl", "memory", "flops"), step) == expected
     folder = context.run.trial(3).path
     assert sorted(path.name for path in folder.iterdir()) == [
         "recovered.safetensors", "start.safetensors", "trial.json",
     ]  # fmt: skip
-    stored = json.loads((folder / "trial.json").read_text())["results"]
-    assert [from_json(TrialResult, value) for value in stored] == results
+    assert from_json(Trial, json.loads((folder / "trial.json").read_text())) == results[-1]
 
 
 def test_the_same_seed_gives_the_same_trial(context):
@@ -157,9 +159,9 @@ def test_a_closed_trial_goes_on_where_it_stopped(context, tmp_path, steps, stop,
     first = [next(generator) for _ in range(stop)]
     generator.close()
     rest = run(other, proposal=proposal)
-    assert [result.rung for result in rest] == list(range(stop, 3))
+    assert [len(trial.results) for trial in rest] == list(range(stop + 1, 4))
     assert measured(first + rest) == measured(whole)
-    assert rest[-1].seconds > first[-1].seconds
+    assert rest[-1].last.seconds > first[-1].last.seconds
     assert len(steps) == 2 * 4  # 128 tokens at 32 a step, twice: nothing was trained again
     one, two = trained(context, 0), trained(other, 0)
     assert one.keys() == two.keys()
@@ -167,9 +169,7 @@ def test_a_closed_trial_goes_on_where_it_stopped(context, tmp_path, steps, stop,
     assert run(other, proposal=proposal) == []  # nothing is left to do
 
 
-@pytest.mark.parametrize(
-    ("where", "what"), [(trials, "judge"), (TrialRecord, "write")], ids=["judge", "write"]
-)
+@pytest.mark.parametrize(("where", "what"), [(trials, "judge"), (Trial, "kept_in")], ids=["judge", "write"])
 def test_a_trial_killed_while_measuring_goes_on(context, tmp_path, monkeypatch, steps, where, what):
     """Trained and saved, but the rung was never noted."""
     whole = run(context)
@@ -222,7 +222,7 @@ def test_a_known_plan_is_not_trained_again(context, monkeypatch):
     monkeypatch.setattr(rebuild, "fold", never)
     again = run(context, 7, given(first[0].plan, learning_rate=0.02, delta_rank=1))
     assert measured(again) == measured(first)
-    assert {(result.state, result.known_from) for result in again} == {("known", 0)}
+    assert known_from(again) == [0] * 3
 
 
 @pytest.mark.parametrize("stop", [1, 2])
@@ -236,7 +236,7 @@ def test_another_trial_goes_on_with_a_stopped_plan(context, tmp_path, steps, sto
         next(generator)
     generator.close()
     results = run(other, 5, proposal)
-    assert [result.state for result in results] == ["known"] * stop + ["measured"] * (3 - stop)
+    assert known_from(results) == [0] * stop + [None] * (3 - stop)
     assert measured(results) == measured(whole)
     one, two = trained(context, 0), trained(other, 5)
     assert one.keys() == two.keys()
@@ -244,7 +244,7 @@ def test_another_trial_goes_on_with_a_stopped_plan(context, tmp_path, steps, sto
     assert len(steps) == 2 * 4
     # who finished it is who knows it now
     third = run(other, 6, proposal)
-    assert {(result.state, result.known_from) for result in third} == {("known", 5)}
+    assert known_from(third) == [5] * 3
     assert measured(third) == measured(whole)
 
 
@@ -261,7 +261,7 @@ def test_a_stopped_plan_is_trained_anew_with_other_settings(context, tmp_path, s
     generator.close()
     steps.clear()
     results = run(context, 5, slower)
-    assert [result.state for result in results] == ["known", "measured", "measured"]
+    assert known_from(results) == [0, None, None]
     assert measured(results) == measured(whole)
     assert len(steps) == 4  # 128 tokens at 32 a step
     one, two = trained(alone, 5), trained(context, 5)
@@ -273,10 +273,10 @@ def test_a_plan_whose_adapters_start_in_another_way_is_another_one(context):
     child, fitted = (removing("random", 1, Share(2, start), delta_rank=2) for start in ("zero", "data"))
     first, second = run(context, 0, child), run(context, 1, fitted)
     assert first[0].plan == second[0].plan
-    assert {result.state for result in (*first, *second)} == {"measured"}
+    assert known_from([*first, *second]) == [None] * 6
     assert first[0].quality != second[0].quality
     again = run(context, 2, fitted)
-    assert {(result.state, result.known_from) for result in again} == {("known", 1)}
+    assert known_from(again) == [1] * 3
 
 
 def test_two_trials_never_measure_a_plan_at_once(context):
@@ -285,8 +285,8 @@ def test_two_trials_never_measure_a_plan_at_once(context):
     first = next(generator)
     results = run(context, 1)
     assert measured(results) == measured([first])
-    assert results[0].state == "known"
-    assert [result.rung for result in generator] == [1, 2]
+    assert known_from(results) == [0]
+    assert [len(trial.results) for trial in generator] == [2, 3]
 
 
 def test_a_trial_waits_for_the_first_result_of_one_that_measures_its_plan(context, monkeypatch):
@@ -313,16 +313,12 @@ def test_a_trial_waits_for_the_first_result_of_one_that_measures_its_plan(contex
 def test_a_plan_whose_training_diverged_is_trained_with_other_settings(context):
     plan = FoldPlan.dropping([2], NUM_BLOCKS)
     proposal = given(plan, learning_rate=1e30, delta_rank=2)
-    assert run(context, 0, proposal)[-1].training_diverged
+    assert run(context, 0, proposal)[-1].last.training_diverged
     results = run(context, 1, retrained(proposal, learning_rate=0.03))
-    assert [result.state for result in results] == [
-        "known",
-        "measured",
-        "measured",
-    ]  # the untrained model is the same
-    assert results[-1].kept_tokens == 128
+    assert known_from(results) == [0, None, None]  # the untrained model is the same
+    assert results[-1].last.kept_tokens == 128
     # who did not diverge is who knows it now
-    assert {result.known_from for result in run(context, 2, proposal)} == {1}
+    assert known_from(run(context, 2, proposal)) == [1] * 3
 
 
 # ---- what does not end well
@@ -342,28 +338,28 @@ def test_what_cannot_fit_is_never_built(context, monkeypatch, criterion):
         context, budget=BudgetSettings(gb=context.run.dense.memory_bytes / 2 / 10**9, flops=10**9)
     )
     proposal = removing(criterion, 1)
-    (result,) = run(tight, 0, proposal)
-    assert (result.state, result.quality, result.is_last_rung) == ("infeasible", None, False)
-    assert result.reason.startswith("memory is ")
-    assert "flops" not in result.reason
-    assert result.cost.memory_bytes > tight.budget.memory_bytes
+    (trial,) = run(tight, 0, proposal)
+    assert (trial.state, trial.results) == ("infeasible", ())
+    assert trial.reason.startswith("above the budget: memory +")
+    assert "flops" not in trial.reason
+    assert trial.cost.memory_bytes > tight.budget.memory_bytes
     assert not context.run.trial(0).path.exists()
-    assert from_json(TrialResult, json.loads(json.dumps(to_json(result)))) == result
+    assert from_json(Trial, json.loads(json.dumps(to_json(trial)))) == trial
 
 
 def test_a_plan_typed_by_hand_is_measured_above_the_budget_too(context):
     tight = of_study(context, budget=BudgetSettings(gb=1e-9))
     plan = FoldPlan.dropping([2], NUM_BLOCKS)
-    results = run(tight, 0, given(plan, origin="hand"))
-    assert [result.state for result in results] == ["measured"] * 3
+    *_, last = run(tight, 0, given(plan, origin="hand"))
+    assert last.is_measured
 
 
 def test_a_plan_is_not_lost_because_its_training_diverged(context):
     """The untrained model is the trial's result, with the reason beside it; no rung follows."""
     first, last = results = run(context, 0, retrained(SHARING, learning_rate=1e30))
-    assert [result.state for result in results] == ["measured"] * 2
-    assert (last.rung, last.quality, last.is_last_rung) == (1, first.quality, True)
-    assert (last.kept_tokens, last.training_diverged) == (0, True)
+    assert known_from(results) == [None] * 2
+    assert (len(last.results), last.quality, last.state) == (2, first.quality, "finished")
+    assert (last.last.kept_tokens, last.last.training_diverged) == (0, True)
     assert "Lower the learning rate" in last.reason
     assert last.setback_words == "training diverged: kept untrained"
     assert_rebuilt(context, last)
@@ -375,7 +371,7 @@ def test_a_divergence_in_the_very_last_step_is_told(context):
     """The last loss was a number; the model that the step left is not."""
     study = context.study.model_copy(update={"rungs": (0, 32)})
     results = run(of_run(context, study=study), 0, retrained(SHARING, learning_rate=1e30))
-    assert results[-1].training_diverged
+    assert results[-1].last.training_diverged
     assert "KL is nan after 32 tokens" in results[-1].reason
 
 
@@ -385,34 +381,35 @@ def test_a_divergence_that_leaves_nothing_is_a_trial_without_a_result(context, m
     monkeypatch.setattr(trials, "judge", lambda *args: replace(real(*args), kl=math.nan))
     study = context.study.model_copy(update={"rungs": rungs})
     (only,) = run(of_run(context, study=study))
-    assert (only.state, only.quality, only.is_last_rung) == ("diverged", None, False)
+    assert (only.state, only.results) == ("failed", ())
+    assert only.reason.startswith("diverged: ")
     assert f"KL is nan after {rungs[0]} tokens" in only.reason
 
 
 # ---- training that hurts
 
 
-def assert_rebuilt(context: TrialContext, last: TrialResult, number: int = 0) -> None:
-    """The model that is exported is the one whose quality the result tells, on both token sets."""
-    model, result = recovered_model(context, number)
-    assert result == from_json(TrialResult, json.loads(json.dumps(to_json(last))))
-    assert quality_of(context, model) == (last.quality, last.report)
+def assert_rebuilt(context: TrialContext, trial: Trial, number: int = 0) -> None:
+    """The model that is exported is the one whose quality the trial tells, on both token sets."""
+    model, rebuilt = recovered_model(context, number)
+    assert rebuilt == from_json(Trial, json.loads(json.dumps(to_json(trial)))) == trial
+    assert quality_of(context, model) == (trial.quality, trial.last.report)
 
 
 def test_training_that_hurts_is_told_and_not_kept(context):
     results = run(context, proposal=HURTING)
     untrained = results[0].quality
     assert [result.quality for result in results] == [untrained] * 3
-    assert [result.recovery_tokens for result in results] == list(RUNGS)
-    assert [result.kept_tokens for result in results] == [0] * 3
-    assert results[0].setback is None
-    for result in results[1:]:
+    *_, trial = results
+    assert [result.recovery_tokens for result in trial.results] == list(RUNGS)
+    assert [result.kept_tokens for result in trial.results] == [0] * 3
+    assert trial.results[0].setback is None
+    for result in trial.results[1:]:
         assert result.setback.latest.kl > untrained.kl
         assert not result.training_diverged
-    last = results[-1]
-    assert last.setback_words == f"training hurt (KL {last.setback.latest.kl:.3f}): kept untrained"
+    assert trial.setback_words == f"training hurt (KL {trial.last.setback.latest.kl:.3f}): kept untrained"
     assert not trained(context, 0)
-    assert_rebuilt(context, last)
+    assert_rebuilt(context, trial)
 
 
 def test_after_training_that_hurt_it_goes_on_from_the_best_state_at_a_lower_rate(context, monkeypatch):
@@ -428,7 +425,9 @@ def test_after_training_that_hurt_it_goes_on_from_the_best_state_at_a_lower_rate
     monkeypatch.setattr(Recovery, "go_back", note)
     study = context.study.model_copy(update={"rungs": (0, 32, 64, 128)})
     results = run(of_run(context, study=study), proposal=HURTING)
-    assert [result.kept_tokens for result in results[:3]] == [0] * 3  # the last rung is slow enough to help
+    assert [trial.last.kept_tokens for trial in results[:3]] == [
+        0
+    ] * 3  # the last rung is slow enough to help
     assert [(tokens, rate) for tokens, _, rate in taken] == [(32, 0.25), (64, 0.0625)]
     start = load_file(context.run.trial(0).start)
     for _, trained_before, _ in taken:  # each time the untrained model
@@ -472,14 +471,14 @@ def test_the_best_rung_is_kept(context, monkeypatch):
     monkeypatch.setattr(Recovery, "train", spoil)
     results = run(context, 1)
     assert measured(results[:2]) == measured(whole[:2])
-    last = results[-1]
+    trial, last = results[-1], results[-1].last
     assert (last.quality, last.recovery_tokens, last.kept_tokens) == (results[1].quality, 128, 64)
-    assert last.setback_words == f"training hurt (KL {last.setback.latest.kl:.3f}): kept after 64 tokens"
-    assert_rebuilt(context, last, 1)
+    assert trial.setback_words == f"training hurt (KL {last.setback.latest.kl:.3f}): kept after 64 tokens"
+    assert_rebuilt(context, trial, 1)
     # given to another trial, it is the same
     (*_, given) = run(context, 2)
-    assert given.state == "known"
-    assert measured([given]) == measured([last])
+    assert given.known_from == 1
+    assert measured([given]) == measured([trial])
 
 
 @pytest.mark.parametrize(
@@ -535,7 +534,7 @@ def test_the_untrained_model_is_a_state_where_no_rung_measures_it(context, propo
     study = context.study.model_copy(update={"rungs": (64, 128)})
     results = run(of_run(context, study=study), proposal=proposal)
     assert {result.quality for result in results} == {untrained}
-    assert results[-1].is_last_rung
+    assert results[-1].is_measured
     assert_rebuilt(of_run(context, study=study), results[-1])
 
 
@@ -556,7 +555,7 @@ def test_running_out_of_memory_is_told(context, monkeypatch, error, reason):
 
     monkeypatch.setattr(Recovery, "train", train)
     results = run(context)
-    assert [result.state for result in results] == ["measured", "failed"]
+    assert [trial.state for trial in results] == ["running", "failed"]
     assert reason in results[-1].reason
 
 
@@ -586,7 +585,7 @@ def test_criteria(context, criterion, monkeypatch, tmp_path):
     assert len(first.plan.dropped) == 2
     if "window" in criterion:
         assert first.plan.dropped[1] == first.plan.dropped[0] + 1
-    assert (first.gates is None) == (criterion != "gate")
+    assert (first.draft.gates is None) == (criterion != "gate")
     for module, name in (
         (workbench, "measure_evidence"),
         (greedy, "greedy_order"),
@@ -598,9 +597,9 @@ def test_criteria(context, criterion, monkeypatch, tmp_path):
     again = next(run_trial(proposal, fresh, number=1))
     assert again.plan == first.plan
     if criterion == "gate":
-        assert first.gates["from_cache"] is False
-        assert again.gates == {**first.gates, "from_cache": True}
-        assert first.gates["steps"] == 2
+        assert first.draft.gates["from_cache"] is False
+        assert again.draft.gates == {**first.draft.gates, "from_cache": True}
+        assert first.draft.gates["steps"] == 2
         with pytest.raises(AssertionError, match="not to be called"):  # another eps is another training
             next(run_trial(changed(proposal, setting=0.25), fresh, number=2))
 
@@ -624,12 +623,10 @@ FATES = [
 )
 def test_the_recovered_model_is_the_one_that_was_measured(context, proposal):
     last = run(context, proposal=proposal)[-1]
-    assert last.state == "measured"
-    model, result = recovered_model(context, 0)
-    assert result == from_json(TrialResult, json.loads(json.dumps(to_json(last))))
-    search, report = quality_of(context, model)
-    assert search == last.quality
-    assert report == last.report
+    assert last.is_measured
+    model, rebuilt = recovered_model(context, 0)
+    assert rebuilt == from_json(Trial, json.loads(json.dumps(to_json(last))))
+    assert quality_of(context, model) == (last.quality, last.last.report)
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -676,7 +673,7 @@ def test_what_is_measured_first_is_the_fold_healed(context, method):
     )
     healed = METHODS[method].heal(model, states, ids_NT, None)
     assert healed.values
-    assert quality_of(context, model) == (result.quality, result.report)
+    assert quality_of(context, model) == (result.quality, result.last.report)
     assert result.healing is not None
     assert (result.healing.tokens, result.healing.solved) == (6 * 16, len(healed.blocks))
     assert result.healing.changed == sum(block.ridge is not None for block in healed.blocks)
@@ -713,7 +710,7 @@ def test_a_model_that_was_healed_is_rebuilt_from_what_is_kept_and_without_it(con
     with monkeypatch.context() as patched:
         patched.setattr(rebuild, "_heal", never)
         model, result = recovered_model(context, 0)
-    assert quality_of(context, model) == (last.quality, last.report)
+    assert quality_of(context, model) == (last.quality, last.last.report)
     context.run.trial(0).start.unlink()
     for _ in range(2):
         again, _ = recovered_model(context, 0)
@@ -742,12 +739,12 @@ def test_who_goes_on_with_a_trial_whose_start_was_let_go_of_keeps_one(context):
     generator.close()
     context.run.trial(1).start.unlink()  # as halving does
     *_, last = run(context, 2, DROPPING)
-    assert last.state == "measured"
+    assert last.is_measured
     assert context.run.trial(2).start.exists()
     assert last.healing is not None
-    record = TrialRecord.read(context.run.trial(2))
-    assert record is not None
-    assert context.run.trial(2).start.name in record.files
+    kept = read_trial(context.run.trial(2))
+    assert kept is not None
+    assert context.run.trial(2).start.name in kept.files
 
 
 def test_where_nothing_is_trained_the_dense_model_is_not_asked_about_the_recovery_texts(context, monkeypatch):
@@ -757,7 +754,7 @@ def test_where_nothing_is_trained_the_dense_model_is_not_asked_about_the_recover
         contexts, "dense_targets", lambda *args, **rest: (asked.append(args[1].name), ask(*args, **rest))[1]
     )
     (result,) = run(healed_on(context, 8192, rungs=(0,)), proposal=DROPPING)
-    assert result.is_last_rung
+    assert result.is_measured
     assert result.healing is not None
     assert asked == ["search", "report"]
 

@@ -24,7 +24,7 @@ from foldsearch.report.terminal import console
 from foldsearch.report.view import RunView
 from foldsearch.run import Run, RunFolder
 from foldsearch.search import events
-from foldsearch.search.records import read_records
+from foldsearch.search.records import read_trials
 from foldsearch.spec.study import HealingSettings, SourceSettings, Study
 from tests.fake_trial import TABLE
 
@@ -352,7 +352,7 @@ def test_a_damaged_storage_is_told(shell: Shell, run_path: Path, verb: str) -> N
     Run.open(run_path).storage.write_bytes(b"\x07" * 5000)
     if verb == "resume":
         with pytest.raises(RunError, match=r"storage\.db' is damaged: .+ Put back a copy"):
-            read_records(Run.open(run_path))
+            read_trials(Run.open(run_path))
         return
     code, _, err = shell(verb, str(run_path))
     assert code == 2

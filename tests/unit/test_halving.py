@@ -137,11 +137,11 @@ def ends_of(folder: Path, objectives: tuple[Objective, ...]) -> dict[int, tuple[
     records = Records(run)
     line = Line(records)
     search = Search(records, line, lambda event: None)
-    while (trial := line.next(num_running=0)) is not None:
-        number, proposal = trial
+    while (asked := line.next(num_running=0)) is not None:
+        number, proposal = asked
         context = fake_trial.FakeContext(run, folder.parent)
-        for result in fake_trial.run_trial(proposal, context, number=number):
-            if search.judge(number, encode(Measured(result))):
+        for trial in fake_trial.run_trial(proposal, context, number=number):
+            if search.judge(number, encode(Measured(trial))):
                 break
     ends = {record.number: (record.state, len(record.results)) for record in records.all()}
     return ends | {-1 - i: ("front", record.number) for i, record in enumerate(records.front())}

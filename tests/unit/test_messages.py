@@ -10,12 +10,12 @@ from foldsearch.plan.plan import FoldPlan
 from foldsearch.search import messages
 from foldsearch.search.messages import Message, decode, encode
 from foldsearch.spec.load import load_study
-from tests.fake_trial import NUM_BLOCKS, result_of
+from tests.fake_trial import NUM_BLOCKS, trial_at
 
 STUDY = load_study("default", {"space": "foldgpt", "rungs": [0, 100, 400]})
 SAID = (
-    messages.Measured(result_of(FoldPlan.dropping([3], NUM_BLOCKS), STUDY, 1)),
-    messages.Measured(result_of(FoldPlan.dropping([3], NUM_BLOCKS), STUDY, 2), again=True),
+    messages.Measured(trial_at(FoldPlan.dropping([3], NUM_BLOCKS), STUDY, 1)),
+    messages.Measured(trial_at(FoldPlan.dropping([3], NUM_BLOCKS), STUDY, 2), again=True),
     messages.TimeIsUp("the time was up in its recovery"),
     messages.DiskIsFull("No space left on device"),
     messages.Failed('RuntimeError: "é"\n'),

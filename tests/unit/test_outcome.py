@@ -8,31 +8,29 @@ import pytest
 
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import rounded
+from foldsearch.record import State, Trial
 from foldsearch.search.outcome import failing_alike, why_no_front
-from foldsearch.search.records import Record, RecordState
 from tests.fake_driver import study
-from tests.fake_trial import NUM_BLOCKS, result_of
+from tests.fake_trial import NUM_BLOCKS, trial_at
 from tests.proposals import removing
 
-RESULT = result_of(FoldPlan.dropping([3], NUM_BLOCKS), study(), 0)
+TRIED = trial_at(FoldPlan.dropping([3], NUM_BLOCKS), study(), 0, removing("window", 1))
 DIVERGED = "diverged: the loss became nan after {} tokens at learning rate {:g}. Lower the learning rate."
 
 
-def records(*ends: tuple[RecordState, str]) -> list[Record]:
-    return [
-        Record(i, state, removing("window", 1), (RESULT,), reason) for i, (state, reason) in enumerate(ends)
-    ]
+def trials(*ends: tuple[State, str]) -> list[Trial]:
+    return [replace(TRIED, number=i, state=state, reason=reason) for i, (state, reason) in enumerate(ends)]
 
 
 def test_one_finished_trial_is_a_front() -> None:
-    assert why_no_front(records(("failed", "x"), ("finished", ""))) == ""
+    assert why_no_front(trials(("failed", "x"), ("finished", ""))) == ""
 
 
 def test_the_commonest_cause_is_told_whatever_its_numbers() -> None:
     alike = [("failed", DIVERGED.format(32 * i, 1e-3 / (i + 1))) for i in range(3)]
-    words = why_no_front(records(*alike))  # type: ignore[arg-type]
+    words = why_no_front(trials(*alike))  # type: ignore[arg-type]
     assert words == f"3 of 3 trials failed, all alike: {alike[0][1]}"
-    words = why_no_front(records(("failed", "out of memory"), *alike, ("stopped", "the time was up")))  # type: ignore[arg-type]
+    words = why_no_front(trials(("failed", "out of memory"), *alike, ("cut", "the time was up")))  # type: ignore[arg-type]
     assert words == (
         f"4 of 5 trials failed, 3 of them alike: {alike[0][1]}; "
         "1 of 5 stopped before the last rung (the time was up)"
@@ -40,10 +38,10 @@ def test_the_commonest_cause_is_told_whatever_its_numbers() -> None:
 
 
 def test_what_never_ran_is_no_trial() -> None:
-    rejected = replace(records(("infeasible", "above the budget"))[0], results=())
-    assert why_no_front([rejected, *records(("failed", "x"))]) == "1 of 1 trials failed: x"
+    rejected = replace(trials(("infeasible", "above the budget"))[0], draft=None, results=())
+    assert why_no_front([rejected, *trials(("failed", "x"))]) == "1 of 1 trials failed: x"
     assert why_no_front([]) == "there was no time to begin a trial"
-    waiting = [Record(i, "waiting", None, ()) for i in range(4)]
+    waiting = [Trial(i, "waiting") for i in range(4)]
     assert why_no_front(waiting) == "none of the 4 trials began"
 
 
@@ -61,8 +59,8 @@ def test_what_never_ran_is_no_trial() -> None:
         ([("failed", "a")] * 10 + [("running", "")], True),
     ],
 )
-def test_ten_failures_in_a_row(ends: list[tuple[RecordState, str]], expected: bool) -> None:
-    assert bool(failing_alike(records(*ends))) == expected
+def test_ten_failures_in_a_row(ends: list[tuple[State, str]], expected: bool) -> None:
+    assert bool(failing_alike(trials(*ends))) == expected
 
 
 @pytest.mark.parametrize(

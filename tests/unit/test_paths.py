@@ -23,7 +23,7 @@ from foldsearch.files import replace_atomically
 from foldsearch.paths import MOST_NAME_BYTES, beside, check_path, command, printable
 from foldsearch.report.terminal import console
 from foldsearch.run import Run
-from foldsearch.search.records import Records, read_records
+from foldsearch.search.records import Records, read_trials
 
 NASTY = (
     "what? now",
@@ -122,13 +122,13 @@ STORED = (
 
 @pytest.mark.parametrize("name", STORED)
 def test_a_study_is_kept_and_read_in_any_folder(name: str, run_path: Path, here: Path) -> None:
-    before = read_records(Run.open(run_path))
+    before = read_trials(Run.open(run_path))
     os.rename(run_path, here / name)
     path = Path(name)
-    assert read_records(Run.open(path)) == before
+    assert read_trials(Run.open(path)) == before
     number, _ = Records(Run.open(path)).ask()
     assert number == len(before)
-    assert len(read_records(Run.open(path))) == len(before) + 1
+    assert len(read_trials(Run.open(path))) == len(before) + 1
     assert [found.name for found in here.iterdir()] == [name]  # and nothing is made beside it
 
 

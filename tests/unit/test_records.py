@@ -24,21 +24,30 @@ from foldsearch.fates import Replace, Share
 from foldsearch.plan.cost import price
 from foldsearch.plan.front import dominates
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.result import TrialResult
 from foldsearch.proposal import Groups, Proposal, fold_plan
+from foldsearch.record import Trial, front, point
 from foldsearch.run import Run
 from foldsearch.runtimes import runtime_named
 from foldsearch.search import dry_run
 from foldsearch.search.dry_run import plan_search
 from foldsearch.search.proposer import Line, missing_baselines
-from foldsearch.search.records import STUDY_NAME, Record, Records, front, note, point, read_records
+from foldsearch.search.records import STUDY_NAME, Records, note, read_trials
 from foldsearch.spec.load import shipped
 from foldsearch.spec.propose import baseline_count, is_baseline
 from foldsearch.spec.study import BudgetSettings, HealingSettings, Objective, ScreenSettings, Study
 from tests.fake_driver import SPACE
 from tests.fake_driver import study as small_study
-from tests.fake_trial import NUM_BLOCKS, ORDERS, TABLE, result_of
-from tests.proposals import changed, count_of, criterion_in, given, groups_of, ordered_plan, retrained
+from tests.fake_trial import NUM_BLOCKS, ORDERS, TABLE, known, trial_at
+from tests.proposals import (
+    changed,
+    count_of,
+    criterion_in,
+    given,
+    groups_of,
+    ordered_plan,
+    removing,
+    retrained,
+)
 
 
 @pytest.fixture
@@ -66,10 +75,21 @@ def plan_of(proposal: Proposal) -> FoldPlan:
     return ordered_plan(proposal, ORDERS, NUM_BLOCKS, base=0)
 
 
+def tell(records: Records, number: int, trial: Trial) -> None:
+    """What a worker tells of this trial: a plan and results as those of another one."""
+    records.record(replace(trial, number=number, proposal=records.get(number).proposal))
+
+
+def changed_last(trial: Trial, **changes: Any) -> Trial:
+    """The trial with another quality at its last rung."""
+    last = replace(trial.last, quality=replace(trial.quality, **changes))
+    return replace(trial, results=(*trial.results[:-1], last))
+
+
 def run_whole(records: Records, number: int, proposal: Proposal) -> None:
     study = records.run.study
     for rung in range(len(study.rungs)):
-        records.record(number, result_of(plan_of(proposal), study, rung, proposal.recovery.learning_rate))
+        tell(records, number, trial_at(plan_of(proposal), study, rung, proposal))
     records.finish(number)
 
 
@@ -89,15 +109,12 @@ def test_a_trial_that_reached_the_last_rung_is_complete(records: Records, study:
     number, proposal = records.ask()
     run_whole(records, number, proposal)
     trial = frozen(records, number)
-    last = result_of(plan_of(proposal), study, 2, proposal.recovery.learning_rate)
+    expected = trial_at(plan_of(proposal), study, 2, proposal, number)
     assert trial.state == TrialState.COMPLETE
-    assert last.quality is not None
-    assert trial.values == [last.quality.kl, last.cost.memory_bytes / 1e9, last.cost.flops]
-    assert trial.constraints["memory"] == last.cost.memory_bytes / 7e6 - 1
+    assert trial.values == [expected.quality.kl, expected.cost.memory_bytes / 1e9, expected.cost.flops]
+    assert trial.constraints["memory"] == expected.cost.memory_bytes / 7e6 - 1
     assert trial.system_attrs["constraints"] == [trial.constraints["memory"]]  # the dashboard's key
-    record = read_records(records.run)[number]
-    assert record == records.get(number)
-    assert (record.state, record.proposal, record.last) == ("finished", proposal, last)
+    assert read_trials(records.run)[number] == records.get(number) == expected
 
 
 def test_the_dashboard_finds_metric_names_and_notes(records: Records, study: Study) -> None:
@@ -107,7 +124,7 @@ def test_the_dashboard_finds_metric_names_and_notes(records: Records, study: Stu
     assert loaded.metric_names == ["KL to dense (nats per token)", "memory (GB)", "FLOPs per token"]
     trial = loaded.get_trials()[number]
     text = get_note(optuna.Trial(loaded, trial._trial_id))
-    assert text == note(records.get(number).results[-1])
+    assert text == note(records.get(number))
     assert str(plan_of(proposal)) in text
 
 
@@ -117,7 +134,7 @@ def test_the_front_grows_by_one_trial_at_a_time(
     """Oracle: `front` over all records. Only the front so far is looked at again, however many trials there are."""
     looked_at: list[int] = []
 
-    def counted(found: Sequence[Record], objectives: Sequence[Objective]) -> list[Record]:
+    def counted(found: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
         looked_at.append(len(found))
         return front(found, objectives)
 
@@ -128,13 +145,10 @@ def test_the_front_grows_by_one_trial_at_a_time(
         number, _ = records.ask()
         numbers.append(number)
         removed = rng.sample(range(1, NUM_BLOCKS), rng.randint(3, 6))
-        result = result_of(FoldPlan.dropping(removed, NUM_BLOCKS), study, 2)
+        trial = trial_at(FoldPlan.dropping(removed, NUM_BLOCKS), study, 2)
         if count % 5 == 4:  # the plan of another trial once more, now better and now worse
-            other = records.get(numbers[-2]).results[-1]
-            result = replace(result, plan=other.plan, cost=other.cost)
-        assert result.quality is not None
-        result = replace(result, quality=replace(result.quality, kl=rng.random()))
-        records.record(number, result)
+            trial = replace(trial, draft=records.get(numbers[-2]).draft)
+        tell(records, number, changed_last(trial, kl=rng.random()))
         before = len(records.front())
         assert records.finish(number) == "finished"
         assert records.front() == front(records.all(), records.objectives)
@@ -143,65 +157,52 @@ def test_the_front_grows_by_one_trial_at_a_time(
     assert 1 < before < 30
 
 
-def test_a_plan_that_is_read_at_every_rung_is_made_once(records: Records) -> None:
-    run_whole(records, *records.ask())
-    (record,) = read_records(records.run)
-    assert len({id(result.plan) for result in record.results}) == 1
-
-
 @pytest.mark.parametrize("kl", [math.inf, math.nan, -math.inf])
 def test_infinite_objectives_fail(records: Records, study: Study, kl: float) -> None:
     number, proposal = records.ask()
-    result = result_of(plan_of(proposal), study, 2)
-    assert result.quality is not None
-    records.record(number, replace(result, quality=replace(result.quality, kl=kl)))
+    tell(records, number, changed_last(trial_at(plan_of(proposal), study, 2), kl=kl))
     assert records.finish(number) == "failed"
     trial = frozen(records, number)
     assert (trial.state, trial.values) == (TrialState.FAIL, None)
-    assert "not finite" in trial.user_attrs["reason"]
+    assert "not finite" in read_trials(records.run)[number].reason
 
 
-@pytest.mark.parametrize("state", ["diverged", "failed"])
-def test_failures_are_rows_with_their_reason(records: Records, study: Study, state: str) -> None:
+def test_failures_are_rows_with_their_reason(records: Records, study: Study) -> None:
     number, proposal = records.ask()
-    result = replace(result_of(plan_of(proposal), study, 1), quality=None, reason="loss is nan")
-    records.record(number, replace(result, state=state))  # type: ignore[arg-type]
+    failed = replace(trial_at(plan_of(proposal), study, 1), state="failed", reason="diverged: loss is nan")
+    tell(records, number, failed)
     assert records.finish(number) == "failed"
     assert frozen(records, number).state == TrialState.FAIL
-    assert read_records(records.run)[number].reason == f"{state}: loss is nan"
+    assert read_trials(records.run)[number].reason == "diverged: loss is nan"
 
 
 def test_stopped_trials_are_pruned_and_never_on_the_front(records: Records, study: Study) -> None:
     number, _ = records.ask()
-    best = result_of(FoldPlan.dropping([1, 2, 3, 4], NUM_BLOCKS), study, 1)
-    assert best.quality is not None
-    records.record(number, replace(best, quality=replace(best.quality, kl=0.0)))
+    best = trial_at(FoldPlan.dropping([1, 2, 3, 4], NUM_BLOCKS), study, 1)
+    tell(records, number, changed_last(best, kl=0.0))
     records.stop(number, "place 3 of 4")
-    trial = frozen(records, number)
-    assert trial.state == TrialState.PRUNED
-    assert trial.user_attrs["stopped_at_rung"] == 1
-    record = read_records(records.run)[number]
-    assert (record.state, record.reason) == ("stopped", "place 3 of 4")
-    assert front([record]) == []
+    assert frozen(records, number).state == TrialState.PRUNED
+    trial = read_trials(records.run)[number]
+    assert (trial.state, trial.reason, len(trial.results)) == ("stopped", "place 3 of 4", 2)
+    assert front([trial]) == []
 
 
 def test_infeasible_trials_are_pruned_with_their_constraints(records: Records, study: Study) -> None:
     number, _ = records.ask()
-    result = replace(result_of(FoldPlan.identity(NUM_BLOCKS), study, 0), quality=None, state="infeasible")
-    records.record(number, result)
+    over = replace(trial_at(FoldPlan.identity(NUM_BLOCKS), study, 0), results=(), state="infeasible")
+    tell(records, number, over)
     assert records.finish(number) == "infeasible"
     trial = frozen(records, number)
     assert trial.state == TrialState.PRUNED
-    assert trial.constraints["memory"] == pytest.approx(result.cost.memory_bytes / 7e6 - 1)
-    assert read_records(records.run)[number].state == "infeasible"
+    assert trial.constraints["memory"] == pytest.approx(over.cost.memory_bytes / 7e6 - 1)
+    assert read_trials(records.run)[number].state == "infeasible"
 
 
 def test_a_known_plan_is_complete_but_once_on_the_front(records: Records, study: Study) -> None:
     Line(records)  # two baselines, whose recovery settings are the same
     (first, proposal), (second, _) = records.ask(), records.ask()
     run_whole(records, first, proposal)
-    for result in records.get(first).results:
-        records.record(second, replace(result, state="known", known_from=first))
+    know(records, second, first)
     assert records.finish(second) == "finished"
     assert frozen(records, second).values == frozen(records, first).values
     assert [record.number for record in records.front()] == [first]
@@ -209,8 +210,7 @@ def test_a_known_plan_is_complete_but_once_on_the_front(records: Records, study:
 
 def know(records: Records, number: int, other: int) -> None:
     """As `run_trial` does where another trial has measured the plan."""
-    for result in records.get(other).results:
-        records.record(number, replace(result, state="known", known_from=other))
+    tell(records, number, known(records.get(other), other))
 
 
 def test_figures_are_told_of_the_settings_that_they_came_from(records: Records) -> None:
@@ -223,10 +223,12 @@ def test_figures_are_told_of_the_settings_that_they_came_from(records: Records) 
     know(records, number, 0)
     assert records.finish(number) == "repeat"
     trial = frozen(records, number)
-    assert (trial.state, trial.values, trial.user_attrs["repeats"]) == (TrialState.FAIL, None, 0)
-    record = read_records(records.run)[number]
-    assert record == records.get(number)
-    assert (record.state, record.reason, record.is_trial) == ("repeat", "the plan of trial 0", True)
+    assert (trial.state, trial.values) == (TrialState.FAIL, None)
+    read = read_trials(records.run)[number]
+    assert read == records.get(number)
+    assert (read.state, read.reason, read.known_from, read.is_trial) == (
+        "repeat", "the plan of trial 0", 0, True,
+    )  # fmt: skip
     assert number not in {one.number for one in records.front()}
 
 
@@ -252,14 +254,12 @@ def test_a_plan_counts_once_with_the_best_of_its_starts(tmp_path: Path) -> None:
     kl_of = {}
     while len(kl_of) < 2:
         number, proposal = records.ask()
-        for rung in range(3):
-            result = result_of(plan_of(proposal), records.run.study, rung)
-            assert result.quality is not None
-            kl = result.quality.kl - (proposal.fold.adapter_start == "data")
-            records.record(number, replace(result, quality=replace(result.quality, kl=kl)))
+        trial = trial_at(plan_of(proposal), records.run.study, 2)
+        better = proposal.fold.adapter_start == "data"
+        tell(records, number, changed_last(trial, kl=trial.quality.kl - better))
         records.finish(number)
         kl_of[proposal.fold.adapter_start] = number
-    assert len({records.get(number).last.plan for number in kl_of.values()}) == 1
+    assert len({records.get(number).plan for number in kl_of.values()}) == 1
     assert [record.number for record in records.front()] == [kl_of["data"]]
 
 
@@ -293,7 +293,7 @@ def test_suggestions_that_repeat_a_plan_are_drawn_again(tmp_path: Path, sampler:
     for record in drawn_again:
         assert record.proposal is not None
         (of,) = {int(word) for word in record.reason.split() if word.isdigit()}
-        assert records.get(of).last.plan == plan_of(record.proposal)
+        assert records.get(of).plan == plan_of(record.proposal)
 
 
 def test_what_a_criterion_removes_is_read_off_any_plan_of_it(records: Records) -> None:
@@ -350,13 +350,11 @@ def test_a_neighbour_starts_its_adapters_as_its_parent_did(tmp_path: Path) -> No
 def test_the_front_is_what_nothing_dominates(records: Records, study: Study) -> None:
     run_line(records)
     finished = [record for record in records.all() if record.state == "finished"]
-    points = {record.number: point(record.results[-1], records.objectives) for record in finished}
+    points = {record.number: point(record, records.objectives) for record in finished}
     expected = {n for n, p in points.items() if not any(dominates(q, p) for q in points.values())}
     on_front = {record.number for record in records.front()}
     assert on_front <= expected
-    assert {records.get(n).results[-1].plan for n in expected} == {
-        records.get(n).results[-1].plan for n in on_front
-    }
+    assert {records.get(n).plan for n in expected} == {records.get(n).plan for n in on_front}
 
 
 # ---- who is next
@@ -369,7 +367,7 @@ def test_each_criterion_comes_first_at_the_count_that_just_fits(records: Records
     assert count is not None
     budget = records.run.budget
     costs = {
-        k: result_of(FoldPlan.dropping(range(k), NUM_BLOCKS), records.run.study, 0).cost for k in range(1, 12)
+        k: trial_at(FoldPlan.dropping(range(k), NUM_BLOCKS), records.run.study, 0).cost for k in range(1, 12)
     }
     assert count == min(k for k, cost in costs.items() if budget.admits(cost))
     first = [line.next(num_running=0) for _ in range(4)]
@@ -413,9 +411,9 @@ def test_a_baseline_that_misses_the_budget_is_tried_with_one_block_more(tmp_path
     count = baseline_count(records.space, TABLE, records.run.target, records.run.budget)
     number, proposal = records.ask()
     if origin == "start":
-        records._set_proposal(number, replace(proposal, origin="start"))
-    over = replace(result_of(FoldPlan.identity(NUM_BLOCKS), records.run.study, 0), quality=None)
-    records.record(number, replace(over, state="infeasible"))
+        records._change(number, proposal=replace(proposal, origin="start"))
+    over = replace(trial_at(FoldPlan.identity(NUM_BLOCKS), records.run.study, 0), results=())
+    tell(records, number, replace(over, state="infeasible"))
     assert records.finish(number) == "infeasible"
     proposals = [records.ask()[1] for _ in range(4)]
     assert not records.anyone_waits
@@ -431,8 +429,8 @@ def test_a_baseline_at_the_most_blocks_is_not_tried_with_more(tmp_path: Path) ->
     Line(records)
     asked = [records.ask() for _ in records.all()]
     number = next(number for number, proposal in asked if count_of(proposal) == most)
-    over = replace(result_of(FoldPlan.identity(NUM_BLOCKS), records.run.study, 0), quality=None)
-    records.record(number, replace(over, state="infeasible"))
+    over = replace(trial_at(FoldPlan.identity(NUM_BLOCKS), records.run.study, 0), results=())
+    tell(records, number, replace(over, state="infeasible"))
     assert records.finish(number) == "infeasible"
     assert not records.anyone_waits
 
@@ -465,7 +463,7 @@ def test_all_that_is_asked_for_fits_and_neighbours_are_among_it(tmp_path: Path, 
     records = Records(new_run(tmp_path / "neighbours", study))
     proposals = run_line(records)
     plans = [plan_of(proposal) for proposal in proposals]
-    assert all(records.run.budget.admits(result_of(plan, study, 0).cost) for plan in plans)
+    assert all(records.run.budget.admits(trial_at(plan, study, 0).cost) for plan in plans)
     neighbours = [plan for plan, p in zip(plans, proposals, strict=True) if p.origin == "neighbour"]
     assert len(neighbours) > 5
     assert len(set(neighbours)) == len(neighbours)
@@ -492,7 +490,7 @@ def test_reopened_it_goes_on_and_repeats_no_suggestion(records: Records, study: 
     assert study_random.seed == 0
     first = [records.ask() for _ in range(3)]
     run_whole(records, *first[0])
-    records.record(first[1][0], result_of(plan_of(first[1][1]), study, 0))
+    tell(records, first[1][0], trial_at(plan_of(first[1][1]), study, 0))
     again = Records(records.run)
     assert again.all() == records.all()
     assert again.ask() == first[1]  # interrupted after its first rung
@@ -504,8 +502,7 @@ def test_reopened_it_goes_on_and_repeats_no_suggestion(records: Records, study: 
 
 def test_a_trial_that_was_only_not_told_is_told(records: Records, study: Study) -> None:
     number, proposal = records.ask()
-    for rung in range(3):
-        records.record(number, result_of(plan_of(proposal), study, rung))
+    tell(records, number, trial_at(plan_of(proposal), study, 2))
     again = Records(records.run)
     assert again.ask()[0] == number + 1
     assert again.get(number).state == "finished"
@@ -523,9 +520,8 @@ def test_objectives_can_be_fewer(tmp_path: Path, study: Study) -> None:
     records = Records(new_run(tmp_path / "two", study.model_copy(update={"objectives": ("kl", "flops")})))
     number, proposal = records.ask()
     run_whole(records, number, proposal)
-    last = records.get(number).results[-1]
-    assert last.quality is not None
-    assert frozen(records, number).values == [last.quality.kl, last.cost.flops]
+    trial = records.get(number)
+    assert frozen(records, number).values == [trial.quality.kl, trial.cost.flops]
 
 
 # ---- the run folder
@@ -534,7 +530,7 @@ def test_objectives_can_be_fewer(tmp_path: Path, study: Study) -> None:
 def test_a_run_folder_reads_back(tmp_path: Path, study: Study) -> None:
     made = new_run(tmp_path / "run", study)
     assert Run.open(tmp_path / "run") == made
-    assert read_records(made) == []
+    assert read_trials(made) == []
     assert sorted(path.name for path in made.path.iterdir()) == ["study.json", "table.json"]
 
 
@@ -595,9 +591,11 @@ def test_a_budget_out_of_reach_is_refused(tmp_path: Path, study: Study) -> None:
         Records(new_run(tmp_path / "tight", tight))
 
 
-def test_results_survive_json(study: Study) -> None:
-    result = result_of(FoldPlan.dropping([3], NUM_BLOCKS), study, 1)
-    assert from_json(TrialResult, json.loads(json.dumps(to_json(result)))) == result
+def test_a_trial_survives_json(study: Study) -> None:
+    proposal = removing("window", 1, Share(2))
+    trial = trial_at(FoldPlan.dropping([3], NUM_BLOCKS), study, 1, proposal, 4)
+    assert from_json(Trial, json.loads(json.dumps(to_json(trial)))) == trial
+    assert from_json(Trial, json.loads(json.dumps(to_json(Trial(7, "waiting"))))) == Trial(7, "waiting")
 
 
 # ---- the dry run

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import xml.etree.ElementTree
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,17 +22,18 @@ from foldsearch.errors import RunError
 from foldsearch.fates import Replace, Share
 from foldsearch.plan.front import dominates
 from foldsearch.plan.plan import FoldPlan, Slot
-from foldsearch.plan.result import Healing, KindQuality, Setback, TrialResult
+from foldsearch.plan.result import Healing, KindQuality, RungResult, Setback
 from foldsearch.plan.strip import LEGEND, cells, strip
 from foldsearch.proposal import Proposal
+from foldsearch.record import Trial, best_of_plans, front, point
 from foldsearch.report import page, picture, terminal
 from foldsearch.report.colours import DROPPED, KEPT, PAIRS, REPLACED, paint
 from foldsearch.report.live import RunDisplay
-from foldsearch.report.view import NO_ERROR, Entry, RunView, author, counted, rank_correlation
-from foldsearch.search import events, records
-from foldsearch.search.records import Record, note
+from foldsearch.report.view import NO_ERROR, RunView, author, counted, rank_correlation
+from foldsearch.search import events
+from foldsearch.search.records import note
 from foldsearch.search.screened import Screened, write_screened
-from tests.fake_trial import NUM_BLOCKS
+from tests.fake_trial import NUM_BLOCKS, with_results
 from tests.proposals import removing
 
 
@@ -51,13 +53,13 @@ def test_every_baseline_has_a_name_and_a_marker_of_its_own() -> None:
 
 
 def test_who_stopped_because_another_trial_measured_the_plan_is_among_its_authors(view: RunView) -> None:
-    record = next(r for r in view.records if r.state == "finished" and r.last and r.last.state == "measured")
+    record = next(trial for trial in view.trials if trial.is_measured)
     proposal = removing("uniform", 4, origin="baseline")
-    twin = Record(99, "stopped", proposal, record.results[:1], "trial 0 measures the same plan")
-    more = replace(view, records=(*view.records, twin))
+    twin = replace(record, number=99, state="repeat", proposal=proposal, results=record.results[:1])
+    more = replace(view, trials=(*view.trials, twin))
     (entry,) = (entry for entry in more.finished if entry.number == record.number)
-    assert "uniform" in entry.authors
-    assert entry.is_baseline
+    assert "uniform" in more.authors(entry)
+    assert more.baseline(entry)
     assert len(more.finished) == len(view.finished)
 
 
@@ -128,8 +130,9 @@ def test_the_ruler_of_a_strip_stands_above_its_blocks(text: str) -> None:
 
 
 def test_the_front_is_what_brute_force_finds(view: RunView) -> None:
-    finished = [r for r in view.records if r.state == "finished" and r.last and r.last.state == "measured"]
-    points = {r.number: r.last.objectives() for r in finished if r.last}
+    points = {
+        trial.number: point(trial, ("kl", "memory", "flops")) for trial in view.trials if trial.is_measured
+    }
     undominated = {n for n in points if not any(dominates(other, points[n]) for other in points.values())}
     assert {entry.number for entry in view.front} == undominated
     assert [e.cost.memory_bytes for e in view.front] == sorted(
@@ -138,17 +141,17 @@ def test_the_front_is_what_brute_force_finds(view: RunView) -> None:
 
 
 def test_stopped_and_failed_trials_are_on_no_table(view: RunView) -> None:
-    assert {view.records[5].state, view.records[7].state} == {"failed", "stopped"}
+    assert {view.trials[5].state, view.trials[7].state} == {"failed", "stopped"}
     assert not {5, 7} & {entry.number for entry in view.finished}
 
 
 def test_a_plan_that_two_criteria_chose_is_one_row_with_both_names(view: RunView) -> None:
-    assert view.records[3].last is not None
-    assert view.records[3].last.known_from == 0
+    assert view.trials[3].known_from == 0
     shown = {entry.number: entry for entry in view.finished}
     assert 3 not in shown
-    assert shown[0].authors == (f"gate {shown[0].proposals[0].removed.setting:g}", "greedy")
-    assert shown[0].baseline == "greedy"
+    assert shown[0].removed is not None
+    assert view.authors(shown[0]) == (f"gate {shown[0].removed.setting:g}", "greedy")
+    assert view.baseline(shown[0]) == "greedy"
 
 
 def test_the_gain_is_against_the_best_baseline_of_no_more_cost(view: RunView) -> None:
@@ -190,27 +193,22 @@ def test_picking(view: RunView) -> None:
 def test_all_reports_together_look_for_the_front_once(
     view: RunView, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = {"front": 0, "entry": 0}
+    calls: list[str] = []
 
-    def counted_front(*args: Any) -> list[Record]:
-        calls["front"] += 1
-        return records.front(*args)
+    def counted(function: Callable[..., list[Trial]]) -> Callable[..., list[Trial]]:
+        return lambda *args: (calls.append(function.__name__), function(*args))[1]
 
-    def counted_entry(*args: Any, **kwargs: Any) -> Entry:
-        calls["entry"] += 1
-        return Entry(*args, **kwargs)
-
-    monkeypatch.setattr("foldsearch.report.view.front", counted_front)
-    monkeypatch.setattr("foldsearch.report.view.Entry", counted_entry)
+    monkeypatch.setattr("foldsearch.report.view.front", counted(front))
+    monkeypatch.setattr("foldsearch.report.view.best_of_plans", counted(best_of_plans))
     text_of(terminal.front_report(view, width=80, every=True))
     page.write_page(view, tmp_path / "index.html")
     picture.draw_front(view, tmp_path / "front.png")
     view.pick()
-    assert calls == {"front": 1, "entry": len(view.finished)}
+    assert sorted(calls) == ["best_of_plans", "front"]
 
 
 def test_a_run_without_finished_trials_says_so(view: RunView) -> None:
-    empty = replace(view, records=())
+    empty = replace(view, trials=())
     with pytest.raises(RunError, match="foldsearch resume"):
         empty.pick()
     assert "No trial has reached the last rung yet" in text_of(terminal.front_report(empty, width=120))
@@ -249,7 +247,7 @@ def test_no_number_mark_strip_or_figure_is_cut_whatever_the_width(
     words = " ".join(lines).split()
     for entry in view.front_and_baselines:
         mark = "◆" if entry == view.knee else "●" if entry in view.front else ""
-        mark += "○" if entry.is_baseline else ""
+        mark += "○" if view.baseline(entry) else ""
         at = [i for i, line in enumerate(lines) if line[:9].split() == [mark, str(entry.number)]]
         assert len(at) == len([line for line in lines if line[:9].split() == ["dense"]])
         drawn = ""  # the strip stands under the ruler, on one line or on several
@@ -278,14 +276,14 @@ def _deeper(view: RunView, num_blocks: int) -> RunView:
     folder = view.folder
     table = replace(folder.table, blocks=(folder.table.blocks[0],) * num_blocks)
 
-    def deepen(record: Record) -> Record:
-        results = (
-            replace(r, plan=FoldPlan.parse(f"{r.plan} {more}".strip(), num_blocks)) for r in record.results
-        )
-        return replace(record, results=tuple(results))
+    def deepen(record: Trial) -> Trial:
+        if record.draft is None:
+            return record
+        plan = FoldPlan.parse(f"{record.plan} {more}".strip(), num_blocks)
+        return replace(record, draft=replace(record.draft, plan=plan))
 
     more = f"12-{num_blocks - 1}" if num_blocks > 12 else ""
-    return replace(view, folder=replace(folder, table=table), records=tuple(map(deepen, view.records)))
+    return replace(view, folder=replace(folder, table=table), trials=tuple(map(deepen, view.trials)))
 
 
 def test_many_criteria_stack_where_they_do_not_fit(view: RunView) -> None:
@@ -300,35 +298,30 @@ def test_many_criteria_stack_where_they_do_not_fit(view: RunView) -> None:
 
 def test_all_says_which_trials_came_to_the_same_plan(view: RunView) -> None:
     (entry,) = (entry for entry in view.finished if entry.number == 0)
-    assert 3 in entry.repeats
-    assert all(r.last and r.last.plan == entry.plan for r in view.records if r.number in entry.repeats)
-    also = "also trials" if len(entry.repeats) > 1 else "also trial"
-    words = f"({also} {', '.join(map(str, entry.repeats))})"
+    repeats = view.repeats(entry)
+    assert 3 in repeats
+    assert all(trial.plan == entry.plan for trial in view.trials if trial.number in repeats)
+    also = "also trials" if len(repeats) > 1 else "also trial"
+    words = f"({also} {', '.join(map(str, repeats))})"
     assert words in text_of(terminal.front_report(view, width=300, every=True), 300)
     assert "also trial" not in text_of(terminal.front_report(view, width=300), 300)
     assert "same plan as trial 0" in page._page(view)
 
 
 def test_a_split_of_one_document_has_no_standard_error(view: RunView) -> None:
-    def endless(record: Record) -> Record:
+    def endless(result: RungResult) -> RungResult:
         return replace(
-            record,
-            results=tuple(
-                replace(
-                    r,
-                    quality=r.quality and replace(r.quality, kl_se=math.inf, perplexity_se=math.inf),
-                    report=r.report and replace(r.report, kl_se=math.inf, perplexity_se=math.inf),
-                )
-                for r in record.results
-            ),
+            result,
+            quality=replace(result.quality, kl_se=math.inf, perplexity_se=math.inf),
+            report=result.report and replace(result.report, kl_se=math.inf, perplexity_se=math.inf),
         )
 
     assert NO_ERROR not in text_of(terminal.front_report(view, width=200))
     assert NO_ERROR not in page._page(view)
-    one = replace(view, records=tuple(map(endless, view.records)))
+    one = _changed(view, endless)
     for shown in (
         text_of(terminal.front_report(one, width=200)),
-        text_of(terminal.results_table(one.records[0].results)),
+        text_of(terminal.results_table(one.trials[0])),
         page._page(one),
     ):
         assert NO_ERROR in shown
@@ -337,20 +330,21 @@ def test_a_split_of_one_document_has_no_standard_error(view: RunView) -> None:
 
 
 def test_tokens_of_healing_and_of_training_are_both_told(view: RunView) -> None:
-    last = next(record.last for record in view.records if record.last and record.last.recovery_tokens)
+    trial = view.finished[0]
+    assert trial.last.recovery_tokens
     models = f"Models: healed on 8,192 tokens, forward only; trained on {view.folder.study.rungs[-1]:,} tokens at most."
     assert models in " ".join(text_of(terminal.front_report(view, width=300), 300).split())
     assert models in page._page(view)
-    healed = replace(last, healing=Healing(8192, 20, 18, 0.5, 0.375, 41.0))
-    shown = " ".join(text_of(terminal.results_table([healed]), 200).split())
+    healed = replace(trial, healing=Healing(8192, 20, 18, 0.5, 0.375, 41.0))
+    shown = " ".join(text_of(terminal.results_table(healed), 200).split())
     assert (
         "healed in closed form on 8,192 tokens, forward only: 18 of 20 positions changed, held-out error 0.500 → 0.375"
         in shown
     )
-    trained = f"trained on {last.kept_tokens:,} tokens"
+    trained = f"trained on {trial.last.kept_tokens:,} tokens"
     assert healed.tokens_words == f"healed on 8,192 tokens (forward only), {trained}"
-    assert last.tokens_words == trained
-    assert "healed" not in text_of(terminal.results_table([last]), 200)
+    assert trial.tokens_words == trained
+    assert "healed" not in text_of(terminal.results_table(trial), 200)
 
 
 KINDS = (KindQuality("prose", 0.5, 0.01, 60), KindQuality("code <x>", 1.25, 0.02, 40))
@@ -358,20 +352,19 @@ UNSEEN = KindQuality("reference", 2.75, math.inf, 30, unseen=True)
 
 
 def with_kinds(view: RunView) -> RunView:
-    def told(record: Record) -> Record:
-        return replace(
-            record,
-            results=tuple(
-                replace(
-                    r,
-                    quality=r.quality and replace(r.quality, kinds=KINDS),
-                    report=r.report and replace(r.report, kinds=(*KINDS, UNSEEN)),
-                )
-                for r in record.results
-            ),
-        )
+    return _changed(
+        view,
+        lambda result: replace(
+            result,
+            quality=replace(result.quality, kinds=KINDS),
+            report=result.report and replace(result.report, kinds=(*KINDS, UNSEEN)),
+        ),
+    )
 
-    return replace(view, records=tuple(map(told, view.records)))
+
+def _changed(view: RunView, change: Callable[[RungResult], RungResult]) -> RunView:
+    """The run with every result of every trial changed."""
+    return replace(view, trials=tuple(with_results(trial, change) for trial in view.trials))
 
 
 @pytest.mark.parametrize("width", [60, 120, 300])
@@ -386,19 +379,19 @@ def test_the_front_has_a_column_for_each_kind_of_text_whatever_the_width(view: R
 
 def test_kinds_are_told_wherever_a_trial_is(view: RunView) -> None:
     several = with_kinds(view)
-    last = several.front[0].result
-    assert from_json(TrialResult, json.loads(json.dumps(to_json(last)))) == last
-    shown = text_of(terminal.results_table([last]))
+    trial = several.front[0]
+    assert from_json(Trial, json.loads(json.dumps(to_json(trial)))) == trial
+    shown = text_of(terminal.results_table(trial))
     assert [line.split() for line in shown.splitlines() if line.startswith(("by kind", "report KL"))] == [
         "by kind of text prose code <x> unseen: reference".split(),
         "report KL 0.5000 ± 0.0100 1.2500 ± 0.0200 2.7500 ± —".split(),
     ]
     assert "<th>unseen: reference" in page._page(several)
     assert "<th>code &lt;x&gt;" in page._page(several)
-    assert "| KL to dense, report texts, unseen: reference | 2.7500 nats per token |" in note(last)
-    assert "| KL to dense, search texts, prose | 0.5000 ± 0.0100 nats per token |" in note(last)
-    alone = replace(last, quality=replace(last.quality, kinds=KINDS[:1]), report=None)
-    assert terminal.kinds_table(alone) is None
+    assert "| KL to dense, report texts, unseen: reference | 2.7500 nats per token |" in note(trial)
+    assert "| KL to dense, search texts, prose | 0.5000 ± 0.0100 nats per token |" in note(trial)
+    alone = replace(trial.last, quality=replace(trial.quality, kinds=KINDS[:1]), report=None)
+    assert terminal.kinds_table(replace(trial, results=(alone,))) is None
 
 
 def test_all_shows_every_finished_trial_and_the_default_only_front_and_baselines(view: RunView) -> None:
@@ -443,7 +436,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_shows_every_trial(view: RunVi
     assert "fake <weights>" not in written
     assert "crashed: out of paper" in written
     shown = len(view.front_and_baselines)
-    assert reader.rows == (1 + 1 + shown) + (1 + len(view.by_count())) + (1 + len(view.records))
+    assert reader.rows == (1 + 1 + shown) + (1 + len(view.by_count())) + (1 + len(view.trials))
 
 
 def test_the_svg_of_a_plan_is_well_formed() -> None:
@@ -540,9 +533,9 @@ def test_a_dense_model_far_from_all_plans_does_not_flatten_them(view: RunView) -
 def test_a_picture_of_more_trials_has_no_more_parts(view: RunView) -> None:
     """So it takes no time for each trial; the legend and the numbered plans are bounded."""
     more = [
-        replace(record, number=record.number + 100 * copy) for copy in range(1, 30) for record in view.records
+        replace(record, number=record.number + 100 * copy) for copy in range(1, 30) for record in view.trials
     ]
-    long = replace(view, records=(*view.records, *(_moved(record, i) for i, record in enumerate(more))))
+    long = replace(view, trials=(*view.trials, *(_moved(record, i) for i, record in enumerate(more))))
     few, many = _drawn(view), _drawn(long)
     assert len(many.collections) <= len(few.collections) + 4  # a marker that none had before
     assert len(long.front) > picture.MOST_STRIPS
@@ -558,34 +551,30 @@ def test_a_picture_of_more_trials_has_no_more_parts(view: RunView) -> None:
     assert long.knee in picture._drawn(long)
 
 
-def _moved(record: Record, index: int) -> Record:
+def _moved(record: Trial, index: int) -> Trial:
     """Another plan of less memory and more KL, so that the front is long."""
     plans = itertools.combinations(range(1, 12), 3)
     plan = FoldPlan.dropping(next(itertools.islice(plans, index % 165, None)), 12)
     plan = FoldPlan((*plan.slots, *(Slot(0, 0, 0) for _ in range(index // 165))), 12)
 
-    def move(result: TrialResult) -> TrialResult:
-        cost = replace(result.cost, weight_bytes=result.cost.weight_bytes - 100 * index)
-        quality = result.quality and replace(result.quality, kl=1 + 0.01 * index)
-        return replace(result, plan=plan, cost=cost, quality=quality)
-
-    return replace(record, results=tuple(map(move, record.results)))
+    if record.draft is None:
+        return record
+    cost = replace(record.cost, weight_bytes=record.cost.weight_bytes - 100 * index)
+    moved = replace(record, draft=replace(record.draft, plan=plan, cost=cost))
+    return with_results(
+        moved, lambda result: replace(result, quality=replace(result.quality, kl=1 + 0.01 * index))
+    )
 
 
 def _with_kls(view: RunView, kls: dict[int, float]) -> RunView:
     """The run with these trials only, at these KLs."""
 
-    def change(result: TrialResult, kl: float) -> TrialResult:
-        return replace(result, quality=result.quality and replace(result.quality, kl=kl, kl_se=kl / 50))
+    def change(trial: Trial) -> Trial:
+        kl = kls[trial.number]
+        quality = replace(trial.quality, kl=kl, kl_se=kl / 50)
+        return with_results(trial, lambda result: replace(result, quality=quality))
 
-    kept = [record for record in view.records if record.number in kls]
-    return replace(
-        view,
-        records=tuple(
-            replace(record, results=tuple(change(result, kls[record.number]) for result in record.results))
-            for record in kept
-        ),
-    )
+    return replace(view, trials=tuple(change(trial) for trial in view.trials if trial.number in kls))
 
 
 def _drawn(view: RunView) -> Any:
@@ -622,23 +611,23 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(
 
 def test_a_log_file_gets_a_line_a_trial_with_its_gain_and_its_gates(view: RunView) -> None:
     out = io.StringIO()
-    record = view.records[0]
+    record = view.trials[0]
     with RunDisplay(Console(file=out, width=150)) as display:
         display(events.Preparing("reading the text", 0.0))
         display(events.Preparing("reading the text", 0.5))
         display(events.SearchStarted(view.folder, 0, 14))
         _play(display, record)
-        display(events.TrialFinished(0, record.results[-1], True))
+        display(events.TrialEnded(record, on_front=True))
         display(events.Progress(1, 14, 60.0, 780.0))
-        _play(display, view.records[7])
-        display(events.TrialStopped(7, view.records[7].results[-1], "rank 2 of 4"))
-        display(events.TrialFailed(5, "crashed: out of paper"))
+        _play(display, view.trials[7])
+        display(events.TrialEnded(view.trials[7]))
+        display(events.TrialEnded(view.trials[5]))
         display(events.SearchInterrupted(view.folder, 1, "foldsearch resume runs/x"))
     shown = out.getvalue()
     assert shown.count("reading the text") == 1
     line = next(line for line in shown.splitlines() if line.startswith("    0  gate 0."))
-    assert " → ".join(f"{result.quality.kl:.3f}" for result in record.results if result.quality) in line
-    assert strip(record.results[-1].plan) in line
+    assert " → ".join(f"{result.quality.kl:.3f}" for result in record.results) in line
+    assert strip(record.plan) in line
     assert line.endswith("● on the front")
     assert "gates: 20 steps, 1,000 tokens, 90% polarized" in shown
     assert "1 of 14 trials · 1:00 · about 13:00 left" in shown
@@ -652,7 +641,7 @@ def test_a_terminal_shows_where_the_running_trials_are(view: RunView) -> None:
     screen = Console(file=out, width=120, force_terminal=True)
     with RunDisplay(screen) as display:
         display(events.SearchStarted(view.folder, 0, 14))
-        display(events.TrialStarted(3, removing("window", 4), resumed=False))
+        display(events.TrialStarted(Trial(3, proposal=removing("window", 4))))
         display(events.TrialProgress(3, "recovery", 0.25))
         bottom = text_of(display._bottom())
     assert "window" in bottom
@@ -687,35 +676,33 @@ def test_training_that_hurt_is_said_everywhere(
     view: RunView, kept_tokens: int, latest: float | None, words: str
 ) -> None:
     entry = view.front[0]
-    record = next(record for record in view.records if record.number == entry.number)
     setback = Setback(kept_tokens, None if latest is None else replace(entry.quality, kl=latest))
-    last = replace(entry.result, setback=setback)
+    last = replace(entry.last, setback=setback)
     assert last.kept_tokens == kept_tokens
-    assert from_json(TrialResult, json.loads(json.dumps(to_json(last)))) == last
-    hurt = replace(record, results=(*record.results[:-1], last))
-    more = replace(view, records=tuple(hurt if old is record else old for old in view.records))
+    hurt = replace(entry, results=(*entry.results[:-1], last))
+    assert from_json(Trial, json.loads(json.dumps(to_json(hurt)))) == hurt
+    more = replace(view, trials=tuple(hurt if old is entry else old for old in view.trials))
     for width in (80, 200):
         assert f"trial {entry.number}: {words}" in text_of(terminal.front_report(more, width=width), width)
     assert words not in text_of(terminal.front_report(view, width=200))
     assert page._page(more).count(words) == 2  # of the front, and of every trial
-    assert words in text_of(terminal.results_table(hurt.results))
-    assert words in note(last)
+    assert words in text_of(terminal.results_table(hurt))
+    assert words in note(hurt)
     out = io.StringIO()
     with RunDisplay(Console(file=out, width=200)) as display:
         display(events.SearchStarted(view.folder, 0, 14))
         _play(display, hurt)
-        display(events.TrialFinished(hurt.number, last, True))
-    assert words in out.getvalue().splitlines()[-2 if last.gates else -1]
+        display(events.TrialEnded(hurt, on_front=True))
+    assert words in out.getvalue().splitlines()[-2 if hurt.draft and hurt.draft.gates else -1]
 
 
 def test_of_two_trials_of_one_plan_the_better_is_shown(view: RunView) -> None:
     """The second one was run because the training of the first had diverged."""
     entry = view.front[0]
-    record = next(record for record in view.records if record.number == entry.number)
     for kl in (entry.quality.kl / 2, entry.quality.kl * 2):
-        result = replace(entry.result, quality=replace(entry.quality, kl=kl))
-        twin = replace(record, number=99, results=(result,))
-        more = replace(view, records=(*view.records, twin))
+        result = replace(entry.last, quality=replace(entry.quality, kl=kl))
+        twin = replace(entry, number=99, results=(result,))
+        more = replace(view, trials=(*view.trials, twin))
         better = 99 if kl < entry.quality.kl else entry.number
         (shown,) = (other for other in more.finished if other.plan == entry.plan)
         assert shown.number == better
@@ -723,11 +710,10 @@ def test_of_two_trials_of_one_plan_the_better_is_shown(view: RunView) -> None:
         assert len(more.front) == len({other.plan for other in more.front})
 
 
-def _play(display: RunDisplay, record: Record) -> None:
-    assert record.proposal is not None
-    display(events.TrialStarted(record.number, record.proposal, resumed=False))
-    for result in record.results:
-        display(events.RungDone(record.number, result))
+def _play(display: RunDisplay, trial: Trial) -> None:
+    display(events.TrialStarted(replace(trial, results=())))
+    for count in range(1, len(trial.results) + 1):
+        display(events.RungDone(replace(trial, results=trial.results[:count])))
 
 
 # ---- what was screened

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.proposal import Proposal
+from foldsearch.record import Trial, front
 from foldsearch.run import Run
-from foldsearch.search.records import Record, front, read_records
+from foldsearch.search.records import read_trials
 from tests.bench.spaces import front_points, report, row_of, spent, volume
 from tests.fake_driver import study
-from tests.fake_trial import NUM_BLOCKS, result_of
+from tests.fake_trial import NUM_BLOCKS, known, trial_at
 from tests.proposals import changed, removing
 
 LIMITS = {"tokens": 1000, "trials": 50}
@@ -34,33 +34,32 @@ def test_volume_by_hand():
 def test_tokens_by_hand():
     """The fakes measure 100 positions a rung and train on 0, 100 and 400 tokens."""
     asked, plan = study(), FoldPlan.dropping([3], NUM_BLOCKS)
-    rungs = [result_of(plan, asked, rung) for rung in range(3)]
-    known = [replace(result, state="known", known_from=0) for result in rungs]
-    gated = [replace(result, gates={"tokens": 1000, "from_cache": True}) for result in rungs]
-    window, gate = removing("window", 1), removing("gate", 1)
+    window = trial_at(plan, asked, 2, removing("window", 1))
+    gate = replace(window, proposal=removing("gate", 1))
+    assert window.draft is not None
+    gated = replace(gate, draft=replace(window.draft, gates={"tokens": 1000, "from_cache": True}))
 
-    def tokens(*records: tuple[Proposal, list]) -> list[int]:
-        made = [Record(i, "finished", p, tuple(results)) for i, (p, results) in enumerate(records)]
-        return list(spent(made).values())
+    def until(trial: Trial, rung: int) -> Trial:
+        return replace(trial, results=trial.results[: rung + 1])
 
-    assert tokens((window, rungs)) == [400, 0, 300]
-    assert tokens((window, rungs[:2])) == [100, 0, 200]  # stopped at rung 1
-    assert tokens((window, rungs), (window, known)) == [400, 0, 300]
-    assert tokens((window, rungs[:2]), (window, [*known[:2], rungs[2]])) == [
-        400,
-        0,
-        300,
-    ]  # goes on where 0 stopped
-    assert tokens((gate, gated), (gate, known)) == [400, 1000, 300]
-    other = changed(gate, setting=1.0)
-    assert tokens((gate, gated), (gate, gated[:1]), (other, gated[:1])) == [400, 2000, 500]
-    reported = [*rungs[:2], replace(rungs[2], report=rungs[2].quality)]
-    assert tokens((window, reported)) == [400, 0, 400]
-    assert tokens((window, [])) == [0, 0, 0]
+    def tokens(*trials: Trial) -> list[int]:
+        return list(spent(trials).values())
+
+    assert tokens(window) == [400, 0, 300]
+    assert tokens(until(window, 1)) == [100, 0, 200]  # stopped at rung 1
+    assert tokens(window, known(window, 0)) == [400, 0, 300]
+    goes_on = replace(window, results=(*known(window, 0).results[:2], window.last))
+    assert tokens(until(window, 1), goes_on) == [400, 0, 300]  # where 0 stopped
+    assert tokens(gated, known(gate, 0)) == [400, 1000, 300]
+    other = replace(gated, proposal=changed(removing("gate", 1), setting=1.0))
+    assert tokens(gated, until(gated, 0), until(other, 0)) == [400, 2000, 500]
+    reported = replace(window, results=(*window.results[:2], replace(window.last, report=window.quality)))
+    assert tokens(reported) == [400, 0, 400]
+    assert tokens(replace(window, results=())) == [0, 0, 0]
 
 
 def test_points_are_of_the_front_on_report_texts(run_path: Path):
-    run, records = Run.open(run_path), read_records(Run.open(run_path))
+    run, records = Run.open(run_path), read_trials(Run.open(run_path))
     points = front_points(run, records)
     assert [point["trial"] for point in points] == [record.number for record in front(records)]
     assert all(point["kl"] == pytest.approx(1.1 * point["search_kl"]) for point in points)

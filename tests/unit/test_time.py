@@ -6,6 +6,7 @@ Oracle: a simulation of lanes whose trials take declared seconds a rung.
 from __future__ import annotations
 
 import heapq
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +18,9 @@ from foldsearch.progress import TimeUp
 from foldsearch.run import Run
 from foldsearch.search import proposer, run, worker
 from foldsearch.search.proposer import Line
-from foldsearch.search.records import Records, read_records
+from foldsearch.search.records import Records, read_trials
 from tests.fake_driver import study
-from tests.fake_trial import NUM_BLOCKS, ORDERS, TABLE, result_of
+from tests.fake_trial import NUM_BLOCKS, ORDERS, TABLE, trial_at
 from tests.proposals import ordered_plan
 
 
@@ -70,11 +71,13 @@ def simulate(line: Line, clock: Clock, rung_seconds: tuple[float, ...]) -> list[
             lanes = []
             continue
         clock.now, number, rung = heapq.heappop(lanes)
-        record = records.get(number)
-        assert record.proposal is not None
-        plan = ordered_plan(record.proposal, ORDERS, NUM_BLOCKS, base=0)
-        result = result_of(plan, line.study, rung, record.proposal.recovery.learning_rate)
-        records.record(number, replace(result, seconds=sum(rung_seconds[: rung + 1])))
+        proposal = records.get(number).proposal
+        assert proposal is not None
+        plan = ordered_plan(proposal, ORDERS, NUM_BLOCKS, base=0)
+        trial = trial_at(plan, line.study, rung, proposal, number)
+        ends = itertools.accumulate(rung_seconds)
+        results = (replace(one, seconds=end) for one, end in zip(trial.results, ends, strict=False))
+        records.record(replace(trial, results=tuple(results)))
         line.began(number)
         if rung == rungs - 1:
             records.finish(number)
@@ -93,7 +96,9 @@ def test_what_begins_ends_in_time_whatever_was_thought_before(
     assert told[-1][0] <= 480
     states = [record.state for record in records.all()]
     assert states.count("finished") >= 6
-    assert not any(record.cut for record in records.all())  # the pace was known when the last ones began
+    assert not any(
+        record.state == "cut" for record in records.all()
+    )  # the pace was known when the last ones began
     # while there is much time left, nothing else is said, once a result is there to tell the pace
     ends = told[-1][0]
     for elapsed, remaining in told:
@@ -123,10 +128,10 @@ def test_a_time_too_short_for_one_trial_is_said_and_gives_what_it_can(tmp_path: 
     simulate(line, clock, (10.0, 30.0, 60.0))
     assert line.elapsed() == 60
     begun = [record for record in records.all() if record.results]
-    assert [record.state for record in begun] == ["stopped", "stopped"]
+    assert [record.state for record in begun] == ["cut", "cut"]
     assert [len(record.results) for record in begun] == [2, 2]
     assert records.front() == []
-    assert read_records(records.run) == records.all()
+    assert read_trials(records.run) == records.all()
     assert "trial 0, 1 did not end; 2 of those to begin with did not begin" in line.end_words()
 
     # with more time, the run goes on with them, from their last rung
@@ -137,7 +142,7 @@ def test_a_time_too_short_for_one_trial_is_said_and_gives_what_it_can(tmp_path: 
     simulate(more, clock, (10.0, 30.0, 60.0))
     known = again.all()
     assert [record.state for record in known[:4]] == ["finished"] * 4
-    assert not any(record.cut for record in known)
+    assert not any(record.state == "cut" for record in known)
     assert {record.number for record in again.front()} & {0, 1, 2, 3}
 
 
