@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from foldsearch.bound import lower_bound
 from foldsearch.context import TrialContext, open_workbench
-from foldsearch.criteria import Choice, Question, criterion_of
+from foldsearch.criteria import Choice, Request, criterion_of
 from foldsearch.model.evidence import attention_order
 from foldsearch.plan.cost import price
 from foldsearch.progress import StageProgress
@@ -20,7 +20,7 @@ def choose_blocks(removed: Removed, context: TrialContext, say: StageProgress) -
     """The blocks that a criterion removes, and what is told of how they were found."""
     study = context.study
     return criterion_of(removed.criterion).choose(
-        Question(
+        Request(
             bench=open_workbench(context, say),
             count=removed.count,
             most=study.space.counts(len(context.table.blocks))[1],

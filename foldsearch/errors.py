@@ -15,7 +15,10 @@ Messages state the law, the value, and the remedy.
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
+from typing import Protocol, TypeVar
 
 
 class FoldsearchError(Exception):
@@ -52,6 +55,42 @@ class RunError(InputError):
 
 class VerificationError(FoldsearchError):
     """An exported model differs from the model that was measured."""
+
+
+# ---- a name that must be one of a list's
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+Item = TypeVar("Item", bound=_Named)
+
+
+def find_named(items: Iterable[Item], name: str, what: str, error: type[InputError] = PlanError) -> Item:
+    """The item of a list that has this name.
+
+    Args:
+        items: of the list.
+        name: as a person wrote it.
+        what: an item is, for the message: "a criterion".
+        error: raised where there is none.
+
+    Raises:
+        InputError: the list has no such name, as `error`; the message has all names, and the nearest one.
+    """
+    known = {item.name: item for item in items}
+    if name in known:
+        return known[name]
+    near = nearest(name, known) or " Name one of these."
+    raise error(f"{what} is one of {', '.join(known)}; got '{name}'.{near}")
+
+
+def nearest(word: str, known: Iterable[str], *, most: int = 1) -> str:
+    """A question that names the nearest of the known words, with a space before it; empty where none is near."""
+    near = difflib.get_close_matches(word, list(known), n=most, cutoff=0.6)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 # ---- the words of a library's error

@@ -135,7 +135,7 @@ class Given:
 
 
 @dataclass(frozen=True, slots=True)
-class Recovery:
+class RecoveryChoice:
     """The recovery training: learning rate in root mean squares of the weights, rank of the deltas.
 
     Raises:
@@ -159,7 +159,7 @@ class Proposal:
     """
 
     fold: Fold | Given
-    recovery: Recovery = field(default_factory=Recovery)
+    recovery: RecoveryChoice = field(default_factory=RecoveryChoice)
     origin: Origin = "sampler"
 
     @property
@@ -191,7 +191,7 @@ class Proposal:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Proposal:
         """Read what `to_json` made."""
-        return cls(_fold_from_json(value["fold"]), Recovery(**value["recovery"]), value["origin"])
+        return cls(_fold_from_json(value["fold"]), RecoveryChoice(**value["recovery"]), value["origin"])
 
 
 def _fold_from_json(value: Mapping[str, Any]) -> Fold | Given:

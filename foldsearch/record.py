@@ -30,7 +30,7 @@ from foldsearch.plan.cost import GB, Cost
 from foldsearch.plan.front import non_dominated
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Healing, Quality, RungResult, rounded, trained_for
-from foldsearch.proposal import Fold, Given, Proposal, Recovery, Removed
+from foldsearch.proposal import Fold, Given, Proposal, RecoveryChoice, Removed
 from foldsearch.run import Run, TrialFolder
 from foldsearch.spec.study import Objective
 
@@ -104,7 +104,7 @@ class Trial:
         return self.proposal.fold
 
     @property
-    def recovery(self) -> Recovery:
+    def recovery(self) -> RecoveryChoice:
         """How its model is trained; it must have been proposed."""
         assert self.proposal is not None, f"trial {self.number} is not proposed yet"
         return self.proposal.recovery

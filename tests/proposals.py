@@ -8,7 +8,7 @@ from typing import Any
 
 from foldsearch.fates import Drop, Fate
 from foldsearch.plan.plan import AdapterStart, FoldPlan
-from foldsearch.proposal import Fold, Given, Groups, Origin, Proposal, Recovery, Removed, fold_plan
+from foldsearch.proposal import Fold, Given, Groups, Origin, Proposal, RecoveryChoice, Removed, fold_plan
 
 
 def removing(
@@ -24,14 +24,14 @@ def removing(
     """A criterion at a count; gates with the usual eps; what is not said as it is by default."""
     setting = 0.5 if criterion == "gate" else None
     removed = Removed(criterion, count, fate, setting)
-    return Proposal(Fold(removed, groups, attention), Recovery(**recovery), origin)
+    return Proposal(Fold(removed, groups, attention), RecoveryChoice(**recovery), origin)
 
 
 def given(
     plan: FoldPlan, *, start: AdapterStart | None = "svd", origin: Origin = "sampler", **recovery: Any
 ) -> Proposal:
     """A plan that says it all."""
-    return Proposal(Given(plan, start), Recovery(**recovery), origin)
+    return Proposal(Given(plan, start), RecoveryChoice(**recovery), origin)
 
 
 def count_of(proposal: Proposal) -> int:

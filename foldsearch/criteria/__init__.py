@@ -1,6 +1,6 @@
 """The ways to choose which blocks are removed: one file each, and one list that space, trial, report and pictures read.
 
-A new one is a file with `choose(question) -> Choice` and its entry in `CRITERIA`. The list itself needs no torch: a
+A new one is a file with `choose(request) -> Choice` and its entry in `CRITERIA`. The list itself needs no torch: a
 file is imported when its criterion is asked.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from foldsearch.errors import PlanError
+from foldsearch.errors import PlanError, find_named
 from foldsearch.model.training import FITTED_TOKENS, GATE_STEPS
 from foldsearch.progress import StageProgress, silent
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class Request:
     """What a criterion is asked, and what it may use to answer.
 
     bench: the dense model, its texts, and what it says on them. count: blocks to remove, 1 or more. most: the most
@@ -85,18 +85,18 @@ class Criterion:
         """The key of a space that lists the values of its setting; empty where it has none."""
         return self.setting.key if self.setting is not None else ""
 
-    def choose(self, question: Question) -> Choice:
+    def choose(self, request: Request) -> Choice:
         """The blocks that this criterion removes.
 
         Raises:
             PlanError: the count is not between 1 and the number of blocks less one.
         """
-        num_blocks = len(question.bench.table.blocks)
-        if not 1 <= question.count < num_blocks:
+        num_blocks = len(request.bench.table.blocks)
+        if not 1 <= request.count < num_blocks:
             raise PlanError(
-                f"from 1 to {num_blocks - 1} of {num_blocks} blocks can be removed, got {question.count}."
+                f"from 1 to {num_blocks - 1} of {num_blocks} blocks can be removed, got {request.count}."
             )
-        answer: Choice = importlib.import_module(self.module or f"{__name__}.{self.name}").choose(question)
+        answer: Choice = importlib.import_module(self.module or f"{__name__}.{self.name}").choose(request)
         return answer
 
 
@@ -131,9 +131,4 @@ def criterion_of(name: str) -> Criterion:
     Raises:
         PlanError: the list has none.
     """
-    for criterion in CRITERIA:
-        if criterion.name == name:
-            return criterion
-    raise PlanError(
-        f"a criterion is one of {', '.join(criterion_names())}; got '{name}'. Name one of these, or add it to the list."
-    )
+    return find_named(CRITERIA, name, "a criterion")

@@ -2,28 +2,28 @@
 
 from dataclasses import asdict
 
-from foldsearch.criteria import Choice, Question
+from foldsearch.criteria import Choice, Request
 from foldsearch.model.evidence import best_window, influence_order
 from foldsearch.model.evolution import EvolutionResult, EvolutionSettings, evolve
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.progress import counting
 
 
-def choose(question: Question) -> Choice:
+def choose(request: Request) -> Choice:
     """The whole blocks that the best plan found drops."""
-    bench, tokens, count = question.bench, question.bench.splits.search, question.count
-    evidence = bench.evidence(question.say)
+    bench, tokens, count = request.bench, request.bench.splits.search, request.count
+    evidence = bench.evidence(request.say)
     starts = [
         FoldPlan.dropping(blocks, len(bench.table.blocks))
         for blocks in (best_window(evidence, count), influence_order(evidence)[:count])
     ]
-    settings = EvolutionSettings(seed=question.seed)
+    settings = EvolutionSettings(seed=request.seed)
     found, _ = bench.once(
         "evolution",
         EvolutionResult,
         tokens,
         lambda: evolve(
-            bench.dense, tokens, bench.search, starts, settings, progress=counting(question.say, "evolution")
+            bench.dense, tokens, bench.search, starts, settings, progress=counting(request.say, "evolution")
         ),
         count=count,
         evolution=asdict(settings),

@@ -2,24 +2,24 @@
 
 from dataclasses import asdict
 
-from foldsearch.criteria import Choice, Question
+from foldsearch.criteria import Choice, Request
 from foldsearch.model import gates
 from foldsearch.model.training import GateTraining
 from foldsearch.progress import counting
 
 
-def choose(question: Question) -> Choice:
+def choose(request: Request) -> Choice:
     """The blocks of lowest rank after gated training on the recovery tokens, and how the training went."""
-    bench, tokens = question.bench, question.bench.splits.recovery
-    assert question.setting is not None, "gates are asked with an eps"
-    training = GateTraining(question.count, question.setting, question.gate_steps, question.seed)
+    bench, tokens = request.bench, request.bench.splits.recovery
+    assert request.setting is not None, "gates are asked with an eps"
+    training = GateTraining(request.count, request.setting, request.gate_steps, request.seed)
     macs = [float(block.attention.macs + block.mlp.macs) for block in bench.table.blocks]
     found, known = bench.once(
         "gates",
         gates.GateResult,
         tokens,
         lambda: gates.train_gates(
-            bench.dense, tokens, training, block_macs=macs, progress=counting(question.say, "training gates")
+            bench.dense, tokens, training, block_macs=macs, progress=counting(request.say, "training gates")
         ),
         **asdict(training),
     )
@@ -33,4 +33,4 @@ def choose(question: Question) -> Choice:
         "seconds": found.seconds,
         "from_cache": known,
     }
-    return Choice(tuple(sorted(found.ranking[: question.count])), summary)
+    return Choice(tuple(sorted(found.ranking[: request.count])), summary)

@@ -2,12 +2,12 @@
 
 from random import Random
 
-from foldsearch.criteria import Choice, Question
+from foldsearch.criteria import Choice, Request
 
 
-def choose(question: Question) -> Choice:
+def choose(request: Request) -> Choice:
     """Blocks drawn with the seed; every choice is as likely as any other."""
-    return Choice(random_blocks(question.count, len(question.bench.table.blocks), question.seed))
+    return Choice(random_blocks(request.count, len(request.bench.table.blocks), request.seed))
 
 
 def random_blocks(count: int, num_blocks: int, seed: int) -> tuple[int, ...]:

@@ -1,11 +1,11 @@
 """Blocks at even distances: nothing is asked of the model."""
 
-from foldsearch.criteria import Choice, Question
+from foldsearch.criteria import Choice, Request
 
 
-def choose(question: Question) -> Choice:
+def choose(request: Request) -> Choice:
     """Blocks at even distances; the first and the last block stay while others are left."""
-    return Choice(uniform_blocks(question.count, len(question.bench.table.blocks)))
+    return Choice(uniform_blocks(request.count, len(request.bench.table.blocks)))
 
 
 def uniform_blocks(count: int, num_blocks: int) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ A new one is a file with a `Fate` and its `FateTable`, and its entry in `FATES`;
 
 from __future__ import annotations
 
-from foldsearch.errors import PlanError
+from foldsearch.errors import find_named
 from foldsearch.fates.contract import Bound, Fate, FateTable, Option, Suggest
 from foldsearch.fates.drop import Drop
 from foldsearch.fates.replace import Replace
@@ -39,9 +39,4 @@ def fate_named(name: str) -> type[Fate]:
     Raises:
         PlanError: the list has none.
     """
-    for fate in FATES:
-        if fate.name == name:
-            return fate
-    raise PlanError(
-        f"a fate is one of {', '.join(fate_names())}; got '{name}'. Name one of these, or add it to the list."
-    )
+    return find_named(FATES, name, "a fate")

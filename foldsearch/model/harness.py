@@ -6,7 +6,6 @@ The harness is an extra, `pip install 'foldsearch[eval]'`, and imported only whe
 from __future__ import annotations
 
 import copy
-import difflib
 import io
 import logging
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foldsearch.errors import DataError, InputError, quote_error
+from foldsearch.errors import DataError, InputError, nearest, quote_error
 from foldsearch.model.tokens import begun, front_of
 from foldsearch.progress import StageProgress, silent
 
@@ -71,11 +70,10 @@ def open_tasks(names: Sequence[str], *, include_path: Path | None = None) -> Any
     manager = _manager(None if include_path is None else include_path.resolve())
     for name in names:
         if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.6)
-            words = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise InputError(
                 f"a task is one of the {len(manager.all_tasks):,} names that lm-evaluation-harness knows, not {name!r}."
-                f"{words} `lm_eval ls tasks` lists them; --include-path DIR adds your own."
+                f"{nearest(name, manager.all_tasks, most=3)} `lm_eval ls tasks` lists them; --include-path DIR adds "
+                "your own."
             )
     return manager
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from foldsearch.errors import PlanError
+from foldsearch.errors import find_named
 
 DEFAULT_EXPANSION = 4  # hidden width of a network whose size is not named, in widths of the model
 
@@ -65,9 +65,4 @@ def kind_named(name: str) -> Kind:
     Raises:
         PlanError: the list has none.
     """
-    for kind in KINDS:
-        if kind.name == name:
-            return kind
-    raise PlanError(
-        f"a network in place of blocks is one of {', '.join(kind_names())}; got '{name}'. Name one of these."
-    )
+    return find_named(KINDS, name, "a network in place of blocks")

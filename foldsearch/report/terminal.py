@@ -39,7 +39,7 @@ from foldsearch.run import Run
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from foldsearch.cache import Entry as CacheEntry
+    from foldsearch.cache import Entry
     from foldsearch.export.figures import ExportReport
     from foldsearch.model.choices import ChoiceQuality
     from foldsearch.model.evidence import Evidence
@@ -438,7 +438,7 @@ def _columns(table: Table, *names: str) -> None:
 # ---- one plan
 
 
-def cache_table(found: Sequence[CacheEntry]) -> Table:
+def cache_table(found: Sequence[Entry]) -> Table:
     """What the cache holds, by kind: `foldsearch cache`."""
     table = _plain_table("kind", "entries>", "GB>")
     for kind in sorted({entry.kind for entry in found}):

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
-from foldsearch.errors import InputError, PlanError
+from foldsearch.errors import InputError, PlanError, find_named
 from foldsearch.plan.plan import UNITS, FoldPlan
 from foldsearch.runtimes.needs import WORDS, Need, needs
 
@@ -163,10 +163,7 @@ def runtime_named(name: str) -> Runtime:
     Raises:
         InputError: there is none.
     """
-    for runtime in RUNTIMES:
-        if runtime.name == name:
-            return runtime
-    raise InputError(f"a runtime is {listed()}, got '{name}'. Choose one of these.")
+    return find_named(RUNTIMES, name, "a runtime", InputError)
 
 
 def called_now(name: str) -> str:

@@ -6,7 +6,6 @@ likewise a space.
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from foldsearch.errors import SpecError
+from foldsearch.errors import SpecError, nearest
 from foldsearch.paths import printable
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import EACH, NAME, SEVERAL, SOURCE, FaultOf, Sources, SourceSettings, Study
@@ -121,17 +120,12 @@ def _find(reference: str | Path, what: str, folder: str) -> Path:
         return known[str(reference)]
     if path.suffix == ".toml" or len(path.parts) > 1 or isinstance(reference, Path):
         raise SpecError(
-            f"a {what} is a TOML file, but there is no file '{printable(reference)}'.{_suggest(path.stem, known)}"
+            f"a {what} is a TOML file, but there is no file '{printable(reference)}'.{nearest(path.stem, known)}"
         )
     raise SpecError(
         f"a {what} is a path to a TOML file or one of {', '.join(known)}; got '{printable(reference)}'."
-        f"{_suggest(str(reference), known)}"
+        f"{nearest(str(reference), known)}"
     )
-
-
-def _suggest(word: str, known: Mapping[str, Any] | list[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -281,7 +275,7 @@ def _fault(model: type[BaseModel], keys: list[int | str], detail: ErrorDetails) 
         return f"this key has a new name. Write '{RENAMED[str(keys[-1])]}'."
     if kind == "extra_forbidden":
         known = list(_fields_at(model, detail["loc"][:-1]))
-        return "unknown key." + (_suggest(str(keys[-1]), known) or f" Known here: {', '.join(known)}.")
+        return "unknown key." + (nearest(str(keys[-1]), known) or f" Known here: {', '.join(known)}.")
     if kind == "missing":
         return "a value is needed, but there is none." + (
             " A range is written [from, to]." if isinstance(keys[-1], int) else " Add the key."
@@ -291,7 +285,7 @@ def _fault(model: type[BaseModel], keys: list[int | str], detail: ErrorDetails) 
     if kind == "literal_error":
         expected = str(context["expected"])
         options = [option.strip().strip("'") for option in expected.replace(" or ", ", ").split(",")]
-        return f"must be one of {expected}; got {_show(got)}.{_suggest(str(got), options)}"
+        return f"must be one of {expected}; got {_show(got)}.{nearest(str(got), options)}"
     if kind in _EXPECTED:
         return f"must be {_EITHER.get(_dotted(keys)) or _EXPECTED[kind]}; got {_show(got)}."
     if kind == "too_short":

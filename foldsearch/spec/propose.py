@@ -13,7 +13,7 @@ from foldsearch.criteria import criterion_of
 from foldsearch.fates import Option, Suggest
 from foldsearch.plan.cost import Budget, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.proposal import Fold, Groups, Origin, Proposal, Recovery, Removed
+from foldsearch.proposal import Fold, Groups, Origin, Proposal, RecoveryChoice, Removed
 from foldsearch.spec.space import Space
 
 DENSE_FITS_SHARE = 0.2  # of the blocks, which a baseline removes where the budget asks for none
@@ -59,10 +59,10 @@ def _propose_groups(suggest: Suggest, space: Space, num_kept: int, fewest: int) 
     return Groups(count, size, start, suggest.choice("adapter_rank", groups.adapter_ranks))
 
 
-def propose_recovery(suggest: Suggest, space: Space) -> Recovery:
+def propose_recovery(suggest: Suggest, space: Space) -> RecoveryChoice:
     """How to train, alone: all that is left to ask for a plan that is given."""
     learning_rate = suggest.number("learning_rate", *space.recover.learning_rate, log=True)
-    return Recovery(learning_rate, suggest.choice("delta_rank", space.recover.delta_ranks))
+    return RecoveryChoice(learning_rate, suggest.choice("delta_rank", space.recover.delta_ranks))
 
 
 # ---- baselines

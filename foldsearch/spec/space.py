@@ -21,7 +21,7 @@ Criteria = Annotated[tuple[Annotated[str, one_of(criterion_names)], ...], not_em
 Fates = Annotated[tuple[Annotated[str, one_of(fate_names)], ...], not_empty]
 
 
-class Groups(TomlTable):
+class GroupsTable(TomlTable):
     """Grouped sharing over the kept blocks (see `foldsearch.proposal.Groups`).
 
     max_groups: 0 to this many groups. group_sizes: blocks in a group, its owner included.
@@ -107,7 +107,7 @@ class Space(_OfMethods):
     fates: Fates = ("drop",)
     attention: tuple[Share01, Share01] = (0.0, 0.0)
     neighbour_share: Share01 = 0.25
-    groups: Groups = Groups()
+    groups: GroupsTable = GroupsTable()
     recover: Recover = Recover()
 
     @field_validator("removal", "attention")

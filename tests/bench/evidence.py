@@ -111,7 +111,7 @@ def same_size(method: Proposal, dropped: int, context: TrialContext) -> tuple[Pr
             groups = replace(groups, count=max(1, dropped // 4), start=(num_blocks - count) // 3)
         asked = replace(fold, removed=replace(fold.removed, count=count), groups=groups)
         proposal = Proposal(asked, origin="hand")
-        plan, _ = choose_plan(asked, context, silent)
+        plan = choose_plan(asked, context, silent).plan
         if price(plan, context.table, context.target).stored_bytes <= SLACK * bound:
             return proposal, plan
     raise AssertionError("no count is small enough")

@@ -28,14 +28,12 @@ from foldsearch.model.tokens import Kinds, Splits, TokenSet
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.prepare import prepare_context
 from foldsearch.proposal import Proposal
-from foldsearch.run import Run, RunFolder
-from foldsearch.search.records import Records
-from foldsearch.spec.space import Space
-from foldsearch.spec.study import GateSettings, SplitSettings, Study
+from foldsearch.run import RunFolder
+from foldsearch.spec.study import SplitSettings, Study
 from foldsearch.trial import run_trial
-from tests.contexts import of_run
+from tests.contexts import begin_run, of_run, run_queued, tiny_study
 from tests.proposals import removing
-from tests.tiny import VOCABULARY, save_model, write_corpus
+from tests.tiny import VOCABULARY, write_corpus
 
 FRONT = [2, 1]  # </s> <s>: as odd as any tokenizer may be
 LENGTH = 32
@@ -43,25 +41,13 @@ LENGTH = 32
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    place = tmp_path_factory.mktemp("begin")
-    save_model(place / "model", around="</s> <s> $A </s>")
-    write_corpus(place / "corpus")
-    return place
+    return tmp_path_factory.mktemp("begin")
 
 
 @pytest.fixture(scope="module")
 def study(place: Path) -> Study:
-    return Study(
-        model=str(place / "model"),
-        data=str(place / "corpus"),
-        space=Space(),
-        device="cpu",
-        precision="float32",
-        rungs=(0, 64),
-        splits=SplitSettings(sequence_length=LENGTH, search=6, recovery=8, report=6),
-        gates=GateSettings(steps=2),
-    )
+    splits = SplitSettings(sequence_length=LENGTH, search=6, recovery=8, report=6)
+    return tiny_study(place, around="</s> <s> $A </s>", splits=splits)
 
 
 @contextlib.contextmanager
@@ -89,10 +75,9 @@ def watched() -> Iterator[list[torch.Tensor]]:
 
 @pytest.fixture(scope="module")
 def context(place: Path, study: Study) -> TrialContext:
-    with watched(), Run.draft(place / "run") as draft:
-        made = prepare_context(study, draft, cache_dir=place / "cache")
-        folder = made.run.begin(place / "run")
-    return prepare_context(study, folder.path, cache_dir=place / "cache")
+    with watched():
+        begin_run(study, place / "run", cache_dir=place / "cache")
+    return prepare_context(study, place / "run", cache_dir=place / "cache")
 
 
 def test_the_kinds_of_a_runs_texts_are_read_as_they_were_written(
@@ -189,12 +174,7 @@ def test_what_is_exported_prompted_and_evaluated(
     context: TrialContext, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FOLDSEARCH_CACHE", str(place / "cache"))
-    records = Records(Run.open(place / "run"))
-    records.queue("window", 1)
-    number, proposal = records.ask()
-    for trial in run_trial(proposal, context, number=number):
-        records.record(trial)
-    records.finish(number)
+    number = run_queued(context, "window", 1)
     run = api.open_run(place / "run")
     asked: list[exporting.Shipment] = []
     monkeypatch.setattr(exporting, "export", lambda *given: asked.append(given[-1]))

@@ -7,43 +7,30 @@ import textwrap
 from pathlib import Path
 
 import pytest
-import torch
 
 from foldsearch import criteria
 from foldsearch.bound import lower_bound
 from foldsearch.context import TrialContext, open_workbench
-from foldsearch.criteria import CRITERIA, Choice, Criterion, Question
+from foldsearch.criteria import CRITERIA, Choice, Criterion, Request
 from foldsearch.draft import choose_plan
 from foldsearch.errors import PlanError
 from foldsearch.fates import Drop, Replace, Share
 from foldsearch.fates.replace import runs
 from foldsearch.plan.cost import price
-from foldsearch.prepare import prepare_context
 from foldsearch.progress import silent
 from foldsearch.spec.propose import propose
 from foldsearch.spec.space import Space
-from foldsearch.spec.study import GateSettings, SplitSettings, Study
 from foldsearch.trial import run_trial
+from tests.contexts import tiny_context
 from tests.proposals import count_of, removing, retrained
-from tests.tiny import NUM_BLOCKS, save_model, write_corpus
+from tests.tiny import NUM_BLOCKS
 
 NAMES = [criterion.name for criterion in CRITERIA]
 
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory) -> TrialContext:
-    torch.set_num_threads(1)
-    place = tmp_path_factory.mktemp("criteria")
-    study = Study(
-        model=str(save_model(place / "model")),
-        data=str(write_corpus(place / "corpus.txt")),
-        space=Space(removal=(0.0, 1.0)),
-        splits=SplitSettings(sequence_length=32, search=2, recovery=4, report=2),
-        gates=GateSettings(steps=2),
-        rungs=(0,),
-        precision="float32",
-    )
-    return prepare_context(study, place / "run", cache_dir=place / "cache")
+    return tiny_context(tmp_path_factory.mktemp("criteria"), space=Space(removal=(0.0, 1.0)), rungs=(0,))
 
 
 @pytest.mark.parametrize("count", [1, 2, NUM_BLOCKS - 1])
@@ -51,11 +38,11 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> TrialContext:
 def test_the_law_of_criteria(context: TrialContext, criterion: Criterion, count: int) -> None:
     """As many blocks as were asked for, each once and in order, in no more runs than it says, always the same ones."""
     proposal = removing(criterion.name, count)
-    plan, _ = choose_plan(proposal.fold, context, silent)
+    plan = choose_plan(proposal.fold, context, silent).plan
     assert len(plan.dropped) == count
     assert list(plan.dropped) == sorted(set(plan.dropped))
     assert criterion.max_runs is None or len(list(runs(plan.dropped))) <= criterion.max_runs
-    assert choose_plan(proposal.fold, context, silent)[0] == plan
+    assert choose_plan(proposal.fold, context, silent).plan == plan
 
 
 @pytest.mark.parametrize("criterion", NAMES)
@@ -63,7 +50,7 @@ def test_no_plan_is_below_the_bound_of_its_proposal(context: TrialContext, crite
     """The bound knows the count alone; the plan's own price is the oracle."""
     for fate in (Drop(), Share(), Replace("linear"), Replace("layer")):
         proposal = removing(criterion, 2, fate)
-        plan, _ = choose_plan(proposal.fold, context, silent)
+        plan = choose_plan(proposal.fold, context, silent).plan
         exact = price(plan, context.table, context.target)
         bound = lower_bound(proposal, context.table, context.target)
         assert bound.memory_bytes <= exact.memory_bytes
@@ -88,12 +75,12 @@ def test_a_new_criterion_is_a_file_and_a_line(
             '''
             """The first blocks."""
 
-            from foldsearch.criteria import Choice, Question
+            from foldsearch.criteria import Choice, Request
 
 
-            def choose(question: Question) -> Choice:
+            def choose(request: Request) -> Choice:
                 """Blocks 0, 1, ..."""
-                return Choice(tuple(range(question.count)), {"asked": question.count})
+                return Choice(tuple(range(request.count)), {"asked": request.count})
             '''
         )
     )
@@ -127,7 +114,7 @@ def test_a_new_criterion_is_a_file_and_a_line(
 @pytest.mark.parametrize("criterion", CRITERIA, ids=NAMES)
 def test_a_block_is_left(context: TrialContext, criterion: Criterion, count: int) -> None:
     with pytest.raises(PlanError, match=f"from 1 to {NUM_BLOCKS - 1} of"):
-        criterion.choose(Question(open_workbench(context), count, 1))
+        criterion.choose(Request(open_workbench(context), count, 1))
 
 
 def test_an_unknown_criterion_is_told() -> None:
@@ -135,5 +122,5 @@ def test_an_unknown_criterion_is_told() -> None:
         criteria.criterion_of("magic")
 
 
-def test_a_question_needs_a_bench_and_a_count_only(context: TrialContext) -> None:
-    assert criteria.criterion_of("uniform").choose(Question(open_workbench(context), 1, 1)) == Choice((2,))
+def test_a_request_needs_a_bench_and_a_count_only(context: TrialContext) -> None:
+    assert criteria.criterion_of("uniform").choose(Request(open_workbench(context), 1, 1)) == Choice((2,))

@@ -24,11 +24,9 @@ from foldsearch.model.choices import compare_choices
 from foldsearch.prepare import prepare_context
 from foldsearch.rebuild import recovered_model
 from foldsearch.run import Run, RunFolder
-from foldsearch.search.records import Records
-from foldsearch.spec.space import Space
-from foldsearch.spec.study import GateSettings, SplitSettings, Study
-from foldsearch.trial import run_trial
-from tests.tiny import VOCABULARY, save_model, tokenizer, write_corpus
+from foldsearch.spec.study import SplitSettings
+from tests.contexts import begin_run, run_queued, tiny_study
+from tests.tiny import VOCABULARY, tokenizer
 
 # the harness's own libraries, when they are imported
 pytestmark = pytest.mark.filterwarnings("default")
@@ -37,28 +35,10 @@ pytestmark = pytest.mark.filterwarnings("default")
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, a corpus, and a run of one trial, made without Ray."""
-    torch.set_num_threads(1)
     place = tmp_path_factory.mktemp("evaluate")
-    study = Study(
-        model=save_model(place / "model"),
-        data=write_corpus(place / "corpus"),
-        space=Space(),
-        device="cpu",
-        precision="float32",
-        rungs=(0, 64),
-        splits=SplitSettings(sequence_length=32, search=6, recovery=8, report=6),
-        gates=GateSettings(steps=2),
-    )
-    with Run.draft(place / "run") as draft:
-        made = prepare_context(study, draft, cache_dir=place / "cache")
-        folder = made.run.begin(place / "run")
-    context = prepare_context(study, folder.path, cache_dir=place / "cache")
-    records = Records(folder)
-    records.queue("window", 2)
-    number, proposal = records.ask()
-    for trial in run_trial(proposal, context, number=number):
-        records.record(trial)
-    records.finish(number)
+    splits = SplitSettings(sequence_length=32, search=6, recovery=8, report=6)
+    context = begin_run(tiny_study(place, splits=splits), place / "run", cache_dir=place / "cache")
+    run_queued(context, "window", 2)
     rows = questions(30)
     (place / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return place

@@ -12,19 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from foldsearch.bound import lower_bound
 from foldsearch.context import TrialContext
 from foldsearch.errors import PlanError
 from foldsearch.fates import FATES, Fate, FateTable, fate_named
 from foldsearch.plan.cost import price
-from foldsearch.prepare import prepare_context
 from foldsearch.proposal import Proposal, fold_plan
 from foldsearch.runtimes import RUNTIMES
 from foldsearch.spec.space import Space
-from foldsearch.spec.study import SplitSettings, Study
 from foldsearch.trial import run_trial
+from tests.contexts import tiny_context
 from tests.proposals import removing
 from tests.tiny import NUM_BLOCKS, save_model, write_corpus
 
@@ -65,17 +63,7 @@ EVERY = [one for fate in FATES for one in every_fate(wide_table(fate))]
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory) -> TrialContext:
-    torch.set_num_threads(1)
-    place = tmp_path_factory.mktemp("fates")
-    study = Study(
-        model=str(save_model(place / "model")),
-        data=str(write_corpus(place / "corpus.txt")),
-        space=Space(removal=(0.0, 1.0)),
-        splits=SplitSettings(sequence_length=32, search=2, recovery=4, report=2),
-        rungs=(0, 64),
-        precision="float32",
-    )
-    return prepare_context(study, place / "run", cache_dir=place / "cache")
+    return tiny_context(tmp_path_factory.mktemp("fates"), space=Space(removal=(0.0, 1.0)))
 
 
 def test_the_list() -> None:

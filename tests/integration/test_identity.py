@@ -24,10 +24,9 @@ from foldsearch.errors import RunError, VerificationError
 from foldsearch.model.content import file_hash
 from foldsearch.prepare import prepare_context
 from foldsearch.run import Run, RunFolder
-from foldsearch.search.records import Records
 from foldsearch.spec.space import Recover, Space
 from foldsearch.spec.study import GateSettings, SplitSettings, Study
-from foldsearch.trial import run_trial
+from tests.contexts import begin_run, run_queued
 from tests.tiny import save_model, write_corpus
 
 STUDY = Study(
@@ -45,15 +44,7 @@ STUDY = Study(
 
 def make_run(study: Study, path: Path) -> None:
     """A run of one finished trial, made without Ray."""
-    with Run.draft(path) as draft:
-        made = prepare_context(study, draft)
-        run = made.run.begin(path)
-    records = Records(run)
-    records.queue("window", 1)
-    number, proposal = records.ask()
-    for trial in run_trial(proposal, replace(made, run=run), number=number):
-        records.record(trial)
-    records.finish(number)
+    run_queued(begin_run(study, path), "window", 1)
 
 
 @pytest.fixture

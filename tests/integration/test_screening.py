@@ -31,34 +31,26 @@ from foldsearch.search.screened import (
     write_screened,
 )
 from foldsearch.search.screening import Screening
-from foldsearch.spec.space import Groups, Space
+from foldsearch.spec.space import GroupsTable, Space
 from foldsearch.spec.study import BudgetSettings, HealingSettings, ScreenSettings, SplitSettings, Study
-from tests.contexts import of_study
-from tests.tiny import NUM_BLOCKS, as_tokens, save_model, write_corpus
+from tests.contexts import of_study, tiny_study
+from tests.tiny import NUM_BLOCKS, as_tokens
 
 SPACE = Space(removal=(0.0, 0.8), criteria=("block_influence", "uniform"), attention=(0.0, 0.4))
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    made = tmp_path_factory.mktemp("screening")
-    save_model(made / "model")
-    write_corpus(made / "corpus.txt")
-    return made
+    return tmp_path_factory.mktemp("screening")
 
 
 @pytest.fixture(scope="module")
 def study(place: Path) -> Study:
-    return Study(
-        model=str(place / "model"),
-        data=str(place / "corpus.txt"),
+    return tiny_study(
+        place,
         space=SPACE,
         splits=SplitSettings(sequence_length=32, search=4, recovery=8, report=2),
-        rungs=(0, 64),
         trials=4,
-        precision="float32",
-        device="cpu",
         screen=ScreenSettings(plans=24, promoted=3, healed_tokens=128, judged_tokens=64),
     )
 
@@ -246,7 +238,7 @@ def test_the_baselines_follow_where_no_criterion_of_the_space_is_quick(
 
 def test_only_spaces_that_drop_are_screened(study: Study) -> None:
     assert is_screened(study, SPACE)
-    assert not is_screened(study, Space(fates=("share", "replace"), groups=Groups(max_groups=1)))
+    assert not is_screened(study, Space(fates=("share", "replace"), groups=GroupsTable(max_groups=1)))
     assert not is_screened(study.model_copy(update={"screen": ScreenSettings(plans=0)}), SPACE)
     assert not is_screened(study.model_copy(update={"healing": HealingSettings(tokens=0)}), SPACE)
     assert compared_criteria(SPACE) == {"block_influence", "uniform"}

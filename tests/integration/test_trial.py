@@ -41,12 +41,11 @@ from foldsearch.progress import TimeUp
 from foldsearch.proposal import Groups, Proposal
 from foldsearch.rebuild import quality_of, recovered_model
 from foldsearch.record import Trial, point, read_trial
-from foldsearch.spec.space import Space
-from foldsearch.spec.study import BudgetSettings, GateSettings, HealingSettings, SplitSettings, Study
+from foldsearch.spec.study import BudgetSettings, HealingSettings, SplitSettings
 from foldsearch.trial import run_trial
-from tests.contexts import of_run, of_study
+from tests.contexts import of_run, of_study, tiny_context
 from tests.proposals import changed, given, removing, retrained
-from tests.tiny import NUM_BLOCKS, save_model, write_corpus
+from tests.tiny import NUM_BLOCKS
 
 RUNGS = (0, 64, 128)
 SHARING = removing("window", 1, groups=Groups(1, 2, rank=2), delta_rank=2)
@@ -55,19 +54,8 @@ HURTING = retrained(SHARING, learning_rate=20.0)  # finite, and worse after ever
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> TrialContext:
-    torch.set_num_threads(1)
-    place = tmp_path_factory.mktemp("prepared")
-    study = Study(
-        model=save_model(place / "model"),
-        data=write_corpus(place / "corpus"),
-        space=Space(),
-        device="cpu",
-        precision="float32",
-        rungs=RUNGS,
-        splits=SplitSettings(sequence_length=16, search=6, recovery=8, report=6),
-        gates=GateSettings(steps=2),
-    )
-    return prepare_context(study, place / "run", cache_dir=place / "cache")
+    splits = SplitSettings(sequence_length=16, search=6, recovery=8, report=6)
+    return tiny_context(tmp_path_factory.mktemp("prepared"), rungs=RUNGS, splits=splits)
 
 
 @pytest.fixture

@@ -5,10 +5,20 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from foldsearch.errors import MOST_LINES, DataError, ModelError, PlanError, describe_error, quote_error
+from foldsearch.errors import (
+    MOST_LINES,
+    DataError,
+    ModelError,
+    PlanError,
+    RunError,
+    describe_error,
+    find_named,
+    quote_error,
+)
 
 
 def caught(raise_it: object) -> Exception:
@@ -141,7 +151,7 @@ def test_a_trial_that_fails_says_all_of_it(tmp_path: Path) -> None:
     runner = TrialRunner.__new__(TrialRunner)  # its setup is Ray's business
     (tmp_path / "00003").mkdir()
     runner._number, runner._place = 3, TrialFolder(tmp_path / "00003")
-    runner._results = (two_lines() for _ in range(1))
+    runner._steps = (two_lines() for _ in range(1))
     message = decode(runner.step()["result"])
     assert isinstance(message, Failed)
     assert "shard 2 is of another model" in message.reason
@@ -191,3 +201,20 @@ def test_a_task_that_cannot_be_loaded_says_all_of_it() -> None:
     with pytest.raises(DataError) as found, _loadable("copa"):
         two_lines()
     assert "\n    shard 2 is of another model" in str(found.value)
+
+
+# ---- a name of a list
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("linaer", "a thing is one of linear, layer; got 'linaer'. Did you mean 'linear'?"),
+        ("x", "a thing is one of linear, layer; got 'x'. Name one of these."),
+    ],
+)
+def test_a_name_that_is_none_is_told_with_the_nearest(name: str, words: str) -> None:
+    things = [SimpleNamespace(name="linear"), SimpleNamespace(name="layer")]
+    assert find_named(things, "layer", "a thing") is things[1]
+    with pytest.raises(RunError, match=f"^{re.escape(words)}$"):
+        find_named(things, name, "a thing", RunError)

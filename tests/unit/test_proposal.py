@@ -26,7 +26,7 @@ from foldsearch.plan.cost import BlockCost, Cost, CostTable, Target, UnitCost, p
 from foldsearch.plan.kinds import kind_names
 from foldsearch.plan.neighbour import neighbour
 from foldsearch.plan.plan import FoldPlan, Replacement, Slot
-from foldsearch.proposal import Fold, Given, Groups, Proposal, Recovery, Removed, fold_plan
+from foldsearch.proposal import Fold, Given, Groups, Proposal, RecoveryChoice, Removed, fold_plan
 from tests.proposals import changed, count_of, removing
 
 small = st.integers(0, 1000)
@@ -175,8 +175,8 @@ def test_json_round_trip(data: st.DataObject, num_blocks: int) -> None:
         (lambda: Groups(0, 2), "count of groups is 1 or more, got 0"),
         (lambda: Groups(1, 1), "group's size is 2 or more, got 1"),
         (lambda: Share(-1), "rank of an adapter is 0 or more, got -1"),
-        (lambda: Recovery(learning_rate=0.0), "positive number"),
-        (lambda: Recovery(delta_rank=-1), "recovery deltas is 0 or more"),
+        (lambda: RecoveryChoice(learning_rate=0.0), "positive number"),
+        (lambda: RecoveryChoice(delta_rank=-1), "recovery deltas is 0 or more"),
     ],
 )
 def test_proposals_that_make_no_sense_are_refused(make: Callable[[], object], words: str) -> None:
@@ -214,7 +214,7 @@ def test_what_is_not_used_does_not_exist() -> None:
 
 def test_what_a_proposal_uses_makes_it_another() -> None:
     child, grouped = removing("window", 2, Share(4)), removing("window", 2, groups=Groups(1, 2, rank=4))
-    assert child.fold == replace(child, recovery=Recovery(0.01, 2), origin="baseline").fold
+    assert child.fold == replace(child, recovery=RecoveryChoice(0.01, 2), origin="baseline").fold
     for other in (Share(8), Share(4, "data"), Drop(), Replace("linear")):
         assert changed(child, fate=other).fold != child.fold
     assert grouped != replace(grouped, fold=replace(grouped.fold, groups=Groups(1, 2, start=1, rank=4)))

@@ -25,7 +25,7 @@ from foldsearch.plan.cost import price
 from foldsearch.plan.front import dominates
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.proposal import Groups, Proposal, fold_plan
-from foldsearch.record import Trial, front, point
+from foldsearch.record import Trial, front, point, read_trial
 from foldsearch.run import Run
 from foldsearch.runtimes import runtime_named
 from foldsearch.search import dry_run
@@ -559,6 +559,9 @@ def test_folders_that_are_taken_or_no_runs_are_refused(tmp_path: Path, study: St
     path.write_text(json.dumps({**value, "foldsearch": "0.0.1"}))
     with pytest.raises(RunError, match=r"a run of foldsearch 0\.0\.1"):
         Run.open(tmp_path / "run")
+    path.write_text(json.dumps({**value, "schema": 7}))
+    with pytest.raises(RunError, match=r"\(schema 7\), but this is .* \(schema 8\)"):
+        Run.open(tmp_path / "run")
     path.write_text(json.dumps({**value, "study": {**value["study"], "sampler": "magic"}}))
     with pytest.raises(RunError, match="incomplete"):
         Run.open(tmp_path / "run")
@@ -596,6 +599,16 @@ def test_a_trial_survives_json(study: Study) -> None:
     trial = trial_at(FoldPlan.dropping([3], NUM_BLOCKS), study, 1, proposal, 4)
     assert from_json(Trial, json.loads(json.dumps(to_json(trial)))) == trial
     assert from_json(Trial, json.loads(json.dumps(to_json(Trial(7, "waiting"))))) == Trial(7, "waiting")
+
+
+def test_a_damaged_trial_is_told(tmp_path: Path, study: Study) -> None:
+    run = new_run(tmp_path / "run", study)
+    assert read_trial(run.trial(3)) is None
+    run.trial(3).path.mkdir(parents=True)
+    for text in ("{", '{"plan": "0-2", "results": []}'):  # the second one as before schema 8
+        run.trial(3).record.write_text(text)
+        with pytest.raises(RunError, match=r"00003/trial\.json', cannot be read.*Put back a copy of it"):
+            read_trial(run.trial(3))
 
 
 # ---- the dry run

@@ -20,13 +20,12 @@ from foldsearch.fates.replace import Networks
 from foldsearch.fates.share import Children
 from foldsearch.plan.cost import BlockCost, Budget, CostTable, Target, UnitCost, price
 from foldsearch.plan.plan import FoldPlan, Slot
-from foldsearch.proposal import Fold, Proposal, Removed, fold_plan
-from foldsearch.proposal import Groups as Grouped
+from foldsearch.proposal import Fold, Groups, Proposal, Removed, fold_plan
 from foldsearch.runtimes import runtime_named
 from foldsearch.spec.fit import feasible_share, narrow, repair, size, smallest
 from foldsearch.spec.load import load_space, shipped
 from foldsearch.spec.propose import RandomSuggest, propose
-from foldsearch.spec.space import Groups, Space
+from foldsearch.spec.space import GroupsTable, Space
 from tests.proposals import count_of, criterion_in, groups_of
 
 N = 10
@@ -50,7 +49,7 @@ def spaces(draw: st.DrawFn) -> Space:
         ),
         replace=Networks(kinds=tuple(draw(st.sets(st.sampled_from(KINDS), min_size=1)))),
         gate_eps=(0.1, 0.01),
-        groups=Groups(
+        groups=GroupsTable(
             max_groups=draw(st.integers(0, 3)),
             group_sizes=tuple(draw(st.sets(st.integers(2, 5), min_size=1))),
             start=(start[0], start[1]),
@@ -94,7 +93,7 @@ def test_proposals_are_lawful_in_range_and_never_the_dense_model(
 def test_counts_are_whole_numbers(
     removal: tuple[float, float], num_blocks: int, expected: tuple[int, int]
 ) -> None:
-    assert Space(removal=removal, groups=Groups(max_groups=1)).counts(num_blocks) == expected
+    assert Space(removal=removal, groups=GroupsTable(max_groups=1)).counts(num_blocks) == expected
 
 
 def test_a_space_without_sharing_drops_at_least_one_block() -> None:
@@ -127,10 +126,10 @@ def every_proposal(space: Space) -> list[Proposal]:
     return [Proposal(fold) for fold in found]
 
 
-def every_group(space: Space, num_kept: int) -> list[Grouped]:
+def every_group(space: Space, num_kept: int) -> list[Groups]:
     first, last = (max(0, min(int(share * num_kept), num_kept - 2)) for share in space.groups.start)
     return [
-        Grouped(count, group_size, start, rank)
+        Groups(count, group_size, start, rank)
         for count in range(1, space.groups.max_groups + 1)
         for group_size in space.groups.group_sizes
         for rank in space.groups.adapter_ranks
@@ -218,7 +217,7 @@ def test_ranks_are_shares_of_the_width_or_whole_numbers_up_to_it() -> None:
     space = Space(fates=("share",), children=Children(ranks=(0.25, 16, 0.001)))
     assert space.for_width(64).children.ranks == (16, 1)
     assert narrow(space, TABLE, TARGET, Budget()).children.ranks == (16, 1)
-    for wrong in (Space(children=Children(ranks=(65,))), Space(groups=Groups(adapter_ranks=(65,)))):
+    for wrong in (Space(children=Children(ranks=(65,))), Space(groups=GroupsTable(adapter_ranks=(65,)))):
         with pytest.raises(SpecError, match="at most the model's width, 64"):
             narrow(wrong, TABLE, TARGET, Budget())
 
@@ -261,7 +260,7 @@ def test_a_stock_runtime_is_offered_what_it_can_hold_only(name: str) -> None:
     [
         load_space("flexigpt"),  # children only
         Space(fates=("replace",), replace=Networks(kinds=("linear", "swiglu"))),
-        Space(removal=(0.0, 0.05), groups=Groups(max_groups=2)),  # groups only
+        Space(removal=(0.0, 0.05), groups=GroupsTable(max_groups=2)),  # groups only
         Space(removal=(0.0, 0.0), attention=(0.1, 0.4)),
     ],
 )
