@@ -76,7 +76,7 @@ class Screen:
         Raises:
             ModelError: a state is no finite number.
         """
-        assert plan.adds_nothing, "what is new in a plan is fitted before it is healed"
+        assert plan.needs_no_fit, "what is new in a plan is fitted before it is healed"
         model = fold(self._dense, plan)
         _, own_NTD = self._healer.heal(model)
         norm = model.get_submodule(family_of(model.config).final_norm)

@@ -163,6 +163,12 @@ class FoldPlan:
         return len(homes) == len(self.slots) and all(units)
 
     @property
+    def needs_no_fit(self) -> bool:
+        """Whether healing alone gives what is new in it its values: nothing is, or one matrix in place of blocks."""
+        own = tuple(slot for slot in self.slots if isinstance(slot, Slot) or slot.kind != "linear")
+        return not own or FoldPlan(own, self.num_blocks).adds_nothing
+
+    @property
     def only_drops(self) -> bool:
         """Whether every position is a block as it is in the dense model, and runs once."""
         own = all(isinstance(slot, Slot) and slot.attention == slot.mlp == slot.home for slot in self.slots)

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from foldsearch.codec import from_json, to_json
 from foldsearch.criteria import criterion_names, criterion_of
+from foldsearch.fates.replace import Networks
 from foldsearch.files import write_json
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Quality
+from foldsearch.search.chain import ATTENTION_ONLY, DROPPED, KEPT, LINEAR, MLP_ONLY, STATES
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import Study
 
@@ -40,9 +42,27 @@ class Promoted:
 
 
 def is_screened(study: Study, space: Space) -> bool:
-    """Whether a search of the space begins with a screening: plans are screened as they are healed, and only drop."""
+    """Whether a search of the space begins with a screening: some whole blocks go, and what is left is healed."""
     heals = study.healing.tokens > 0 and study.healing.method == "ridge"
-    return study.screen.plans > 0 and heals and "drop" in space.fates
+    return study.screen.plans > 0 and heals and not {DROPPED, LINEAR}.isdisjoint(screened_states(space))
+
+
+def screened_states(space: Space) -> str:
+    """The states that blocks of screened plans may be in: those of the space that need no fit before healing.
+
+    A matrix in a gap is worth about its bytes, but costs the stock architecture (docs/log.md), so gaps are filled only
+    where the space does not leave them empty.
+    """
+    networks = space.table("replace")
+    fills = "replace" in space.fates and isinstance(networks, Networks) and "linear" in networks.kinds
+    may_be = {
+        KEPT: True,
+        DROPPED: "drop" in space.fates,
+        LINEAR: fills and "drop" not in space.fates,
+        MLP_ONLY: space.attention[1] > 0,
+        ATTENTION_ONLY: space.attention[1] > 0,
+    }
+    return "".join(state for state in STATES if may_be[state])
 
 
 def compared_criteria(space: Space) -> frozenset[str]:

@@ -26,26 +26,39 @@ from foldsearch.codec import from_json, to_json
 from foldsearch.context import TrialContext, open_workbench
 from foldsearch.criteria import CRITERIA
 from foldsearch.draft import choose_blocks
-from foldsearch.errors import ModelError
-from foldsearch.fates import Drop
+from foldsearch.errors import ModelError, PlanError
+from foldsearch.fates import Drop, Fate, Replace
 from foldsearch.model.judge import dense_targets
 from foldsearch.model.screen import Screen, Threads
 from foldsearch.model.states import FitText
 from foldsearch.model.tokens import TokenSet
 from foldsearch.plan.cost import GB, price
 from foldsearch.plan.front import knee, non_dominated
-from foldsearch.plan.neighbour import neighbour
 from foldsearch.plan.plan import FoldPlan, Slot
 from foldsearch.progress import StageProgress, counting, silent
 from foldsearch.proposal import Fold, Proposal, Removed
-from foldsearch.search.chain import ChainFit
-from foldsearch.search.screened import Promoted, Screened, compared_criteria
+from foldsearch.search.chain import (
+    ATTENTION_ONLY,
+    DROPPED,
+    KEPT,
+    LINEAR,
+    MLP_ONLY,
+    STEPS,
+    Chain,
+    ChainFit,
+    Prices,
+    code_of,
+    plan_of,
+)
+from foldsearch.search.screened import Promoted, Screened, compared_criteria, screened_states
 from foldsearch.spec.fit import can_run
 from foldsearch.spec.space import Space
 
 ROUND = 8  # plans between two fits of the chain; sorted, so that they have their beginnings in common
-MOVES = 4  # one of so many plans is a move around the front
-BEST = 4  # plans of a draw that are looked at, the best first: some may be known
+MOVES = 2  # one of so many plans is asked for at large, the others near the front
+NEAR = 0.02  # of a plan's KL: what a block that differs from it costs more, at least
+REACH = 4  # blocks that differ, over which what the sum did not foretell fades
+BEST = 8  # plans of a draw that are looked at, the best first: some may be known
 ANY = "uniform"  # a criterion: the bound of a plan is the same for all
 TRIES = 20  # draws until a plan is found that was not measured
 RIVAL_COUNTS = 3  # at which criteria are asked, over the range of the space
@@ -81,6 +94,8 @@ class Screening:
         self._num_new = 0
         self._threads = Threads()
         self._refused: set[FoldPlan] = set()
+        self._states = screened_states(space)
+        self._prices = list(self._prices_of())
         self._bench = bench = open_workbench(context, progress)
         self._tokens = _some(bench.splits.search, self._settings.judged_tokens)
         targets = dense_targets(
@@ -135,8 +150,7 @@ class Screening:
         cache.json_grown(self._path, grow)
 
     def _batches(self) -> Iterator[dict[FoldPlan, str]]:
-        num_blocks = len(self._context.table.blocks)
-        yield {FoldPlan.dropping([block], num_blocks): "alone" for block in range(num_blocks)}
+        yield {self._removing([block]): "alone" for block in range(len(self._context.table.blocks))}
         yield dict(self._rivals())
         while batch := self._round():
             yield batch
@@ -171,17 +185,30 @@ class Screening:
         return [count for count in range(max(1, fewest), most + 1) if self._fits_somehow(count)]
 
     def _fits_somehow(self, count: int) -> bool:
-        """Whether some plan that drops so many blocks may keep the budget, whichever they are."""
-        proposal = Proposal(Fold(Removed(ANY, count, Drop())))
+        """Whether some plan that removes so many blocks may keep the budget, whichever they are."""
+        proposal = Proposal(Fold(Removed(ANY, count, self._fate)))
         return self._context.budget.admits(lower_bound(proposal, self._context.table, self._context.target))
 
     def _fits(self, plan: FoldPlan) -> bool:
         context = self._context
         return context.budget.admits(price(plan, context.table, context.target))
 
+    @property
+    def _whole(self) -> str:
+        """The state of blocks that a criterion chooses."""
+        return DROPPED if DROPPED in self._states else LINEAR
+
+    @property
+    def _fate(self) -> Fate:
+        return Drop() if self._whole == DROPPED else Replace("linear")
+
+    def _removing(self, blocks: Iterable[int]) -> FoldPlan:
+        num_blocks, gone = len(self._context.table.blocks), set(blocks)
+        return plan_of("".join(self._whole if block in gone else KEPT for block in range(num_blocks)))
+
     def _rivals(self) -> Iterator[tuple[FoldPlan, str]]:
         """The choices of the criteria that are quick, in the space or not: they cost nothing beside what they tell."""
-        counts, num_blocks = self._counts(), len(self._context.table.blocks)
+        counts = self._counts()
         if not counts:
             return
         last = len(counts) - 1
@@ -189,62 +216,107 @@ class Screening:
         for criterion in CRITERIA:
             if criterion.is_quick:
                 for count in asked:
-                    chosen = choose_blocks(Removed(criterion.name, count, Drop()), self._context, self._say)
-                    yield FoldPlan.dropping(chosen.blocks, num_blocks), criterion.name
+                    removed = Removed(criterion.name, count, self._fate)
+                    chosen = choose_blocks(removed, self._context, self._say)
+                    yield self._removing(chosen.blocks), criterion.name
 
     def _round(self) -> dict[FoldPlan, str]:
         """Plans that were not measured yet; none where nothing more is found."""
-        counts, batch = self._counts(), dict[FoldPlan, str]()
-        if not counts:
+        batch = dict[FoldPlan, str]()
+        if not self._counts():
             return batch
-        drops = {one.plan.dropped: one.quality.kl for one in self.found if one.plan.only_drops}
-        fit = ChainFit(len(self._context.table.blocks), drops)
+        codes = {code: one.quality.kl for one in self.found if (code := self._code(one.plan)) is not None}
+        fit = ChainFit(self._states, len(self._context.table.blocks), codes)
+        mean, parents = fit.mean(), self.front()
         for index in range(ROUND):
-            plan = self._moved() if index % MOVES == MOVES - 1 else self._drawn(fit, counts, batch)
-            if plan is not None and plan not in batch:
-                batch[plan] = "move" if index % MOVES == MOVES - 1 else "chain"
+            is_move = index % MOVES != 0 and bool(parents)
+            found = self._moved(fit, mean, parents, batch) if is_move else self._drawn(fit, batch)
+            if found is not None:
+                batch[found] = "move" if is_move else "chain"
         return batch
 
-    def _drawn(self, fit: ChainFit, counts: Sequence[int], taken: Iterable[FoldPlan]) -> FoldPlan | None:
-        """The best new plan of a draw, at a count that is drawn too."""
-        known = {*self._found, *self._refused, *taken}
+    def _drawn(self, fit: ChainFit, taken: Iterable[FoldPlan]) -> FoldPlan | None:
+        """The best new plan of a draw, at a size that is drawn too."""
         for _ in range(TRIES):
-            count = self._rng.choice(counts)
-            best = fit.draw(self._rng).best(count, keep=BEST)
-            plans = (FoldPlan.dropping(blocks, len(self._context.table.blocks)) for blocks in best)
-            found = next((plan for plan in plans if plan not in known and self._fits(plan)), None)
+            prices = self._rng.choice(self._prices)
+            least = self._least(prices)
+            found = self._first_new(fit.draw(self._rng).best(prices, least, keep=BEST), taken)
             if found is not None:
                 return found
         return None
 
-    def _moved(self) -> FoldPlan | None:
-        """A plan that is one move away from one that nothing beats."""
-        parents = self.front()
-        known = {*self._found, *self._refused}
-        for _ in range(TRIES if parents else 0):
-            plan = neighbour(self._rng.choice(parents).plan, self._rng)
-            if plan is not None and plan not in known and self._may_be(plan) and self._fits(plan):
+    def _moved(
+        self, fit: ChainFit, mean: Chain, parents: Sequence[Screened], taken: Iterable[FoldPlan]
+    ) -> FoldPlan | None:
+        """The best new plan of a draw, near one that nothing beats."""
+        for _ in range(TRIES):
+            prices, parent = self._rng.choice(self._prices), self._rng.choice(parents)
+            code = self._code(parent.plan)
+            if code is None:
+                continue
+            # What the sum did not foretell is taken to be so nearby too, less with every block that differs.
+            missed = mean.kl(code) - parent.quality.kl
+            penalty = max(NEAR * parent.quality.kl, missed / REACH)
+            chain = fit.draw(self._rng).near(code, penalty)
+            least = prices.saved(code) - (self._rng.randrange(STEPS // 2) if self._is_graded else 0)
+            found = self._first_new(chain.best(prices, max(0, least), keep=BEST), taken)
+            if found is not None:
+                return found
+        return None
+
+    def _first_new(self, codes: Iterable[str], taken: Iterable[FoldPlan]) -> FoldPlan | None:
+        known = {*self._found, *self._refused, *taken}
+        for code in codes:
+            try:
+                plan = plan_of(code)
+            except PlanError:  # nothing runs, or nothing attends
+                continue
+            if plan not in known and self._may_be(plan) and self._is_of_the_range(plan) and self._fits(plan):
                 return plan
         return None
 
+    def _least(self, prices: Prices) -> int:
+        """What a plan of a size that is drawn saves, in steps."""
+        whole = sorted(prices.saved_LSS[:, 0, self._states.index(self._whole)])
+        of_block = int(whole[len(whole) // 2])
+        least = self._rng.choice(self._counts()) * of_block
+        return least - (self._rng.randrange(of_block) if self._is_graded else 0)
+
+    @property
+    def _is_graded(self) -> bool:
+        """Whether there are sizes between those of whole blocks."""
+        return len(self._states) > 2
+
+    def _prices_of(self) -> Iterator[Prices]:
+        table, target = self._context.table, self._context.target
+        num_blocks = len(table.blocks)
+        yield Prices.of(self._states, num_blocks, lambda plan: price(plan, table, target).memory_bytes)
+        if self._is_graded:  # halves of blocks save memory and FLOPs in other shares
+            yield Prices.of(self._states, num_blocks, lambda plan: price(plan, table, target).flops)
+
+    def _code(self, plan: FoldPlan) -> str | None:
+        """The states of a plan's blocks; None where the space has not all of them."""
+        code = code_of(plan)
+        return code if code is not None and set(code) <= set(self._states) else None
+
+    def _is_of_the_range(self, plan: FoldPlan) -> bool:
+        """Whether as many blocks go as the space allows."""
+        fewest, most = self._space.counts(plan.num_blocks)
+        return fewest <= _num_removed(plan) <= most
+
     def _may_be(self, plan: FoldPlan) -> bool:
         """Whether the plan can be screened, and is of what the space allows."""
-        halves = sum(isinstance(slot, Slot) and None in (slot.attention, slot.mlp) for slot in plan.slots)
-        allowed = self._space.attention_counts(plan.num_blocks, len(plan.dropped))[1]
-        return (
-            plan.adds_nothing
-            and halves <= allowed
-            and can_run(plan, self._context.table, self._context.target)
-        )
+        code = self._code(plan)
+        if code is None or not can_run(plan, self._context.table, self._context.target):
+            return False
+        halves = code.count(MLP_ONLY) + code.count(ATTENTION_ONLY)
+        return halves <= self._space.attention_counts(plan.num_blocks, _num_removed(plan))[1]
 
     # ---- what comes of it
 
     def front(self) -> list[Screened]:
         """The plans of the space that fit the budget and that no other beats."""
-        fewest, most = self._space.counts(len(self._context.table.blocks))
-        found = [
-            one for one in self.found if fewest <= len(one.plan.dropped) <= most and self._fits(one.plan)
-        ]
+        found = [one for one in self.found if self._is_of_the_range(one.plan) and self._fits(one.plan)]
         return [found[i] for i in non_dominated([self._point(one) for one in found])]
 
     def promoted(self) -> Promoted:
@@ -259,9 +331,9 @@ class Screening:
         even = [front[round(i * (len(front) - 1) / max(1, most - 1))] for i in range(most)]
         middle = front[knee([self._point(one) for one in front])]
         plans = tuple(dict.fromkeys(one.plan for one in (front[0], middle, *even)))[:most]
-        wanted, compared = len(plans[0].dropped), compared_criteria(self._space)
+        wanted, compared = _num_removed(plans[0]), compared_criteria(self._space)
         rivals = [
-            (abs(len(one.plan.dropped) - wanted), one.quality.kl, author, len(one.plan.dropped))
+            (abs(_num_removed(one.plan) - wanted), one.quality.kl, author, _num_removed(one.plan))
             for one in self.found
             for author in one.authors
             if author in compared and self._fits(one.plan)
@@ -288,5 +360,14 @@ def _some(tokens: TokenSet, wanted: int) -> TokenSet:
 
 def _in_order(plan: FoldPlan) -> tuple[tuple[int, bool, bool], ...]:
     """Sorts plans so that neighbours begin alike."""
-    slots = (slot for slot in plan.slots if isinstance(slot, Slot))
-    return tuple((slot.home, slot.attention is None, slot.mlp is None) for slot in slots)
+    return tuple(
+        (slot.home, slot.attention is None, slot.mlp is None)
+        if isinstance(slot, Slot)
+        else (slot.first, True, True)
+        for slot in plan.slots
+    )
+
+
+def _num_removed(plan: FoldPlan) -> int:
+    """Blocks that are dropped, or that one matrix stands for."""
+    return plan.num_blocks - sum(isinstance(slot, Slot) for slot in plan.slots)

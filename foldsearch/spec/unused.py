@@ -91,8 +91,8 @@ _RULES = (
     ),
     _Rule(
         ("screen",),
-        lambda study: "drop" in study.space.fates or study.screen.plans == 0,
-        "the space's fates do not name 'drop', and only plans that drop blocks are screened",
+        lambda study: "drop" in study.space.fates or _has_linear(study) or study.screen.plans == 0,
+        "the space's blocks are neither dropped nor replaced by 'linear', and nothing else is screened",
     ),
     _Rule(
         ("screen",),

@@ -1,25 +1,39 @@
 """What a screening of the demo's model costs and finds, and how well its regression foretells plans.
 
-    python tests/bench/screening.py --plans 150 --budget-gb 0.28 --out DIR
+    python tests/bench/screening.py --plans 150 --budget-gb 0.28 --out DIR [--seeds 0 1] [--cheap]
 
-Nothing is trained. The last lines leave out each of the larger plans in turn, fit the chain to the others, and compare
-what it foretells with what was measured (rank correlations, over all and at equal counts).
+Nothing is trained. A line of each seed has the lowest KL of plans that drop at least so many blocks; the last one
+leaves out each of the larger plans in turn, fits the chain to the others, and compares what it foretells with what was
+measured (rank correlations, over all and at equal counts).
+
+A plan that DIR has the figures of is not measured again, and counts with the CPU seconds that it took: searches that
+are to be compared get the same DIR. --cheap does not heal, and judges 160 tokens: half a second a plan.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
+from foldsearch.codec import from_json, to_json
+from foldsearch.model import heal
+from foldsearch.model.screen import Screen
+from foldsearch.plan.plan import FoldPlan
+from foldsearch.plan.result import Quality
 from foldsearch.prepare import prepare_context
 from foldsearch.report.view import rank_correlation
-from foldsearch.search.chain import ChainFit
+from foldsearch.search import screening as screenings
+from foldsearch.search.chain import DROPPED, KEPT, ChainFit, code_of
 from foldsearch.search.screened import Screened, screened_by_count, write_screened
 from foldsearch.search.screening import Screening
 from foldsearch.spec.fit import narrow
@@ -30,16 +44,16 @@ LARGER = 5  # dropped blocks, from which on plans are foretold
 
 def foretold(found: Sequence[Screened], num_blocks: int) -> str:
     """The rank correlations, in words."""
-    known = {one.plan.dropped: one.quality.kl for one in found if one.plan.only_drops}
-    larger = [dropped for dropped in known if len(dropped) >= LARGER]
+    known = {code_of(one.plan) or "": one.quality.kl for one in found if one.plan.only_drops}
+    larger = [code for code in known if code.count(DROPPED) >= LARGER]
     told = [
-        ChainFit(num_blocks, {other: kl for other, kl in known.items() if other != dropped})
+        ChainFit(KEPT + DROPPED, num_blocks, {other: kl for other, kl in known.items() if other != code})
         .mean()
-        .kl(dropped)
-        for dropped in larger
+        .kl(code)
+        for code in larger
     ]
-    measured = [known[dropped] for dropped in larger]
-    counts = np.log([len(dropped) for dropped in larger])
+    measured = [known[code] for code in larger]
+    counts = np.log([code.count(DROPPED) for code in larger])
     trend = np.vstack(
         [np.ones_like(counts), counts]
     ).T  # what is left of logarithms after a curve of the count
@@ -54,6 +68,35 @@ def foretold(found: Sequence[Screened], num_blocks: int) -> str:
     )
 
 
+class Memory:
+    """The figures of plans that were measured, and the CPU seconds that each took; of one model and text."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._real = path, Screen.measure
+        lines = path.read_text().splitlines() if path.exists() else []
+        self._known = {row["plan"]: row for row in map(json.loads, lines)}
+        self.cpu_seconds = 0.0
+
+    def measure(self, screen: Screen, plan: FoldPlan) -> Quality:
+        """In place of `Screen.measure`."""
+        row = self._known.get(str(plan))
+        if row is None:
+            began = time.process_time()
+            quality = to_json(self._real(screen, plan))
+            row = {"plan": str(plan), "quality": quality, "cpu_seconds": time.process_time() - began}
+            self._known[str(plan)] = row
+            with self._path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        self.cpu_seconds += row["cpu_seconds"]
+        return from_json(Quality, row["quality"])
+
+
+def lowest(found: Sequence[Screened], counts: range) -> list[float]:
+    """The lowest KL of plans that drop at least so many blocks."""
+    drops = [(len(one.plan.dropped), one.quality.kl) for one in found if one.plan.only_drops]
+    return [min((kl for dropped, kl in drops if dropped >= count), default=math.inf) for count in counts]
+
+
 def main() -> None:
     """Screen, and print what came of it."""
     parser = argparse.ArgumentParser(
@@ -61,23 +104,44 @@ def main() -> None:
     )
     parser.add_argument("--plans", type=int, default=150)
     parser.add_argument("--budget-gb", type=float, default=0.28)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--cheap", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
     overrides = {"budget.gb": given.budget_gb, "precision": "float32", "screen.plans": given.plans}
-    study = load_study("smollm2-demo", overrides)
-    context = prepare_context(study, given.out / "run", cache_dir=given.out / "cache")
-    space = narrow(study.space, context.table, context.target, context.budget)
-    screening = Screening(context, space)
-    cpu, began = time.process_time(), time.monotonic()
-    found = screening.run()
-    cpu, wall = time.process_time() - cpu, time.monotonic() - began
+    if given.cheap:
+        overrides |= {"screen.healed_tokens": 64, "screen.judged_tokens": 160}
+        screenings.LENGTH = 32
+        patch.object(heal, "places_of", without_writers(heal.places_of)).start()
     print(f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
-    print(f"{len(found)} plans: {wall:.0f} s, {cpu:.0f} CPU s, {cpu / len(found):.2f} a plan")
-    for count, row in screened_by_count(found).items():
-        best = sorted(row.items(), key=lambda pair: pair[1].quality.kl)
-        print(count, "  ".join(f"{name} {one.quality.kl:.3f}" for name, one in best))
-    print(foretold(found, len(context.table.blocks)))
-    write_screened(given.out / "screened.json", found)
+    for seed in given.seeds:
+        study = load_study("smollm2-demo", {**overrides, "seed": seed})
+        context = prepare_context(study, given.out / f"run{seed}", cache_dir=given.out / "cache")
+        space = narrow(study.space, context.table, context.target, context.budget)
+        screening = Screening(context, space)
+        memory = Memory(given.out / ("cheap.jsonl" if given.cheap else "measured.jsonl"))
+        with (
+            patch.object(Screen, "measure", lambda screen, plan, memory=memory: memory.measure(screen, plan)),
+            patch.object(screenings.cache, "json_grown"),  # a seed knows nothing of another
+        ):
+            found = screening.run()
+        fewest, most = space.counts(len(context.table.blocks))
+        row = lowest(found, range(fewest, most + 1))
+        print(
+            f"seed {seed}: {len(found)} plans, {memory.cpu_seconds:.0f} CPU s; {fewest} to {most} dropped: "
+            f"{' '.join(f'{kl:.3f}' for kl in row)}; mean of the logarithms {np.log(row).mean():.3f}"
+        )
+        for count, best in screened_by_count(found).items():
+            order = sorted(best.items(), key=lambda pair: pair[1].quality.kl)
+            print(count, "  ".join(f"{name} {one.quality.kl:.3f}" for name, one in order))
+        print(foretold(found, len(context.table.blocks)), flush=True)
+        write_screened(given.out / f"screened{seed}.json", found)
+
+
+def without_writers(places_of):
+    """Positions that nothing is solved at."""
+    return lambda model: [replace(place, writer=None) for place in places_of(model)]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from foldsearch.context import TrialContext, close_workbench, open_workbench
+from foldsearch.fates.replace import Networks
 from foldsearch.model.screen import Screen
 from foldsearch.model.tokens import Kinds
 from foldsearch.plan.cost import GB, price
@@ -19,6 +20,7 @@ from foldsearch.plan.plan import FoldPlan
 from foldsearch.prepare import prepare_context
 from foldsearch.run import Run
 from foldsearch.search import screening as screenings
+from foldsearch.search.chain import code_of
 from foldsearch.search.events import Event, Preparing, SearchDone
 from foldsearch.search.records import Records, read_trials
 from foldsearch.search.run import run_search
@@ -28,6 +30,7 @@ from foldsearch.search.screened import (
     is_screened,
     read_screened,
     screened_by_count,
+    screened_states,
     write_screened,
 )
 from foldsearch.search.screening import Screening
@@ -126,6 +129,29 @@ def test_what_is_known_is_there_at_once_and_not_measured_again(
     assert len(measured) == 2
     out_of_time = Screening(context, SPACE, seconds=1e-9)
     assert {one.plan for one in out_of_time.run()} >= known.keys()
+
+
+@pytest.mark.parametrize(
+    ("fates", "attention", "states"),
+    [
+        (("drop", "replace"), (0.0, 0.0), "kd"),
+        (("replace",), (0.0, 0.0), "kl"),
+        (("replace",), (0.0, 0.4), "klma"),
+    ],
+)
+def test_plans_are_of_what_the_space_has(
+    context: TrialContext, tmp_path: Path, fates: tuple[str, ...], attention: tuple[float, float], states: str
+) -> None:
+    """And those that are asked for reach every state in the space."""
+    space = Space(removal=(0.0, 0.8), criteria=("uniform",), fates=fates, attention=attention)
+    settings = ScreenSettings(plans=40, promoted=3, healed_tokens=128, judged_tokens=64)
+    screening = Screening(replace(of_study(context, screen=settings), cache_dir=tmp_path), space)
+    codes = [code_of(one.plan) for one in screening.run()]
+    assert all(codes)
+    assert set("".join(filter(None, codes))) == set(states)
+    promoted = screening.promoted()
+    assert promoted.plans
+    assert all(set(code_of(plan) or "?") <= set(states) for plan in promoted.plans)
 
 
 def test_a_damaged_entry_is_begun_again(context: TrialContext, tmp_path: Path) -> None:
@@ -236,9 +262,15 @@ def test_the_baselines_follow_where_no_criterion_of_the_space_is_quick(
     assert 0 < done.num_trained <= len(trained)
 
 
-def test_only_spaces_that_drop_are_screened(study: Study) -> None:
+def test_what_needs_no_fit_is_screened(study: Study) -> None:
     assert is_screened(study, SPACE)
-    assert not is_screened(study, Space(fates=("share", "replace"), groups=GroupsTable(max_groups=1)))
+    assert is_screened(study, Space(fates=("share", "replace"), groups=GroupsTable(max_groups=1)))
+    networks = Networks(kinds=("ffn", "layer"))
+    assert not is_screened(study, Space(fates=("share", "replace"), replace=networks, attention=(0.0, 0.5)))
+    assert screened_states(SPACE) == "kdma"
+    assert screened_states(Space()) == "kd"
+    assert screened_states(Space(fates=("replace",))) == "kl"
+    assert screened_states(Space(fates=("replace", "drop"))) == "kd"
     assert not is_screened(study.model_copy(update={"screen": ScreenSettings(plans=0)}), SPACE)
     assert not is_screened(study.model_copy(update={"healing": HealingSettings(tokens=0)}), SPACE)
     assert compared_criteria(SPACE) == {"block_influence", "uniform"}

@@ -295,17 +295,22 @@ def test_an_adapter_is_at_most_as_wide_as_the_model() -> None:
 
 
 @pytest.mark.parametrize(
-    ("plan", "adds_nothing", "only_drops"),
+    ("plan", "adds_nothing", "only_drops", "needs_no_fit"),
     [
-        ("0-1 3-4", True, True),
-        ("0-4", True, True),
-        ("0 2a 3m", True, False),
-        ("0 1=0 2", False, False),
-        ("0 1=0a 2", False, False),
-        ("0-1 2-3~linear 4", False, False),
-        ("0-1 1=1 2-4", False, False),
+        ("0-1 3-4", True, True, True),
+        ("0-4", True, True, True),
+        ("0 2a 3m", True, False, True),
+        ("0 1=0 2", False, False, False),
+        ("0 1=0a 2", False, False, False),
+        ("0-1 2-3~linear 4", False, False, True),
+        ("0 1m 2-3~linear", False, False, True),
+        ("0-1 2-3~ffn 4", False, False, False),
+        ("0-1 1=1 2-4", False, False, False),
     ],
 )
-def test_what_a_plan_has_beside_the_dense_model(plan: str, adds_nothing: bool, only_drops: bool) -> None:
+def test_what_a_plan_has_beside_the_dense_model(
+    plan: str, adds_nothing: bool, only_drops: bool, needs_no_fit: bool
+) -> None:
     found = FoldPlan.parse(plan, 5)
     assert (found.adds_nothing, found.only_drops) == (adds_nothing, only_drops)
+    assert found.needs_no_fit == needs_no_fit

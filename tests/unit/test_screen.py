@@ -16,7 +16,7 @@ from foldsearch.model.tokens import TokenSet
 from foldsearch.plan.plan import FoldPlan
 from tests.tiny import NUM_BLOCKS, VOCABULARY, as_tokens, dense_model
 
-PLANS = ("0-1 3-4", "0-1 3", "0-1 4", "1-4", "0 2a 3-4", "0-4", "0 4", "0-1 3-4")
+PLANS = ("0-1 3-4", "0-1 3", "0-1 4", "1-4", "0 2a 3-4", "0-4", "0 4", "0-1 3-4", "0 1-2~linear 3m 4")
 
 
 def ids(num: int, seed: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ WHY = {
     "train": "the only rung is 0, so nothing is trained.",
     "rungs": "there is one rung only, after which every trial ends.",
     "nsga2": "the sampler nsga2 takes no neighbours, as it crosses only what all trials have in common.",
-    "drop": "the space's fates do not name 'drop', and only plans that drop blocks are screened.",
+    "drop": "the space's blocks are neither dropped nor replaced by 'linear', and nothing else is screened.",
     "unhealed": "healing.tokens is 0, so nothing is healed.",
     "method": "healing.method is not 'ridge', and plans are screened healed by it.",
     "patch": "the space has no network of the kind 'linear'.",
@@ -61,7 +61,7 @@ WHY = {
             f"recovery.batch and space.recover.delta_ranks do not apply: {WHY['train']}",
         ),
         ({}, {"rungs": [0], "halving.keep": 0.3}, f"halving.keep does not apply: {WHY['rungs']}"),
-        ({"fates": ["replace"]}, {"screen.plans": 10}, f"screen.plans does not apply: {WHY['drop']}"),
+        ({"fates": ["share"]}, {"screen.plans": 10}, f"screen.plans does not apply: {WHY['drop']}"),
         (
             {},
             {"healing.tokens": 0, "screen.promoted": 3},
