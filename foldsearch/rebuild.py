@@ -26,6 +26,7 @@ from foldsearch.model.judge import judge
 from foldsearch.model.recover import attach, load_trained, merge, saved_tokens
 from foldsearch.model.replacements import FitSettings
 from foldsearch.model.starts import folded_start, new_values
+from foldsearch.model.training import LinearStart
 from foldsearch.paths import printable
 from foldsearch.plan.result import Healing, Quality
 from foldsearch.progress import StageProgress, counting, silent
@@ -43,18 +44,21 @@ def folded_model(
     path = folder.start
     if path.exists():
         return fold(bench.dense, trial.plan, load_file(path))
-    text = bench.fit_text(context.study.starts.tokens)
+    text, settings = bench.fit_text(context.study.starts.tokens), context.study.healing
+    # What runs deeper than the dense model is to become better than it, not more like it.
+    heals = settings.tokens > 0 and not trial.plan.is_extension
+    linear: LinearStart | None = context.study.starts.linear
+    if heals and settings.method == "ridge" and linear == "ridge":
+        linear = None  # healing solves it in its turn, on the states that it will read
     model, found = folded_start(
         text,
         trial.plan,
         adapters=trial.fold.adapter_start or "zero",
-        fit=FitSettings(linear=context.study.starts.linear),
+        fit=FitSettings(linear=linear),
         progress=say,
     )
     values = new_values(model)
-    # What runs deeper than the dense model is to become better than it, not more like it.
-    settings = context.study.healing
-    if settings.tokens and not trial.plan.is_extension and METHODS[settings.method].can_heal(model):
+    if heals and METHODS[settings.method].can_heal(model):
         healed, healing = _heal(model, context, say)
         values, found = values | healed, found | {HEALING: to_json(healing)}
     # A start that was let go of is made again, but not written again: nobody measured this file.

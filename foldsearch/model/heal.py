@@ -28,7 +28,8 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from transformers import PreTrainedModel
 from foldsearch.errors import ModelError
 from foldsearch.model.blocks import decoder_blocks
 from foldsearch.model.evidence import hidden_of, other_inputs
+from foldsearch.model.parts import Replaced
 from foldsearch.model.places import Place, StreamText, Writer, first_touched, num_fitted, places_of
 from foldsearch.model.states import DepthStates, in_float64
 from foldsearch.progress import CountProgress
@@ -149,7 +151,7 @@ class Healer:
     @torch.no_grad()
     def heal(self, model: PreTrainedModel, progress: CountProgress | None = None) -> tuple[Healed, Tensor]:
         """Heal a folded model in place; also its states after the last position, for the sequences that are led."""
-        places = places_of(model)
+        places = _joined(places_of(model))
         begin = first_touched(places)
         if any(place.reads not in self._inputs for place in places):
             inputs = other_inputs(model, list(decoder_blocks(model)), self._ids_NT)
@@ -210,8 +212,23 @@ def is_healable(model: PreTrainedModel) -> bool:
 
     It costs nothing, where the dense model's states are still to be computed.
     """
-    places = places_of(model)
+    places = _joined(places_of(model))
     return any(place.writer for place in places[first_touched(places) :])
+
+
+def _joined(places: list[Place]) -> list[Place]:
+    """Before a network that adds nothing yet, a position is solved for what is to come after it.
+
+    So both share the work: what a matrix of the position before can say of the gap, which reads more than the stream,
+    and what the network can say of the rest. A network that was fitted says it all already.
+    """
+    found = list(places)
+    for index, (place, after) in enumerate(pairwise(places)):
+        network = after.writer.module if after.writer else None
+        if isinstance(network, Replaced) and not bool(network.down.any()):
+            key = f"{place.key} joined"
+            found[index] = replace(place, meets=after.meets, is_touched=True, key=key)
+    return found
 
 
 def _heal_one(

@@ -50,7 +50,7 @@ class FitSettings:
     held_out: share of the sequences that ridge and the winner are chosen on; at least one. epochs, learning_rate,
     weight_decay, clip: of the training by AdamW ([C] of LLM-Streamline: 1, 2e-4, 1e-3, 5); epochs 0 is closed form
     alone. batch: sequences of a step. linear: how the kind `linear` is found, by "ridge" or as a "patch" (see
-    `align_channels`).
+    `align_channels`); None: it adds nothing, for healing to solve.
     """
 
     held_out: float = 0.25
@@ -60,7 +60,7 @@ class FitSettings:
     clip: float = 5.0
     batch: int = 2
     seed: int = 0
-    linear: LinearStart = "ridge"
+    linear: LinearStart | None = "ridge"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

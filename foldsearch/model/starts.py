@@ -48,10 +48,11 @@ def folded_start(
     dense, ids_NT = text.dense, text.ids_NT
     model = fold(dense, plan)
     summary: dict[str, Any] = {}
-    if any(isinstance(slot, Replacement) for slot in plan.slots):
+    left_out = "linear" if fit is not None and fit.linear is None else ""
+    if any(isinstance(slot, Replacement) and slot.kind != left_out for slot in plan.slots):
         states = text.states(counting(progress, "residual states"))
         for block, slot in zip(decoder_blocks(model), plan.slots, strict=True):
-            if isinstance(slot, Replacement):
+            if isinstance(slot, Replacement) and slot.kind != left_out:
                 name = f"{slot.first}-{slot.last}~{slot.kind}"
                 found = fit_replacement(
                     dense, slot, states, ids_NT, fit, counting(progress, f"fitting {name}")

@@ -246,6 +246,25 @@ def test_what_is_solved_is_what_writes_to_the_stream(name):
 # ---- which positions
 
 
+def test_before_a_network_that_adds_nothing_yet_a_gap_is_mended_as_an_empty_one(states_of):
+    """And one that was fitted is left the gap to itself: what stands before it runs as in the dense model."""
+    dense = dense_model()
+    states = states_of(dense)
+    empty, filled, fitted = (
+        folded(dense, text) for text in ("0 3-4", "0 1-2~linear 3-4", "0 1-2~linear 3-4")
+    )
+    decoder_blocks(fitted)[1].mlp.down.data += 1e-3
+    for model in (empty, filled, fitted):
+        heal(model, states, IDS)
+    first, same, dense_one = (
+        decoder_blocks(model)[0].mlp.down_proj.weight for model in (empty, filled, dense)
+    )
+    assert torch.equal(same, first)
+    assert not torch.equal(first, dense_one)
+    assert torch.equal(decoder_blocks(fitted)[0].mlp.down_proj.weight, dense_one)
+    assert decoder_blocks(filled)[1].mlp.down.any()
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -254,7 +273,7 @@ def test_what_is_solved_is_what_writes_to_the_stream(name):
         ("0-3", {3: "mlp"}),
         ("2-4", {0: "mlp", 1: "mlp", 2: "mlp"}),
         ("0 1a 2m 3 4", {1: "self_attn", 2: "mlp", 3: "mlp", 4: "mlp"}),
-        ("0 1-2~linear 3-4", {1: "down", 2: "mlp", 3: "mlp"}),
+        ("0 1-2~linear 3-4", {0: "mlp", 1: "down", 2: "mlp", 3: "mlp"}),
         ("0 1-2~layer 3-4", {1: "mlp", 2: "mlp", 3: "mlp"}),
         ("0 1=3+r2 2-4", {2: "mlp", 4: "mlp"}),  # what the child runs stays
         ("0 1=3m 2-4", {2: "mlp", 4: "mlp"}),

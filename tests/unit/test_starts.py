@@ -154,6 +154,19 @@ def test_what_was_fitted_is_what_the_model_has(name, start, tmp_path):
     assert not model.training
 
 
+def test_a_linear_map_may_be_left_to_healing(tmp_path):
+    """It adds nothing then, and no state is asked for; other kinds are fitted as ever."""
+    text = FitText(dense_model(), IDS, "x", tmp_path)
+    plan = FoldPlan.parse("0 1-2~linear 3-4", NUM_BLOCKS)
+    model, found = folded_start(text, plan, fit=FitSettings(linear=None))
+    assert found == {}
+    assert not decoder_blocks(model)[1].mlp.down.any()
+    assert not any(tmp_path.rglob("*.bin"))
+    plan = FoldPlan.parse("0 1-2~linear 3~ffn8 4", NUM_BLOCKS)
+    _, found = folded_start(text, plan, fit=FitSettings(linear=None))
+    assert list(found) == ["3-3~ffn"]
+
+
 @names
 @pytest.mark.parametrize("text", ["0 1-2~linear 3-4", "0 1-2~ffn 3-4", "0 1-2~layer 3-4", "0 1-2=3+r8+n 3-4"])
 def test_the_start_is_written_to_nothing_of_the_dense_model(name, text, start):
