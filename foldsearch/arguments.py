@@ -132,6 +132,8 @@ def _run(parser: argparse.ArgumentParser) -> None:
     time = "stop T (90s, 15m, 2h) after the dense model is asked first"
     parser.add_argument("--time", type=_seconds, metavar="T", help=time)
     parser.add_argument("--jobs", type=_whole, metavar="N", help="trials at a time")
+    warm = "begin with the best plans of an earlier run of the same model and text"
+    parser.add_argument("--warm-from", metavar="RUN", help=warm)
     _add_out(parser, "the run's folder, new (default: runs/STUDY)")
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would be searched, its time and disk, and stop"

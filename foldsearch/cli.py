@@ -155,7 +155,7 @@ def _check_text(words: Sequence[str]) -> None:
 
 _OVERRIDES = {
     "model": "model", "data": "data", "text_column": "text_column", "sample_by": "sample_by", "unseen": "kinds.unseen",
-    "space": "space",
+    "space": "space", "warm_from": "warm_from",
     "sampler": "sampler", "trials": "trials", "time": "seconds",
     "jobs": "jobs", "seed": "seed", "device": "device", "budget_gb": "budget.gb", "budget_flops": "budget.flops",
     "dtype": "target.dtype", "context": "target.context", "batch": "target.batch", "runtime": "target.runtime",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +49,14 @@ from foldsearch.search.own_ray import check_machine, own_ray
 from foldsearch.search.proposer import Line, Proposer
 from foldsearch.search.records import Records, read_trials
 from foldsearch.search.screened import Promoted, is_screened, write_screened
+from foldsearch.search.warm import (
+    Trained,
+    begun_with,
+    keep_trained,
+    known_trained,
+    known_words,
+    warm_plans,
+)
 from foldsearch.search.worker import PROGRESS_SECONDS, TrialRunner, load_function
 from foldsearch.signals import check_stopped, stops_raise, uninterrupted
 from foldsearch.spec.study import OBJECTIVES, Study
@@ -126,6 +134,7 @@ def run_search(
             note(words)
         with Run.draft(folder) as draft:
             context = load_function(prepare)(study, draft, check=study.narrowed, progress=say, notice=note)
+            warm_plans(context.run)  # refused before there is a run
             run = context.run.begin(folder)
         with _resumable(run, on_event):
             _search(replace(context, run=run), trial, tell)
@@ -186,7 +195,9 @@ def _search(context: Any, trial: str, on_event: OnEvent) -> None:
         on_event(Notice(notice))
     records = Records(run)
     began, asking = time.monotonic(), getattr(context, "asking_seconds", 0.0)
-    promoted = _screened(records, context, asking, on_event)
+    earlier = [] if records.all() else warm_plans(run)
+    promoted = _screened(records, context, asking, earlier, on_event)
+    promoted = begun_with(promoted, earlier, run.study.screen.promoted)
     if context.device != "cpu":
         from foldsearch.context import close_workbench
 
@@ -200,7 +211,11 @@ def _search(context: Any, trial: str, on_event: OnEvent) -> None:
     )
     if words := line.begin_words():
         on_event(Notice(words))
-    Search(records, line, on_event).run_trials(replace(context, threads=threads), trial)
+    try:
+        Search(records, line, on_event).run_trials(replace(context, threads=threads), trial)
+    finally:
+        if _is_real(context):
+            keep_trained(run, records.all(), context.cache_dir)
 
 
 def _is_real(context: Any) -> bool:
@@ -208,10 +223,20 @@ def _is_real(context: Any) -> bool:
     return getattr(context, "files", None) is not None
 
 
-def _screened(records: Records, context: Any, asking: float, on_event: OnEvent) -> Promoted:
-    """Screen plans for a run that has no trials yet; what of them is to be trained. What it took up is let go of."""
-    study = records.run.study
-    if records.all() or not (_is_real(context) and is_screened(study, records.space)):
+def _screened(
+    records: Records, context: Any, asking: float, earlier: Sequence[Trained], on_event: OnEvent
+) -> Promoted:
+    """Screen plans for a run that has no trials yet; what of them is to be trained. What it took up is let go of.
+
+    What is known of the model and the text is told first.
+    """
+    run, study = records.run, records.run.study
+    if records.all() or not _is_real(context):
+        return Promoted()
+    trained = [*earlier, *known_trained(run, context.cache_dir)]
+    if not is_screened(study, records.space):
+        if words := known_words(run, (), trained):
+            on_event(Notice(words))
         return Promoted()
     seconds = math.inf
     if study.seconds is not None:
@@ -226,7 +251,9 @@ def _screened(records: Records, context: Any, asking: float, on_event: OnEvent) 
             seconds=seconds,
             progress=lambda stage, share: on_event(Preparing(stage, share)),
         )
-        found = screening.run()
+        if words := known_words(run, screening.take_over(), trained):
+            on_event(Notice(words))
+        found = screening.run(asked=[one.plan for one in earlier])
     except KeyboardInterrupt:
         with uninterrupted():  # a run that goes on has less time left
             records.note_elapsed(records.elapsed + asking + time.monotonic() - began)

@@ -22,7 +22,9 @@ SEARCH = "search"  # in tables: whoever asked for plans but the criteria
 
 @dataclass(frozen=True, slots=True)
 class Screened:
-    """A plan as it was screened. authors: who asked for it, in order: criteria, "alone", "chain" or "move"."""
+    """A plan as it was screened. authors: who asked for it, in order: criteria, "alone", "chain", "move"
+    or "earlier run".
+    """
 
     plan: FoldPlan
     authors: tuple[str, ...]

@@ -118,10 +118,19 @@ class Screening:
         """What was measured, in order."""
         return list(self._found.values())
 
-    def run(self) -> list[Screened]:
-        """Screen; what earlier runs measured is there at once, and is not counted."""
+    def take_over(self) -> list[Screened]:
+        """What earlier screenings of the model and the text measured, and nothing beats within the budget."""
+        self._keep()
+        return self.front()
+
+    def run(self, asked: Sequence[FoldPlan] = ()) -> list[Screened]:
+        """Screen; what earlier runs measured is there at once, and is not counted.
+
+        Args:
+            asked: plans to measure besides, before the search asks for any.
+        """
         try:
-            for plan, author in self._asked_for():
+            for plan, author in self._asked_for(asked):
                 if self._is_over():
                     break
                 self._measure(plan, author)
@@ -129,8 +138,8 @@ class Screening:
             self._keep()  # also where it is stopped
         return self.found
 
-    def _asked_for(self) -> Iterator[tuple[FoldPlan, str]]:
-        for batch in self._batches():
+    def _asked_for(self, asked: Sequence[FoldPlan]) -> Iterator[tuple[FoldPlan, str]]:
+        for batch in self._batches(asked):
             self._keep()
             yield from sorted(batch.items(), key=lambda one: _in_order(one[0]))
 
@@ -149,7 +158,8 @@ class Screening:
 
         cache.json_grown(self._path, grow)
 
-    def _batches(self) -> Iterator[dict[FoldPlan, str]]:
+    def _batches(self, asked: Sequence[FoldPlan]) -> Iterator[dict[FoldPlan, str]]:
+        yield {plan: "earlier run" for plan in asked if self._may_be(plan)}
         yield {self._removing([block]): "alone" for block in range(len(self._context.table.blocks))}
         yield dict(self._rivals())
         while batch := self._round():

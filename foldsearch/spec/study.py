@@ -284,7 +284,8 @@ class Study(TomlTable):
     device multiplies it fast (CUDA, CPUs with AMX), else float32. trust_remote_code: let a model's own code run.
     rungs: recovery tokens trained on when each rung is measured. trials, seconds: when the search ends, whichever
     comes first; absent is no limit; the seconds are those of asking the dense model and of all trials. jobs: trials
-    at a time. kinds: which kinds of text are unseen, and how one KL is made of several. seed: of everything random.
+    at a time. warm_from: folder of an earlier run of the same model and text, whose best plans are tried first. kinds:
+    which kinds of text are unseen, and how one KL is made of several. seed: of everything random.
     """
 
     model: Reference
@@ -304,6 +305,7 @@ class Study(TomlTable):
     trials: Positive | None = 24
     seconds: Annotated[float, Field(gt=0, le=MOST)] | None = None
     jobs: Positive = 1
+    warm_from: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     splits: SplitSettings = SplitSettings()
     kinds: KindSettings = KindSettings()

@@ -1,0 +1,157 @@
+"""What is known before a search begins, from earlier searches of the same model and text under other budgets.
+
+What they screened is in the cache (see `foldsearch.search.screening`), and so is the front of what they trained, with
+the folder of the run. What keeps the new budget is shown before any trial. A run that is named (`warm_from`) gives
+its trained plans to the new one, which begins with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from foldsearch import cache
+from foldsearch.codec import from_json, to_json
+from foldsearch.errors import RunError
+from foldsearch.paths import local, printable
+from foldsearch.plan.cost import GB, Cost, price
+from foldsearch.plan.front import non_dominated
+from foldsearch.plan.plan import FoldPlan
+from foldsearch.record import Trial, front
+from foldsearch.run import Run
+from foldsearch.search.records import read_trials
+from foldsearch.search.screened import Promoted, Screened
+from foldsearch.spec.fit import can_run
+
+SCHEMA = 1  # of what is kept
+LISTED = 5  # plans of each list that are told, at even distances of the front
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A plan that an earlier run trained. kl: on the search texts. run: its folder. trial: its number there."""
+
+    plan: FoldPlan
+    kl: float
+    recovery_tokens: int
+    run: str
+    trial: int
+
+
+def trained_by(run: Run, trials: Sequence[Trial]) -> list[Trained]:
+    """The front of a run's trials."""
+    folder = str(run.path.absolute())
+    return [
+        Trained(one.plan, one.quality.kl, one.last.recovery_tokens, folder, one.number)
+        for one in front(trials)
+    ]
+
+
+# ---- a run that is named
+
+
+def warm_plans(run: Run) -> list[Trained]:
+    """What the run that the study names has trained, and keeps the budget of this one; nothing where none is named.
+
+    Raises:
+        RunError: there is no such run, or it is of another model or text.
+    """
+    if run.study.warm_from is None:
+        return []
+    folder = local(run.study.warm_from)
+    other = Run.open(folder)
+    ours, theirs = run.identity(), other.identity()
+    if ours is None or theirs is None:
+        raise RunError(
+            "a search takes over from a run that says what it was made of, but there is no identity.json in "
+            f"'{printable(folder if theirs is None else run.path)}'. Leave --warm-from out."
+        )
+    differ = [
+        part for part in ("weights", "config") if getattr(ours.content, part) != getattr(theirs.content, part)
+    ]
+    differ += [f"{name} tokens" for name in ours.tokens if ours.tokens[name] != theirs.tokens.get(name)]
+    if differ:
+        raise RunError(
+            f"a search takes over from a run of the same model and texts, but '{printable(folder)}' was made with "
+            f"other {', '.join(differ)}. Name a run of this model, data and [splits], or leave --warm-from out."
+        )
+    return _affordable(run, trained_by(other, read_trials(other)))
+
+
+def begun_with(promoted: Promoted, trained: Sequence[Trained], most: int) -> Promoted:
+    """What a run begins with: up to half of it the best of what an earlier run trained, the rest as screened."""
+    if not trained:
+        return promoted
+    best = [one.plan for one in sorted(trained, key=lambda one: one.kl)]
+    taken = best[: max(1, most // 2) if promoted.plans else most]
+    return replace(promoted, plans=tuple(dict.fromkeys((*taken, *promoted.plans)))[:most])
+
+
+# ---- the cache
+
+
+def keep_trained(run: Run, trials: Sequence[Trial], cache_dir: Path) -> None:
+    """Put the front of a run into the cache, in place of what the same run had put there."""
+    found, path = trained_by(run, trials), _path(run, cache_dir)
+    if path is None or not found:
+        return
+
+    def grow(kept: list[Any] | None) -> list[Any]:
+        folder = str(run.path.absolute())
+        return [*(one for one in kept or [] if one["run"] != folder), *map(to_json, found)]
+
+    cache.json_grown(path, grow)
+
+
+def known_trained(run: Run, cache_dir: Path) -> list[Trained]:
+    """What of the cache keeps the run's budget, of the same model and search texts."""
+    path = _path(run, cache_dir)
+    if path is None or not path.exists():
+        return []
+    kept: list[Any] = cache.json_grown(path, lambda known: known or [])
+    return _affordable(run, [from_json(Trained, value) for value in kept])
+
+
+def _path(run: Run, cache_dir: Path) -> Path | None:
+    identity = run.identity()
+    if identity is None:
+        return None
+    parts = (identity.content.weights, identity.content.config, identity.dtype, identity.tokens["search"])
+    return cache_dir / "trained" / f"{cache.key(SCHEMA, *parts, run.study.kinds.objective)}.json"
+
+
+# ---- in words
+
+
+def known_words(run: Run, screened: Iterable[Screened], trained: Sequence[Trained]) -> str:
+    """What is known within the budget: the fronts of what was trained and of what was screened; empty if nothing is."""
+    lists = (
+        ("trained", [(one.plan, one.kl, f"trial {one.trial} of {one.run}") for one in trained]),
+        ("screened, KL of little text", [(one.plan, one.quality.kl, "") for one in screened]),
+    )
+    lines = []
+    for title, every in lists:
+        points = [(kl, cost.memory_bytes / GB, float(cost.flops)) for cost, kl in _costs(run, every)]
+        best = sorted(non_dominated(points), key=lambda i: points[i][0])
+        shown = [best[round(i * (len(best) - 1) / (LISTED - 1))] for i in range(LISTED)] if best else []
+        if best:
+            lines.append(f"  {title}: {len(every)} plans, {len(best)} of them on their front")
+        for i in dict.fromkeys(shown):
+            plan, kl, where = every[i]
+            lines.append(f"    {points[i][1]:.4f} GB  KL {kl:.3f}  {plan}  {printable(where)}".rstrip())
+    return "\n".join(["known before this run, within its budget:", *lines]) if lines else ""
+
+
+def _costs(run: Run, plans: Iterable[tuple[FoldPlan, float, str]]) -> list[tuple[Cost, float]]:
+    return [(price(plan, run.table, run.target), kl) for plan, kl, _ in plans]
+
+
+def _affordable(run: Run, trained: Iterable[Trained]) -> list[Trained]:
+    return [
+        one
+        for one in trained
+        if can_run(one.plan, run.table, run.target)
+        and run.budget.admits(price(one.plan, run.table, run.target))
+    ]

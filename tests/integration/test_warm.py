@@ -1,0 +1,157 @@
+"""What an earlier run knows is shown before any trial, and given to a search of the same model and text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from foldsearch.context import TrialContext, close_workbench
+from foldsearch.errors import RunError
+from foldsearch.plan.cost import GB, price
+from foldsearch.plan.plan import FoldPlan
+from foldsearch.record import front
+from foldsearch.search.events import Event, Notice
+from foldsearch.search.records import Records
+from foldsearch.search.run import _screened
+from foldsearch.search.screened import Promoted
+from foldsearch.search.warm import (
+    Trained,
+    begun_with,
+    keep_trained,
+    known_trained,
+    known_words,
+    trained_by,
+    warm_plans,
+)
+from foldsearch.spec.space import Space
+from foldsearch.spec.study import BudgetSettings, ScreenSettings, SplitSettings, Study
+from tests.contexts import begin_run, run_queued, tiny_study
+from tests.tiny import NUM_BLOCKS, save_model, write_corpus
+
+SPACE = Space(removal=(0.0, 0.8), criteria=("block_influence", "uniform"))
+SCREEN = ScreenSettings(plans=8, promoted=3, healed_tokens=128, judged_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    place = tmp_path_factory.mktemp("warm")
+    splits = SplitSettings(sequence_length=32, search=4, recovery=8, report=2)
+    return tiny_study(place, space=SPACE, splits=splits, screen=SCREEN)
+
+
+@pytest.fixture(scope="module")
+def earlier(study: Study, tmp_path_factory: pytest.TempPathFactory) -> TrialContext:
+    """A run that trained plans of one and of three dropped blocks."""
+    place = tmp_path_factory.mktemp("earlier")
+    context = begin_run(study, place / "run", cache_dir=place / "cache")
+    for count in (1, 3):
+        run_queued(context, "uniform", count)
+    return context
+
+
+def later(earlier: TrialContext, place: Path, **settings: object) -> TrialContext:
+    """A run without trials of the same model and text."""
+    settings = {"warm_from": str(earlier.run.path), **settings}
+    study = earlier.study.model_copy(update=settings)
+    return begin_run(study, place / "later", cache_dir=earlier.cache_dir)
+
+
+def between(earlier: TrialContext) -> BudgetSettings:
+    """A budget that dropping three blocks keeps, and dropping one does not."""
+    sizes = [trial.cost.memory_bytes for trial in Records(earlier.run).all()]
+    return BudgetSettings(gb=sum(sizes) / len(sizes) / GB)
+
+
+def test_what_was_trained_is_taken_over_as_far_as_it_fits(earlier: TrialContext, tmp_path: Path) -> None:
+    trials = Records(earlier.run).all()
+    assert {one.plan for one in trained_by(earlier.run, trials)} == {one.plan for one in front(trials)}
+    free = later(earlier, tmp_path / "free")
+    assert {one.trial for one in warm_plans(free.run)} == {one.number for one in front(trials)}
+    bounded = later(earlier, tmp_path / "bounded", budget=between(earlier))
+    (one,) = warm_plans(bounded.run)
+    assert len(one.plan.dropped) == 3
+    assert one.kl == trials[one.trial].quality.kl
+    assert warm_plans(later(earlier, tmp_path / "none", warm_from=None).run) == []
+
+
+def test_the_cache_knows_what_runs_trained(earlier: TrialContext, tmp_path: Path) -> None:
+    context = later(earlier, tmp_path, budget=between(earlier), warm_from=None)
+    assert known_trained(context.run, tmp_path) == []
+    trials = Records(earlier.run).all()
+    for _ in range(2):  # a run that goes on takes the place of what it had put there
+        keep_trained(earlier.run, trials, tmp_path)
+    (one,) = known_trained(context.run, tmp_path)
+    assert len(one.plan.dropped) == 3
+    assert {one.plan for one in known_trained(earlier.run, tmp_path)} == {one.plan for one in front(trials)}
+    worst = context.study.model_copy(
+        update={"kinds": context.study.kinds.model_copy(update={"objective": "worst"})}
+    )
+    assert (
+        known_trained(begin_run(worst, tmp_path / "worst", cache_dir=earlier.cache_dir).run, tmp_path) == []
+    )
+
+
+def test_it_is_told_before_anything_is_screened_and_measured_first(
+    earlier: TrialContext, tmp_path: Path
+) -> None:
+    context = later(earlier, tmp_path)
+    records, known = Records(context.run), warm_plans(context.run)
+    events: list[Event] = []
+    promoted = begun_with(_screened(records, context, 0.0, known, events.append), known, SCREEN.promoted)
+    first = next(event for event in events if isinstance(event, Notice))
+    for one in known:
+        assert f"KL {one.kl:.3f}  {one.plan}  trial {one.trial} of {earlier.run.path}" in first.text
+    assert "screened" not in first.text  # nothing was
+    best = min(known, key=lambda one: one.kl)
+    assert promoted.plans[0] == best.plan
+    assert len(promoted.plans) == SCREEN.promoted
+    # what was screened meanwhile is there for the next run at once
+    close_workbench()
+    again = later(earlier, tmp_path / "again", budget=between(earlier))
+    events = []
+    _screened(Records(again.run), again, 0.0, [], events.append)
+    first = next(event for event in events if isinstance(event, Notice))
+    assert "screened, KL of little text" in first.text
+    assert "trained" not in first.text
+    bound = again.run.budget.memory_bytes
+    assert bound is not None
+    sizes = [float(line.split()[0]) for line in first.text.splitlines() if " GB " in line]
+    assert sizes
+    assert all(size <= bound / GB + 1e-4 for size in sizes)  # four digits are shown
+
+
+def test_a_run_of_another_text_or_model_is_refused(earlier: TrialContext, tmp_path: Path) -> None:
+    other = write_corpus(tmp_path / "other", seed=5)
+    with pytest.raises(RunError, match=r"same model and texts, but .* other search tokens, recovery tokens"):
+        warm_plans(later(earlier, tmp_path / "text", data=other).run)
+    model = save_model(tmp_path / "model", "mistral")
+    with pytest.raises(RunError, match="other config"):
+        warm_plans(later(earlier, tmp_path / "weights", model=model).run)
+    with pytest.raises(RunError, match="there is no"):
+        warm_plans(later(earlier, tmp_path / "nowhere", warm_from=str(tmp_path / "no-run")).run)
+
+
+def test_half_of_what_a_run_begins_with_may_be_from_an_earlier_one() -> None:
+    plans = [FoldPlan.dropping([block], NUM_BLOCKS) for block in range(NUM_BLOCKS)]
+    trained = [Trained(plan, 1.0 - 0.1 * number, 64, "run", number) for number, plan in enumerate(plans[:3])]
+    screened = Promoted(tuple(plans[2:]), ("uniform", 1))
+    assert begun_with(screened, [], 4) == screened
+    assert begun_with(screened, trained, 4) == Promoted(
+        (plans[2], plans[1], plans[3], plans[4]), ("uniform", 1)
+    )
+    assert begun_with(Promoted(), trained, 2).plans == (plans[2], plans[1])
+
+
+def test_only_the_front_is_told(earlier: TrialContext) -> None:
+    """Oracle: of two plans of one size the better one."""
+    run = earlier.run
+    plans = [FoldPlan.dropping([block], NUM_BLOCKS) for block in (1, 2)]
+    assert price(plans[0], run.table, run.target) == price(plans[1], run.table, run.target)
+    words = known_words(
+        run, (), [Trained(plan, kl, 64, "r", 0) for plan, kl in zip(plans, (2.0, 1.0), strict=True)]
+    )
+    assert "2 plans, 1 of them on their front" in words
+    assert str(plans[1]) in words
+    assert str(plans[0]) not in words
+    assert known_words(run, (), []) == ""
