@@ -6,7 +6,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from foldsearch.export.figures import ExportReport
     from foldsearch.model.evidence import Evidence
     from foldsearch.model.source import DenseFiles
+    from foldsearch.model.training import FurtherTraining, Trained
     from foldsearch.report.view import RunView
     from foldsearch.search.dry_run import DryRun
     from foldsearch.spec.study import Study
@@ -161,6 +162,7 @@ def try_plan(
     study: Study,
     *,
     folder: Path | None = None,
+    trains: Trained | None = None,
     progress: StageProgress = silent,
     notice: Notice = unheard,
 ) -> Iterator[Trial]:
@@ -172,6 +174,7 @@ def try_plan(
         plan: a plan of the study's model, or its text.
         study: model, text, target, rungs and recovery settings.
         folder: where to keep token sets and trained parameters; a temporary folder if None.
+        trains: what is trained (see `foldsearch.model.recover`); the first that the space names if None.
         progress: told what is being done.
         notice: told, in words, what a person should know.
 
@@ -200,11 +203,8 @@ def try_plan(
             notice=notice,
         )
         given = Given(FoldPlan.parse(text, len(context.table.blocks)))
-        proposal = Proposal(
-            given,
-            propose_recovery(Plain({"delta_rank": study.space.recover.middle_rank}), study.space),
-            "hand",
-        )
+        recovery = propose_recovery(Plain({"delta_rank": study.space.recover.middle_rank}), study.space)
+        proposal = Proposal(given, replace(recovery, trains=trains or recovery.trains), "hand")
         yield from run_trial(proposal, context, number=_TRIED, progress=progress)
 
 
@@ -288,6 +288,48 @@ def picked(run: RunView) -> Trial:
     return run.pick(number=number)
 
 
+def recover_trial(
+    run: RunView,
+    number: int,
+    asked: FurtherTraining,
+    *,
+    progress: StageProgress = silent,
+    notice: Notice = unheard,
+) -> Iterator[Trial]:
+    """Train a trial beyond the last rung of its run; yields it, with all of its results, after every step.
+
+    The same call goes on from the state that was written last, whatever stopped it. In the run, the trial stays what it
+    was; `export_trial` ships the best of all its states.
+
+    Args:
+        run: the run.
+        number: of a trial that reached the last rung.
+        asked: how far, and how.
+        progress: told what is being done.
+        notice: told what a person should know.
+
+    Raises:
+        RunError: the trial was not measured, or somebody else is at work in the run, or the model or the tokens are
+            others than the run was made with.
+        InputError: it was trained on as many tokens already, or by another `trains`.
+    """
+    from foldsearch.context import read_splits
+    from foldsearch.further import recover_further
+    from foldsearch.prepare import prepare_context
+
+    trial, folder = run.pick(number=number), run.folder
+    with folder.held():
+        held = read_splits(folder).recovery.ids_NT.numel()
+        if asked.tokens > held:
+            notice(
+                f"the recovery texts hold {held:,} tokens, so {asked.tokens:,} go through them "
+                f"{asked.tokens / held:.1f} times, each time in a new order. For more text: [splits] recovery, in a "
+                "new run."
+            )
+        context = prepare_context(folder.study, folder.path, progress=progress, notice=notice)
+        yield from recover_further(trial.number, context, asked, progress=progress)
+
+
 def export_trial(
     run: RunView,
     number: int,
@@ -321,6 +363,9 @@ def export_trial(
     folder = run.folder
     runtime = _runtime(to, trial.plan, folder.target, folder.table)
     check_export(out, trial.plan, runtime, by_position=folder.table.by_position)
+    if trial.number in run.further:
+        words = run.further[trial.number].tokens_words
+        notice(f"trial {number} was trained further; what ships is its best state: {words}.")
     context = prepare_context(folder.study, folder.path, progress=progress, notice=notice)
     return _export(context, trial.number, out, runtime, trial, progress)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from foldsearch import runtimes
-from foldsearch.model.training import HealMethod
+from foldsearch.model.training import HealMethod, Trained
 from foldsearch.plan.extend import DEFAULT_RANK, PATTERNS
 from foldsearch.version import __version__
 
@@ -88,6 +88,17 @@ without them, the second line, with next_token = 0.5 in its study.
 """
 
 
+_RECOVER = """\
+It begins with the trial's model as the run left it, measures it on the search texts as it goes on,
+and on the report texts at the end. The best of its states is kept; where training hurt, it goes on
+from that one at a lower rate. Stopped in any way, the same command goes on; larger --tokens go on
+after the end. In the run the trial stays what it was: all others had as many tokens as it. `front`
+tells what came of it beside the table, and `export` ships it.
+
+  foldsearch recover runs/demo --trial 0 --tokens 40960 --time 2h
+"""
+
+
 class _Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=26, width=100)
@@ -162,6 +173,7 @@ def _try(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help="ridge; rivals: fused, fused-cosine, rescale",
     )
+    _add_trains(parser, "the first that the space names")
     _add_out(parser, "keep the trained parameters and results here")
 
 
@@ -235,6 +247,22 @@ class _CalledTo(argparse.Action):
         parser.error(f"--form is called --to now: --to {runtimes.called_now(str(value))}")
 
 
+def _recover(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument(
+        "--trial", type=_whole, metavar="N", required=True, help="trial N, as `foldsearch front` numbers it"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=_positive,
+        metavar="M",
+        required=True,
+        help="to train on in all, those of the run too",
+    )
+    parser.add_argument("--time", type=_seconds, metavar="T", help="train for T (90s, 15m, 2h) at most")
+    _add_trains(parser, "what the trial trained")
+
+
 def _evaluate(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
     _add_choice(parser)
@@ -270,6 +298,7 @@ _VERBS: tuple[tuple[str, str, str, Callable[[argparse.ArgumentParser], None]], .
     ("front", "the Pareto front of a run, its plans and every cost", "", _front),
     ("pick", "choose a point of the front; `export` takes it from there", "", _pick),
     ("export", "write a folded model and verify it in a fresh process", "", _export),
+    ("recover", "train a point of a run for longer; it can be stopped and goes on", _RECOVER, _recover),
     (
         "evaluate",
         "what a folded model still knows: questions and harness tasks, beside dense",
@@ -302,6 +331,16 @@ def _add_study(parser: argparse.ArgumentParser, used: str) -> None:
 
 def _add_tokens(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--tokens", type=_whole, metavar="N", help=f"{what} (default: the study's last rung)")
+
+
+def _add_trains(parser: argparse.ArgumentParser, default: str) -> None:
+    what = "low-rank deltas everywhere; the last three blocks; the matrices that healing solves"
+    parser.add_argument(
+        "--trains",
+        choices=get_args(Trained),
+        metavar="A",
+        help=f"deltas, last or healed: {what} (default: {default})",
+    )
 
 
 def _add_out(

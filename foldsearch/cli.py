@@ -251,7 +251,9 @@ def _try(args: argparse.Namespace) -> int:
     _check_new(args)
     study = _tried_study(args)
     with _whole_or_absent(args.out), _status() as progress:
-        *_, trial = try_plan(args.plan, study, folder=args.out, progress=progress, notice=_say)
+        *_, trial = try_plan(
+            args.plan, study, folder=args.out, trains=args.trains, progress=progress, notice=_say
+        )
     return _show_results(trial)
 
 
@@ -417,6 +419,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     with _status() as progress:
         found = evaluate_trial(view, trial.number, asked, progress=progress, notice=_say)
     out = console()
+    trial = view.latest(trial)
     _print_line(out, f"Trial {trial.number}: {trial.tokens_words}.\n")
     if (by_kind := kinds_table(trial)) is not None:
         out.print(by_kind)
@@ -445,6 +448,33 @@ def _export(args: argparse.Namespace) -> int:
         exported, dense = compare_words(view, args.out, args.prompt)
         out.print()
         out.print(words_table(args.prompt, {report.runtime: exported, "dense": dense}))
+    return 0
+
+
+def _recover(args: argparse.Namespace) -> int:
+    from foldsearch.api import open_run, recover_trial
+    from foldsearch.model.training import FurtherTraining
+    from foldsearch.report.terminal import console, results_table
+
+    view = open_run(args.run)
+    before = view.pick(number=args.trial)
+    trial = view.latest(before)
+    asked = FurtherTraining(args.tokens, args.trains, args.time)
+    again = command("recover", args.run, "--trial", str(args.trial), "--tokens", str(args.tokens))
+    try:
+        with _status() as progress:
+            for step in recover_trial(view, args.trial, asked, progress=progress, notice=_say):
+                trial = step
+                _say(trial.step_words)
+    except KeyboardInterrupt:
+        with suppress(OSError):  # the terminal may be gone
+            _say(f"Nothing that was measured is lost. Go on with: {again}")
+        raise
+    console().print(results_table(trial, len(before.results)))
+    if trial.state == "failed":
+        return _fail(f"the training of trial {trial.number} {trial.reason}", 2)
+    if trial.last.recovery_tokens < args.tokens:
+        _say(f"It ended before {args.tokens:,} tokens. Go on with: {again}")
     return 0
 
 
@@ -497,6 +527,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "front": _front,
     "pick": _pick,
     "export": _export,
+    "recover": _recover,
     "evaluate": _evaluate,
     "dashboard": _dashboard,
     "cache": _cache,
@@ -528,20 +559,23 @@ def _status() -> Iterator[StageProgress]:
     """One line on the terminal that says what is being done; in a log file, lines (see `StageLines`)."""
     from rich.text import Text  # a stage may name a path, which is no mark-up
 
+    from foldsearch.report.live import StageLines
     from foldsearch.report.terminal import console
 
     err: Console = console(stderr=True)
     if not err.is_terminal:
-        from foldsearch.report.live import StageLines
-
         lines = StageLines(_say)
         with lines.pulse:
             yield lines
         return
+    words = StageLines(lambda _: None)
     with err.status("starting") as line:
-        yield lambda stage, share: line.update(
-            Text(f"{printable(stage)} {share:.0%}" if share else printable(stage))
-        )
+
+        def show(stage: str, share: float) -> None:
+            words(stage, share)
+            line.update(Text(words.words()))
+
+        yield show
 
 
 def _new_folder(study: str | None) -> Path:

@@ -133,7 +133,8 @@ def open_workbench(context: TrialContext, progress: StageProgress = silent) -> W
     """The workbench of a run; opened once per process."""
     # By the file of the token sets, not by its path: a run's folder is renamed when the run begins.
     tokens = context.run.tokens.stat() if context.run.tokens.exists() else None
-    key = (tokens and (tokens.st_dev, tokens.st_ino, tokens.st_mtime_ns), context.files, context.device)
+    file = tokens and (tokens.st_dev, tokens.st_ino, tokens.st_mtime_ns)
+    key = (file, context.files, context.device, context.study.rungs[-1] > 0)
     if key not in _open:
         close_workbench()  # one model at a time
         cache.let_go()

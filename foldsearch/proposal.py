@@ -15,6 +15,7 @@ from typing import Any, Literal
 from foldsearch.criteria import criterion_of
 from foldsearch.errors import PlanError
 from foldsearch.fates import Drop, Fate, fate_named
+from foldsearch.model.training import Trained
 from foldsearch.plan.plan import AdapterStart, FoldPlan, Slot, adapter_start
 
 Origin = Literal["sampler", "baseline", "start", "screened", "neighbour", "hand"]
@@ -136,7 +137,7 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class RecoveryChoice:
-    """The recovery training: learning rate in root mean squares of the weights, rank of the deltas.
+    """The recovery training: learning rate in root mean squares of the weights, rank of the deltas, what is trained.
 
     Raises:
         PlanError: one of them is out of its range.
@@ -144,6 +145,7 @@ class RecoveryChoice:
 
     learning_rate: float = 0.05
     delta_rank: int = 8
+    trains: Trained = "deltas"
 
     def __post_init__(self) -> None:
         _check_least("rank of the recovery deltas", self.delta_rank, 0)

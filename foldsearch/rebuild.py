@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foldsearch.codec import from_json, to_json
@@ -31,7 +31,7 @@ from foldsearch.paths import printable
 from foldsearch.plan.result import Healing, Quality
 from foldsearch.progress import StageProgress, counting, silent
 from foldsearch.record import Trial, read_trial
-from foldsearch.run import TrialFolder
+from foldsearch.run import Run, TrialFolder
 
 HEALING = "healing"  # of what is told with the start of a trial
 
@@ -39,7 +39,16 @@ HEALING = "healing"  # of what is told with the start of a trial
 def folded_model(
     trial: Trial, context: TrialContext, folder: TrialFolder, say: StageProgress
 ) -> PreTrainedModel:
-    """The folded model before recovery; what was fitted for it, and healed in it, is kept in the trial's folder."""
+    """The model that the training of a folder begins with.
+
+    It is the folded model, and what was fitted for it, and healed in it, is kept in the trial's folder; where a trial
+    is trained further, its model as the run left it.
+
+    Raises:
+        RunError: a trial that is trained further cannot be rebuilt.
+    """
+    if folder.before is not None:
+        return _recovered(context, folder.before)[0]
     bench = open_workbench(context, say)
     path = folder.start
     if path.exists():
@@ -99,37 +108,59 @@ def healing_of(folder: TrialFolder) -> Healing | None:
     return from_json(Healing, found) if found else None
 
 
+def trained_before(folder: TrialFolder) -> int:
+    """Tokens that the model which the training of a folder begins with had been trained on."""
+    known = read_trial(folder.before) if folder.before is not None else None
+    return 0 if known is None else known.last.recovery_tokens
+
+
+def attached(model: PreTrainedModel, trial: Trial, context: TrialContext) -> dict[str, nn.Parameter]:
+    """Make a trial's model trainable in place; the trained parameters by name."""
+    how = trial.recovery
+    return attach(model, how.delta_rank, context.study.seed, trains=how.trains)
+
+
 def kept_model(trial: Trial, context: TrialContext, folder: TrialFolder, kept_tokens: int) -> PreTrainedModel:
-    """The folded model at the state that the trial keeps, its deltas not merged yet."""
+    """A trial's model at the state that it keeps, what was trained not merged yet."""
     model = folded_model(trial, context, folder, silent)
-    if kept_tokens:
-        load_trained(attach(model, trial.recovery.delta_rank, context.study.seed), folder.recovered)
+    if kept_tokens > trained_before(folder):
+        load_trained(attached(model, trial, context), folder.recovered)
     return model
 
 
+def latest_folder(run: Run, number: int) -> TrialFolder:
+    """The folder that holds a trial's state with the most training: that of `further`, where it was trained further."""
+    folder = run.trial(number)
+    return folder.further if folder.further.record.exists() else folder
+
+
 def recovered_model(context: TrialContext, number: int) -> tuple[PreTrainedModel, Trial]:
-    """The folded model of a finished trial at the state that it keeps, deltas merged, and the trial.
+    """The model of a finished trial at the best of its states so far, what was trained merged, and the trial.
+
+    Where it was trained beyond the run's last rung, that counts.
 
     Raises:
         RunError: the trial was not measured, or its weights are gone.
     """
-    folder = context.run.trial(number)
+    return _recovered(context, latest_folder(context.run, number))
+
+
+def _recovered(context: TrialContext, folder: TrialFolder) -> tuple[PreTrainedModel, Trial]:
     trial = read_trial(folder)
+    name = f"trial {int((folder.before or folder).path.name)}"
     if trial is None or not trial.results:
         raise RunError(
-            f"only a trial that was measured can be rebuilt, but trial {number} of '{printable(context.run.path)}' "
-            "was not."
+            f"only a trial that was measured can be rebuilt, but {name} of '{printable(context.run.path)}' was not."
         )
     kept_tokens, rung = trial.last.kept_tokens, len(trial.results) - 1
-    if kept_tokens:
+    if kept_tokens > trained_before(folder):
         if not folder.recovered.exists():
-            raise RunError(
-                f"trial {number} was trained, but {printable(folder.recovered)} is gone. Run it again."
-            )
+            raise RunError(f"{name} was trained, but {printable(folder.recovered)} is gone. Run it again.")
         if is_ahead(trial, folder):
+            remedy = "Resume the run first." if folder.before is None else "Go on with `foldsearch recover`."
             raise RunError(
-                f"trial {number} was stopped while rung {rung + 1} was measured: its weights are of that rung, its "
-                f"last result is of rung {rung}. Resume the run first."
+                f"{name} was stopped while rung {rung + 1} was measured: its weights are of that rung, its last result "
+                f"is of rung {rung}. {remedy}"
             )
     check_state(trial, folder)
     return merge(kept_model(trial, context, folder, kept_tokens)), trial
@@ -204,15 +235,19 @@ def check_rebuilt(
         VerificationError: the figures differ by more than rounding.
         RunError: the study differs from what the trial's folder holds.
     """
-    folder = context.run.trial(number)
+    folder = latest_folder(context.run, number)
     trial = read_trial(folder)
     assert trial is not None
     last = trial.last
-    if recorded is not None and (recorded.quality, recorded.last.report) != (last.quality, last.report):
-        raise RunError(
-            f"a trial has one result, but '{printable(folder.record)}' says KL {trial.final.kl:.6g}, and the run's "
-            f"study says KL {recorded.final.kl:.6g}. Put the old files back, or choose another trial."
-        )
+    if recorded is not None:
+        of_run = replace(
+            trial, results=trial.results[: len(recorded.results)]
+        )  # it may have been trained further
+        if (recorded.quality, recorded.last.report) != (of_run.quality, of_run.last.report):
+            raise RunError(
+                f"a trial has one result, but '{printable(folder.record)}' says KL {of_run.final.kl:.6g}, and the "
+                f"run's study says KL {recorded.final.kl:.6g}. Put the old files back, or choose another trial."
+            )
     bench = open_workbench(context)
     tokens, told = ("report" if last.report else "search"), trial.final
     here, threads = Machine.here(context.device), torch.get_num_threads()

@@ -193,6 +193,16 @@ class Trial:
             f"training hurt ({measure} {rounded(trained_for(self.plan, setback.latest), '.3f')}): kept {kept}"
         )
 
+    @property
+    def step_words(self) -> str:
+        """What its latest step of training came to, for one line of progress."""
+        last, setback = self.last, self.setback_words
+        kept = setback or "the best so far"
+        return (
+            f"{last.recovery_tokens:,} tokens, {last.seconds:.0f} s: search KL {rounded(last.quality.kl, '.4f')}, "
+            f"perplexity {last.quality.perplexity:.2f}; {kept}"
+        )
+
     # ---- in its folder
 
     def kept_in(self, folder: TrialFolder, machine: Machine) -> Trial:

@@ -59,8 +59,18 @@ class TrialFolder:
 
     @property
     def optimizer(self) -> Path:
-        """The latest state of its recovery, to go on from; until the last rung."""
+        """The latest state of its recovery, to go on from; until the last rung, or in `further` for good."""
         return self.path / "optimizer.safetensors"
+
+    @property
+    def further(self) -> TrialFolder:
+        """What training beyond the run's last rung came to (`foldsearch.further`), laid out as this folder is."""
+        return TrialFolder(self.path / "further")
+
+    @property
+    def before(self) -> TrialFolder | None:
+        """Of such a folder, that of the trial which it goes on with; else None."""
+        return TrialFolder(self.path.parent) if self.path.name == "further" else None
 
     @property
     def progress(self) -> Path:

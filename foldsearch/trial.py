@@ -24,16 +24,17 @@ from foldsearch.errors import InputError, describe_error
 from foldsearch.files import replace_atomically, write_json
 from foldsearch.machine import Machine
 from foldsearch.model.judge import judge
-from foldsearch.model.recover import Diverged, Recovery, attach, load_trained
+from foldsearch.model.recover import Diverged, Recovery, load_trained
 from foldsearch.model.training import RecoveryTraining
 from foldsearch.plan.result import Quality, RungResult, Setback, trained_for
 from foldsearch.progress import StageProgress, TimeUp, silent
 from foldsearch.proposal import Proposal
-from foldsearch.rebuild import check_state, folded_model, healing_of, kept_model
+from foldsearch.rebuild import attached, check_state, folded_model, healing_of, kept_model, trained_before
 from foldsearch.record import Trial, hold_plan, plan_path, read_trial
 from foldsearch.run import TrialFolder
 
 EXTENSION_NEXT_TOKEN = 0.5  # weight of the next-token loss for extensions, where the study does not say
+SAVE_SECONDS = 60  # of training, after which its state is written: so much is lost where it is killed
 RATE_AFTER_SETBACK = 0.25  # of the learning rate, where training left the model worse than it was
 
 
@@ -84,26 +85,41 @@ def run_trial(
             write_json(plan_path(context.run, trial), {"trial": number, "plan": str(trial.plan)})
         if trial.ended:
             return  # nothing is left to do
-        spent = trial.last.seconds if trial.results else 0.0
-        try:
-            course = _Course(trial, context, folder, progress)
-            if not trial.results:
-                trial = replace(trial, healing=healing_of(folder))
-            while not trial.ended:
-                result, reason = course.to_rung(len(trial.results))
-                result = replace(result, seconds=spent + time.perf_counter() - began)
-                is_last = bool(reason) or len(trial.results) + 1 == len(context.study.rungs)
-                trial = replace(
-                    trial,
-                    results=(*trial.results, result),
-                    state="finished" if is_last else "running",
-                    reason=reason,
-                ).kept_in(folder, Machine.here(context.device))
-                if is_last:
-                    folder.optimizer.unlink(missing_ok=True)
-                yield trial
-        except (Diverged, InputError, MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-            yield replace(trial, state="failed", reason=_reason(error))
+        yield from go_on(trial, context, folder, progress, began)
+
+
+def go_on(
+    trial: Trial, context: TrialContext, folder: TrialFolder, progress: StageProgress, began: float
+) -> Iterator[Trial]:
+    """Train a trial from its latest result to the last rung of the study; yields it after every rung.
+
+    Args:
+        trial: as it stands.
+        context: of its run.
+        folder: that holds its state, and is given the new one.
+        progress: told the stage and its share.
+        began: when the work on it began, by `time.perf_counter`.
+    """
+    spent = trial.last.seconds if trial.results else 0.0
+    try:
+        course = Course(trial, context, folder, progress)
+        if not trial.results:
+            trial = replace(trial, healing=healing_of(folder))
+        while not trial.ended:
+            result, reason = course.to_rung(len(trial.results))
+            result = replace(result, seconds=spent + time.perf_counter() - began)
+            is_last = bool(reason) or len(trial.results) + 1 == len(context.study.rungs)
+            trial = replace(
+                trial,
+                results=(*trial.results, result),
+                state="finished" if is_last else "running",
+                reason=reason,
+            ).kept_in(folder, Machine.here(context.device))
+            if is_last and folder.before is None:
+                folder.optimizer.unlink(missing_ok=True)
+            yield trial
+    except (Diverged, InputError, MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+        yield replace(trial, state="failed", reason=_reason(error))
 
 
 def _take(trial: Trial, known: Trial, *, all_of_them: bool) -> Iterator[Trial]:
@@ -139,7 +155,7 @@ def _reason(error: BaseException) -> str:
     raise error
 
 
-class _Course:
+class Course:
     """The model of one trial on its way through the rungs: trained, measured, and the best of its states kept.
 
     Best is by `trained_for`, on the search tokens; of equals the first. The folder's `recovered` holds the best state,
@@ -156,7 +172,9 @@ class _Course:
         self._model = folded_model(trial, context, folder, say)
         self._recovery: Recovery | None = None
         self._best: Quality | None = None
+        self._before = trained_before(folder)
         self._kept_tokens = 0
+        self._saved_at = time.monotonic()
         self._results = list(trial.results)
         if self._results:
             self._best, self._kept_tokens = trial.quality, trial.last.kept_tokens
@@ -183,7 +201,7 @@ class _Course:
         assert self._best is not None, "what was measured has a finite KL"
         done = self._tokens_done
         is_last = bool(diverged) or rung == len(self._context.study.rungs) - 1
-        report = self._report() if is_last else None
+        report = self.report() if is_last else None
         if self._recovery is not None and self._kept_tokens == done:
             # Last, so that a trial killed before its result is noted can nearly always be rebuilt at the rung before.
             self._recovery.keep(self._folder.recovered)
@@ -199,11 +217,11 @@ class _Course:
 
     @property
     def _tokens_done(self) -> int:
-        return self._recovery.tokens_done if self._recovery else 0
+        return self._recovery.tokens_done if self._recovery else self._before
 
     def _latest(self, tokens: int) -> Quality:
         """Quality after so many recovery tokens; the state is kept if it is the best one."""
-        if tokens:
+        if tokens > self._before:
             self._train(tokens)
         quality = self._measure()
         if not math.isfinite(quality.kl):
@@ -227,6 +245,7 @@ class _Course:
             training = RecoveryTraining(
                 learning_rate=trial.recovery.learning_rate,
                 delta_rank=trial.recovery.delta_rank,
+                trains=trial.recovery.trains,
                 next_token=wanted,
                 kl=study.recovery.kl,
                 tail=study.recovery.tail,
@@ -236,7 +255,7 @@ class _Course:
             bench = self._bench
             assert bench.recovery is not None, "the study has a rung that trains"
             self._recovery = Recovery(
-                self._model, training, bench.splits.recovery, bench.recovery, study.rungs[-1]
+                self._model, training, bench.splits.recovery, bench.recovery, study.rungs[-1], self._before
             )
             if self._folder.optimizer.exists():
                 self._recovery.load(self._folder.optimizer)  # it may be ahead of the record
@@ -245,17 +264,24 @@ class _Course:
         if last is not None and last.setback is not None and self._tokens_done == last.recovery_tokens:
             self._go_back(self._recovery)
         try:
-            self._recovery.train(tokens, lambda share: self._say("recovery", share))
+            self._recovery.train(tokens, self._after_step)
         except TimeUp:  # in the middle of a rung: a resumed run goes on from here
             self._recovery.save(self._folder.optimizer)
             raise
         self._recovery.save(self._folder.optimizer)
 
+    def _after_step(self, share: float) -> None:
+        self._say("recovery", share)
+        if time.monotonic() - self._saved_at > SAVE_SECONDS:
+            assert self._recovery is not None
+            self._recovery.save(self._folder.optimizer)
+            self._saved_at = time.monotonic()
+
     def _go_back(self, recovery: Recovery) -> None:
         """Take up the kept state: the untrained one as it is attached anew, another one as it was written."""
         model = folded_model(self._trial, self._context, self._folder, silent)
-        kept = attach(model, self._trial.recovery.delta_rank, self._context.study.seed)
-        if self._kept_tokens:
+        kept = attached(model, self._trial, self._context)
+        if self._kept_tokens > self._before:
             load_trained(kept, self._folder.recovered)
         recovery.go_back(kept, self._rate)
 
@@ -263,7 +289,7 @@ class _Course:
         self._say("measuring", 0.0)
         return judge(self._model, self._bench.splits.search, self._bench.search)
 
-    def _report(self) -> Quality:
+    def report(self) -> Quality:
         """Quality of the kept state on the report tokens."""
         model = self._model
         if self._kept_tokens != self._tokens_done:

@@ -1,7 +1,13 @@
 """Recovery: a short training that heals a folded model, and what it trains.
 
-Trained, all in float32 beside frozen dense weights: a low-rank delta on every linear that runs its own weights, the
-norms, and what children carry (adapters, γ). Networks in place of blocks keep what they were fitted to: they read the
+Trained, all in float32 beside frozen dense weights, is what children carry (adapters, γ), and one of (`attach`):
+
+    deltas   a low-rank delta on every linear that runs its own weights, and the norms
+    last     all linears and norms of the last three blocks, and the final norm (arXiv 2411.15558, without the head)
+    healed   the matrices that healing solves (heal.py)
+
+The head stays the dense model's in every case: KL is exact under one head (judge.py), and a head that is also the
+embedding could not be trained alone. Networks in place of blocks keep what they were fitted to: they read the
 residual stream itself, where a few numbers are a hundred times the others, and a step of AdamW on their weights undoes
 the fit. Deltas and norms are merged into the weights they belong to
 before a model is measured or exported, so they cost nothing; merging into an owner changes all its children alike.
@@ -24,7 +30,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +43,19 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from foldsearch.errors import FoldsearchError
+from foldsearch.errors import FoldsearchError, InputError
 from foldsearch.files import replace_atomically
 from foldsearch.model.blocks import decoder_blocks, family_of
 from foldsearch.model.head import POSITIONS_AT_ONCE, head_logits, last_hidden, log_normaliser
 from foldsearch.model.judge import DenseTargets, cross_terms
 from foldsearch.model.parts import Borrowed, OutputNorm, Replaced
+from foldsearch.model.places import first_touched, places_of
 from foldsearch.model.tokens import TokenSet
-from foldsearch.model.training import RecoveryTraining
+from foldsearch.model.training import RecoveryTraining, Trained
 
 TOGETHER = 8  # elements of a vector that may move as far as those of a low-rank factor
 LEAST = 0.1  # RMS of a vector that is counted at least
+LAST_BLOCKS = 3  # arXiv 2411.15558
 
 
 class Diverged(FoldsearchError):
@@ -92,11 +100,11 @@ class Delta(nn.Module):
 
 
 class Shift(nn.Module):
-    """A float32 change to a small parameter that stays frozen in the model's dtype."""
+    """A float32 change to a parameter that stays frozen in the model's dtype; together: elements that move as one."""
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, like: Tensor, together: int) -> None:
         super().__init__()
-        self.rms = _rms(like)
+        self.rms, self.together = _rms(like), together
         self.change = nn.Parameter(torch.zeros_like(like, dtype=torch.float32))
 
     def forward(self, frozen: Tensor) -> Tensor:
@@ -104,12 +112,41 @@ class Shift(nn.Module):
         return (frozen.float() + self.change).to(frozen.dtype)
 
 
-def attach(model: PreTrainedModel, delta_rank: int, seed: int = 0) -> dict[str, nn.Parameter]:
+def attach(
+    model: PreTrainedModel, delta_rank: int, seed: int = 0, *, trains: Trained = "deltas"
+) -> dict[str, nn.Parameter]:
     """Make a folded model trainable in place; the dense weights under it stay frozen and unwritten.
+
+    Args:
+        model: a folded one.
+        delta_rank: of the deltas, where these are trained.
+        seed: of what deltas start from.
+        trains: see the top of this module.
 
     Returns:
         The trained parameters by name, all float32.
+
+    Raises:
+        InputError: nothing would be trained.
     """
+    _ATTACH[trains](model, delta_rank, seed)
+    model.requires_grad_(False)
+    trained: dict[str, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Delta | Borrowed | OutputNorm | Shift):
+            for name, parameter in module.named_parameters(recurse=False):
+                parameter.requires_grad_(True)
+                trained[f"{path}.{name}"] = parameter
+    if not trained:
+        raise InputError(
+            f"recovery must have something to train, but trains = '{trains}' is what healing solves, and nothing of "
+            "this plan is healed. Take trains = 'deltas' or 'last'."
+        )
+    model.train(model.training)  # what was added is in the model's mode
+    return trained
+
+
+def _attach_deltas(model: PreTrainedModel, delta_rank: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     blocks = decoder_blocks(model)
     for block in blocks:
@@ -119,21 +156,43 @@ def attach(model: PreTrainedModel, delta_rank: int, seed: int = 0) -> dict[str, 
             for name, child in list(holder.named_children()):
                 if delta_rank and isinstance(child, nn.Linear | Conv1D):
                     setattr(holder, name, Delta(child, delta_rank, generator))
+    _shift_norms(model, blocks)
+
+
+def _attach_last(model: PreTrainedModel, *_: int) -> None:
+    blocks = list(decoder_blocks(model))[-LAST_BLOCKS:]
+    _shift_norms(model, blocks)
+    for module in [module for block in blocks for module in block.modules()]:
+        if isinstance(module, nn.Linear | Conv1D):
+            _shift_weight(module)
+
+
+def _attach_healed(model: PreTrainedModel, *_: int) -> None:
+    places = places_of(model)
+    for place in places[first_touched(places) :]:
+        if place.writer is not None and isinstance(place.writer.module, nn.Linear | Conv1D):
+            _shift_weight(place.writer.module)
+
+
+_ATTACH: dict[Trained, Callable[[PreTrainedModel, int, int], None]] = {
+    "deltas": _attach_deltas,
+    "last": _attach_last,
+    "healed": _attach_healed,
+}
+
+
+def _shift_weight(linear: nn.Linear | Conv1D) -> None:
+    inputs = linear.weight.shape[0 if isinstance(linear, Conv1D) else 1]
+    parametrize.register_parametrization(linear, "weight", Shift(linear.weight, inputs))
+
+
+def _shift_norms(model: PreTrainedModel, blocks: Iterable[nn.Module]) -> None:
     final_norm = model.get_submodule(family_of(model.config).final_norm)
     for module in [*(module for block in blocks for module in block.modules()), final_norm]:
         if isinstance(module, nn.Linear | Conv1D | Delta | Borrowed | OutputNorm | Replaced | Shift):
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
-            parametrize.register_parametrization(module, name, Shift(parameter))
-    model.requires_grad_(False)
-    trained: dict[str, nn.Parameter] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, Delta | Borrowed | OutputNorm | Shift):
-            for name, parameter in module.named_parameters(recurse=False):
-                parameter.requires_grad_(True)
-                trained[f"{path}.{name}"] = parameter
-    model.train(model.training)  # what was added is in the model's mode
-    return trained
+            parametrize.register_parametrization(module, name, Shift(parameter, parameter.numel()))
 
 
 @torch.no_grad()
@@ -162,8 +221,8 @@ def step_units(model: PreTrainedModel) -> dict[str, float]:
 
     Of low-rank factors: up by the RMS of the weights beside it, down by the RMS of a random start. A vector of width D
     (norms, γ) by `TOGETHER` / D of its own RMS: AdamW moves all its elements at once, and what D of them do together is
-    D / R times what the R of a factor do. An RMS counts as `LEAST` at least, so that what starts at or near nothing can
-    grow: γ, and biases of norms.
+    D / R times what the R of a factor do. So it is for the I elements of a matrix that make one output. That of a
+    vector counts as `LEAST` at least, so that what starts at or near nothing can grow: γ, and biases of norms.
     """
     units: dict[str, float] = {}
     for path, module in model.named_modules():
@@ -173,16 +232,17 @@ def step_units(model: PreTrainedModel) -> dict[str, float]:
             owner = module.owner
             units[f"{path}.up"] = _rms((owner.linear if isinstance(owner, Delta) else owner).weight)  # type: ignore[arg-type]
         elif isinstance(module, Shift):
-            units[f"{path}.change"] = _vector_unit(module.change, module.rms)
+            rms = module.rms if module.change.dim() > 1 else max(module.rms, LEAST)
+            units[f"{path}.change"] = _share(module.together) * rms
         elif isinstance(module, OutputNorm):
-            units[f"{path}.gamma"] = _vector_unit(module.gamma, _rms(module.gamma))
+            units[f"{path}.gamma"] = _share(module.gamma.numel()) * max(_rms(module.gamma), LEAST)
         if isinstance(module, Delta | Borrowed) and module.down is not None:
             units[f"{path}.down"] = module.down.shape[1] ** -0.5
     return units
 
 
-def _vector_unit(vector: Tensor, rms: float) -> float:
-    return TOGETHER / max(TOGETHER, vector.numel()) * max(rms, LEAST)
+def _share(together: int) -> float:
+    return TOGETHER / max(TOGETHER, together)
 
 
 def _rms(values: Tensor) -> float:
@@ -193,6 +253,7 @@ class Recovery:
     """The recovery training of one folded model; it can stop at any number of tokens and go on, also from disk.
 
     model: a folded model, changed in place by `attach`. total_tokens: where the learning rate's cosine ends.
+    tokens_before: that the model was trained on before, in this order of the texts; they count among all others.
     """
 
     def __init__(
@@ -202,15 +263,16 @@ class Recovery:
         tokens: TokenSet,
         targets: DenseTargets,
         total_tokens: int,
+        tokens_before: int = 0,
     ) -> None:
         self.model = model
         self.settings = settings
         self.tokens = tokens
         self.targets = targets
         self.total_tokens = max(total_tokens, 1)
-        self.tokens_done = 0
+        self.tokens_before = self.tokens_done = tokens_before
         self.rate = 1.0  # share of the settings' learning rate that is trained at
-        self.trained = attach(model, settings.delta_rank, settings.seed)
+        self.trained = attach(model, settings.delta_rank, settings.seed, trains=settings.trains)
         units = step_units(model)
         self._optimizer = torch.optim.AdamW(
             [{"params": [parameter], "unit": units[name]} for name, parameter in self.trained.items()],
@@ -218,6 +280,7 @@ class Recovery:
             weight_decay=0.0,
         )
         self._order = self._sequences()
+        self._pass_over(tokens_before)
 
     def train(self, until_tokens: int, progress: Callable[[float], None] | None = None) -> None:
         """Train until `until_tokens` tokens in all have been seen.
@@ -265,8 +328,7 @@ class Recovery:
                         for key in ("step", "exp_avg", "exp_avg_sq")
                     }
         self.tokens_done = saved_tokens(path)
-        for _ in range(self.tokens_done // self.tokens.ids_NT.shape[1]):
-            next(self._order)
+        self._pass_over(self.tokens_done - self.tokens_before)
 
     @torch.no_grad()
     def go_back(self, trained: Mapping[str, Tensor], rate: float) -> None:
@@ -311,11 +373,17 @@ class Recovery:
             generator.shuffle(order)
             yield from order
 
+    def _pass_over(self, tokens: int) -> None:
+        """Leave out the next sequences of the order, which were trained on."""
+        for _ in range(tokens // self.tokens.ids_NT.shape[1]):
+            next(self._order)
+
     def _set_rates(self, step_tokens: int) -> None:
-        done = self.tokens_done / self.total_tokens
+        total = max(1, self.total_tokens - self.tokens_before)
+        done = (self.tokens_done - self.tokens_before) / total
         warmup = self.settings.warmup
         if done < warmup:
-            share = (done + step_tokens / self.total_tokens) / (warmup or 1.0)
+            share = (done + step_tokens / total) / (warmup or 1.0)
         else:
             share = 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, (done - warmup) / (1 - warmup))))
         for group in self._optimizer.param_groups:

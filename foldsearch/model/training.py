@@ -11,6 +11,7 @@ GATE_STEPS = 20
 FITTED_TOKENS = 8192  # of a text, that what is new in a folded model is fitted to
 HEALED_TOKENS = 8192  # of a text, that a folded model is healed on
 HealMethod = Literal["ridge", "fused", "fused-cosine", "rescale"]  # see `foldsearch.model.healing`
+Trained = Literal["deltas", "last", "healed"]  # see `foldsearch.model.recover.attach`
 LinearStart = Literal["ridge", "patch"]  # see `foldsearch.model.replacements.FitSettings`
 SCREEN_BYTES = 2 * 10**9  # of states and solved matrices that screened plans have in common, which are kept
 
@@ -39,15 +40,31 @@ class GateTraining:
 
 
 @dataclass(frozen=True, slots=True)
+class FurtherTraining:
+    """What is asked of the training of one trial beyond its run's last rung (see `foldsearch.further`).
+
+    tokens: to train on in all, those of the run included. trains: what is trained (see the top of
+    `foldsearch.model.recover`); None: what was trained before. seconds: to train for at most, after which what was
+    reached is measured; None: no bound.
+    """
+
+    tokens: int
+    trains: Trained | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RecoveryTraining:
     """How a folded model is trained (see `foldsearch.model.recover`).
 
-    learning_rate: of AdamW at its peak, in RMS of the weights that are changed (see `step_units` there). delta_rank: of
-    the deltas; 0 trains norms and what children carry only. next_token, kl, tail: weights of the loss. batch: sequences
-    of a step. warmup: share of all tokens; then a cosine down to a tenth. clip: of the gradient's norm.
+    learning_rate: of AdamW at its peak, in RMS of the weights that are changed (see `step_units` there). trains: what
+    is trained (see the top there). delta_rank: of the deltas; 0 trains norms and what children carry only. next_token,
+    kl, tail: weights of the loss. batch: sequences of a step. warmup: share of all tokens; then a cosine down to a
+    tenth. clip: of the gradient's norm.
     """
 
     learning_rate: float = 0.05
+    trains: Trained = "deltas"
     delta_rank: int = 8
     next_token: float = 0.0
     kl: float = 1.0

@@ -13,7 +13,7 @@ from foldsearch.plan.result import Quality, rounded
 from foldsearch.record import Trial
 from foldsearch.report.colours import DROPPED, FAINT, INK, REPLACED, paint
 from foldsearch.report.terminal import budget_words
-from foldsearch.report.view import NO_ERROR, RunView, author, flops_unit, gb, has_errors, with_error
+from foldsearch.report.view import FURTHER, NO_ERROR, RunView, author, flops_unit, gb, has_errors, with_error
 
 
 def write_page(view: RunView, path: Path, picture: bytes = b"") -> None:
@@ -77,6 +77,8 @@ def _page(view: RunView, picture: bytes = b"") -> str:
         f"Models: {esc(view.tokens_words)}.</p>",
         _trial_table(view),
     ]
+    if any(view.further_words(trial) for trial in view.front_and_baselines):
+        parts.append(f"<p>{FURTHER}</p>")
     first = view.finished[0]
     if not has_errors(first.quality, first.final):
         parts.append(f"<p>{NO_ERROR}</p>")
@@ -137,6 +139,8 @@ def _trial_table(view: RunView) -> str:
             by += " <span class=knee>◆ knee</span>"
         if setback := trial.setback_words:
             by += f" <span class=worse>{html.escape(setback)}</span>"
+        if further := view.further_words(trial):
+            by += f" <span class=better>{html.escape(further)}</span>"
         final, change = trial.final, "—" if gain is None else rounded(gain, "+.3f")
         by_title = {kind.title: with_error(kind.kl, kind.kl_se, ".3f") for kind in final.shown_kinds}
         by_kind = "".join(f"<td>{by_title.get(kind, '')}" for kind in kinds)

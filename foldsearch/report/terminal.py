@@ -25,6 +25,7 @@ from foldsearch.record import Trial
 from foldsearch.report.colours import DROPPED, PAIRS, paint
 from foldsearch.report.grid import GAP, Column, Grid, fold_size
 from foldsearch.report.view import (
+    FURTHER,
     NO_ERROR,
     RunView,
     by_cost,
@@ -133,7 +134,7 @@ def front_report(view: RunView, *, width: int, every: bool = False) -> Group:
         return Group(*parts)
     for grid in _front_tables(view, every, width):
         parts += [grid, Text()]
-    parts += [legend(), _footnote(view), *_setbacks(view, every)]
+    parts += [legend(), _footnote(view), *_remarks(view, every)]
     if criteria := view.by_count():
         parts += [Text(), Text("report KL by criterion, plans that only drop blocks", style="bold")]
         for number, table in enumerate(_criteria_tables(criteria, width)):
@@ -412,14 +413,18 @@ def _kinds_words(study: Study, final: Quality) -> str:
     return words + "."
 
 
-def _setbacks(view: RunView, every: bool) -> list[Text]:
-    """The shown trials whose training made them worse, a line each."""
+def _remarks(view: RunView, every: bool) -> list[Text]:
+    """Of the shown trials those whose training made them worse, and those that were trained further, a line each."""
     shown = sorted(view.finished, key=by_cost) if every else view.front_and_baselines
-    return [
-        Text(f"trial {trial.number}: {trial.setback_words}", style="yellow")
+    lines = [
+        Text(f"trial {trial.number}: {words}", style=style)
         for trial in shown
-        if trial.setback_words
+        for words, style in ((trial.setback_words, "yellow"), (view.further_words(trial), "green"))
+        if words
     ]
+    if any(view.further_words(trial) for trial in shown):
+        lines.append(Text(FURTHER, style="dim"))
+    return lines
 
 
 def _plain_table(*names: str) -> Table:
@@ -448,13 +453,14 @@ def cache_table(found: Sequence[Entry]) -> Table:
     return table
 
 
-def results_table(trial: Trial) -> Group:
-    """The rungs of one trial: `foldsearch try`."""
+def results_table(trial: Trial, rungs: int | None = None) -> Group:
+    """The rungs of one trial: `foldsearch try`; results beyond so many `rungs` are marked: `foldsearch recover`."""
     table = _plain_table("rung>", "tokens>", "search KL>", "perplexity>", "agree>", "report KL>", "s>")
     for rung, result in enumerate(trial.results):
         q, report = result.quality, result.report
+        beyond = 0 if rungs is None else rung + 1 - rungs
         table.add_row(
-            str(rung),
+            f"+{beyond}" if beyond > 0 else str(rung),
             f"{result.recovery_tokens:,}",
             with_error(q.kl, q.kl_se, ".4f"),
             with_error(q.perplexity, q.perplexity_se, ".2f"),

@@ -18,13 +18,14 @@ from foldsearch.plan.front import knee
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Quality, rounded
 from foldsearch.proposal import Given, Proposal
-from foldsearch.record import Trial, best_of_plans, front, point
+from foldsearch.record import Trial, best_of_plans, front, point, read_trial
 from foldsearch.run import Run
 from foldsearch.search.records import read_trials
 from foldsearch.search.screened import Screened, read_screened, screened_by_count
 
 FEWEST_TO_RANK = 4  # plans, that an order of them says something
 SAME_COST = 1.02  # a baseline that costs a hair more is still the one to beat
+FURTHER = "Trained further: that trial alone got more training; the figures in the tables are of the last rung for all."
 NO_ERROR = "± —: no standard error, as all texts of the split, or of the kind, are one document."
 
 
@@ -167,6 +168,32 @@ class RunView:
         return tuple(
             sorted({trial.number: trial for trial in (*self.front, *self.baselines)}.values(), key=by_cost)
         )
+
+    @cached_property
+    def further(self) -> dict[int, Trial]:
+        """The finished trials that were trained beyond the last rung, by number: as they are now."""
+        found = ((one.number, read_trial(self.folder.trial(one.number).further)) for one in self.finished)
+        return {number: trial for number, trial in found if trial is not None}
+
+    def latest(self, trial: Trial) -> Trial:
+        """A trial with all of its training, also that beyond the last rung."""
+        return self.further.get(trial.number, trial)
+
+    def further_words(self, trial: Trial) -> str:
+        """What training beyond the last rung came to, for one line of a report; empty where there was none."""
+        if (now := self.further.get(trial.number)) is None:
+            return ""
+        tokens = f"trained further, {trial.last.recovery_tokens:,} → {now.last.recovery_tokens:,} tokens"
+        if now.last.report is None:
+            kls = (
+                f"search KL {rounded(trial.quality.kl, '.3f')} → {rounded(now.quality.kl, '.3f')}, not ended"
+            )
+        else:
+            kls = (
+                f"report KL {rounded(trial.final.kl, '.3f')} → {rounded(now.final.kl, '.3f')}, perplexity "
+                f"{trial.final.perplexity:.2f} → {now.final.perplexity:.2f}"
+            )
+        return f"{tokens}: {kls}" + (f"; {now.setback_words}" if now.setback_words else "")
 
     def gain(self, trial: Trial) -> float | None:
         """KL on the report texts, less that of the baseline to beat: below 0, the search found something better.

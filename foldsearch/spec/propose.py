@@ -62,7 +62,12 @@ def _propose_groups(suggest: Suggest, space: Space, num_kept: int, fewest: int) 
 def propose_recovery(suggest: Suggest, space: Space) -> RecoveryChoice:
     """How to train, alone: all that is left to ask for a plan that is given."""
     learning_rate = suggest.number("learning_rate", *space.recover.learning_rate, log=True)
-    return RecoveryChoice(learning_rate, suggest.choice("delta_rank", space.recover.delta_ranks))
+    rank = suggest.choice("delta_rank", space.recover.delta_ranks)
+    trains = space.recover.trains
+    # One choice is none: Optuna need not know of it.
+    return RecoveryChoice(
+        learning_rate, rank, trains[0] if len(trains) == 1 else suggest.choice("trains", trains)
+    )
 
 
 # ---- baselines

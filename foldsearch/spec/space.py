@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from foldsearch.criteria import CRITERIA, Setting, criterion_names, criterion_of
 from foldsearch.fates import FATES, FateTable, fate_named, fate_names
 from foldsearch.fates.share import check_ranks
+from foldsearch.model.training import Trained
 from foldsearch.toml import Rank, Share01, TomlTable, ascending, not_empty, one_of, table_of
 
 Criteria = Annotated[tuple[Annotated[str, one_of(criterion_names)], ...], not_empty]
@@ -52,7 +53,8 @@ class Recover(TomlTable):
     """Recovery training.
 
     learning_rate: from and to, on a log scale, in root mean squares of the weights (see
-    `foldsearch.model.recover.step_units`). delta_ranks: of the recovery deltas.
+    `foldsearch.model.recover.step_units`). delta_ranks: of the recovery deltas. trains: what is trained (see
+    `foldsearch.model.recover`); the first one is that of baselines.
     """
 
     learning_rate: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (
@@ -60,6 +62,7 @@ class Recover(TomlTable):
         0.1,
     )
     delta_ranks: Annotated[tuple[Rank, ...], Field(min_length=1)] = (8,)
+    trains: Annotated[tuple[Trained, ...], Field(min_length=1)] = ("deltas",)
 
     @property
     def middle_rank(self) -> int:
@@ -120,6 +123,7 @@ class Space(_OfMethods):
         for name, options in (
             ("criteria", self.criteria),
             ("fates", self.fates),
+            ("recover.trains", self.recover.trains),
             *((key, getattr(self, key)) for key in _SETTINGS),
         ):
             if len(set(options)) < len(options):

@@ -90,6 +90,11 @@ _RULES = (
         "the only rung is 0, so nothing is trained",
     ),
     _Rule(
+        ("space.recover.delta_ranks",),
+        lambda study: "deltas" in study.space.recover.trains,
+        "space.recover.trains does not name 'deltas', so no delta is trained",
+    ),
+    _Rule(
         ("screen",),
         lambda study: "drop" in study.space.fates or _has_linear(study) or study.screen.plans == 0,
         "the space's blocks are neither dropped nor replaced by 'linear', and nothing else is screened",

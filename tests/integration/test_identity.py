@@ -73,6 +73,7 @@ VERBS = {
     "resume": ("resume", "runs/r"),
     "export": ("export", "runs/r", "--out", "out"),
     "evaluate": ("evaluate", "runs/r", "--questions", "../q.jsonl"),
+    "recover": ("recover", "runs/r", "--trial", "0", "--tokens", "2000"),
 }
 
 

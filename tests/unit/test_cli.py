@@ -39,6 +39,7 @@ VERBS = (
     "pick",
     "evaluate",
     "export",
+    "recover",
     "dashboard",
     "cache",
 )
@@ -183,7 +184,7 @@ def test_a_try_that_is_cut_short_leaves_no_folder(
 ) -> None:
     """Nothing could go on with it, and the same command would be refused."""
 
-    def try_plan(plan: str, study: object, *, folder: Path, progress: object, notice: object) -> list[object]:
+    def try_plan(plan: str, study: object, *, folder: Path, **_: object) -> list[object]:
         (folder / "trials").mkdir(parents=True)
         raise error
 

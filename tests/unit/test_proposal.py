@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields, replace
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -22,6 +23,7 @@ from foldsearch.criteria.uniform import uniform_blocks
 from foldsearch.errors import PlanError
 from foldsearch.fates import Drop, Replace, Share
 from foldsearch.fates.replace import runs
+from foldsearch.model.training import Trained
 from foldsearch.plan.cost import BlockCost, Cost, CostTable, Target, UnitCost, price
 from foldsearch.plan.kinds import kind_names
 from foldsearch.plan.neighbour import neighbour
@@ -60,7 +62,8 @@ def proposals(draw: st.DrawFn, num_blocks: int) -> Proposal:
     )
     with_groups = removed is None or removed.fate.has_groups
     thinned = draw(st.integers(0, num_blocks - count - 1))
-    return Proposal(Fold(removed, draw(st.none() | groups) if with_groups else None, thinned))
+    recovery = RecoveryChoice(0.05, 8, draw(st.sampled_from(get_args(Trained))))
+    return Proposal(Fold(removed, draw(st.none() | groups) if with_groups else None, thinned), recovery)
 
 
 @st.composite

@@ -10,6 +10,7 @@ import copy
 import hashlib
 import math
 import random
+from typing import get_args
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from foldsearch.errors import InputError
 from foldsearch.model.blocks import decoder_blocks
 from foldsearch.model.fold import fold
 from foldsearch.model.judge import ask_dense, judge
@@ -32,7 +34,7 @@ from foldsearch.model.recover import (
     step_units,
 )
 from foldsearch.model.tokens import TokenSet
-from foldsearch.model.training import RecoveryTraining
+from foldsearch.model.training import RecoveryTraining, Trained
 from foldsearch.plan.plan import FoldPlan, Slot
 from tests.tiny import NUM_BLOCKS, as_tokens, dense_model, token_set
 
@@ -40,6 +42,7 @@ NAMES = ("llama", "gemma2", "gpt2")  # plain, soft-capped with four norms, Conv1
 TEXT = "0 1=0+r3+n 2a 3 3=3+r2"
 REPLACED = "0~linear 1 1=1+r2 2~layer 3~ffn8 4~swiglu8"
 TEXTS = (TEXT, REPLACED)
+TRAINS = get_args(Trained)
 TOKENS = token_set("recovery", sequences=8, length=20)
 STEP = 2 * 20  # tokens
 SETTINGS = RecoveryTraining(learning_rate=0.05, delta_rank=2)
@@ -85,10 +88,11 @@ def checksum(model) -> str:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("text", TEXTS)
-def test_nothing_changes_at_step_0(name, rank, text):
+@pytest.mark.parametrize("trains", TRAINS)
+def test_nothing_changes_at_step_0(name, rank, text, trains):
     model = folded(name, text)
     before = logits(model)
-    trained = attach(model, rank)
+    trained = attach(model, rank, trains=trains)
     assert trained
     assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in trained.values()}
@@ -116,6 +120,37 @@ def test_what_is_trained():
     assert len(trained) == len(deltas) + 2 + len(norms)
     assert len({id(parameter) for parameter in trained.values()}) == len(trained)
     assert not any(".linear." in name for name in trained)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_last_three_blocks_are_trained_whole(name):
+    """Their matrices and norms, and the final norm; of the blocks before them what children carry, and no more."""
+    plain = folded(name, "0 0=0+r2 2-4")
+    linears = [path for path, module in plain.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    biases = {f"{path}.bias" for path in linears}
+    final = [key for key, _ in plain.base_model.named_parameters() if key.startswith(("norm.", "ln_f."))]
+    expected = {
+        key
+        for key, _ in plain.base_model.named_parameters()
+        if key in final
+        or (key.split(".")[1] in ("2", "3", "4") and not any(one.endswith(key) for one in biases))
+    }
+    trained = attach(folded(name, "0 0=0+r2 2-4"), 2, trains="last")
+    changed = {key for key in trained if key.endswith(".change")}
+    found = {key.replace(".parametrizations", "").removesuffix(".0.change") for key in changed}
+    assert {key.partition(".")[2] for key in found} == expected
+    carried = {key for key in trained if key not in changed}
+    assert carried
+    assert all(key.split(".")[2] == "1" and key.endswith((".up", ".down")) for key in carried)
+
+
+def test_what_healing_solves_is_trained_alone():
+    """Block 0 comes before the gap, and block 1 is followed by it."""
+    trained = attach(folded("llama", "0-1 3-4"), 2, trains="healed")
+    expected = [f"model.layers.{i}.mlp.down_proj.parametrizations.weight.0.change" for i in (1, 2, 3)]
+    assert sorted(trained) == expected
+    with pytest.raises(InputError, match=r"nothing of this plan is healed.*trains = .deltas."):
+        attach(folded("llama", "0-4"), 2, trains="healed")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -193,14 +228,15 @@ def by_hand(name: str, model, dense, text: str):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("trains", TRAINS)
 @torch.no_grad()
-def test_merging_is_adding_to_the_weights(name, text):
+def test_merging_is_adding_to_the_weights(name, text, trains):
     """Deltas, norms, the children that run the changed weights, adapters beside them: all as by hand."""
     dense = dense_model(name)
     untouched = checksum(dense)
     model = folded(name, text)
     before = logits(model)
-    trained = attach(model, 2)
+    trained = attach(model, 2, trains=trains)
     scatter(trained)
     expected = logits(by_hand(name, model, dense, text))
     attached = logits(model)
@@ -217,11 +253,12 @@ def test_merging_is_adding_to_the_weights(name, text):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_merged_model_is_a_plain_folded_model(name, text):
+@pytest.mark.parametrize("trains", TRAINS)
+def test_a_merged_model_is_a_plain_folded_model(name, text, trains):
     plain, model = folded(name, text), folded(name, text)
-    scatter(attach(model, 2))
+    scatter(attach(model, 2, trains=trains))
     merge(model)
-    assert list(model.state_dict()) == list(plain.state_dict())
+    assert model.state_dict().keys() == plain.state_dict().keys()
     assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not model.training
@@ -474,6 +511,22 @@ def test_steps_are_in_units_of_the_weights(name):
             assert unit == pytest.approx(
                 8 / 32 * max(0.1, rms(dense[f"{dense_name(where, [0, 1, 2, 3, 3])}.{what}"])), rel=1e-5
             )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_whole_matrix_is_moved_by_what_it_reads(name):
+    """What I elements do together is to be what the 8 of a factor do, whatever the matrix's size."""
+    model = folded(name, "0-1 3-4")
+    linears = {path: one for path, one in model.named_modules() if isinstance(one, nn.Linear | Conv1D)}
+    attach(model, 2, trains="last")
+    units = {
+        key: unit for key, unit in step_units(model).items() if key.split(".parametrizations")[0] in linears
+    }
+    assert len(units) > 3 * 3
+    for key, unit in units.items():
+        linear = linears[key.split(".parametrizations")[0]]
+        inputs = linear.weight.shape[0] if isinstance(linear, Conv1D) else linear.in_features
+        assert unit == pytest.approx(8 / inputs * rms(linear.weight), rel=1e-5)
 
 
 @pytest.mark.parametrize("text", TEXTS)

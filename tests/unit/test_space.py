@@ -24,8 +24,8 @@ from foldsearch.proposal import Fold, Groups, Proposal, Removed, fold_plan
 from foldsearch.runtimes import runtime_named
 from foldsearch.spec.fit import feasible_share, narrow, repair, size, smallest
 from foldsearch.spec.load import load_space, shipped
-from foldsearch.spec.propose import RandomSuggest, propose
-from foldsearch.spec.space import GroupsTable, Space
+from foldsearch.spec.propose import Plain, RandomSuggest, baseline, propose, propose_recovery
+from foldsearch.spec.space import GroupsTable, Recover, Space
 from tests.proposals import count_of, criterion_in, groups_of
 
 N = 10
@@ -293,3 +293,16 @@ def test_every_shipped_space_loads() -> None:
 def test_unknown_spaces_are_refused_with_a_suggestion() -> None:
     with pytest.raises(SpecError, match="Did you mean 'foldgpt'"):
         load_space("foldgtp")
+
+
+def test_the_search_chooses_what_is_trained_where_the_space_names_several() -> None:
+    """Baselines take the first; where there is one, nobody is asked."""
+    several = Space(recover=Recover(trains=("last", "healed")))
+    found = {propose(RandomSuggest(seed), several, 12).recovery.trains for seed in range(20)}
+    assert found == {"last", "healed"}
+    assert baseline(several, "window", 2, 12).recovery.trains == "last"
+    plain = Plain({})
+    propose_recovery(plain, Space(recover=Recover(trains=("healed",))))
+    assert "trains" not in plain.answers
+    with pytest.raises(ValueError, match=r"recover.trains names each option once"):
+        Space(recover=Recover(trains=("last", "last")))

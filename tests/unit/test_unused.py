@@ -60,6 +60,12 @@ WHY = {
             {"rungs": [0], "recovery.batch": 4},
             f"recovery.batch and space.recover.delta_ranks do not apply: {WHY['train']}",
         ),
+        (
+            {"recover": {"delta_ranks": [4], "trains": ["last", "healed"]}},
+            {},
+            "space.recover.delta_ranks does not apply: space.recover.trains does not name 'deltas', so no delta is "
+            "trained.",
+        ),
         ({}, {"rungs": [0], "halving.keep": 0.3}, f"halving.keep does not apply: {WHY['rungs']}"),
         ({"fates": ["share"]}, {"screen.plans": 10}, f"screen.plans does not apply: {WHY['drop']}"),
         (
@@ -112,6 +118,7 @@ def test_what_does_not_apply_is_told_with_its_reason(
         ({"fates": ["replace"], "replace": {"kinds": ["ffn"]}}, {"starts.tokens": 64}),
         ({"criteria": ["linear_window"]}, {"starts.tokens": 64}),
         ({"recover": {"delta_ranks": [4]}}, {"rungs": [0, 64], "recovery.batch": 4, "halving.keep": 0.3}),
+        ({"recover": {"delta_ranks": [4], "trains": ["last", "deltas"]}}, {}),
         ({"neighbour_share": 0.25}, {"sampler": "tpe"}),
         ({"fates": ["drop", "replace"], "replace": {"kinds": ["layer"]}}, {"target.runtime": "stock"}),
     ],
