@@ -12,6 +12,7 @@ from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Quality, rounded
 from foldsearch.record import Trial
 from foldsearch.report.colours import DROPPED, FAINT, INK, REPLACED, paint
+from foldsearch.report.health import health
 from foldsearch.report.terminal import budget_words
 from foldsearch.report.view import FURTHER, NO_ERROR, RunView, author, flops_unit, gb, has_errors, with_error
 
@@ -88,6 +89,8 @@ def _page(view: RunView, picture: bytes = b"") -> str:
             "<p>KL on the report texts, plans that only drop blocks.</p>",
         ]
         parts.append(_criteria(counts))
+    parts += ["<h2>How far to believe it</h2>", "<ul>"]
+    parts += [*(f"<li>{esc(words)}</li>" for words in health(view)), "</ul>"]
     parts += ["<h2>Every trial</h2>", _every_trial(view)]
     return "\n".join(parts)
 

@@ -24,6 +24,7 @@ from foldsearch.plan.strip import LEGEND, Cell, cells
 from foldsearch.record import Trial
 from foldsearch.report.colours import DROPPED, PAIRS, paint
 from foldsearch.report.grid import GAP, Column, Grid, fold_size
+from foldsearch.report.health import health
 from foldsearch.report.view import (
     FURTHER,
     NO_ERROR,
@@ -147,6 +148,7 @@ def front_report(view: RunView, *, width: int, every: bool = False) -> Group:
     if agreements := view.agreements():
         words = "; ".join(f"{one.between} {one.correlation:.2f} ({one.plans} plans)" for one in agreements)
         parts += [Text(), Text(f"Rank correlation of KL between measurements: {words}.", style="dim")]
+    parts += [Text(), *(Text(f"• {words}", style="dim") for words in health(view))]
     return Group(*parts)
 
 

@@ -80,13 +80,14 @@ class RunView:
         return finished[0].final.dense_perplexity if finished else None
 
     @cached_property
-    def _screened(self) -> list[Screened]:
+    def screened(self) -> list[Screened]:
+        """The plans that were healed and measured before any was trained."""
         return read_screened(self.folder.screened)
 
     @property
     def num_screened(self) -> int:
         """How many plans were healed and measured before any was trained."""
-        return len(self._screened)
+        return len(self.screened)
 
     def agreements(self) -> list[Agreement]:
         """How alike neighbouring measurements order the plans: screening and the first rung, each rung and the next.
@@ -94,7 +95,7 @@ class RunView:
         Only where `FEWEST_TO_RANK` plans were measured in both.
         """
         told: list[tuple[str, dict[FoldPlan, float]]] = [
-            ("screening", {one.plan: one.quality.kl for one in self._screened})
+            ("screening", {one.plan: one.quality.kl for one in self.screened})
         ]
         for rung, tokens in enumerate(self.folder.study.rungs):
             kls = {
@@ -113,7 +114,7 @@ class RunView:
 
     def screened_by_count(self) -> dict[int, dict[str, Screened]]:
         """Of these, by the number of dropped blocks, the best of each criterion and of the search."""
-        return screened_by_count(self._screened)
+        return screened_by_count(self.screened)
 
     @cached_property
     def finished(self) -> tuple[Trial, ...]:

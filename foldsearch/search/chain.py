@@ -242,6 +242,8 @@ class ChainFit:
         spread_F = np.asarray([SPREADS[name] for name, _ in self._columns])
         scaled_PF = features_PF * sure_P[:, None]
         precision_FF = scaled_PF.T @ scaled_PF + np.diag(spread_F**-2)
+        self._known, self._wanted_P = known, wanted_P
+        self._features_PF, self._scaled_PF = features_PF, scaled_PF
         self._factor_FF = np.linalg.cholesky(precision_FF)
         self._mean_F = np.linalg.solve(
             precision_FF, scaled_PF.T @ (wanted_P * sure_P) + prior_F * spread_F**-2
@@ -250,6 +252,14 @@ class ChainFit:
     def mean(self) -> Chain:
         """The likeliest terms."""
         return self._chain(self._mean_F)
+
+    def left_out(self) -> dict[str, float]:
+        """Of each plan that was measured, what the others foretell."""
+        told_P = self._features_PF @ self._mean_F
+        # How much a plan's own figure moves what is told of it: the diagonal of the hat matrix.
+        own_P = (np.linalg.solve(self._factor_FF, self._scaled_PF.T) ** 2).sum(0)
+        told_P -= own_P / (1 - own_P) * (self._wanted_P - told_P)
+        return dict(zip(self._known, told_P.tolist(), strict=True))
 
     def draw(self, rng: random.Random) -> Chain:
         """Terms as likely as they are."""

@@ -4,7 +4,7 @@
 
 Nothing is trained. A line of each seed has the lowest KL of plans that drop at least so many blocks; the last one
 leaves out each of the larger plans in turn, fits the chain to the others, and compares what it foretells with what was
-measured (rank correlations, over all and at equal counts).
+measured (rank correlation at equal counts).
 
 A plan that DIR has the figures of is not measured again, and counts with the CPU seconds that it took: searches that
 are to be compared get the same DIR. --cheap does not heal, and judges 160 tokens: half a second a plan.
@@ -31,41 +31,19 @@ from foldsearch.model.screen import Screen
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Quality
 from foldsearch.prepare import prepare_context
-from foldsearch.report.view import rank_correlation
+from foldsearch.report.health import foretelling
 from foldsearch.search import screening as screenings
-from foldsearch.search.chain import DROPPED, KEPT, ChainFit, code_of
 from foldsearch.search.screened import Screened, screened_by_count, write_screened
 from foldsearch.search.screening import Screening
 from foldsearch.spec.fit import narrow
 from foldsearch.spec.load import load_study
 
-LARGER = 5  # dropped blocks, from which on plans are foretold
-
 
 def foretold(found: Sequence[Screened], num_blocks: int) -> str:
-    """The rank correlations, in words."""
-    known = {code_of(one.plan) or "": one.quality.kl for one in found if one.plan.only_drops}
-    larger = [code for code in known if code.count(DROPPED) >= LARGER]
-    told = [
-        ChainFit(KEPT + DROPPED, num_blocks, {other: kl for other, kl in known.items() if other != code})
-        .mean()
-        .kl(code)
-        for code in larger
-    ]
-    measured = [known[code] for code in larger]
-    counts = np.log([code.count(DROPPED) for code in larger])
-    trend = np.vstack(
-        [np.ones_like(counts), counts]
-    ).T  # what is left of logarithms after a curve of the count
-
-    def left(values: Sequence[float]) -> list[float]:
-        logs = np.log(np.maximum(values, 1e-4))
-        return list(logs - trend @ np.linalg.lstsq(trend, logs, rcond=None)[0])
-
-    alike = rank_correlation(left(told), left(measured))
-    return (
-        f"{len(larger)} plans foretold: {rank_correlation(told, measured):.2f}, at equal counts {alike:.2f}"
-    )
+    """The rank correlation at equal counts, in words."""
+    told = foretelling({one.plan: one.quality.kl for one in found if one.plan.only_drops}, num_blocks)
+    assert told is not None
+    return f"{told.plans} plans foretold: at equal counts {told.correlation:.2f}"
 
 
 class Memory:

@@ -133,6 +133,16 @@ def test_what_was_measured_is_learnt(states: str, num_blocks: int) -> None:
     assert sum(missed) / len(missed) < NOISE / 5
 
 
+def test_what_the_others_foretell_of_a_plan() -> None:
+    """Oracle: a fit without the plan. Single blocks are left in: the median of these is what is expected of a block."""
+    chain, rng = planted(0), random.Random(3)
+    codes = [code for code in every_code(PLAIN, N) if code.count(DROPPED) > 1]
+    known = {code: chain.kl(code) * rng.uniform(0.8, 1.2) for code in rng.sample(codes, 30)}
+    for code, told in ChainFit(PLAIN, N, known).left_out().items():
+        others = {other: kl for other, kl in known.items() if other != code}
+        assert told == pytest.approx(ChainFit(PLAIN, N, others).mean().kl(code), rel=1e-6)
+
+
 def test_draws_are_as_sure_as_the_fit() -> None:
     """Their mean is the fit's, and they agree better on what was measured than on what was not."""
     chain = planted(0)
