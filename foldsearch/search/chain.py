@@ -27,6 +27,7 @@ from foldsearch.errors import PlanError
 from foldsearch.plan.plan import FoldPlan, Replacement, Slot
 
 KEPT, DROPPED, LINEAR, MLP_ONLY, ATTENTION_ONLY = STATES = "kdlma"
+HALVES = MLP_ONLY + ATTENTION_ONLY
 STEPS = 32  # of what is saved, that the dearest state of a block takes
 
 NOISE = 0.3  # of a measured KL about the sum, as a share of it,
@@ -41,7 +42,7 @@ SPREADS = {  # prior standard deviations, nats: of a block about a typical one, 
     MLP_ONLY: 0.05,
     ATTENTION_ONLY: 0.05,
 }
-SHARES = {DROPPED: 1.0, LINEAR: 1.0, MLP_ONLY: 0.4, ATTENTION_ONLY: 0.6}  # of a block that goes
+SHARES = {DROPPED: 1.0, LINEAR: 1.0, MLP_ONLY: 0.3, ATTENTION_ONLY: 0.8}  # of what a block costs that goes
 
 Floats = NDArray[np.float64]
 
@@ -156,6 +157,14 @@ class Chain:
             terms_LSS[block, :, self.states.index(state)] -= penalty
         return Chain(self.states, terms_LSS)
 
+    def dearer(self, states: str, penalty: float) -> Chain:
+        """A chain in which each block in one of these states costs so much more."""
+        terms_LSS = self.terms_LSS.copy()
+        for state in states:
+            if state in self.states:
+                terms_LSS[:, :, self.states.index(state)] += penalty
+        return Chain(self.states, terms_LSS)
+
     def best(self, prices: Prices, least: int, keep: int = 1) -> list[str]:
         """The `keep` plans with the lowest sums of those that save `least` steps or more, best first."""
         assert prices.states == self.states
@@ -210,7 +219,11 @@ def _extended(
 
 
 class ChainFit:
-    """The regression: what is known of the terms after some plans were measured."""
+    """The regression: what is known of the terms after some plans were measured.
+
+    Attributes:
+        states: that may occur, kept first.
+    """
 
     def __init__(self, states: str, num_blocks: int, known: Mapping[str, float]) -> None:
         """Fit.
@@ -218,9 +231,10 @@ class ChainFit:
         Args:
             states: that may occur, kept first.
             num_blocks: of the dense model.
-            known: the KL of plans by the states of their blocks, nats per token.
+            known: the KL of plans by the states of their blocks, nats per token; others are left out.
         """
-        self._states, self._num_blocks = states, num_blocks
+        known = {code: kl for code, kl in known.items() if set(code) <= set(states)}
+        self.states, self._num_blocks = states, num_blocks
         terms = [
             term
             for block in range(num_blocks)
@@ -267,11 +281,11 @@ class ChainFit:
         return self._chain(self._mean_F + np.linalg.solve(self._factor_FF.T, noise_F))
 
     def _chain(self, terms_F: Floats) -> Chain:
-        terms_LSS = np.zeros((self._num_blocks, len(self._states), len(self._states)))
+        terms_LSS = np.zeros((self._num_blocks, len(self.states), len(self.states)))
         for block, i, j in np.ndindex(terms_LSS.shape):
-            found = _terms_of(block, self._states[i], self._states[j])
+            found = _terms_of(block, self.states[i], self.states[j])
             terms_LSS[block, i, j] = sum(weight * terms_F[self._columns[term]] for term, weight in found)
-        return Chain(self._states, terms_LSS)
+        return Chain(self.states, terms_LSS)
 
 
 def _terms_of(block: int, before: str, after: str) -> Iterator[tuple[tuple[str, int], float]]:

@@ -38,11 +38,10 @@ from foldsearch.plan.plan import FoldPlan, Slot
 from foldsearch.progress import StageProgress, counting, silent
 from foldsearch.proposal import Fold, Proposal, Removed
 from foldsearch.search.chain import (
-    ATTENTION_ONLY,
     DROPPED,
+    HALVES,
     KEPT,
     LINEAR,
-    MLP_ONLY,
     STEPS,
     Chain,
     ChainFit,
@@ -55,9 +54,17 @@ from foldsearch.spec.fit import can_run
 from foldsearch.spec.space import Space
 
 ROUND = 8  # plans between two fits of the chain; sorted, so that they have their beginnings in common
-MOVES = 2  # one of so many plans is asked for at large, the others near the front
+MOVES = 4  # of so many plans two are asked for at large, and two near the front, one of them with halves of blocks
 NEAR = 0.02  # of a plan's KL: what a block that differs from it costs more, at least
 REACH = 4  # blocks that differ, over which what the sum did not foretell fades
+TOO_MANY = (
+    0.0,
+    0.02,
+    0.04,
+    0.08,
+    0.16,
+    0.32,
+)  # nats that half a block costs more, until few enough are asked for
 BEST = 8  # plans of a draw that are looked at, the best first: some may be known
 ANY = "uniform"  # a criterion: the bound of a plan is the same for all
 TRIES = 20  # draws until a plan is found that was not measured
@@ -95,7 +102,9 @@ class Screening:
         self._threads = Threads()
         self._refused: set[FoldPlan] = set()
         self._states = screened_states(space)
-        self._prices = list(self._prices_of())
+        self._whole_states = KEPT + self._whole
+        self._prices = {of: list(self._prices_of(of)) for of in {self._whole_states, self._states}}
+        self._most_halves = space.attention_counts(len(context.table.blocks))[1]
         self._bench = bench = open_workbench(context, progress)
         self._tokens = _some(bench.splits.search, self._settings.judged_tokens)
         targets = dense_targets(
@@ -232,50 +241,62 @@ class Screening:
 
     def _round(self) -> dict[FoldPlan, str]:
         """Plans that were not measured yet; none where nothing more is found."""
-        batch = dict[FoldPlan, str]()
+        batch, num_blocks = dict[FoldPlan, str](), len(self._context.table.blocks)
         if not self._counts():
             return batch
         codes = {code: one.quality.kl for one in self.found if (code := self._code(one.plan)) is not None}
-        fit = ChainFit(self._states, len(self._context.table.blocks), codes)
-        mean, parents = fit.mean(), self.front()
+        whole, every = (ChainFit(states, num_blocks, codes) for states in (self._whole_states, self._states))
+        parents = self.front()
         for index in range(ROUND):
-            is_move = index % MOVES != 0 and bool(parents)
-            found = self._moved(fit, mean, parents, batch) if is_move else self._drawn(fit, batch)
+            if index % 2 == 0 or not parents:
+                found, author = self._drawn(whole, batch), "chain"
+            else:
+                found, author = self._moved(whole if index % MOVES == 1 else every, parents, batch), "move"
             if found is not None:
-                batch[found] = "move" if is_move else "chain"
+                batch[found] = author
         return batch
 
     def _drawn(self, fit: ChainFit, taken: Iterable[FoldPlan]) -> FoldPlan | None:
         """The best new plan of a draw, at a size that is drawn too."""
         for _ in range(TRIES):
-            prices = self._rng.choice(self._prices)
-            least = self._least(prices)
-            found = self._first_new(fit.draw(self._rng).best(prices, least, keep=BEST), taken)
+            prices = self._rng.choice(self._prices[fit.states])
+            whole = sorted(prices.saved_LSS[:, 0, 1])
+            least = self._rng.choice(self._counts()) * int(whole[len(whole) // 2])
+            found = self._first_new(fit.draw(self._rng), prices, least, taken)
             if found is not None:
                 return found
         return None
 
     def _moved(
-        self, fit: ChainFit, mean: Chain, parents: Sequence[Screened], taken: Iterable[FoldPlan]
+        self, fit: ChainFit, parents: Sequence[Screened], taken: Iterable[FoldPlan]
     ) -> FoldPlan | None:
         """The best new plan of a draw, near one that nothing beats."""
-        for _ in range(TRIES):
-            prices, parent = self._rng.choice(self._prices), self._rng.choice(parents)
-            code = self._code(parent.plan)
-            if code is None:
-                continue
+        codes = [(code, one.quality.kl) for one in parents if (code := self._code(one.plan)) is not None]
+        codes = [(code, kl) for code, kl in codes if set(code) <= set(fit.states)]
+        mean = fit.mean()
+        for _ in range(TRIES if codes else 0):
+            prices, (code, kl) = self._rng.choice(self._prices[fit.states]), self._rng.choice(codes)
             # What the sum did not foretell is taken to be so nearby too, less with every block that differs.
-            missed = mean.kl(code) - parent.quality.kl
-            penalty = max(NEAR * parent.quality.kl, missed / REACH)
-            chain = fit.draw(self._rng).near(code, penalty)
-            least = prices.saved(code) - (self._rng.randrange(STEPS // 2) if self._is_graded else 0)
-            found = self._first_new(chain.best(prices, max(0, least), keep=BEST), taken)
+            penalty = max(NEAR * kl, (mean.kl(code) - kl) / REACH)
+            least = prices.saved(code)
+            if fit.states != self._whole_states:  # sizes between those of whole blocks too
+                least = max(0, least - self._rng.randrange(STEPS // 2))
+            found = self._first_new(fit.draw(self._rng).near(code, penalty), prices, least, taken)
             if found is not None:
                 return found
         return None
 
-    def _first_new(self, codes: Iterable[str], taken: Iterable[FoldPlan]) -> FoldPlan | None:
+    def _first_new(
+        self, chain: Chain, prices: Prices, least: int, taken: Iterable[FoldPlan]
+    ) -> FoldPlan | None:
+        """The best plan by a chain that may be asked for and saves so much; few are looked at."""
         known = {*self._found, *self._refused, *taken}
+        codes: list[str] = []
+        for penalty in TOO_MANY if chain.states != self._whole_states else TOO_MANY[:1]:
+            best = chain.dearer(HALVES, penalty).best(prices, least, keep=BEST)
+            codes = [code for code in best if self._num_halves(code) <= self._most_halves]
+            if codes:
+                break
         for code in codes:
             try:
                 plan = plan_of(code)
@@ -285,24 +306,16 @@ class Screening:
                 return plan
         return None
 
-    def _least(self, prices: Prices) -> int:
-        """What a plan of a size that is drawn saves, in steps."""
-        whole = sorted(prices.saved_LSS[:, 0, self._states.index(self._whole)])
-        of_block = int(whole[len(whole) // 2])
-        least = self._rng.choice(self._counts()) * of_block
-        return least - (self._rng.randrange(of_block) if self._is_graded else 0)
+    @staticmethod
+    def _num_halves(code: str) -> int:
+        return sum(code.count(state) for state in HALVES)
 
-    @property
-    def _is_graded(self) -> bool:
-        """Whether there are sizes between those of whole blocks."""
-        return len(self._states) > 2
-
-    def _prices_of(self) -> Iterator[Prices]:
+    def _prices_of(self, states: str) -> Iterator[Prices]:
         table, target = self._context.table, self._context.target
         num_blocks = len(table.blocks)
-        yield Prices.of(self._states, num_blocks, lambda plan: price(plan, table, target).memory_bytes)
-        if self._is_graded:  # halves of blocks save memory and FLOPs in other shares
-            yield Prices.of(self._states, num_blocks, lambda plan: price(plan, table, target).flops)
+        yield Prices.of(states, num_blocks, lambda plan: price(plan, table, target).memory_bytes)
+        if states != self._whole_states:  # halves of blocks save memory and FLOPs in other shares
+            yield Prices.of(states, num_blocks, lambda plan: price(plan, table, target).flops)
 
     def _code(self, plan: FoldPlan) -> str | None:
         """The states of a plan's blocks; None where the space has not all of them."""
@@ -319,8 +332,8 @@ class Screening:
         code = self._code(plan)
         if code is None or not can_run(plan, self._context.table, self._context.target):
             return False
-        halves = code.count(MLP_ONLY) + code.count(ATTENTION_ONLY)
-        return halves <= self._space.attention_counts(plan.num_blocks, _num_removed(plan))[1]
+        allowed = self._space.attention_counts(plan.num_blocks, _num_removed(plan))[1]
+        return self._num_halves(code) <= allowed
 
     # ---- what comes of it
 
