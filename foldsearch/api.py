@@ -6,19 +6,19 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foldsearch.codec import to_json
-from foldsearch.errors import RunError, quote_error
-from foldsearch.files import replace_atomically, write_json
-from foldsearch.paths import command, printable
+from foldsearch.errors import InputError, RunError, quote_error
+from foldsearch.files import check_writable, replace_atomically, write_json
+from foldsearch.paths import check_path, command, printable
 from foldsearch.plan.cost import CostTable, Target
 from foldsearch.plan.plan import FoldPlan, check_ranks
 from foldsearch.progress import Notice, StageProgress, silent, unheard
 from foldsearch.record import Trial
-from foldsearch.runtimes import runtime_for
+from foldsearch.runtimes import Runtime, runtime_for, runtime_named
 
 if TYPE_CHECKING:
     from foldsearch.context import TrialContext
@@ -209,13 +209,19 @@ def try_plan(
 
 
 def export_tried(
-    study: Study, folder: Path, out: Path, *, to: str | None = None, progress: StageProgress = silent
+    study: Study,
+    folder: Path,
+    out: Path,
+    *,
+    to: str | None = None,
+    weights: str = "",
+    progress: StageProgress = silent,
 ) -> ExportReport:
     """Write the model that `try_plan` measured last in `folder`, and verify it in a fresh process.
 
     Args:
         study, folder: as `try_plan` was given them.
-        out, to, progress: see `export_trial`.
+        out, to, weights, progress: see `export_trial`.
 
     Raises:
         RunError: nothing was measured there. Else as `export_trial`.
@@ -223,7 +229,7 @@ def export_tried(
     from foldsearch.prepare import prepare_context
 
     context = prepare_context(study, folder, progress=progress)
-    return _export(context, _TRIED, out, to, None, progress)
+    return _export(context, _TRIED, out, _Wanted(to, weights), None, progress)
 
 
 # ---- after a search
@@ -336,6 +342,8 @@ def export_trial(
     out: Path,
     *,
     to: str | None = None,
+    weights: str = "",
+    overwrite: bool = False,
     progress: StageProgress = silent,
     notice: Notice = unheard,
 ) -> ExportReport:
@@ -348,6 +356,8 @@ def export_trial(
         number: of a trial that reached the last rung.
         out: new folder; whole or absent.
         to: the name of the runtime (see `foldsearch.runtimes`); None takes the one that `runtime_for` names.
+        weights: one of the types in which that runtime stores weights; empty stores them as the target's dtype is.
+        overwrite: replace a folder that is there.
         progress: told what is being done.
         notice: told what a person should know.
 
@@ -361,27 +371,71 @@ def export_trial(
 
     trial = run.pick(number=number)
     folder = run.folder
-    runtime = _runtime(to, trial.plan, folder.target, folder.table)
-    check_export(out, trial.plan, runtime, by_position=folder.table.by_position)
+    wanted = _Wanted(to, weights, overwrite)
+    runtime = wanted.runtime(trial.plan, folder.target, folder.table)
+    runtime.stored_as(folder.target.dtype, weights)
+    check_export(out, trial.plan, runtime.name, table=folder.table, overwrite=overwrite)
     if trial.number in run.further:
         words = run.further[trial.number].tokens_words
         notice(f"trial {number} was trained further; what ships is its best state: {words}.")
     context = prepare_context(folder.study, folder.path, progress=progress, notice=notice)
-    return _export(context, trial.number, out, runtime, trial, progress)
+    return _export(context, trial.number, out, wanted, trial, progress)
+
+
+def write_passport(
+    run: RunView, number: int, out: Path, *, overwrite: bool = False, progress: StageProgress = silent
+) -> dict[str, Any]:
+    """Write the plan of a trial as a small JSON file that other tools take (see `foldsearch.export.passport`).
+
+    Args:
+        run: the run.
+        number: of a trial that reached the last rung.
+        out: new file.
+        overwrite: replace one that is there.
+        progress: told what is being done.
+
+    Raises:
+        RunError: the trial was not measured, or the model is another one than the run was made with.
+        InputError: the file exists, or cannot be written.
+    """
+    from foldsearch.export.passport import passport
+    from foldsearch.model.source import open_config
+    from foldsearch.prepare import open_source
+
+    trial, folder = run.pick(number=number), run.folder
+    check_path(out, "a plan's path")
+    if out.exists() and (out.is_dir() or not overwrite):
+        or_force = "" if out.is_dir() else ", or overwrite it with --force"
+        raise InputError(f"{printable(out)} exists already. Choose another file, or move it away{or_force}.")
+    check_writable(out.parent, "a plan")
+    changes = [
+        *(["healed in closed form"] if trial.healing is not None and trial.healing.changed else []),
+        *([f"trained on {trial.last.kept_tokens:,} tokens"] if trial.last.kept_tokens else []),
+    ]
+    source = open_source(folder.study, progress, run_folder=folder.path)
+    value = passport(
+        trial.plan,
+        open_config(source),
+        base_model=folder.study.model,
+        dtype=folder.target.dtype,
+        weights_changed=" and ".join(changes),
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, value)
+    return value
 
 
 def _export(
     context: TrialContext,
     number: int,
     out: Path,
-    to: str | None,
+    wanted: _Wanted,
     recorded: Trial | None,
     progress: StageProgress,
 ) -> ExportReport:
     """Rebuild a trial's model and ship it.
 
-    to: the name of the runtime; None takes the usual one. recorded: the trial as the run's study has it; None outside a
-    run.
+    recorded: the trial as the run's study has it; None outside a run.
     """
     from foldsearch.context import open_workbench
     from foldsearch.export import Shipment, export
@@ -396,7 +450,10 @@ def _export(
     progress("writing and verifying in a fresh process", 0.0)
     shipment = Shipment(
         plan=trial.plan,
-        runtime=_runtime(to, trial.plan, context.target, context.table),
+        runtime=wanted.runtime(trial.plan, context.target, context.table).name,
+        weights=wanted.weights,
+        gguf=context.files.gguf,
+        context=context.target.context,
         dtype=context.target.dtype,
         ids_NT=bench.splits.report.ids_NT,
         text_NT=bench.splits.report.text_NT,
@@ -409,12 +466,23 @@ def _export(
             "trial": to_json(trial),
         },
     )
-    return export(model, open_tokenizer(context.files), out, shipment)
+    tokenizer = open_tokenizer(context.files)
+    return export(model, tokenizer, out, shipment, overwrite=wanted.overwrite)
 
 
-def _runtime(to: str | None, plan: FoldPlan, target: Target, table: CostTable) -> str:
-    """The name of the runtime that a plan is exported to, where `to` says none."""
-    return to or runtime_for(plan, target.runtime, by_position=table.by_position).name
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What a person said of an export; see `export_trial`."""
+
+    to: str | None
+    weights: str = ""
+    overwrite: bool = False
+
+    def runtime(self, plan: FoldPlan, target: Target, table: CostTable) -> Runtime:
+        """What a plan is exported to."""
+        if self.to:
+            return runtime_named(self.to)
+        return runtime_for(plan, target.runtime, by_position=table.by_position)
 
 
 def compare_words(run: RunView, folder: Path, prompt: str, *, num_tokens: int = 40) -> tuple[str, str]:

@@ -13,6 +13,8 @@ from foldsearch.model.training import HealMethod, Trained
 from foldsearch.plan.extend import DEFAULT_RANK, PATTERNS
 from foldsearch.version import __version__
 
+PLAN = "plan"  # what `export --to` takes beside the names of runtimes
+
 _ABOUT = """\
 From a decoder LLM and a device budget to a Pareto front of folded models that were really
 built, trained and measured. Pick one, export it.
@@ -227,14 +229,20 @@ def _pick(parser: argparse.ArgumentParser) -> None:
 def _export(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
     _add_choice(parser)
-    _add_out(parser, "new folder", required=True)
+    _add_out(parser, f"new folder; a new file with --to {PLAN}", required=True)
     titles = "; ".join(f"{runtime.name}: {runtime.title}" for runtime in runtimes.RUNTIMES)
     parser.add_argument(
         "--to",
-        choices=runtimes.names(),
-        help=f"what it is to run in. {titles}. By default the study's target.runtime; where that is "
-        f"{runtimes.ALL_CAN}, {runtimes.STOCK} for a plan that stock blocks run exactly and that shares nothing",
+        choices=(*runtimes.names(), PLAN),
+        help=f"what it is to run in. {titles}; {PLAN}: no model, but a small file for other tools. By default the "
+        f"study's target.runtime; where that is {runtimes.ALL_CAN}, {runtimes.STOCK} for a plan that stock blocks run "
+        "exactly and that shares nothing",
     )
+    types = ", ".join(dict.fromkeys(name for runtime in runtimes.RUNTIMES for name in runtime.types))
+    parser.add_argument(
+        "--type", metavar="TYPE", help=f"how a GGUF stores weights: {types}; by default as the dtype is"
+    )
+    parser.add_argument("--force", action="store_true", help="replace an export that is there")
     parser.add_argument("--form", action=_CalledTo, help=argparse.SUPPRESS)
     parser.add_argument(
         "--prompt", metavar="TEXT", help="let the exported model and the dense one go on with this text"

@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from foldsearch.arguments import command_line
+from foldsearch.arguments import PLAN, command_line
 from foldsearch.errors import InputError, VerificationError
 from foldsearch.files import check_writable, disk_is_full
 from foldsearch.paths import check_path, command, printable, stem_beside
@@ -389,10 +389,12 @@ def _front(args: argparse.Namespace) -> int:
 
 def _pick(args: argparse.Namespace) -> int:
     from foldsearch.api import open_run, pick
+    from foldsearch.report.terminal import runtimes_words
 
     view = open_run(args.run)
     trial = pick(view, number=args.trial, max_gb=args.max_gb)
     _say(f"trial {trial.number}: {trial.plan}")
+    _say(runtimes_words(view, trial.plan))
     print(trial.number)
     return 0
 
@@ -432,14 +434,22 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from foldsearch.api import export_trial, open_run
-    from foldsearch.report.terminal import console, export_table, words_table
+    from foldsearch.api import export_trial, open_run, write_passport
+    from foldsearch.report.terminal import console, export_table, passport_lines, words_table
 
     _quiet_bars()
     view = open_run(args.run)
     trial = _chosen(args, view)
+    if args.to == PLAN:
+        with _status() as progress:
+            value = write_passport(view, trial.number, args.out, overwrite=args.force, progress=progress)
+        console().print(passport_lines(value, args.out))
+        return 0
     with _status() as progress:
-        report = export_trial(view, trial.number, args.out, to=args.to, progress=progress, notice=_say)
+        report = export_trial(
+            view, trial.number, args.out, to=args.to, weights=args.type or "", overwrite=args.force,
+            progress=progress, notice=_say,
+        )  # fmt: skip
     out = console()
     out.print(export_table(report, args.out))
     if args.prompt:

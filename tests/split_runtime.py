@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from foldsearch.runtimes import Runtime
-from foldsearch.runtimes.stock import before_rounding
+from foldsearch.runtimes import Beside, Runtime
+from foldsearch.runtimes.stock import before_rounding, check_model, rounded
 
-__all__ = ["ENTRY", "before_rounding", "load", "write"]
+__all__ = ["ENTRY", "before_rounding", "check_model", "load", "rounded", "write"]
 
 ENTRY = Runtime(
     name="split",
@@ -29,9 +29,12 @@ ENTRY = Runtime(
 )
 
 
-def write(model: PreTrainedModel, folder: Path) -> None:
+def write(model: PreTrainedModel, folder: Path, beside: Beside) -> tuple[str, ...]:
     """Many small files, one folder down."""
     model.save_pretrained(folder / "stock", max_shard_size=8_000)
+    if beside.tokenizer is not None:
+        beside.tokenizer.save_pretrained(folder)
+    return ()
 
 
 def load(folder: str, dtype: str, attention: str | None) -> tuple[PreTrainedModel, list[str]]:

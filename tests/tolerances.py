@@ -23,3 +23,5 @@ NO_KL = 1e-6
 RUNTIME = 1e-4
 # The same where its GELU is a table of 16-bit values: 2e-3 was seen.
 RUNTIME_GELU = 2e-2
+# The same beside weights in 16 bits and fewer, where llama.cpp rounds what goes into a product to 16 or 8 bits.
+RUNTIME_ROUNDED = 0.1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 from foldsearch.export.figures import ExportReport
@@ -27,8 +28,15 @@ def model_card(report: ExportReport, folder: Path) -> str:
     if report.details:
         details = f"\n## Details\n\n```json\n{json.dumps(report.details, indent=1)}\n```\n"
     base_model = _escaped(report.base_model)
+    stored = "stored once" if runtime.shares_weights else "written out"
+    parts = [f"```python\n{loading_lines(report, folder)}```", runtime.card, *report.notes]
+    if runtime.engine:
+        commands = runtime.engine.commands.format(folder=shlex.quote(str(folder)))
+        # its programs need a tokenizer
+        parts = [*parts[: int(report.has_tokenizer)], f"```sh\n{commands}\n```", *parts[1:]]
+    loading = "\n\n".join(parts)
     return f"""---
-library_name: transformers
+library_name: {"gguf" if runtime.engine else "transformers"}
 tags: [foldsearch, text-generation]
 ---
 # {base_model}, folded
@@ -36,7 +44,7 @@ tags: [foldsearch, text-generation]
 Made by foldsearch from **{base_model}** ({report.num_blocks} blocks). The weights derive from that model:
 its licence and its terms of use apply to them.
 
-What runs at each depth, in {report.dtype}, shared weights {"stored once" if runtime.shares_weights else "written out"}:
+What runs at each depth, in {report.weights}, shared weights {stored}:
 
     {report.plan}
 
@@ -48,10 +56,7 @@ What runs at each depth, in {report.dtype}, shared weights {"stored once" if run
 
 ## Load
 
-```python
-{loading_lines(report, folder)}```
-
-{runtime.card}
+{loading}
 
 ## Verified
 
@@ -64,6 +69,9 @@ Reloaded in a fresh process and compared with the model that was measured:
 def loading_lines(report: ExportReport, folder: Path) -> str:
     """Python that loads an export and lets it write: it runs as it stands, and asks nothing."""
     runtime = runtime_named(report.runtime)
+    if runtime.engine:
+        where = f"FOLDER = {str(folder)!r}  # where this file lies"
+        return runtime.engine.python.format(where=where, prompt=f'"{PROMPT}"') + "\n"
     trust = ", trust_remote_code=True" if runtime.carries_code else ""
     classes = [
         *([] if runtime.loader else ["AutoModelForCausalLM"]),
@@ -98,11 +106,13 @@ def _checks(report: ExportReport) -> list[str]:
     tolerance = f"tolerance {report.logits_tolerance:g}" if report.logits_tolerance else "equal to the bit"
     checks = [
         "no weight missing, unexpected or of another shape",
-        f"logits against the measured model in {report.dtype}: largest difference "
+        f"logits against {report.held_against}: largest difference "
         f"{report.logits_max_difference:.3g}, {report.logits_difference:.3g} of their RMS ({tolerance})",
         "decoding token by token with the KV cache against one full forward: "
         f"{report.decode_difference:.3g} of the logits' RMS (tolerance {report.decode_tolerance:g})",
         f"perplexity {report.exported.perplexity:.4f}, the measured model's {report.measured_perplexity:.4f}",
+        *([report.engine.check] if report.engine else []),
+        *([report.engine_note] if report.engine_note else []),
     ]
     if report.loads_without_foldsearch:
         checks.append("loaded where foldsearch cannot be imported, with the same logits")

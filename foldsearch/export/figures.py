@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from foldsearch.runtimes import runtime_named
+
 # Rounds that differ by more tell of the machine, not of the model: dropping a third of the blocks, which is a lot,
 # makes a model 1.5 times as fast.
 MOST_BUSY = 1.5
@@ -57,6 +59,8 @@ class Speed:
     @property
     def unsteady(self) -> str:
         """Why no speed is quoted; empty where the rounds agree."""
+        if not self.exported:  # it was not measured at all
+            return ""
         found = self.ratio if self.dense else spread(self.exported)
         return (
             ""
@@ -67,7 +71,7 @@ class Speed:
     @property
     def words(self) -> tuple[str, str, str]:
         """For a row of a table: exported, dense, and their ratio with its spread."""
-        if self.unsteady:
+        if self.unsteady or not self.exported:
             return "—", "—", ""
         ours = _three_digits(statistics.median(self.exported))
         if not self.dense:
@@ -88,10 +92,62 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineFigures:
+    """An export in the program that it is for (see `foldsearch.export.engine`).
+
+    version: of what runs it. resident_bytes: growth of the process's resident memory from before loading to after a
+    prompt. perplexity: over the scored tokens; log_probabilities: theirs, in nats, None where the program does not say
+    it.
+    """
+
+    version: str
+    resident_bytes: int
+    perplexity: float
+    log_probabilities: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReport:
+    """What the program found of an export.
+
+    name, version: of the program. tokens: that were scored; perplexity: over these; expected_perplexity: the same by
+    torch, with the numbers of the file. mean_difference, max_difference: of their log-probabilities, in nats; tolerance
+    bounds the mean. dense_perplexity: of the dense model in the same program; None where it was not run.
+    """
+
+    name: str
+    version: str
+    tokens: int
+    perplexity: float
+    expected_perplexity: float
+    dense_perplexity: float | None
+    mean_difference: float
+    max_difference: float
+    tolerance: float
+
+    @property
+    def row(self) -> tuple[str, str, str, str]:
+        """For the table: its perplexity beside that of the dense model."""
+        name, dense = f"perplexity in {self.name}, {self.tokens:,} tokens", self.dense_perplexity
+        if dense is None:
+            return name, f"{self.perplexity:,.2f}", "—", ""
+        return name, f"{self.perplexity:,.2f}", f"{dense:,.2f}", f"{self.perplexity / dense:.2f}"
+
+    @property
+    def check(self) -> str:
+        """What was compared, as a line of a list of checks."""
+        return (
+            f"in {self.name} ({self.version}): {self.tokens:,} log-probabilities of tokens, {self.mean_difference:.2g} "
+            f"nats from torch's on average (tolerance {self.tolerance:g}), {self.max_difference:.2g} at most; "
+            f"perplexity {self.perplexity:.4f}, by torch {self.expected_perplexity:.4f}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class ExportReport:
     """What was shipped, and the checks it passed.
 
-    runtime: its name (see `foldsearch.runtimes`).
+    runtime: its name (see `foldsearch.runtimes`). weights: how they are stored: a dtype, or a type of the runtime.
     dense: the model it was folded from, in the same dtype, loaded in the same way; None where there is none to
     compare with, and `dense_note` says why. file_bytes: of the export's weight files.
     prompt, decode: speed of reading a prompt of `prompt_tokens`, and of writing one token after the other with the KV
@@ -102,6 +158,8 @@ class ExportReport:
     loads_without_foldsearch: it was loaded where foldsearch cannot be imported.
     refused_without_code: stock transformers refuses the folder instead of loading it wrong (None: it needs no code).
     has_tokenizer: whether the folder holds one. threads: of the processor, for all timings.
+    engine: what the program of the runtime found; None where that is transformers, or, as engine_note says, where it is
+    not installed: then there are no speeds. notes: what the runtime does in another way than transformers.
     """
 
     runtime: str
@@ -129,6 +187,10 @@ class ExportReport:
     threads: int
     versions: dict[str, str]
     details: dict[str, Any]
+    weights: str
+    engine: EngineReport | None = None
+    engine_note: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def rows(self) -> list[tuple[str, str, str, str]]:
@@ -140,14 +202,24 @@ class ExportReport:
             shown = ["—" if value is None else format(value / scale, form) for value in (mine, other)]
             return name, shown[0], shown[1], f"{mine / other:.2f}" if mine and other else ""
 
+        where = f" in {self.engine.name}" if self.engine else ""
+        stored = f"weights in {self.dtype}" if self.weights == self.dtype else f"file in {self.weights}"
         return [
             row("parameters, millions", "parameters", ",.1f", 1e6),
-            row(f"weights in {self.dtype}, MB", "weight_bytes", ",.1f", 1e6),
-            row("resident memory, MB", "resident_bytes", ",.0f", 1e6),
+            row(f"{stored}, MB", "weight_bytes", ",.1f", 1e6),
+            row(f"resident memory{where}, MB", "resident_bytes", ",.0f", 1e6),
             row(f"perplexity, {self.tokens:,} tokens", "perplexity", ",.2f"),
-            ("reading, tokens/s", *self.prompt.words),
-            ("writing, tokens/s", *self.decode.words),
+            *([self.engine.row] if self.engine else []),
+            (f"reading{where}, tokens/s", *self.prompt.words),
+            (f"writing{where}, tokens/s", *self.decode.words),
         ]
+
+    @property
+    def held_against(self) -> str:
+        """What the logits were compared with, in words."""
+        if self.weights in (self.dtype, *runtime_named(self.runtime).own_types.values()):
+            return f"the measured model in {self.weights}"
+        return f"the measured model rounded to {self.weights}"
 
     @property
     def unsteady(self) -> list[str]:
@@ -158,8 +230,12 @@ class ExportReport:
     @property
     def how_measured(self) -> str:
         """What the figures are of, for the lines below the table."""
+        if not self.decode.exported:
+            return f"Perplexity is of the report texts, in torch. Speed and memory were {self.engine_note}."
         threads = f"{self.threads} thread{'' if self.threads == 1 else 's'}"
         where = f"in a fresh process, {threads}"
+        if self.engine:
+            where = f"by {self.engine.name} ({self.engine.version}) {where}"
         what = (
             f"Perplexity is of the report texts. Reading is of a prompt of {self.prompt_tokens} tokens, writing of one "
             "token after the other with the KV cache:"
@@ -168,6 +244,6 @@ class ExportReport:
         if self.dense is None:
             return f"Measured {where}. {what} the median of {rounds} rounds. {self.dense_note}".rstrip()
         return (
-            f"Both models in {self.dtype}, each loaded from files in {self.dtype} {where}. {what} the median of "
+            f"Both models in {self.weights}, each loaded from files in {self.weights} {where}. {what} the median of "
             f"{rounds} rounds in turns, and of the ratio the range of the middle half of the rounds."
         )

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -16,14 +17,25 @@ from foldsearch.export import verify
 
 
 class ProcessError(FoldsearchError):
-    """The process could not do what was asked; the message is its own words."""
+    """The process could not do what was asked; the message is its own words.
+
+    is_silence: it did not answer in time, and was ended.
+    """
+
+    is_silence = False
 
 
 class ModelProcess:
     """Runs export/verify.py until it is closed: as a module of foldsearch, or as a file that cannot import it."""
 
-    def __init__(self, workplace: Path, *, without_foldsearch: bool = False) -> None:
-        """`workplace`: a folder for what it writes, which is nothing that stays."""
+    def __init__(self, workplace: Path, *, without_foldsearch: bool = False, answers: str = "") -> None:
+        """What runs.
+
+        Args:
+            workplace: a folder for what it writes, which is nothing that stays.
+            without_foldsearch: it cannot import foldsearch.
+            answers: the module whose class `Answers` is asked; empty for that of export/verify.py.
+        """
         environment = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",
@@ -32,6 +44,7 @@ class ModelProcess:
             ),  # the folder's code is copied there, not to the user's cache
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
             "TOKENIZERS_PARALLELISM": "false",
+            "GGML_NO_BACKTRACE": "1",  # by a debugger, of which the first lines would be lost
         }
         # -I: neither this folder nor PYTHONPATH is searched, as on a machine that has transformers only
         how = ["-I", str(verify.__file__)] if without_foldsearch else ["-m", verify.__name__]
@@ -39,7 +52,7 @@ class ModelProcess:
             "w+", encoding="utf-8"
         )
         self._child = subprocess.Popen(
-            [sys.executable, *how, "alone" if without_foldsearch else "with foldsearch"],
+            [sys.executable, *how, "alone" if without_foldsearch else "with foldsearch", answers],
             cwd=workplace,
             env=environment,
             stdin=subprocess.PIPE,
@@ -48,20 +61,38 @@ class ModelProcess:
             text=True,
         )
 
-    def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
+    def ask(self, what: str, *, seconds: float | None = None, **arguments: Any) -> dict[str, Any]:
         """One question and its answer (see `foldsearch.export.verify.Answers`).
 
+        seconds: after so many without an answer the process is ended; None waits.
+
         Raises:
-            ProcessError: it failed, or the process died.
+            ProcessError: it failed, the process died, or did not answer in time.
         """
         assert self._child.stdin is not None
         assert self._child.stdout is not None
+        silent = threading.Event()
+
+        def end() -> None:
+            silent.set()
+            self._child.kill()
+
+        watch = threading.Timer(seconds, end) if seconds is not None else None
+        if watch is not None:
+            watch.start()
         try:
             self._child.stdin.write(json.dumps({"what": what, **arguments}) + "\n")
             self._child.stdin.flush()
             line = self._child.stdout.readline()
         except BrokenPipeError:
             line = ""
+        finally:
+            if watch is not None:
+                watch.cancel()
+        if silent.is_set():
+            error = ProcessError(f"the process did not answer within {seconds:.0f} s and was ended")
+            error.is_silence = True
+            raise error
         if not line:
             code = self._child.wait()
             self._said.seek(0)

@@ -9,8 +9,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -31,14 +31,15 @@ from foldsearch.errors import (
 )
 from foldsearch.export import verify
 from foldsearch.export.card import model_card
-from foldsearch.export.figures import ExportReport, ModelFigures, Speed
+from foldsearch.export.engine import TOLERANCES, EngineJob, compare, expected, fault_of, running
+from foldsearch.export.figures import EngineReport, ExportReport, ModelFigures, Speed
 from foldsearch.export.process import ModelProcess, ProcessError
 from foldsearch.files import check_writable
 from foldsearch.model.fold import cast as in_dtype
 from foldsearch.paths import beside, check_path, printable
-from foldsearch.plan.cost import DTYPE_BYTES, GB
+from foldsearch.plan.cost import DTYPE_BYTES, GB, CostTable
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.runtimes import Loader, Runtime, runtime_named
+from foldsearch.runtimes import Beside, Engine, Loader, Runtime, runtime_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,6 +52,8 @@ LOSS_ROUNDING = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 2e-2}  # of the m
 # Rounds of timing, in which both models take a turn: at most so many, and no further one after so many seconds; the
 # fewest of which a spread can be told.
 MOST_ROUNDS, TIMED_SECONDS, FEWEST_ROUNDS = 9, 8.0, 3
+NO_SPEED = Speed((), ())
+REPORT = "foldsearch.json"  # in every export
 ROOM = 1.1  # of disk or memory, as a multiple of the weights
 
 
@@ -58,12 +61,15 @@ ROOM = 1.1  # of disk or memory, as a multiple of the weights
 class Shipment:
     """What is shipped of a model, and what it is held against.
 
-    plan: of the model. runtime: its name (see `foldsearch.runtimes`). dtype: float32, bfloat16 or float16.
+    plan: of the model. runtime: its name (see `foldsearch.runtimes`). dtype: float32, bfloat16 or float16, in which the
+    model was measured. weights: one of the runtime's types; empty stores them as the dtype is. context: tokens that the
+    model is to see.
     ids_NT: int64 token ids, N sequences of T ≥ 2 tokens: what logits, decoding and perplexity are taken on.
     text_NT: bool, which of them are of the text (see `foldsearch.model.tokens.TokenSet`); None is all. Perplexity is
     over the positions that predict one of these.
     dense: the model it was folded from. Where it was loaded from a folder, its figures are taken too.
     details: goes into foldsearch.json and the card, as it is (JSON); "base_model" names the base model.
+    gguf: the files of the GGUF that the dense model was read from; none where it was no GGUF.
     """
 
     plan: FoldPlan
@@ -73,6 +79,17 @@ class Shipment:
     text_NT: Tensor | None = None
     dense: PreTrainedModel | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    weights: str = ""
+    gguf: tuple[Path, ...] = ()
+    context: int = 0
+
+    @property
+    def base_model(self) -> str:
+        """The name of the dense model, as a person knows it."""
+        named = str(self.details.get("base_model", ""))
+        if named or self.dense is None:
+            return named or "unknown"
+        return Path(str(self.dense.config.name_or_path)).name or "unknown"
 
     @property
     def tokens(self) -> dict[str, Tensor]:
@@ -105,34 +122,44 @@ def export(
 
     Raises:
         InputError: the folder exists, an argument is unknown, the disk is full.
-        ModelError: the model is not a folded one.
+        ModelError: the model is not a folded one, or the runtime has no such model or tokenizer.
         PlanError: the model runs another plan, or the runtime cannot do what the plan needs.
         VerificationError: what was written is not the model that was measured; the message lists every fault.
     """
     _check_arguments(model, folder, shipment, overwrite=overwrite)
     runtime = runtime_named(shipment.runtime)
     writer = runtime.writer
-    measured = _as_shipped(model, shipment.dtype)
+    weights = runtime.stored_as(shipment.dtype, shipment.weights)
+    notes = writer.check_model(model.config, shipment.context)
+    measured = _on_cpu(in_dtype(model, getattr(torch, shipment.dtype)))
     written, is_exact = writer.before_rounding(model)
-    shipped = measured if written is model else _as_shipped(written, shipment.dtype)
+    is_same = runtime.stored_as(shipment.dtype) == weights
+    shipped = measured if written is model and is_same else _on_cpu(writer.rounded(written, weights))
     weight_bytes = _weight_bytes(shipped)
     _make_room(folder, weight_bytes)
+    extras = Beside(tokenizer, weights, shipment.base_model, str(shipment.plan), shipment.gguf)
     with _whole_or_absent(folder, weight_bytes) as temporary:
-        writer.write(shipped, temporary)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        del written, shipped
+        notes += writer.write(shipped, temporary, extras)
+        dtype = runtime.dtype_of(weights)
+        measured_perplexity = None if is_same else verify.perplexity(measured, **shipment.tokens)
         job = _Job(
             folder=temporary,
-            measured=measured,
+            # rounded to another type it is another model: it is held against what the file is to hold
+            measured=measured if is_same else shipped,
             tokens=shipment.tokens,
             runtime=runtime,
-            dtype=shipment.dtype,
-            tolerance=0.0 if is_exact else ROUNDING[shipment.dtype],
+            weights=weights,
+            dtype=dtype,
+            tolerance=0.0 if is_exact or not is_same else ROUNDING[dtype],
             weight_bytes=weight_bytes,
+            num_parameters=sum(parameter.numel() for parameter in shipped.parameters()),
+            beside=extras,
         )
-        report = _report(job, shipment)
-        (temporary / "foldsearch.json").write_text(json.dumps(to_json(report), indent=1))
+        del written, shipped, measured
+        report = replace(_report(job, shipment), notes=notes, has_tokenizer=tokenizer is not None)
+        if measured_perplexity is not None:
+            report = replace(report, measured_perplexity=measured_perplexity)
+        (temporary / REPORT).write_text(json.dumps(to_json(report), indent=1))
         (temporary / "README.md").write_text(model_card(report, folder), encoding="utf-8")
     return report
 
@@ -175,23 +202,27 @@ def _make_room(folder: Path, weight_bytes: int) -> None:
         )
 
 
-def check_export(folder: Path, plan: FoldPlan, runtime: str, *, by_position: bool = False) -> None:
+def check_export(
+    folder: Path, plan: FoldPlan, runtime: str, *, table: CostTable | None = None, overwrite: bool = False
+) -> None:
     """What can be refused before a model is opened.
 
     Args:
         folder: where to.
         plan: of the model.
         runtime: its name.
-        by_position: whether the model scales attention by a block's position (`CostTable.by_position`).
+        table: of the model's costs, which says what its blocks are; None where nothing is known of them.
+        overwrite: whether an export that is there may be replaced.
 
     Raises:
         InputError: the folder exists, or cannot be written; there is no such runtime.
         PlanError: the runtime cannot do what the plan needs.
     """
     check_path(folder, "an export's path")
-    _check_new(folder)
+    _check_new(folder, overwrite=overwrite)
     check_writable(folder.parent, "an export")
-    runtime_named(runtime).check(plan, by_position=by_position)
+    by_position, family = (table.by_position, table.family) if table else (False, "")
+    runtime_named(runtime).check(plan, by_position=by_position, family=family)
 
 
 def load_exported(folder: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -231,7 +262,7 @@ def load_exported(folder: Path | str) -> tuple[PreTrainedModel, PreTrainedTokeni
 def _loader_of(folder: Path) -> str:
     """The module that loads an export; empty where transformers does, as for a folder that says nothing of it."""
     try:
-        name = json.loads((folder / "foldsearch.json").read_text())["runtime"]
+        name = json.loads((folder / REPORT).read_text())["runtime"]
         return runtime_named(name).loader
     except (OSError, ValueError, KeyError, TypeError):
         return ""
@@ -260,29 +291,45 @@ def _check_arguments(model: PreTrainedModel, folder: Path, shipment: Shipment, *
             f"verification needs token ids of shape (sequences, tokens ≥ 2), got {tuple(ids_NT.shape)}."
         )
     check_path(folder, "an export's path")
+    _check_new(folder, overwrite=overwrite)
+
+
+def _check_new(folder: Path, *, overwrite: bool) -> None:
+    """An export is replaced where that was asked for; nothing else is."""
+    if not folder.exists():
+        return
+    ours = (folder / REPORT).is_file() or (folder.is_dir() and not any(folder.iterdir()))
+    if overwrite and not ours:
+        raise InputError(
+            f"only an export is overwritten, but {printable(folder)} holds no {REPORT}. Choose another folder, or move "
+            "it away."
+        )
     if not overwrite:
-        _check_new(folder)
-
-
-def _check_new(folder: Path) -> None:
-    if folder.exists():
-        raise InputError(f"{printable(folder)} exists already. Choose another folder, or move it away.")
+        or_force = ", or overwrite it with --force" if ours else ""
+        raise InputError(
+            f"{printable(folder)} exists already. Choose another folder, or move it away{or_force}."
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
     """An export that is written and not yet verified.
 
-    tokens: ids_NT and text_NT. tolerance: of the logits, as a share of their RMS. weight_bytes: that were written.
+    measured: what it is held against. tokens: ids_NT and text_NT. weights: how they are stored; dtype: in which torch
+    holds them. tolerance: of the logits, as a share of their RMS. weight_bytes, num_parameters: that
+    were written. beside: what went into it with the model.
     """
 
     folder: Path
     measured: PreTrainedModel
     tokens: dict[str, Tensor]
     runtime: Runtime
+    weights: str
     dtype: str
     tolerance: float
     weight_bytes: int
+    num_parameters: int
+    beside: Beside
 
     def loading(self, folder: Path, tensors: Path, *, how: str = "") -> dict[str, Any]:
         """How every process loads a folder: the same for all of them."""
@@ -305,9 +352,7 @@ def _report(job: _Job, shipment: Shipment) -> ExportReport:
     import transformers
 
     details = dict(shipment.details)
-    base_model = str(
-        details.pop("base_model", "") or Path(str(job.measured.config.name_or_path)).name or "unknown"
-    )
+    details.pop("base_model", "")
     plan = shipment.plan
     logits_BTV = verify.compared_logits(job.measured, job.tokens["ids_NT"])
     measured_perplexity = verify.perplexity(job.measured, **job.tokens)
@@ -319,20 +364,25 @@ def _report(job: _Job, shipment: Shipment) -> ExportReport:
         with ModelProcess(workplace, without_foldsearch=stock) as exported:
             answer, figures = _verify(job, exported, tensors, measured_perplexity)
             code = _verify_alone(job, workplace, tensors) if job.runtime.carries_code else None
-            dense_figures, dense_note, speeds = _compare(job, exported, shipment.dense, workplace)
+            if job.runtime.engine is None:
+                compared = _compare(job, exported, shipment.dense, workplace)
+        if job.runtime.engine is not None:
+            compared = _compare_in_engine(job, job.runtime.engine, shipment.dense, workplace)
+            figures = replace(figures, resident_bytes=compared.resident_bytes)
     return ExportReport(
         runtime=job.runtime.name,
         dtype=job.dtype,
+        weights=job.weights,
         plan=str(plan),
         num_blocks=plan.num_blocks,
-        base_model=base_model,
+        base_model=shipment.base_model,
         exported=figures,
-        dense=dense_figures,
-        dense_note=dense_note,
-        file_bytes=_file_bytes(job),
+        dense=compared.dense,
+        dense_note=compared.note,
+        file_bytes=_file_bytes(job.runtime, job.folder),
         prompt_tokens=min(verify.PROMPT_TOKENS, job.tokens["ids_NT"].shape[1]),
-        prompt=speeds["prompt"],
-        decode=speeds["decode"],
+        prompt=compared.speeds["prompt"],
+        decode=compared.speeds["decode"],
         measured_perplexity=measured_perplexity,
         tokens=int(job.tokens["text_NT"].sum()),
         logits_max_difference=answer["logits_max_difference"],
@@ -342,7 +392,9 @@ def _report(job: _Job, shipment: Shipment) -> ExportReport:
         decode_tolerance=ROUNDING[job.dtype],
         loads_without_foldsearch=stock or bool(code),
         refused_without_code=code,
-        has_tokenizer=(job.folder / "tokenizer_config.json").is_file(),
+        has_tokenizer=False,
+        engine=compared.engine,
+        engine_note=compared.engine_note,
         threads=torch.get_num_threads(),
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
         details=details,
@@ -357,7 +409,7 @@ def _verify(
         answer = process.ask(
             "load", **job.loading(job.folder, tensors, how=job.runtime.loader)
         ) | process.ask("quality")
-    figures = _figures(answer, job.dtype)
+    figures = _figures(job, job.folder, answer)
     faults = _logit_faults(answer, job.tolerance) + _faults(job, answer, figures, measured_perplexity)
     _raise_for(faults, job.runtime.name)
     return answer, figures
@@ -388,9 +440,23 @@ def _told(where: str) -> Iterator[None]:
 # ---- beside the dense model
 
 
-def _compare(
-    job: _Job, exported: ModelProcess, dense: PreTrainedModel | None, workplace: Path
-) -> tuple[ModelFigures | None, str, dict[str, Speed]]:
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """An export beside the dense model.
+
+    dense: its figures; None where there are none, and note says why. speeds: of both, by "prompt" and "decode". engine:
+    what the program of the runtime found, and resident_bytes: of the export in it; engine_note: why it was not asked.
+    """
+
+    dense: ModelFigures | None
+    note: str
+    speeds: dict[str, Speed]
+    engine: EngineReport | None = None
+    engine_note: str = ""
+    resident_bytes: int | None = None
+
+
+def _compare(job: _Job, exported: ModelProcess, dense: PreTrainedModel | None, workplace: Path) -> _Compared:
     """Figures of the dense model, or why there are none; and the speeds of both.
 
     The dense model is written anew in the dtype that ships, by the same writer: whatever it lies in, both models are
@@ -398,22 +464,81 @@ def _compare(
     """
     note = ""
     if dense is not None:
-        place = beside(job.folder, "dense")
-        try:
-            note = _lacks_room(job, dense)
-            if not note:
-                _as_shipped(dense, job.dtype).save_pretrained(place)
-                tensors = workplace / "tokens.safetensors"
-                save_file(job.tokens, tensors)
-                with ModelProcess(workplace) as process:
-                    answer = process.ask("load", **job.loading(place, tensors)) | process.ask("quality")
-                    return _figures(answer, job.dtype), "", _take_turns(exported, process)
-        except (ProcessError, OSError, SafetensorError) as error:
-            note = f"The dense model could not be measured: {describe_error(error)}."
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
+        with _dense_beside(job) as place:
+            try:
+                note = _lacks_room(job, dense)
+                if not note:
+                    with _loaded_dense(job, dense, place, workplace) as (process, figures):
+                        return _Compared(figures, "", _take_turns(exported, process))
+            except (ProcessError, OSError, SafetensorError) as error:
+                note = f"The dense model could not be measured: {describe_error(error)}."
     with _told(""):
-        return None, note, _take_turns(exported)
+        return _Compared(None, note, _take_turns(exported))
+
+
+def _compare_in_engine(
+    job: _Job, engine: Engine, dense: PreTrainedModel | None, workplace: Path
+) -> _Compared:
+    """The same where another program runs the export: whether it is the same model there, memory and speeds.
+
+    Raises:
+        VerificationError: it is another model in the program.
+    """
+    figures, note = None, ""
+    with _dense_beside(job) as place:
+        if dense is not None and not (note := _lacks_room(job, dense)):
+            try:
+                with _loaded_dense(job, dense, place, workplace) as (_, in_torch):
+                    figures = replace(in_torch, resident_bytes=None)
+            except (ProcessError, OSError) as error:
+                note = f"The dense model could not be measured: {describe_error(error)}."
+        why = "" if engine.is_installed else engine.absence
+        if not why and not (job.beside.tokenizer or job.beside.gguf):
+            why = f"not checked in {engine.name}, which needs a tokenizer: the model was exported without one"
+        if why:
+            return _Compared(figures, note, {"prompt": NO_SPEED, "decode": NO_SPEED}, engine_note=why)
+        asked = EngineJob(engine, torch.get_num_threads(), **job.tokens)
+        theirs = expected(in_dtype(job.measured, torch.float32), asked)
+        with ExitStack() as stack, _told(f" of {engine.name}"):
+            process, found = stack.enter_context(running(asked, job.folder, workplace))
+            other = stack.enter_context(running(asked, place, workplace)) if figures else None
+            report = compare(engine, found, theirs, TOLERANCES[job.weights], other[1] if other else None)
+            _raise_for([fault] if (fault := fault_of(report)) else [], job.runtime.name)
+            speeds = _take_turns(process, *([other[0]] if other else []))
+    if figures and other:
+        figures = replace(figures, resident_bytes=other[1].resident_bytes)
+    return _Compared(figures, note, speeds, report, resident_bytes=found.resident_bytes)
+
+
+@contextmanager
+def _dense_beside(job: _Job) -> Iterator[Path]:
+    """Where the dense model lies for a while."""
+    place = beside(job.folder, "dense")
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def _loaded_dense(
+    job: _Job, dense: PreTrainedModel, place: Path, workplace: Path
+) -> Iterator[tuple[ModelProcess, ModelFigures]]:
+    """The dense model as the runtime has it, in a process of its own."""
+    if job.runtime.types:  # weights are rounded in its own way
+        writer = job.runtime.writer
+        place.mkdir()
+        written, _ = writer.before_rounding(dense)
+        writer.write(_on_cpu(writer.rounded(written, job.weights)), place, replace(job.beside, plan=""))
+        del written
+    else:
+        _on_cpu(in_dtype(dense, getattr(torch, job.dtype))).save_pretrained(place)
+    tensors = workplace / "tokens.safetensors"
+    save_file(job.tokens, tensors)
+    how = job.runtime.loader if job.runtime.types else ""
+    with ModelProcess(workplace) as process:
+        answer = process.ask("load", **job.loading(place, tensors, how=how)) | process.ask("quality")
+        yield process, _figures(job, place, answer)
 
 
 def _lacks_room(job: _Job, dense: PreTrainedModel) -> str:
@@ -481,9 +606,13 @@ def _faults(
             f"its perplexity is {figures.perplexity:.6g}, the measured model's is {measured_perplexity:.6g} "
             f"(tolerance {bound:g} nats of loss)"
         )
+    if job.runtime.types:  # a file of several types: its numbers are counted, and were compared
+        if figures.parameters != job.num_parameters:
+            faults.append(f"it holds {figures.parameters} parameters, {job.num_parameters} were written")
+        return faults
     if figures.weight_bytes != job.weight_bytes:
         faults.append(f"it holds {figures.parameters} parameters, {job.weight_bytes} bytes were written")
-    file_bytes = _file_bytes(job)
+    file_bytes = _file_bytes(job.runtime, job.folder)
     if not 0 <= file_bytes - job.weight_bytes <= 1_000_000:  # names and shapes of the tensors
         faults.append(f"its files have {file_bytes} bytes for {job.weight_bytes} bytes of weights")
     return faults
@@ -501,22 +630,23 @@ def _logit_faults(answer: dict[str, Any], tolerance: float) -> list[str]:
     return faults
 
 
-def _figures(answer: dict[str, Any], dtype: str) -> ModelFigures:
+def _figures(job: _Job, folder: Path, answer: dict[str, Any]) -> ModelFigures:
+    """What a process said of a folder; where weights are of several types, their bytes are those of the file."""
+    in_file = _file_bytes(job.runtime, folder)
     return ModelFigures(
         parameters=answer["parameters"],
-        weight_bytes=answer["parameters"] * DTYPE_BYTES[dtype],
+        weight_bytes=in_file if job.runtime.types else answer["parameters"] * DTYPE_BYTES[job.dtype],
         resident_bytes=answer["resident_bytes"],
         perplexity=answer["perplexity"],
     )
 
 
-def _file_bytes(job: _Job) -> int:
-    return sum(file.stat().st_size for file in job.folder.glob(job.runtime.weights))
+def _file_bytes(runtime: Runtime, folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob(runtime.weights))
 
 
-def _as_shipped(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
-    twin: Any = in_dtype(model, getattr(torch, dtype))
-    on_cpu: PreTrainedModel = twin.to("cpu")
+def _on_cpu(model: Any) -> PreTrainedModel:
+    on_cpu: PreTrainedModel = model.to("cpu")
     return on_cpu
 
 

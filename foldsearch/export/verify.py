@@ -179,11 +179,12 @@ class Answers:
         return {"prompt": prompt, "decode": decode}
 
 
-def main(where: str) -> None:
+def main(where: str, answers_of: str = "") -> None:
     """Answer until the input ends.
 
     Args:
         where: "alone": foldsearch cannot be imported, as where it is not installed.
+        answers_of: the module whose `Answers` are asked; empty for those of this one.
     """
     if where == "alone":
         sys.modules["foldsearch"] = None  # type: ignore[assignment]  # an import of it now fails
@@ -196,7 +197,7 @@ def main(where: str) -> None:
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    answers = Answers()
+    answers = import_module(answers_of).Answers() if answers_of else Answers()
     for line in questions:
         question = json.loads(line)
         try:
@@ -216,4 +217,4 @@ def _words(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

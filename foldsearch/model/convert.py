@@ -19,8 +19,9 @@ from foldsearch.errors import ModelError, quote_error
 from foldsearch.files import disk_is_full
 from foldsearch.model.blocks import family_of
 from foldsearch.model.checks import check_finite
-from foldsearch.model.gguf.config import architecture_of, build_config
+from foldsearch.model.gguf.config import build_config
 from foldsearch.model.gguf.file import GgufFile, read_gguf
+from foldsearch.model.gguf.names import NAMES
 from foldsearch.model.gguf.tokenizer import build_tokenizer
 from foldsearch.model.gguf.weights import TensorReader, read_weights
 
@@ -129,7 +130,7 @@ def write_gguf_tokenizer(weights: tuple[Path, ...], folder: Path) -> bool:
 def _read_gguf(file: GgufFile, dtype: str, say: Say) -> tuple[PretrainedConfig, dict[str, torch.Tensor]]:
     reader = TensorReader(file)
     config = build_config(file, reader)
-    tensors = read_weights(reader, config, architecture_of(file).names, DTYPES[dtype], say)
+    tensors = read_weights(reader, config, NAMES[file.architecture], DTYPES[dtype], say)
     config.architectures = [family_of(config).stock]
     return config, tensors
 

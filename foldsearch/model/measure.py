@@ -157,6 +157,7 @@ def measure(config: PretrainedConfig) -> CostTable:
         vocabulary=config.vocab_size,
         blocks=blocks,
         by_position=bool(getattr(config, "scale_attn_by_inverse_layer_idx", False)),
+        family=str(config.model_type),
     )
 
 

@@ -104,6 +104,7 @@ class DenseFiles:
         note: what must be said wherever a figure of this model is shown, such as
             "4-bit (Q4_1) weights, de-quantised"; "" if nothing.
         trust_remote_code: whether code that came with the model may run.
+        gguf: the files of the GGUF that it was read from; none where it was read from a folder.
     """
 
     reference: str
@@ -112,6 +113,7 @@ class DenseFiles:
     content_hash: str
     note: str
     trust_remote_code: bool = False
+    gguf: tuple[Path, ...] = ()
 
 
 def check_cache(cache_dir: Path) -> None:
@@ -264,7 +266,8 @@ def prepare(
     note, _ = cache.once(
         target, make, note_of, is_whole=lambda target: (target / RECORD).is_file(), keep=True
     )
-    return DenseFiles(reference, target, dtype, content_hash, note, trust_remote_code)
+    gguf = source.weights if source.gguf_file else ()
+    return DenseFiles(reference, target, dtype, content_hash, note, trust_remote_code, gguf)
 
 
 def open_dense(files: DenseFiles, *, device: str | torch.device = "cpu") -> PreTrainedModel:

@@ -74,6 +74,7 @@ class CostTable:
     activation_width, activation_fixed: peak of live activation numbers while a block runs, per token that goes
     through at once, and the part that does not grow with them. vocabulary: logits of one token.
     by_position: whether attention is scaled by a block's position (GPT-2's scale_attn_by_inverse_layer_idx).
+    family: the model type of transformers.
     """
 
     width: int
@@ -85,6 +86,7 @@ class CostTable:
     vocabulary: int
     blocks: tuple[BlockCost, ...]
     by_position: bool = False
+    family: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from math import isfinite
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -37,6 +37,7 @@ from foldsearch.report.view import (
     with_error,
 )
 from foldsearch.run import Run
+from foldsearch.runtimes import exported_bytes, names, runtime_for, runtime_named
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -157,18 +158,20 @@ _PLAN = ("plan", "chosen by")
 _KL = ("search KL", "report KL")
 _GAIN = ("perplexity", "Δ KL")
 _MEMORY = ("weights", "adapters", "KV", "activ.", "total GB")
-_SPEED = ("prefill", "decode", "file")
+_SPEED = ("prefill", "decode")
+_FILES = tuple(f"{name} MB" for name in names())  # what each runtime's file takes
 _QUALITY = (_PLAN[0], *_KL, *_GAIN, _PLAN[1])
 # The columns of each table, for narrower and narrower lines.
 _LAYOUTS: tuple[tuple[tuple[str, ...], ...], ...] = (
-    ((*_QUALITY, *_MEMORY, *_SPEED),),
-    (_QUALITY, (*_MEMORY, *_SPEED)),
-    ((_PLAN[0], *_KL), (*_GAIN, _PLAN[1]), (*_MEMORY, *_SPEED)),
-    ((_PLAN[0], *_KL), (*_GAIN, _PLAN[1]), _MEMORY, _SPEED),
-    (_PLAN, (*_KL, *_GAIN), (*_MEMORY, *_SPEED)),
-    (_PLAN, (*_KL, *_GAIN), _MEMORY, _SPEED),
-    (_PLAN, _KL, _GAIN, _MEMORY, _SPEED),
-    (_PLAN, _KL, _GAIN, _MEMORY[:3], _MEMORY[3:], _SPEED),
+    ((*_QUALITY, *_MEMORY, *_SPEED, *_FILES),),
+    (_QUALITY, (*_MEMORY, *_SPEED, *_FILES)),
+    (_QUALITY, (*_MEMORY, *_SPEED), _FILES),
+    ((_PLAN[0], *_KL), (*_GAIN, _PLAN[1]), (*_MEMORY, *_SPEED), _FILES),
+    ((_PLAN[0], *_KL), (*_GAIN, _PLAN[1]), _MEMORY, (*_SPEED, *_FILES)),
+    (_PLAN, (*_KL, *_GAIN), (*_MEMORY, *_SPEED), _FILES),
+    (_PLAN, (*_KL, *_GAIN), _MEMORY, (*_SPEED, *_FILES)),
+    (_PLAN, _KL, _GAIN, _MEMORY, (*_SPEED, *_FILES)),
+    (_PLAN, _KL, _GAIN, _MEMORY[:3], _MEMORY[3:], _SPEED, *((name,) for name in _FILES)),
 )
 _AUTHORS_WIDTH = 12  # characters that a folded strip leaves for who chose the blocks
 
@@ -239,7 +242,7 @@ def _front_rows(view: RunView, every: bool) -> list[dict[str, str | Text]]:
     dense |= dict.fromkeys(_KL, "0") | {"perplexity": "" if perplexity is None else f"{perplexity:.2f}"}
     kinds = dict.fromkeys(f"{_KIND}{kind.title}" for trial in shown for kind in trial.final.shown_kinds)
     dense |= dict.fromkeys(kinds, "0")
-    rows = [dense | _price(folder.dense, folder.dense)]
+    rows = [dense | _price(folder.dense, folder.dense) | _files(view, FoldPlan.identity(folder.num_blocks))]
     for trial in shown:
         q, final, on_front = trial.quality, trial.final, trial.number in front
         authors = ", ".join(view.authors(trial))
@@ -260,7 +263,7 @@ def _front_rows(view: RunView, every: bool) -> list[dict[str, str | Text]]:
         }
         for kind in final.shown_kinds:
             row[f"{_KIND}{kind.title}"] = with_error(kind.kl, kind.kl_se, ".3f")
-        rows.append(row | _price(trial.cost, folder.dense))
+        rows.append(row | _price(trial.cost, folder.dense) | _files(view, trial.plan))
     return rows
 
 
@@ -292,8 +295,39 @@ def _price(cost: Cost, dense: Cost) -> dict[str, str | Text]:
         "total GB": Text(gb(cost.memory_bytes, dense), style="bold"),
         "prefill": f"{2 * cost.prefill_macs / size:.1f}",
         "decode": f"{cost.flops / size:.1f}",
-        "file": f"{cost.stored_bytes / dense.stored_bytes:.0%}",
     }
+
+
+def _files(view: RunView, plan: FoldPlan) -> dict[str, str | Text]:
+    """Megabytes of an export to each runtime; a dash where it cannot hold the plan."""
+    found = exported_bytes(plan, view.folder.table, view.folder.target)
+    return {
+        f"{name} MB": Text("—", style="dim") if size is None else megabytes(size)
+        for name, size in found.items()
+    }
+
+
+def megabytes(size: int) -> str:
+    """Decimal megabytes, with a digit behind the point where there are few."""
+    return f"{size / 1e6:,.0f}" if size >= 1e8 else f"{size / 1e6:,.1f}"
+
+
+def runtimes_words(view: RunView, plan: FoldPlan) -> str:
+    """Which runtimes hold a plan, at what size, and why others do not: `foldsearch pick`."""
+    table, target = view.folder.table, view.folder.target
+    found = exported_bytes(plan, table, target)
+    usual = runtime_for(plan, target.runtime, by_position=table.by_position).name
+    held = [
+        f"{name} {megabytes(size)} MB" + (" (the default)" if name == usual else "")
+        for name, size in found.items()
+        if size is not None
+    ]
+    words = f"exports to {', '.join(held)}, in {target.dtype}"
+    if lacking := [name for name, size in found.items() if size is None]:
+        refusal = runtime_named(lacking[0]).refusal(plan, by_position=table.by_position, family=table.family)
+        assert refusal is not None
+        words += f"; not to {' or '.join(lacking)}, which cannot hold {refusal[0]}"
+    return words
 
 
 def _marks(view: RunView, trial: Trial, on_front: bool) -> Text:
@@ -398,7 +432,8 @@ def _footnote(view: RunView) -> Text:
         f"KL to dense in nats per token, ± one standard error by document: over {first.quality.tokens:,} tokens that "
         f"the search looked at, and over {first.final.tokens:,} of the report texts, which it did not; perplexity and "
         "Δ KL are of the latter. Δ KL: against the best baseline of about the same cost or less. GB decimal: weights + "
-        "adapters + KV cache + activations. F: FLOPs per token. file: its size as a share of dense.\n"
+        "adapters + KV cache + activations. F: FLOPs per token. MB: of weights in an export to a runtime; — where it "
+        "cannot hold the plan.\n"
         f"Models: {view.tokens_words}." + _kinds_words(view.folder.study, first.final) + no_error,
         style="dim",
     )
@@ -585,6 +620,20 @@ def dry_run_table(study: Study, found: DryRun) -> Group:
     return Group(*([Text(f"Note: {found.notice}", style="yellow")] if found.notice else []), table)
 
 
+def passport_lines(value: Mapping[str, Any], file: Path) -> Group:
+    """A plan as a file for other tools: `foldsearch export --to plan`."""
+    parts = [Text(f"{printable(file)}", style="bold"), Text(value["plan"], style="dim"), Text()]
+    tools = (
+        ("transformers", "config.json"),
+        ("llama_quantize", "llama-quantize"),
+        ("mergekit", "mergekit-yaml"),
+    )
+    for key, name in tools:
+        words = "in the file" if value[key] is not None else f"none: {value['why_not'][key]}"
+        parts.append(Text(f"{name}: {words}"))
+    return Group(*parts, Text(f"The weights are {value['weights']}."))
+
+
 def export_table(report: ExportReport, folder: Path) -> Group:
     """What was shipped, beside dense: `foldsearch export`."""
     names = ("", report.runtime, "dense", "ratio")
@@ -604,23 +653,29 @@ def export_table(report: ExportReport, folder: Path) -> Group:
         f"cached decoding differs from a full forward by {report.decode_difference:.2g} of the logits' RMS "
         f"(at most {report.decode_tolerance:g} allowed)",
         f"perplexity {report.exported.perplexity:.4f}, measured {report.measured_perplexity:.4f}",
+        *([report.engine.check] if report.engine else []),
     ]
     if report.loads_without_foldsearch:
         code = ", with trust_remote_code=True," if report.refused_without_code else ""
         checks.append(f"loads where foldsearch is not installed{code} to the same logits")
+    engine = runtime_named(report.runtime).engine
+    where = engine.name if engine else "transformers"
     holds = "with a tokenizer" if report.has_tokenizer else "without a tokenizer"
     return Group(
         Text(f"{printable(folder)}", style="bold"),
-        Text(
-            f"The {report.runtime} model for transformers, {holds}. How to load it stands in its README.md."
-        ),
+        Text(f"The {report.runtime} model for {where}, {holds}. How to load it stands in its README.md."),
         Text(),
         table,
         Text(),
         *(Text(note, style="dim") for note in notes),
         Text(),
-        Text(f"Verified in a fresh process, in {report.dtype}, against the model that was measured:"),
+        Text(f"Verified in a fresh process against {report.held_against}:"),
         *(Padding(Text(check, style="green"), (0, 0, 0, 2)) for check in checks),
+        *(
+            Padding(Text(note, style="yellow"), (0, 0, 0, 2))
+            for note in (report.engine_note, *report.notes)
+            if note
+        ),
     )
 
 

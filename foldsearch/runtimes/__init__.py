@@ -6,35 +6,71 @@ exports read the list. Nothing here imports torch; the file of a runtime, which 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from foldsearch.errors import InputError, PlanError, find_named
+from foldsearch.model.gguf.types import DTYPE_TYPES, TYPES
+from foldsearch.plan.cost import CostTable, Target, price
 from foldsearch.plan.plan import UNITS, FoldPlan
 from foldsearch.runtimes.needs import WORDS, Need, needs
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "ALL_CAN",
+    "NOTHING",
     "RUNTIMES",
+    "STOCK",
+    "Beside",
+    "Engine",
     "Loader",
     "Need",
     "Runtime",
     "Writer",
     "called_now",
-    "listed",
+    "exported_bytes",
     "names",
     "runtime_for",
     "runtime_named",
 ]
 
 
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What goes into an export beside the model.
+
+    tokenizer: of the model; None writes none. weights: how weights are stored, a dtype or one of the runtime's types.
+    base_model, plan: what was folded, and how. gguf: the files of the GGUF that the base model was read from.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    weights: str = "float32"
+    base_model: str = ""
+    plan: str = ""
+    gguf: tuple[Path, ...] = ()
+
+
+NOTHING = Beside()
+
+
 class Writer(Protocol):
     """The file of a runtime: how a folded model becomes what the runtime reads."""
+
+    def check_model(self, config: PretrainedConfig, context: int) -> tuple[str, ...]:
+        """Whether the runtime runs such a model, dense or folded, on texts of `context` tokens.
+
+        Returns:
+            What it computes in another way than transformers does, in sentences for the model card.
+
+        Raises:
+            ModelError: it does not.
+        """
 
     def before_rounding(self, model: PreTrainedModel) -> tuple[PreTrainedModel, bool]:
         """The model to write, and whether it computes the same to the bit.
@@ -43,8 +79,22 @@ class Writer(Protocol):
         its adapter) is rounded once. `model` is not changed.
         """
 
-    def write(self, model: PreTrainedModel, folder: Path) -> None:
-        """Write that model, rounded, to `folder`, which exists."""
+    def rounded(self, model: PreTrainedModel, weights: str) -> PreTrainedModel:
+        """A copy with the numbers that the export holds, where weights are stored so.
+
+        Raises:
+            InputError: the runtime does not store weights so.
+        """
+
+    def write(self, model: PreTrainedModel, folder: Path, beside: Beside) -> tuple[str, ...]:
+        """Write that model, rounded, to `folder`, which exists.
+
+        Returns:
+            What of the tokenizer the runtime does in another way, in sentences for the model card.
+
+        Raises:
+            ModelError: the runtime has no such tokenizer.
+        """
 
 
 class Loader(Protocol):
@@ -52,6 +102,34 @@ class Loader(Protocol):
 
     def load(self, folder: str, dtype: str, attention: str | None) -> tuple[PreTrainedModel, list[str]]:
         """The model, and every weight that is missing, unexpected or of another shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A program that runs exports and is not transformers, as a Python package that may be there or not.
+
+    name: of the program. package: as it is imported. extra: of foldsearch, which installs it. module: has the class
+    `Answers`, which loads an export in a process of its own and answers questions (see `foldsearch.export.engine`).
+    python: what loads an export and lets it write, with {where} and {prompt} for the folder and a text; commands: what
+    else can be done with it, with {folder}.
+    """
+
+    name: str
+    package: str
+    extra: str
+    module: str
+    python: str
+    commands: str
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether the package can be imported."""
+        return find_spec(self.package) is not None
+
+    @property
+    def absence(self) -> str:
+        """What is not checked where the package is missing, and what installs it."""
+        return f"not checked in {self.name}: install foldsearch[{self.extra}]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +145,10 @@ class Runtime:
     carries_code: whether the folder holds the code that runs it. card: what the model card says of loading it.
     loader: the module that loads a folder (see `Loader`); empty where transformers does.
     weights: the files of a folder that hold weights, as a pattern.
+    types: in which weights can be stored, and own_types: which of them is a dtype's own. Empty where weights are stored
+    in the dtype that ships. other_types: how one gets others, in the words of a message.
+    families: the model types of transformers that it runs; empty for all.
+    engine: the program itself, where it is not transformers.
     """
 
     name: str
@@ -79,6 +161,11 @@ class Runtime:
     card: str
     loader: str = ""
     weights: str = "*.safetensors"
+    types: tuple[str, ...] = ()
+    own_types: Mapping[str, str] = field(default_factory=dict)
+    other_types: str = ""
+    families: frozenset[str] = frozenset()
+    engine: Engine | None = None
 
     @property
     def needs_only_transformers(self) -> bool:
@@ -90,29 +177,82 @@ class Runtime:
         """The file of the runtime, loaded now; it needs torch."""
         return cast("Writer", import_module(self.file))
 
-    def refusal(self, plan: FoldPlan, *, by_position: bool = False) -> tuple[str, str] | None:
+    def stored_as(self, dtype: str, weights: str = "") -> str:
+        """How weights are stored: as `weights` says, else in the way that is the dtype's own.
+
+        Raises:
+            InputError: the runtime does not store weights so.
+        """
+        if not self.types:
+            if weights:
+                raise InputError(
+                    f"an export to {self.name} stores weights in its dtype, {dtype}; got the type '{weights}'. Leave "
+                    "the type out."
+                )
+            return dtype
+        weights = weights or self.own_types[dtype]
+        if weights not in self.types:
+            raise InputError(
+                f"an export to {self.name} stores weights as {', '.join(self.types)}; got the type '{weights}'. "
+                f"Choose one of these{self.other_types}."
+            )
+        return weights
+
+    def dtype_of(self, weights: str) -> str:
+        """The dtype in which transformers holds weights that are stored so."""
+        if not self.types:
+            return weights
+        return next((dtype for dtype, own in self.own_types.items() if own == weights), "float32")
+
+    def refusal(
+        self, plan: FoldPlan, *, by_position: bool = False, family: str = ""
+    ) -> tuple[str, str] | None:
         """What of a plan the runtime cannot do, and what to do about it; None where it can do all of it.
 
         Args:
             plan: of the folded model.
             by_position: whether the model scales attention by a block's position (`CostTable.by_position`).
+            family: the model's (`CostTable.family`); empty where it is not known.
         """
+        if family and self.families and family not in self.families:
+            return f"blocks of a {family} model", "take another runtime"
         found = (need for need in needs(plan, by_position=by_position) if need in self.cannot)
         return next((WORDS[need] for need in found), None)
 
-    def check(self, plan: FoldPlan, *, by_position: bool = False) -> None:
+    def check(self, plan: FoldPlan, *, by_position: bool = False, family: str = "") -> None:
         """Whether the runtime can hold a plan; arguments as for `refusal`.
 
         Raises:
             PlanError: it cannot; the message says what.
         """
-        if (found := self.refusal(plan, by_position=by_position)) is not None:
+        if (found := self.refusal(plan, by_position=by_position, family=family)) is not None:
             what, remedy = found
             raise PlanError(
                 f"the {self.name} runtime runs {self.blocks} only, but the plan '{plan}' has {what}, which it cannot "
                 f"do. Export it to {ALL_CAN}, or {remedy}."
             )
 
+
+LLAMA_CPP = Engine(
+    name="llama.cpp",
+    package="xllamacpp",
+    extra="gguf",
+    module="foldsearch.runtimes.llama_cpp",
+    python="""import os
+
+import xllamacpp  # pip install xllamacpp: llama.cpp with Python
+
+{where}
+settings = xllamacpp.CommonParams()
+settings.model.path = os.path.join(FOLDER, "model.gguf")
+settings.n_ctx = 1024
+server = xllamacpp.Server(settings)
+print(server.handle_completions({{"prompt": {prompt}, "n_predict": 20}})["choices"][0]["text"], flush=True)
+os._exit(0)  # its threads would keep the process""",
+    commands="""llama-server -m {folder}/model.gguf
+# K-quants are made by llama.cpp's own program, best from f16 or f32:
+llama-quantize {folder}/model.gguf model-Q4_K_M.gguf Q4_K_M""",
+)
 
 ALL_CAN = "folded"  # the runtime that holds every plan
 STOCK = "stock"  # the one that needs no code of ours
@@ -143,18 +283,32 @@ RUNTIMES: tuple[Runtime, ...] = (
         carries_code=False,
         card="A stock transformers model: it needs nothing else.",
     ),
+    Runtime(
+        name="gguf",
+        title="one file for llama.cpp",
+        blocks="stock blocks",
+        shares_weights=False,
+        cannot=frozenset({"network", "norm", "half block", "moved block"}),
+        file="foldsearch.runtimes.gguf",
+        carries_code=False,
+        card="One file, `model.gguf`, for llama.cpp and what is made with it: the weights, the tokenizer and the chat "
+        "template.",
+        loader="foldsearch.runtimes.gguf",
+        weights="*.gguf",
+        types=tuple(TYPES),
+        own_types=DTYPE_TYPES,
+        other_types=", or export it in f16 and run: llama-quantize model.gguf Q4_K_M",
+        families=frozenset(
+            "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 olmo2 gpt2 gpt_neox".split()
+        ),
+        engine=LLAMA_CPP,
+    ),
 )
 
 
 def names() -> tuple[str, ...]:
     """Of all runtimes, in the order of the list."""
     return tuple(runtime.name for runtime in RUNTIMES)
-
-
-def listed() -> str:
-    """The names in quotes, as a message has them."""
-    *others, last = map(repr, names())
-    return f"{', '.join(others)} or {last}" if others else last
 
 
 def runtime_named(name: str) -> Runtime:
@@ -171,7 +325,17 @@ def called_now(name: str) -> str:
     return _CALLED_NOW.get(name, name)
 
 
-def runtime_for(plan: FoldPlan, target: str, *, by_position: bool) -> Runtime:
+def exported_bytes(plan: FoldPlan, table: CostTable, target: Target) -> dict[str, int | None]:
+    """Bytes of a plan's weights in an export to each runtime, in the target's dtype; None where it cannot hold it."""
+    found: dict[str, int | None] = {}
+    for runtime in RUNTIMES:
+        refusal = runtime.refusal(plan, by_position=table.by_position, family=table.family)
+        there = replace(target, runtime=runtime.name, shares_weights=runtime.shares_weights)
+        found[runtime.name] = None if refusal else price(plan, table, there).stored_bytes
+    return found
+
+
+def runtime_for(plan: FoldPlan, target: str, *, by_position: bool = False) -> Runtime:
     """The runtime that a plan is exported to where nobody says another.
 
     That of the target, where it was priced for one that cannot hold everything. Else the stock architecture, if it runs

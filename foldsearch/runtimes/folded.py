@@ -10,9 +10,13 @@ from foldsearch.model import blocks as blocks_file
 from foldsearch.model import folded as folded_file
 from foldsearch.model import networks as networks_file
 from foldsearch.model import parts as parts_file
+from foldsearch.runtimes import NOTHING, Beside, stock
+from foldsearch.runtimes.stock import check_model, rounded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+__all__ = ["before_rounding", "check_model", "rounded", "write"]
 
 SHIPPED_CODE = tuple(
     Path(str(module.__file__)) for module in (folded_file, networks_file, parts_file, blocks_file)
@@ -24,7 +28,7 @@ def before_rounding(model: PreTrainedModel) -> tuple[PreTrainedModel, bool]:
     return model, True
 
 
-def write(model: PreTrainedModel, folder: Path) -> None:
+def write(model: PreTrainedModel, folder: Path, beside: Beside = NOTHING) -> tuple[str, ...]:
     """Write a folded model with the code that runs it; `folder` exists.
 
     Stock transformers refuses the folder unless told `trust_remote_code=True`: it knows no such model type.
@@ -33,6 +37,7 @@ def write(model: PreTrainedModel, folder: Path) -> None:
         "AutoConfig": f"folded.{type(model.config).__name__}",
         "AutoModelForCausalLM": f"folded.{type(model).__name__}",
     }
-    model.save_pretrained(folder)
+    stock.write(model, folder, beside)
     for file in SHIPPED_CODE:
         shutil.copyfile(file, folder / file.name)
+    return ()

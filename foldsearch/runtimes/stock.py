@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from foldsearch.model.blocks import family_of
-from foldsearch.model.fold import stock_config
+from foldsearch.model.fold import cast, stock_config
 from foldsearch.model.parts import Borrowed
+from foldsearch.runtimes import NOTHING, Beside
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def before_rounding(model: PreTrainedModel) -> tuple[PreTrainedModel, bool]:
@@ -26,9 +27,22 @@ def before_rounding(model: PreTrainedModel) -> tuple[PreTrainedModel, bool]:
     return expand(model), not merges
 
 
-def write(model: PreTrainedModel, folder: Path) -> None:
+def check_model(config: PretrainedConfig, context: int) -> tuple[str, ...]:
+    """Transformers runs every model that is folded."""
+    return ()
+
+
+def rounded(model: PreTrainedModel, weights: str) -> PreTrainedModel:
+    """In the dtype that ships."""
+    return cast(model, getattr(torch, weights))
+
+
+def write(model: PreTrainedModel, folder: Path, beside: Beside = NOTHING) -> tuple[str, ...]:
     """As transformers writes it."""
     model.save_pretrained(folder)
+    if beside.tokenizer is not None:
+        beside.tokenizer.save_pretrained(folder)
+    return ()
 
 
 @torch.no_grad()
@@ -60,7 +74,8 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
             else:
                 module._parameters[key] = tied.setdefault(id(found), nn.Parameter(found.detach(), False))
     stock.generation_config = copy.deepcopy(model.generation_config)
-    return cast("PreTrainedModel", stock.eval())
+    expanded: PreTrainedModel = stock.eval()
+    return expanded
 
 
 def merged_weight(child: Borrowed, weight: Tensor) -> Tensor:

@@ -25,6 +25,11 @@ def for_runtime(space: Space, table: CostTable, target: Target) -> Space:
         SpecError: it can hold no plan of the space.
     """
     space, runtime = space.for_width(table.width), runtime_named(target.runtime)
+    if table.family and runtime.families and table.family not in runtime.families:
+        raise SpecError(
+            f"the {runtime.name} runtime runs models of {', '.join(sorted(runtime.families))}; this one is of "
+            f"{table.family}. Take another runtime."
+        )
     if not runtime.cannot:
         return space
     held = held_part(space, runtime)
@@ -64,7 +69,7 @@ def held_part(space: Space, runtime: Runtime) -> Space:
 
 def can_run(plan: FoldPlan, table: CostTable, target: Target) -> bool:
     """Whether a lawful plan can be folded from the model of the table, and held by the runtime."""
-    refusal = runtime_named(target.runtime).refusal(plan, by_position=table.by_position)
+    refusal = runtime_named(target.runtime).refusal(plan, by_position=table.by_position, family=table.family)
     return refusal is None and is_foldable(plan, table.width)
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from foldsearch.codec import from_json
-from foldsearch.errors import VerificationError
+from foldsearch.errors import InputError, VerificationError
 from foldsearch.export import ExportReport, Shipment, export, load_exported, ship
 from foldsearch.export.process import ModelProcess, ProcessError
 from foldsearch.model.fold import cast, fold
@@ -159,6 +159,9 @@ def test_stock_export(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").touch()
+    with pytest.raises(InputError, match="only an export is overwritten"):
+        export(model, None, out, Shipment(plan, "stock", "float32", IDS), overwrite=True)
+    (out / "foldsearch.json").touch()
     report = export(model, None, out, Shipment(plan, "stock", "float32", IDS), overwrite=True)
     assert not (out / "old").exists()
     assert report.logits_tolerance > 0
@@ -208,11 +211,12 @@ def save_tokens(folder):
 def test_a_mismatch_fails_and_leaves_nothing(tmp_path, monkeypatch, tamper, message):
     write = folded_runtime.write
 
-    def write_wrong(model, folder):
-        write(model, folder)
+    def write_wrong(model, folder, beside):
+        notes = write(model, folder, beside)
         weights = load_file(folder / "model.safetensors")
         tamper(weights)
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        return notes
 
     monkeypatch.setattr(folded_runtime, "write", write_wrong)
     model, plan = folded(dense_model(), "0 2-3")
@@ -225,10 +229,11 @@ def test_code_that_cannot_run_alone_fails(tmp_path, monkeypatch):
     """Shipped code that imports foldsearch loads here, but not where foldsearch isn't."""
     write = folded_runtime.write
 
-    def write_wrong(model, folder):
-        write(model, folder)
+    def write_wrong(model, folder, beside):
+        notes = write(model, folder, beside)
         code = (folder / "parts.py").read_text()
         (folder / "parts.py").write_text(code + "\nimport foldsearch.errors\n")
+        return notes
 
     monkeypatch.setattr(folded_runtime, "write", write_wrong)
     model, plan = folded(dense_model(), "0 2-3")

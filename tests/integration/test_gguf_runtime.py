@@ -7,29 +7,21 @@ models, and than the original context of those with scaled RoPE.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from foldsearch.model.gguf.tokenizer import _SPLITS
 from foldsearch.model.source import locate, open_dense, open_tokenizer, prepare
 from tests.gguf_files import build, tiny_config, write_gguf
+from tests.gguf_tokenizers import TEXTS, TOKENIZERS
+from tests.llama_cpp import ask_llama_cpp
 from tests.tolerances import RUNTIME, RUNTIME_GELU
 
 pytest.importorskip("xllamacpp")
-
-PROCESSES = 5
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -126,31 +118,6 @@ def prompt(length: int) -> list[int]:
     return [1, *(int(index) for index in ids)]
 
 
-def ask_llama_cpp(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What llama.cpp answers; see tests/ask_llama_cpp.py."""
-    answers: list[dict[str, Any]] = []
-    said = b""
-    # A server of its has stopped answering once, after dozens of models in one process: another process goes on then.
-    for _ in range(PROCESSES):
-        try:
-            done = subprocess.run(
-                [sys.executable, str(ROOT / "tests" / "ask_llama_cpp.py")],
-                input="\n".join(json.dumps(job) for job in jobs[len(answers) :]).encode(),
-                capture_output=True,
-                check=False,
-                timeout=90,
-            )
-            output, said = done.stdout, done.stderr
-        except subprocess.TimeoutExpired as stuck:
-            output, said = stuck.stdout or b"", stuck.stderr or b""
-        answers += [
-            json.loads(line) for line in output.splitlines() if line.startswith(b"{") and line.endswith(b"}")
-        ]
-        if len(answers) == len(jobs):
-            return answers
-    raise AssertionError(said[-3000:].decode(errors="replace"))
-
-
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Any]]]:
     """The file of each case, and what llama.cpp makes of it."""
@@ -196,105 +163,6 @@ def test_the_metadata_matters(label: str, asked) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- tokenizers
-
-ALPHABET = "".join(bytes_to_unicode().values())
-MERGES = [
-    "t h",
-    "th e",
-    "Ġ the",
-    "Ġ t",
-    "i n",
-    "Ġ a",
-    "1 2",
-    "12 3",
-    "Ġ 1",
-    "' s",
-    "a b",
-    "ab c",
-    "! !",
-    "Ċ Ċ",
-    "Ġ Ġ",
-]
-TEXTS = [
-    "the cat's in the   hat, isn't it? WE'LL see 1234567 things!!",
-    " \n\n  \t the\r\nabc  abc\n \n",
-    "x=1.5;y<=2&&z!=~3 {a[0]}",
-    "Ünïcödé 日本語テスト 한국어 ок ①② 🎉🎉 e\u0301",
-    "",
-    " ",
-    "CamelCase HTTPServer abc123def 3.14159e-10 $100,000.50",
-    "a<x>the  <x> b",
-]
-
-
-def write_bytes(pre: str) -> Callable[[gguf.GGUFWriter, int], None]:
-    """A byte-level tokenizer: an end token, all bytes, and a few merges."""
-
-    def write(writer: gguf.GGUFWriter, vocabulary: int) -> None:
-        words = ["<e>", *ALPHABET, *(merge.replace(" ", "") for merge in MERGES)]
-        words += [f"[PAD{index}]" for index in range(len(words), vocabulary)]
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(pre)
-        writer.add_token_list(words)
-        writer.add_token_types(
-            [3] + [1] * (len(ALPHABET) + len(MERGES)) + [5] * (vocabulary - len(ALPHABET) - 16)
-        )
-        writer.add_token_merges(MERGES)
-        writer.add_bos_token_id(0)
-        writer.add_eos_token_id(0)
-
-    return write
-
-
-def write_pieces(*, prefix: bool, bos: bool) -> Callable[[gguf.GGUFWriter, int], None]:
-    """A SentencePiece tokenizer with a token for each byte, some words, and two tokens of the user's."""
-
-    def write(writer: gguf.GGUFWriter, vocabulary: int) -> None:
-        words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-        kinds = [2, 3, 3] + [6] * 256
-        pieces = [
-            "▁",
-            "t",
-            "h",
-            "e",
-            "th",
-            "he",
-            "the",
-            "▁the",
-            "▁t",
-            "a",
-            "b",
-            "c",
-            "ab",
-            "▁a",
-            "▁ab",
-            "in",
-            "i",
-            "n",
-            "s",
-        ]
-        words += [*pieces, "<x>", "  "]
-        kinds += [1] * len(pieces) + [4, 4]
-        pad = vocabulary - len(words)
-        writer.add_tokenizer_model("llama")
-        writer.add_token_list(words + [f"[PAD{index}]" for index in range(pad)])
-        writer.add_token_scores(
-            [0.0] * 259 + [-float(index % 7) - index / 100 for index in range(vocabulary - 259)]
-        )
-        writer.add_token_types(kinds + [5] * pad)
-        writer.add_bos_token_id(1)
-        writer.add_eos_token_id(2)
-        writer.add_add_space_prefix(prefix)
-        writer.add_add_bos_token(bos)
-
-    return write
-
-
-TOKENIZERS = {pre: write_bytes(pre) for pre in _SPLITS} | {
-    f"pieces-{prefix}-{bos}": write_pieces(prefix=prefix, bos=bos)
-    for prefix in (True, False)
-    for bos in (True, False)
-}
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,9 @@ Oracles: the folded model in this process; the price of its plan, made without l
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
+import gguf
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ from foldsearch.model.measure import measure
 from foldsearch.model.parts import Borrowed
 from foldsearch.plan.cost import price
 from foldsearch.plan.plan import FoldPlan
+from foldsearch.runtimes import Beside
 from foldsearch.runtimes.needs import WORDS, needs
 from foldsearch.spec.fit import can_run, for_runtime
 from foldsearch.spec.load import load_space, load_study
@@ -64,15 +67,22 @@ def target_of(runtime):
     return load_study("default", {"target.runtime": runtime.name, "target.dtype": "float32"}).target.value()
 
 
+def weights_in(folder, runtime):
+    """Bytes of the tensors in the files of a folder, by what their headers say of where these begin."""
+    if runtime.weights == "*.gguf":
+        (file,) = folder.glob(runtime.weights)
+        return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(file).tensors)
+    files = [file.read_bytes() for file in folder.glob(runtime.weights)]
+    # the first eight bytes of a safetensors file are the length of its header, and all else is weights
+    return sum(len(data) - 8 - int.from_bytes(data[:8], "little") for data in files)
+
+
 @pytest.mark.parametrize("text", HELD)
 def test_the_price_is_the_bytes_that_are_written(runtime, table, text, tmp_path):
     model, plan = folded(text)
     written, _ = runtime.writer.before_rounding(model)
-    runtime.writer.write(written, tmp_path)
-    files = [file.read_bytes() for file in tmp_path.glob(runtime.weights)]
-    # the first eight bytes of a safetensors file are the length of its header, and all else is weights
-    weights = sum(len(data) - 8 - int.from_bytes(data[:8], "little") for data in files)
-    assert weights == price(plan, table, target_of(runtime)).stored_bytes
+    runtime.writer.write(written, tmp_path, Beside(weights=runtime.stored_as("float32")))
+    assert weights_in(tmp_path, runtime) == price(plan, table, target_of(runtime)).stored_bytes
 
 
 @torch.no_grad()
@@ -83,7 +93,8 @@ def test_a_plan_it_holds_is_shipped_and_loaded_as_the_same_model(runtime, table,
     check_export(out, plan, runtime.name)
     report = export(model, None, out, Shipment(plan, runtime.name, "float32", IDS))
     assert report.runtime == runtime.name
-    assert report.exported.weight_bytes == price(plan, table, target_of(runtime)).stored_bytes
+    assert weights_in(out, runtime) == price(plan, table, target_of(runtime)).stored_bytes
+    assert runtime.types or report.exported.weight_bytes == weights_in(out, runtime)
     assert report.loads_without_foldsearch == (not runtime.loader)
     assert bool(report.refused_without_code) == runtime.carries_code
     again, _ = load_exported(out)
@@ -97,12 +108,13 @@ def test_a_plan_it_holds_is_shipped_and_loaded_as_the_same_model(runtime, table,
 def test_a_plan_it_does_not_hold_is_refused_in_words(runtime, table, need, tmp_path):
     plan = FoldPlan.parse(NEEDY[need], NUM_BLOCKS)
     by_position = need == "moved block"
+    scaled = replace(table, by_position=True)
     assert list(needs(plan, by_position=by_position)) == [need]
     if need not in runtime.cannot:
-        check_export(tmp_path / "out", plan, runtime.name, by_position=by_position)
+        check_export(tmp_path / "out", plan, runtime.name, table=scaled if by_position else table)
         return
     with pytest.raises(PlanError, match=runtime.name) as caught:
-        check_export(tmp_path / "out", plan, runtime.name, by_position=by_position)
+        check_export(tmp_path / "out", plan, runtime.name, table=scaled if by_position else table)
     what, remedy = WORDS[need]
     assert f"has {what}, " in str(caught.value)
     assert str(caught.value).endswith(f"Export it to {runtimes.ALL_CAN}, or {remedy}.")
@@ -129,7 +141,7 @@ def test_the_command_line_and_studies_know_it(runtime, table, capsys):
 
 
 def test_what_is_not_in_the_list_is_refused_by_the_names_that_are():
-    with pytest.raises(SpecError, match=r"must be one of 'folded' or 'stock'; got \"split\""):
+    with pytest.raises(SpecError, match=r"must be one of 'folded', 'stock' or 'gguf'; got \"split\""):
         load_study("default", {"target.runtime": "split"})
 
 

@@ -16,6 +16,7 @@ from foldsearch.export import ship
 from foldsearch.export.figures import MOST_BUSY, ExportReport, ModelFigures, Speed, spread
 from foldsearch.export.process import ProcessError
 from foldsearch.report.terminal import export_table
+from foldsearch.runtimes import runtime_named
 
 
 class Fake:
@@ -99,7 +100,7 @@ def test_no_figure_of_the_table_is_cut_whatever_the_width(width: int, ours: tupl
     report = ExportReport(
         runtime="stock", exported=ModelFigures(113_300_000, 226_600_000, 328_000_000, 41.63),
         dense=ModelFigures(134_500_000, 269_000_000, 372_000_000, 30.71), dense_note="", tokens=4096,
-        dtype="bfloat16", logits_tolerance=0.0, logits_max_difference=0.0, logits_difference=0.0,
+        dtype="bfloat16", weights="bfloat16", logits_tolerance=0.0, logits_max_difference=0.0, logits_difference=0.0,
         decode_difference=0.015, decode_tolerance=0.05, measured_perplexity=41.63, num_blocks=30, plan="0-12 19-29",
         threads=2, base_model="x", details={}, file_bytes=1, prompt_tokens=256, prompt=speed, decode=speed,
         loads_without_foldsearch=True, refused_without_code=None, has_tokenizer=True, versions={},
@@ -129,11 +130,11 @@ def test_where_there_is_no_room_for_the_dense_model_the_export_is_measured_alone
     monkeypatch.setattr(ship.shutil, "disk_usage", lambda path: SimpleNamespace(free=disk))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=memory))
     _, ours, _ = fakes([6.0] * 10, [])
-    job = SimpleNamespace(folder=tmp_path / "out", dtype="bfloat16")
-    figures, note, speeds = ship._compare(job, ours, _Weights(), tmp_path)  # type: ignore[arg-type]
-    assert figures is None
-    assert f"needs 2.20 GB of {what} beside the export, and 0.00 GB are free" in note
-    assert speeds["decode"] == Speed((6.0,) * 9, ())
+    job = SimpleNamespace(folder=tmp_path / "out", dtype="bfloat16", runtime=runtime_named("stock"))
+    found = ship._compare(job, ours, _Weights(), tmp_path)  # type: ignore[arg-type]
+    assert found.dense is None
+    assert f"needs 2.20 GB of {what} beside the export, and 0.00 GB are free" in found.note
+    assert found.speeds["decode"] == Speed((6.0,) * 9, ())
 
 
 def test_a_dense_model_that_cannot_be_measured_is_no_fault_of_the_export(
@@ -143,10 +144,10 @@ def test_a_dense_model_that_cannot_be_measured_is_no_fault_of_the_export(
         raise ProcessError("the process ended with exit code -9: it said nothing")
 
     monkeypatch.setattr(ship, "_lacks_room", lambda job, dense: "")
-    monkeypatch.setattr(ship, "_as_shipped", fail)
+    monkeypatch.setattr(ship, "in_dtype", fail)
     _, ours, _ = fakes([6.0] * 10, [])
-    job = SimpleNamespace(folder=tmp_path / "out", dtype="bfloat16")
-    figures, note, speeds = ship._compare(job, ours, _Weights(), tmp_path)  # type: ignore[arg-type]
-    assert figures is None
-    assert note.startswith("The dense model could not be measured: the process ended with exit code -9")
-    assert len(speeds["decode"].exported) == 9
+    job = SimpleNamespace(folder=tmp_path / "out", dtype="bfloat16", runtime=runtime_named("stock"))
+    found = ship._compare(job, ours, _Weights(), tmp_path)  # type: ignore[arg-type]
+    assert found.dense is None
+    assert found.note.startswith("The dense model could not be measured: the process ended with exit code -9")
+    assert len(found.speeds["decode"].exported) == 9

@@ -261,7 +261,7 @@ def test_export_refuses_before_it_writes(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(PlanError, match=r"'0 2-3', not '0-1 3'"):
         export(model, None, out, replace(given, plan=plan("0 1 3")))
-    with pytest.raises(InputError, match="'folded' or 'stock', got 'onnx'"):
+    with pytest.raises(InputError, match="folded, stock, gguf; got 'onnx'"):
         export(model, None, out, replace(given, runtime="onnx"))
     with pytest.raises(InputError, match="int8"):
         export(model, None, out, replace(given, dtype="int8"))
@@ -285,7 +285,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     given = Shipment(plan=plan("0 2-3"), runtime="folded", dtype="float32", ids_NT=IDS)
     (tmp_path / "old").mkdir()
 
-    def fill_the_disk(model, folder):
+    def fill_the_disk(model, folder, beside):
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -204,6 +204,7 @@ def test_a_card_shows_a_models_name_as_it_is(name: str) -> None:
     speed = Speed(exported=(1.0,), dense=())
     report = ExportReport(
         runtime="folded", exported=figures, dense=None, dense_note="", tokens=3, dtype="float32", logits_tolerance=0.0,
+        weights="float32",
         logits_max_difference=0.0, logits_difference=0.0, decode_difference=0.0, decode_tolerance=1.0,
         measured_perplexity=3.0, num_blocks=3, plan="0-2", threads=1, base_model=name, details={"model": name},
         file_bytes=1, prompt_tokens=1, prompt=speed, decode=speed, loads_without_foldsearch=True,

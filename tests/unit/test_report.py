@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import re
 import xml.etree.ElementTree
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +21,7 @@ from foldsearch.codec import from_json, to_json
 from foldsearch.criteria import CRITERIA
 from foldsearch.errors import RunError
 from foldsearch.fates import Replace, Share
+from foldsearch.plan.cost import price
 from foldsearch.plan.front import dominates
 from foldsearch.plan.plan import FoldPlan, Slot
 from foldsearch.plan.result import Healing, KindQuality, RungResult, Setback
@@ -30,6 +32,7 @@ from foldsearch.report import page, picture, terminal
 from foldsearch.report.colours import DROPPED, KEPT, PAIRS, REPLACED, paint
 from foldsearch.report.live import RunDisplay
 from foldsearch.report.view import NO_ERROR, RunView, author, counted, rank_correlation
+from foldsearch.runtimes import RUNTIMES, runtime_for
 from foldsearch.search import events
 from foldsearch.search.records import note
 from foldsearch.search.screened import Screened, write_screened
@@ -257,10 +260,35 @@ def test_no_number_mark_strip_or_figure_is_cut_whatever_the_width(
                 break
             drawn += cell
         assert drawn == strip(entry.plan)
-        q, final, cost = entry.quality, entry.final, entry.cost
+        q, final = entry.quality, entry.final
         shown = (q.kl, q.kl_se, final.kl, final.kl_se)
         assert {f"{value:.3f}" for value in shown} | {f"{final.perplexity_se:.2f}"} <= set(words)
-        assert f"{cost.stored_bytes / view.folder.dense.stored_bytes:.0%}" in words
+        stored = price(entry.plan, view.folder.table, view.folder.target).stored_bytes
+        assert (f"{stored / 1e6:,.0f}" if stored >= 1e8 else f"{stored / 1e6:,.1f}") in words
+
+
+def test_the_front_and_a_pick_say_which_runtimes_hold_a_plan_and_at_what_size(view: RunView) -> None:
+    """Oracle: the price for each runtime, and what its entry in the list says that it cannot do."""
+    lines = text_of(terminal.front_report(view, width=220), 220).splitlines()
+    first = next(number for number, line in enumerate(lines) if "stock MB" in line)
+    assert {"folded MB", "stock MB", "gguf MB"} <= set(re.split(r" {2,}", lines[first].strip()))
+    table = lines[first : lines.index("", first)]
+    seen = set()
+    for entry in view.front_and_baselines:
+        (row,) = (line for line in table if line[:9].split()[-1:] == [str(entry.number)])
+        cells = row.split()[-3:]
+        words = terminal.runtimes_words(view, entry.plan)
+        for cell, runtime in zip(cells, RUNTIMES, strict=True):
+            held = runtime.refusal(entry.plan) is None
+            seen.add(held)
+            target = replace(view.folder.target, runtime=runtime.name, shares_weights=runtime.shares_weights)
+            stored = price(entry.plan, view.folder.table, target).stored_bytes / 1e6
+            assert cell == (f"{stored:,.1f}" if held else "—")
+            assert (f"{runtime.name} {stored:,.1f} MB" in words) == held
+        usual = runtime_for(entry.plan, "folded").name
+        assert re.search(rf"{usual} [\d.]+ MB \(the default\)", words)
+        assert ("cannot hold" in words) == ("—" in cells)
+    assert seen == {True, False}
 
 
 def test_a_folded_ruler_stands_above_its_blocks(view: RunView) -> None:

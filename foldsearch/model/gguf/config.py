@@ -1,4 +1,4 @@
-"""Which models a GGUF file may hold, and how its metadata becomes a config: one entry a kind of model.
+"""Which models a GGUF file may hold, and how its metadata becomes a config and a config metadata: one entry a kind.
 
 The numbers of a model are what llama.cpp computes from the same file (src/models/*.cpp), except where the file says
 something of the original model that llama.cpp does not apply: the windows of Phi-3 and Mistral, YaRN's own factors.
@@ -6,20 +6,34 @@ something of the original model that llama.cpp does not apply: the windows of Ph
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from foldsearch.errors import ModelError, quote_error
 from foldsearch.model.gguf.file import GgufFile
 from foldsearch.model.gguf.keys import ModelKeys
-from foldsearch.model.gguf.rope import rope_parameters
-from foldsearch.model.gguf.weights import Rename, TensorReader
+from foldsearch.model.gguf.names import NAMES, Rename
+from foldsearch.model.gguf.rope import describe_rope, rope_parameters
+from foldsearch.model.gguf.weights import TensorReader
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["ARCHITECTURES", "Architecture", "architecture_of", "build_config"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "Description",
+    "architecture_of",
+    "as_llama_cpp_has_it",
+    "build_config",
+    "describe",
+    "held_families",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +42,11 @@ class Architecture:
 
     Attributes:
         settings: the model type of transformers, and the settings of its config beside those that all have.
-        names: where each parameter of transformers' model comes from.
+        describers: by model type of transformers, what adds to a description all that not every model has.
     """
 
     settings: Callable[[_Reading], tuple[str, dict[str, Any]]]
-    names: Mapping[str, Rename]
+    describers: Mapping[str, Callable[[_Describing], None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +183,191 @@ def _scale_is(reading: _Reading, squared: float) -> None:
     reading.keys.must_equal("attention.scale", squared**-0.5, "attention is scaled by one over a root")
 
 
+# ---------------------------------------------------------------------------------------------------------- describing
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a GGUF file says of a model beside its parameters and its tokenizer.
+
+    Attributes:
+        architecture: of llama.cpp.
+        keys: under the architecture's prefix.
+        tensors: that are no parameters: the divisors of RoPE.
+        names: which tensor each parameter is.
+        notes: what llama.cpp computes in another way than transformers, in sentences.
+    """
+
+    architecture: str
+    keys: dict[str, Any]
+    tensors: dict[str, Any]
+    names: Mapping[str, Rename]
+    notes: tuple[str, ...]
+
+
+def held_families() -> frozenset[str]:
+    """The model types of transformers that llama.cpp has."""
+    return frozenset(name for entry in ARCHITECTURES.values() for name in entry.describers)
+
+
+def describe(config: PretrainedConfig, context: int = 0) -> Description:
+    """What a file says of a model; `build_config` reads it.
+
+    Args:
+        config: of a stock model.
+        context: tokens that the model is to see; windows that llama.cpp leaves out must be as wide.
+
+    Raises:
+        ModelError: llama.cpp does not run such a model.
+    """
+    for name, entry in ARCHITECTURES.items():
+        if (add := entry.describers.get(config.model_type)) is not None:
+            found = _Describing(config, context, _common_keys(config), {}, [])
+            add(found)
+            return Description(name, found.keys, found.tensors, NAMES[name], tuple(found.notes))
+    raise ModelError(
+        f"llama.cpp runs models of {', '.join(sorted(held_families()))}; this one is of {config.model_type}. "
+        "Export it to stock."
+    )
+
+
+def _common_keys(config: Any) -> dict[str, Any]:
+    width, heads = config.hidden_size, config.num_attention_heads
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
+    return {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": width,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": inner,
+        "attention.head_count": heads,
+        "attention.head_count_kv": getattr(config, "num_key_value_heads", None) or heads,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Describing:
+    """What is at hand while a description is made."""
+
+    config: Any
+    context: int
+    keys: dict[str, Any]
+    tensors: dict[str, Any]
+    notes: list[str]
+
+    def must_be(self, setting: str, *allowed: Any) -> None:
+        value = getattr(self.config, setting, None)
+        if value not in allowed:
+            raise ModelError(
+                f"llama.cpp runs a {self.config.model_type} model with {setting} "
+                f"{' or '.join(map(repr, allowed))} only; got {value!r}. Export it to stock."
+            )
+
+    def rms(self, **activation: str) -> None:
+        """Keys of the models with RMS norms; `activation` is the setting that names it, and what it must be."""
+        for setting, name in activation.items():
+            self.must_be(setting, name)
+        head_dim = _head_dim(self.config)
+        self.keys.update(
+            {
+                "attention.layer_norm_rms_epsilon": float(self.config.rms_norm_eps),
+                "attention.key_length": head_dim,
+                "attention.value_length": head_dim,
+            }
+        )
+
+    def rope(self, *kinds: str, layer_type: str | None = None, partial: bool = False) -> None:
+        rope = self.config.rope_parameters
+        share = (rope[layer_type] if layer_type else rope).get("partial_rotary_factor") or 1.0
+        if share != 1 and not partial:
+            raise ModelError(
+                f"llama.cpp turns whole heads of a {self.config.model_type} model; its partial_rotary_factor is "
+                f"{share}. Export it to stock."
+            )
+        keys, tensors = describe_rope(self.config, kinds, layer_type)
+        self.keys.update({"rope.dimension_count": int(_head_dim(self.config) * share)} | keys)
+        self.tensors.update(tensors)
+
+    def windows_by_block(self, default_period: int) -> None:
+        """Gemma: which blocks have a window, where that is not the usual period."""
+        sliding = [kind == "sliding_attention" for kind in self.config.layer_types]
+        self.keys["attention.sliding_window"] = int(self.config.sliding_window)
+        if sliding != [block % default_period < default_period - 1 for block in range(len(sliding))]:
+            self.keys["attention.sliding_window_pattern"] = sliding
+            self.notes.append(
+                "Which blocks have a window is said block by block (attention.sliding_window_pattern): a llama.cpp "
+                f"that is too old to read it computes another model beyond {self.config.sliding_window:,} tokens."
+            )
+
+    def leaves_out_window(self, window: int | None) -> None:
+        """A window that llama.cpp does not apply: the same model for as many tokens."""
+        if not window or window >= self.config.max_position_embeddings:
+            return
+        if window < self.context:
+            raise ModelError(
+                f"llama.cpp runs {self.config.model_type} models without windows, so a text may be no longer than the "
+                f"window, {window:,} tokens; the target's context is {self.context:,}. Lower target.context, or export "
+                "it to stock."
+            )
+        self.notes.append(
+            f"llama.cpp runs it without its window: for texts of more than {window:,} tokens it is another model."
+        )
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def as_llama_cpp_has_it(model: PreTrainedModel) -> tuple[PreTrainedModel, bool]:
+    """The same model with the settings that llama.cpp has, and whether it computes the same to the bit.
+
+    llama.cpp knows some settings by heart. The scale of Gemma's attention goes by the number of blocks: where it is
+    another one, the queries are multiplied by the difference. The GELU of GPT-NeoX is the approximation by tanh. Qwen
+    has no windows. `model` is not changed.
+
+    Raises:
+        ModelError: llama.cpp does not run such a model.
+    """
+    config: Any = copy.deepcopy(model.config)
+    factor = 1.0
+    if (largest := _LARGEST_GEMMA.get(config.model_type)) is not None:
+        scalar = _known_scalar(config, largest)
+        factor, config.query_pre_attn_scalar = (scalar / config.query_pre_attn_scalar) ** 0.5, scalar
+    is_exact = factor == 1 and getattr(config, "hidden_act", None) != "gelu"
+    if config.model_type == "gpt_neox" and config.hidden_act in _GELUS:
+        config.hidden_act = "gelu_new"
+    if config.model_type in ("qwen2", "qwen3"):
+        config.use_sliding_window, config.sliding_window = False, None
+        config.layer_types = ["full_attention"] * config.num_hidden_layers
+    if config.to_dict() == model.config.to_dict() and factor == 1:
+        return model, True
+    with torch.device("meta"):
+        twin: Any = type(model)(config)
+    twin.load_state_dict(model.state_dict(), assign=True)
+    for name, buffer in model.named_buffers():
+        holder, _, key = name.rpartition(".")
+        twin.get_submodule(holder)._buffers[key] = buffer
+    twin.tie_weights()
+    if factor != 1:
+        _scale_queries(twin, factor)
+    twin.generation_config = copy.deepcopy(model.generation_config)
+    return twin.eval().requires_grad_(False), is_exact
+
+
+@torch.no_grad()
+def _scale_queries(model: PreTrainedModel, factor: float) -> None:
+    """Multiply all queries; a norm on them, which multiplies by 1 + w, would undo it in the projection."""
+    for block in model.get_submodule("model.layers").children():
+        attention: Any = block.get_submodule("self_attn")
+        if hasattr(attention, "q_norm"):
+            weight = attention.q_norm.weight
+            attention.q_norm.weight = torch.nn.Parameter((1 + weight.float()) * factor - 1, False)
+            continue
+        for key, value in attention.q_proj._parameters.items():
+            if value is not None:
+                attention.q_proj._parameters[key] = torch.nn.Parameter(value * factor, False)
+
+
 # ------------------------------------------------------------------------------------------------------ the families
 
 
@@ -183,6 +382,18 @@ def _llama(reading: _Reading) -> tuple[str, dict[str, Any]]:
     if biased or mlp_biased or "attention.sliding_window_pattern" in reading.keys:
         raise reading.keys.error("attention.sliding_window", "with it no biases and no pattern are known")
     return "mistral", settings | {"sliding_window": window}
+
+
+def _describe_llama(found: _Describing) -> None:
+    found.rms(hidden_act="silu")
+    found.rope("default", "linear", "yarn", "llama3", "longrope")
+
+
+def _describe_mistral(found: _Describing) -> None:
+    _describe_llama(found)
+    if found.config.sliding_window:
+        found.keys["attention.sliding_window"] = int(found.config.sliding_window)
+        found.leaves_out_window(found.config.sliding_window)
 
 
 def _rms(reading: _Reading, activation: str) -> dict[str, Any]:
@@ -205,19 +416,45 @@ def _qwen3(reading: _Reading) -> tuple[str, dict[str, Any]]:
     return "qwen3", settings | {"attention_bias": reading.has_any("attn_q.bias", "attn_qkv.bias")}
 
 
+def _describe_qwen(found: _Describing) -> None:
+    if found.config.model_type == "qwen3":
+        found.must_be("attention_bias", False)
+    found.rms(hidden_act="silu")
+    found.rope("default", "linear", "yarn")
+    if "sliding_attention" in found.config.layer_types:
+        found.leaves_out_window(found.config.sliding_window)
+
+
 def _gemma(reading: _Reading) -> tuple[str, dict[str, Any]]:
     _scale_is(reading, reading.common["head_dim"])
     settings = _rms(reading, "gelu_pytorch_tanh") | {"rope_parameters": reading.rope()}
     return "gemma", settings | {"attention_bias": reading.has_any("attn_q.bias", "attn_qkv.bias")}
 
 
-def _gemma_query_scalar(reading: _Reading, largest: int) -> int:
-    # No key has it. As in llama.cpp, the largest model of a generation is known by its number of blocks.
-    common = reading.common
-    is_largest = common["num_hidden_layers"] == largest
-    scalar = common["hidden_size"] // common["num_attention_heads"] if is_largest else common["head_dim"]
+def _describe_gemma(found: _Describing) -> None:
+    found.must_be("hidden_act", "gelu_pytorch_tanh")
+    found.must_be("tie_word_embeddings", True)
+    found.rms()
+    found.rope("default", "linear", "yarn")
+
+
+# No key has the scale of attention. As in llama.cpp, the largest model of a generation, which has another one than the
+# others, is known by its number of blocks.
+_LARGEST_GEMMA = {"gemma2": 46, "gemma3_text": 62}
+_GELUS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+
+
+def _known_scalar(config: Any, largest: int) -> int:
+    """What llama.cpp divides Gemma's attention by, under a root."""
+    if config.num_hidden_layers == largest:
+        return int(config.hidden_size // config.num_attention_heads)
+    return int(config.head_dim)
+
+
+def _gemma_query_scalar(reading: _Reading, family: str) -> int:
+    scalar = _known_scalar(SimpleNamespace(**reading.common), _LARGEST_GEMMA[family])
     _scale_is(reading, scalar)
-    return int(scalar)
+    return scalar
 
 
 def _gemma2(reading: _Reading) -> tuple[str, dict[str, Any]]:
@@ -227,13 +464,26 @@ def _gemma2(reading: _Reading) -> tuple[str, dict[str, Any]]:
     settings["hidden_activation"] = settings.pop("hidden_act")
     return "gemma2", settings | {
         "rope_parameters": rope,
-        "query_pre_attn_scalar": _gemma_query_scalar(reading, 46),
+        "query_pre_attn_scalar": _gemma_query_scalar(reading, "gemma2"),
         "sliding_window": reading.keys.integer("attention.sliding_window", 4096),
         "layer_types": reading.layer_types(2),
         "attn_logit_softcapping": reading.keys.number("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": reading.keys.number("final_logit_softcapping", 30.0),
         "attention_bias": reading.has_any("attn_q.bias", "attn_qkv.bias"),
     }
+
+
+def _describe_gemma2(found: _Describing) -> None:
+    found.must_be("tie_word_embeddings", True)
+    found.rms(hidden_activation="gelu_pytorch_tanh")
+    found.rope("default", "linear", "yarn")
+    found.windows_by_block(2)
+    for setting in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if not (cap := getattr(found.config, setting)):
+            raise ModelError(
+                f"llama.cpp runs a gemma2 model with {setting} only; got {cap!r}. Export it to stock."
+            )
+        found.keys[setting] = float(cap)
 
 
 def _gemma3(reading: _Reading) -> tuple[str, dict[str, Any]]:
@@ -247,12 +497,32 @@ def _gemma3(reading: _Reading) -> tuple[str, dict[str, Any]]:
             "full_attention": reading.rope(),
             "sliding_attention": {"rope_type": "default", "rope_theta": local},  # a window is never scaled
         },
-        "query_pre_attn_scalar": _gemma_query_scalar(reading, 62),
+        "query_pre_attn_scalar": _gemma_query_scalar(reading, "gemma3_text"),
         "sliding_window": window or 4096,
         "layer_types": types if window else ["full_attention"] * len(types),
         "final_logit_softcapping": reading.keys.number("final_logit_softcapping", 0.0) or None,
         "attention_bias": reading.has_any("attn_q.bias", "attn_qkv.bias"),
     }
+
+
+def _describe_gemma3(found: _Describing) -> None:
+    config = found.config
+    found.must_be("tie_word_embeddings", True)
+    found.must_be("attn_logit_softcapping", None)
+    found.must_be("use_bidirectional_attention", None, False)
+    found.rms(hidden_activation="gelu_pytorch_tanh")
+    found.rope("default", "linear", "yarn", layer_type="full_attention")
+    local = config.rope_parameters["sliding_attention"]
+    if local.get("rope_type", "default") != "default":
+        raise ModelError(
+            "llama.cpp turns positions in the windows of a gemma3_text model by default RoPE only; got "
+            f"'{local['rope_type']}'. Export it to stock."
+        )
+    found.keys["rope.freq_base_swa"] = float(local["rope_theta"])
+    if "sliding_attention" in config.layer_types:
+        found.windows_by_block(6)
+    if config.final_logit_softcapping:
+        found.keys["final_logit_softcapping"] = float(config.final_logit_softcapping)
 
 
 def _phi3(reading: _Reading) -> tuple[str, dict[str, Any]]:
@@ -273,6 +543,16 @@ def _phi3(reading: _Reading) -> tuple[str, dict[str, Any]]:
     return "phi3", settings
 
 
+def _describe_phi3(found: _Describing) -> None:
+    config = found.config
+    found.rms(hidden_act="silu")
+    found.rope("default", "longrope", partial=True)
+    found.keys["rope.scaling.original_context_length"] = int(config.original_max_position_embeddings)
+    if config.sliding_window:
+        found.keys["attention.sliding_window"] = int(config.sliding_window)
+        found.leaves_out_window(config.sliding_window)
+
+
 def _olmo2(reading: _Reading) -> tuple[str, dict[str, Any]]:
     reading.must_have_usual_heads()
     _scale_is(reading, reading.common["head_dim"])
@@ -284,6 +564,11 @@ def _olmo2(reading: _Reading) -> tuple[str, dict[str, Any]]:
         )
     reading.keys.anything("attention.sliding_window_pattern")  # says nothing without a window
     return "olmo2", settings | {"attention_bias": reading.has_any("attn_q.bias", "attn_qkv.bias")}
+
+
+def _describe_olmo2(found: _Describing) -> None:
+    found.rms(hidden_act="silu")
+    found.rope("default", "linear", "yarn")
 
 
 def _gpt2(reading: _Reading) -> tuple[str, dict[str, Any]]:
@@ -307,6 +592,14 @@ def _gpt2(reading: _Reading) -> tuple[str, dict[str, Any]]:
     }
 
 
+def _describe_gpt2(found: _Describing) -> None:
+    found.must_be("activation_function", "gelu_new", "gelu_pytorch_tanh")
+    found.must_be("scale_attn_weights", True)
+    found.must_be("scale_attn_by_inverse_layer_idx", False)
+    found.must_be("add_cross_attention", False)
+    found.keys["attention.layer_norm_epsilon"] = float(found.config.layer_norm_epsilon)
+
+
 def _gpt_neox(reading: _Reading) -> tuple[str, dict[str, Any]]:
     reading.must_have_usual_heads()
     settings = dict(reading.common)
@@ -324,138 +617,25 @@ def _gpt_neox(reading: _Reading) -> tuple[str, dict[str, Any]]:
     }
 
 
-# ------------------------------------------------------------------------------------------------- names of tensors
+def _describe_gpt_neox(found: _Describing) -> None:
+    found.must_be("hidden_act", *_GELUS)
+    found.must_be("attention_bias", True)
+    if found.config.hidden_act == "gelu":
+        found.notes.append("llama.cpp takes the approximation of its GELU by tanh.")
+    found.rope("default", "linear", "yarn", partial=True)
+    found.keys["attention.layer_norm_epsilon"] = float(found.config.layer_norm_eps)
+    found.keys["use_parallel_residual"] = bool(found.config.use_parallel_residual)
 
-
-def _unpermute(values: Any, num_heads: int) -> Any:
-    """Undo the order in which llama.cpp turns neighbouring dimensions, (O, ...)."""
-    return (
-        values.reshape(num_heads, values.shape[0] // num_heads // 2, 2, *values.shape[1:])
-        .swapaxes(1, 2)
-        .reshape(values.shape)
-    )
-
-
-def _queries(values: Any, config: Any) -> Any:
-    return _unpermute(values, config.num_attention_heads)
-
-
-def _keys(values: Any, config: Any) -> Any:
-    return _unpermute(values, config.num_key_value_heads)
-
-
-def _minus_one(values: Any, config: Any) -> Any:
-    """Gemma's norms multiply by 1 + w; the file holds the sum."""
-    return values - 1
-
-
-def _transpose(values: Any, config: Any) -> Any:
-    """GPT-2 stores its linears as (I, O)."""
-    return values.T if values.ndim == 2 else values
-
-
-def _by_heads(values: Any, config: Any) -> Any:
-    """GPT-NeoX stores queries, keys and values of one head together; the file all queries first."""
-    heads = config.num_attention_heads
-    split = values.reshape(3, heads, values.shape[0] // 3 // heads, *values.shape[1:])
-    return split.swapaxes(0, 1).reshape(values.shape)
-
-
-def _named(**undo: Callable[[Any, Any], Any]) -> dict[str, Rename]:
-    """The names of most families: Llama's."""
-    block = {
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.qkv_proj": "attn_qkv",
-        "self_attn.o_proj": "attn_output",
-        "self_attn.q_norm": "attn_q_norm",
-        "self_attn.k_norm": "attn_k_norm",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.gate_up_proj": "ffn_up",  # Phi-3: one tensor, the gate first
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }
-    whole = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    return _renames(block, whole, "model.layers", **undo)
-
-
-def _renames(
-    block: dict[str, str], whole: dict[str, str], blocks: str, **undo: Callable[[Any, Any], Any]
-) -> dict[str, Rename]:
-    names = {f"{blocks}.{{}}.{ours}": f"blk.{{}}.{theirs}" for ours, theirs in block.items()} | whole
-    return {ours: Rename(theirs, undo.get(theirs.rsplit(".", 1)[-1])) for ours, theirs in names.items()}
-
-
-_GEMMA_NORMS = dict.fromkeys(
-    (
-        "attn_norm",
-        "ffn_norm",
-        "output_norm",
-        "attn_q_norm",
-        "attn_k_norm",
-        "post_attention_norm",
-        "post_ffw_norm",
-    ),
-    _minus_one,
-)
-_AFTER_NORMS = {
-    "model.layers.{}.post_attention_layernorm": "blk.{}.post_attention_norm",
-    "model.layers.{}.post_feedforward_layernorm": "blk.{}.post_ffw_norm",
-}
-_SANDWICH = _named(**_GEMMA_NORMS) | {
-    ours: Rename(theirs, _minus_one)
-    for ours, theirs in (
-        _AFTER_NORMS | {"model.layers.{}.pre_feedforward_layernorm": "blk.{}.ffn_norm"}
-    ).items()
-}
-_GPT2_NAMES = _renames(
-    {
-        "ln_1": "attn_norm",
-        "attn.c_attn": "attn_qkv",
-        "attn.c_proj": "attn_output",
-        "ln_2": "ffn_norm",
-        "mlp.c_fc": "ffn_up",
-        "mlp.c_proj": "ffn_down",
-    },
-    {
-        "transformer.wte": "token_embd",
-        "transformer.wpe": "position_embd",
-        "transformer.ln_f": "output_norm",
-        "lm_head": "output",
-    },
-    "transformer.h",
-    **dict.fromkeys(("attn_qkv", "attn_output", "ffn_up", "ffn_down"), _transpose),
-)
-_GPT_NEOX_NAMES = _renames(
-    {
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "attention.query_key_value": "attn_qkv",
-        "attention.dense": "attn_output",
-        "mlp.dense_h_to_4h": "ffn_up",
-        "mlp.dense_4h_to_h": "ffn_down",
-    },
-    {
-        "gpt_neox.embed_in": "token_embd",
-        "gpt_neox.final_layer_norm": "output_norm",
-        "lm_head": "output",
-    },
-    "gpt_neox.layers",
-    attn_qkv=_by_heads,
-)
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(_llama, _named(attn_q=_queries, attn_k=_keys)),  # Mistral and SmolLM2 too
-    "qwen2": Architecture(_qwen2, _named()),
-    "qwen3": Architecture(_qwen3, _named()),
-    "gemma": Architecture(_gemma, _named(**_GEMMA_NORMS)),
-    "gemma2": Architecture(_gemma2, _SANDWICH),
-    "gemma3": Architecture(_gemma3, _SANDWICH),
-    "phi3": Architecture(_phi3, _named()),
-    "olmo2": Architecture(_olmo2, _named() | {ours: Rename(theirs) for ours, theirs in _AFTER_NORMS.items()}),
-    "gpt2": Architecture(_gpt2, _GPT2_NAMES),
-    "gptneox": Architecture(_gpt_neox, _GPT_NEOX_NAMES),
+    "llama": Architecture(_llama, {"llama": _describe_llama, "mistral": _describe_mistral}),  # and SmolLM2
+    "qwen2": Architecture(_qwen2, {"qwen2": _describe_qwen}),
+    "qwen3": Architecture(_qwen3, {"qwen3": _describe_qwen}),
+    "gemma": Architecture(_gemma, {"gemma": _describe_gemma}),
+    "gemma2": Architecture(_gemma2, {"gemma2": _describe_gemma2}),
+    "gemma3": Architecture(_gemma3, {"gemma3_text": _describe_gemma3}),
+    "phi3": Architecture(_phi3, {"phi3": _describe_phi3}),
+    "olmo2": Architecture(_olmo2, {"olmo2": _describe_olmo2}),
+    "gpt2": Architecture(_gpt2, {"gpt2": _describe_gpt2}),
+    "gptneox": Architecture(_gpt_neox, {"gpt_neox": _describe_gpt_neox}),
 }

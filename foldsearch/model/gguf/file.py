@@ -11,20 +11,21 @@ from __future__ import annotations
 import mmap
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
 from foldsearch.errors import ModelError
 
-__all__ = ["GgufFile", "TensorEntry", "model_parts", "part_names", "read_gguf"]
+__all__ = ["GgufFile", "MetadataValue", "TensorEntry", "model_parts", "part_names", "read_gguf"]
 
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4  # of a tensor, as in llama.cpp
+MetadataValue = tuple[Any, int, int | None]  # the value, its type, and the type of what an array holds
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -51,16 +52,29 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """What the header (or the headers of all parts) says: metadata by key, tensors by name."""
+    """What the header (or the headers of all parts) says: metadata by key, tensors by name.
+
+    kinds: of the metadata: the number of a value's type and, of an array, that of what it holds.
+    """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, TensorEntry]
+    kinds: dict[str, tuple[int, int | None]] = field(default_factory=dict)
 
     @property
     def architecture(self) -> str:
         """Such as "llama": the prefix of the keys that describe the model."""
         return str(self.metadata["general.architecture"])
+
+    @property
+    def tokenizer(self) -> dict[str, MetadataValue]:
+        """All that it says of its tokenizer, as it says it."""
+        return {
+            key: (value, *self.kinds[key])
+            for key, value in self.metadata.items()
+            if key.startswith("tokenizer.")
+        }
 
 
 def part_names(name: str) -> tuple[str, ...]:
@@ -99,15 +113,17 @@ def read_gguf(paths: tuple[Path, ...]) -> GgufFile:
             language model, or one part of several.
     """
     metadata: dict[str, Any] = {}
+    kinds: dict[str, tuple[int, int | None]] = {}
     tensors: dict[str, TensorEntry] = {}
     for number, path in enumerate(paths):
         try:
-            found, entries = _Header(path).read()
+            header = _Header(path)
+            found, entries = header.read()
         except OSError as error:
             raise ModelError(f"{path}: the GGUF file cannot be read: {error.strerror or error}.") from error
         _check_part(path, found, number, len(paths))
         if number == 0:
-            metadata = found
+            metadata, kinds = found, header.kinds
             _check_kind(path, metadata)
         for entry in entries:
             if entry.name in tensors:
@@ -121,7 +137,7 @@ def read_gguf(paths: tuple[Path, ...]) -> GgufFile:
             f"{paths[0]}: its parts must hold {total} tensors together; got {len(tensors)}. A part is damaged or of "
             "another model: fetch them again."
         )
-    return GgufFile(paths[0], metadata, tensors)
+    return GgufFile(paths[0], metadata, tensors, kinds)
 
 
 def _check_part(path: Path, metadata: dict[str, Any], number: int, count: int) -> None:
@@ -165,6 +181,7 @@ class _Header:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.position = 0
+        self.kinds: dict[str, tuple[int, int | None]] = {}
 
     def read(self) -> tuple[dict[str, Any], list[TensorEntry]]:
         with self.path.open("rb") as file:
@@ -194,7 +211,8 @@ class _Header:
             key = self.string()
             if key in metadata:
                 self.fail(f"it holds the key {key} twice")
-            metadata[key] = self.value()
+            metadata[key], kind, inner = self.value()
+            self.kinds[key] = (kind, inner)
         table = [self._tensor() for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0 or alignment % 8:
@@ -236,25 +254,26 @@ class _Header:
             )
         return TensorEntry(name, shape, kind, self.path, data_start + offset, num_bytes)
 
-    def value(self) -> Any:
+    def value(self) -> MetadataValue:
         (kind,) = self.unpack("I")
         if kind == _STRING:
-            return self.string()
+            return self.string(), kind, None
         if kind == _ARRAY:
-            return self.array()
+            values, inner = self.array()
+            return values, kind, inner
         if kind not in _SCALARS:
             self.fail(f"its metadata holds a value of type {kind}, which no version of the format has")
-        return self.unpack(_SCALARS[kind])[0]
+        return self.unpack(_SCALARS[kind])[0], kind, None
 
-    def array(self) -> list[Any]:
+    def array(self) -> tuple[list[Any], int]:
         kind, count = self.unpack("IQ")
         if kind == _STRING:
             self.check_count("strings in an array", count, least_bytes=8)
-            return [self.string() for _ in range(count)]
+            return [self.string() for _ in range(count)], kind
         if kind not in _SCALARS:
             self.fail(f"its metadata holds an array of type {kind}, which foldsearch does not read")
         self.check_count("values in an array", count, least_bytes=struct.calcsize("<" + _SCALARS[kind]))
-        return list(self.unpack(f"{count}{_SCALARS[kind]}"))
+        return list(self.unpack(f"{count}{_SCALARS[kind]}")), kind
 
     def string(self) -> str:
         (length,) = self.unpack("Q")

@@ -1,4 +1,4 @@
-"""Rotary positions of a GGUF file in transformers' words.
+"""Rotary positions of a GGUF file in transformers' words, and the other way.
 
 llama.cpp turns pair i of a head by position * base^(-2i/d) / factor / divisors[i], and multiplies queries and keys by
 an attention factor. Everything but YaRN is a list of divisors, which transformers has too under the name "longrope";
@@ -8,12 +8,18 @@ the simpler name is taken wherever it says exactly the same, since exports are r
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy
+
+from foldsearch.errors import ModelError
 from foldsearch.model.gguf.keys import ModelKeys
 from foldsearch.model.gguf.weights import TensorReader
 
-__all__ = ["rope_parameters"]
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["describe_rope", "rope_parameters"]
 
 FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 _SAME = 1e-5  # relative; the divisors are stored in 32 bits, which is 6e-8
@@ -72,6 +78,64 @@ def rope_parameters(
     return plain | _longrope(frequencies, frequencies, factor, context_length, attention)
 
 
+def describe_rope(
+    config: PretrainedConfig, kinds: tuple[str, ...], layer_type: str | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `rope_parameters` reads: the keys under the architecture's prefix, and the tensors with divisors.
+
+    Args:
+        config: of the model.
+        kinds: of scaling that llama.cpp has for this kind of model.
+        layer_type: of the blocks that are asked for, where a model has several.
+
+    Raises:
+        ModelError: the model has another scaling.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters: dict[str, Any] = config.rope_parameters[layer_type] if layer_type else config.rope_parameters
+    kind, base = parameters.get("rope_type", "default"), float(parameters["rope_theta"])
+    if kind not in kinds:
+        raise ModelError(
+            f"llama.cpp turns the positions of a {config.model_type} model by {', '.join(kinds)} RoPE only; got "
+            f"rope_type '{kind}'. Export it to stock."
+        )
+    keys: dict[str, Any] = {"rope.freq_base": base}
+    if kind == "default":
+        return keys, {}
+    frequencies, attention = ROPE_INIT_FUNCTIONS[kind](config, None, layer_type=layer_type)
+    original = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+    if kind == "llama3":
+        pairs = len(frequencies)
+        plain = base ** (-numpy.arange(pairs, dtype=numpy.float64) / pairs)
+        return keys, {FREQUENCIES: (plain / frequencies.double().numpy()).astype(numpy.float32)}
+    keys["rope.scaling.type"] = kind
+    if kind == "linear":
+        return keys | {"rope.scaling.factor": float(parameters["factor"])}, {}
+    keys["rope.scaling.original_context_length"] = int(original)
+    if kind == "longrope":
+        lists = {LONG: parameters["long_factor"], SHORT: parameters["short_factor"]}
+        divisors = {name: numpy.array(values, numpy.float32) for name, values in lists.items()}
+        return keys | {"rope.scaling.attn_factor": float(attention)}, divisors
+    if not parameters.get("truncate", True):
+        raise ModelError(
+            "llama.cpp rounds the bounds of YaRN to whole dimensions, but this model's rope_parameters have "
+            "'truncate' false. Export it to stock."
+        )
+    factor = float(parameters["factor"])
+    return keys | {
+        "rope.scaling.factor": factor,
+        # llama.cpp multiplies what the paper suggests by this
+        "rope.scaling.attn_factor": float(attention) / _suggested_by_yarn(factor),
+        "rope.scaling.yarn_beta_fast": float(parameters.get("beta_fast") or 32.0),
+        "rope.scaling.yarn_beta_slow": float(parameters.get("beta_slow") or 1.0),
+    }, {}
+
+
+def _suggested_by_yarn(factor: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1  # as in the paper
+
+
 def _divisors(keys: ModelKeys, tensors: TensorReader, name: str, num_rotated: int) -> list[float] | None:
     if name not in tensors:
         return None
@@ -99,7 +163,7 @@ def _longrope(
 
 def _yarn(keys: ModelKeys, factor: float, original: int, attention: float) -> dict[str, Any]:
     keys.must_equal("rope.scaling.yarn_ext_factor", 1.0, "transformers has only the whole of YaRN's mixture")
-    suggested = 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1  # as in the paper
+    suggested = _suggested_by_yarn(factor)
     # Converters write transformers' attention_factor here, which stands for the whole; llama.cpp does not read it.
     whole = keys.number("rope.scaling.yarn_attn_factor", suggested)
     return {

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["build_tokenizer"]
+__all__ = ["build_tokenizer", "GPT2_SPLIT", "ways_to_cut"]
 
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 _SPACE = "\u2581"  # what SentencePiece writes for a space
 
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LETTERS_ENDS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _LETTERS_ENDS
@@ -43,11 +43,11 @@ _GPT4O = (
 # How a byte-level vocabulary cuts text, by tokenizer.ggml.pre: each expression cuts what those before it left.
 _SPLITS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
-        ("gpt-2", "phi-2", "mpt", "olmo", "jais", "exaone4", "gigachat", "a.x-4.0", "mellum", "trillion"), (_GPT2,)
+        ("gpt-2", "phi-2", "mpt", "olmo", "jais", "exaone4", "gigachat", "a.x-4.0", "mellum", "trillion"), (GPT2_SPLIT,)
     ),
     **dict.fromkeys(
         ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"),
-        (r"\p{N}", _GPT2),
+        (r"\p{N}", GPT2_SPLIT),
     ),
     **dict.fromkeys(
         ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "midm-2.0", "dbrx", "smaug-bpe"), (_LLAMA3,)
@@ -58,12 +58,23 @@ _SPLITS: dict[str, tuple[str, ...]] = {
     "qwen35": (_QWEN35,),
     "tekken": (_TEKKEN,),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), (_GPT4O,)),
-    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"),
+    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", GPT2_SPLIT, "[0-9][0-9][0-9]"),
     "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}"),
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2_SPLIT, r"\p{N}+", "[0-9][0-9][0-9]"),
 }  # fmt: skip
 # Vocabularies in which a whole piece that is a token is taken as it is, and those that begin a text with a token.
 _WHOLE_PIECES = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "midm-2.0", "tekken"}
+
+
+def ways_to_cut() -> tuple[tuple[str, tuple[str, ...], bool], ...]:
+    """The ways to cut text: a name, its expressions, and whether a piece that is a token is taken as it is."""
+    found: dict[tuple[tuple[str, ...], bool], str] = {}
+    for name, splits in _SPLITS.items():
+        found.setdefault((splits, name in _WHOLE_PIECES), name)
+    # The best known name of a way stands first in the list, but for Llama 3's.
+    return tuple(
+        ("llama-bpe" if name == "llama3" else name, splits, whole) for (splits, whole), name in found.items()
+    )
 
 
 def build_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast | None:

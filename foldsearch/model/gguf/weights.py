@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -12,26 +11,14 @@ import torch
 
 from foldsearch.errors import ModelError
 from foldsearch.model.gguf.file import GgufFile
+from foldsearch.model.gguf.names import Rename
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["Rename", "TensorReader", "read_weights"]
+__all__ = ["TensorReader", "read_weights"]
 
 _ROWS_AT_ONCE = 1 << 22  # values; de-quantising takes several times its result for a moment
-
-
-@dataclass(frozen=True, slots=True)
-class Rename:
-    """Which tensor of the file a parameter comes from, and what must be undone.
-
-    Attributes:
-        name: in the file, without ".weight" or ".bias"; "{}" stands for the block.
-        undo: from the values of the file to those of transformers; None if they are the same.
-    """
-
-    name: str
-    undo: Callable[[Any, PretrainedConfig], Any] | None = None
 
 
 class TensorReader:
@@ -135,8 +122,8 @@ def read_weights(
                 f"{tensors.file.path}: the tensor {theirs} is missing. The file is damaged or incomplete: "
                 "fetch it again."
             )
-        if rename.undo is not None:
-            values = rename.undo(values, config)
+        if rename.change is not None:
+            values = rename.change.undo(values, config)
         if values.shape != shape:
             raise ModelError(
                 f"{tensors.file.path}: the tensor {theirs} must have the shape {tuple(shape)} by the file's metadata; "

@@ -1,0 +1,147 @@
+"""Ask the program that an export is for, in a process of its own: is it the same model there, and how fast is it?"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from foldsearch.export.figures import EngineFigures, EngineReport
+from foldsearch.export.process import ModelProcess, ProcessError
+from foldsearch.runtimes import Engine
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+SCORED_TOKENS = 512  # whose log-probabilities are compared: as many as a slow machine scores in half a minute
+SCORED_SEQUENCE = 128  # of which at most so many follow each other
+# How far a program may be from torch, in nats a token on average: llama.cpp rounds what goes into a product to 16 bits
+# beside 16-bit weights and in its cache, and to 8 bits beside others.
+TOLERANCES = {
+    "f32": 0.02,
+    "f16": 0.02,
+    "bf16": 0.05,
+    **dict.fromkeys(("q8_0", "q5_1", "q5_0", "q4_1", "q4_0"), 0.1),
+}
+LOADING_SECONDS, ANSWER_SECONDS = 600.0, 600.0  # a server that has not answered by then has stopped
+TRIES = 3  # its threads stop once in a while; another process goes on then
+
+
+@dataclass(frozen=True, slots=True)
+class EngineJob:
+    """What the program is asked about. threads: of it. ids_NT, text_NT: tokens, and which are of the text."""
+
+    engine: Engine
+    threads: int
+    ids_NT: Tensor
+    text_NT: Tensor
+
+    @property
+    def scored(self) -> list[tuple[list[int], int]]:
+        """Sequences of tokens, and from which on they are scored: the first that is of the text and has one before."""
+        found, left = [], SCORED_TOKENS
+        for ids_T, text_T in zip(self.ids_NT, self.text_NT, strict=True):
+            first = max(1, int(text_T.int().argmax()))
+            last = min(len(ids_T), first + min(SCORED_SEQUENCE, left))
+            if last > first:
+                found.append((ids_T[:last].tolist(), first))
+                left -= last - first
+            if not left:
+                break
+        return found
+
+    @property
+    def context(self) -> int:
+        """Tokens that memory is taken for: of the longest text, and what is written after it."""
+        return -(-(self.ids_NT.shape[1] + 64) // 256) * 256
+
+
+@torch.no_grad()
+def expected(model: PreTrainedModel, job: EngineJob) -> list[float]:
+    """The log-probabilities, in nats, that the program is to find, by a model with the numbers of its file."""
+    found: list[float] = []
+    for tokens, first in job.scored:
+        ids_BT = torch.tensor([tokens])
+        logits_TV = model(input_ids=ids_BT, use_cache=False).logits[0, first - 1 : -1].float()
+        found += logits_TV.log_softmax(-1).gather(1, ids_BT[0, first:, None])[:, 0].tolist()
+    return found
+
+
+@contextmanager
+def running(job: EngineJob, folder: Path, workplace: Path) -> Iterator[tuple[ModelProcess, EngineFigures]]:
+    """The program with an export loaded and scored, and the figures of that.
+
+    Raises:
+        ProcessError: it could not be run, in as many tries as it gets.
+    """
+    for attempt in range(TRIES):
+        with ModelProcess(workplace, answers=job.engine.module) as process:
+            try:
+                figures = _scored(job, process, folder)
+            except ProcessError as error:
+                if attempt + 1 == TRIES or not error.is_silence:
+                    raise
+                continue
+            yield process, figures
+            return
+
+
+def _scored(job: EngineJob, process: ModelProcess, folder: Path) -> EngineFigures:
+    loaded = process.ask(
+        "load",
+        seconds=LOADING_SECONDS,
+        folder=str(folder.resolve()),
+        threads=job.threads,
+        context=job.context,
+        tokens=job.ids_NT[0].tolist(),
+    )
+    found: list[float | None] = []
+    for tokens, first in job.scored:
+        found += process.ask("score", seconds=ANSWER_SECONDS, tokens=tokens, first=first)["log_probabilities"]
+    told = [value for value in found if value is not None]
+    return EngineFigures(
+        version=loaded["version"],
+        resident_bytes=loaded["resident_bytes"],
+        perplexity=math.exp(-statistics.fmean(told)) if told else math.nan,
+        log_probabilities=tuple(found),
+    )
+
+
+def compare(
+    engine: Engine, figures: EngineFigures, theirs: list[float], tolerance: float, dense: EngineFigures | None
+) -> EngineReport:
+    """What the program found of an export, beside what it was to find."""
+    pairs = [
+        (ours, other)
+        for ours, other in zip(figures.log_probabilities, theirs, strict=True)
+        if ours is not None
+    ]
+    differences = [abs(ours - other) for ours, other in pairs]
+    return EngineReport(
+        name=engine.name,
+        version=figures.version,
+        tokens=len(pairs),
+        perplexity=figures.perplexity,
+        expected_perplexity=math.exp(-statistics.fmean(other for _, other in pairs)),
+        dense_perplexity=None if dense is None else dense.perplexity,
+        mean_difference=statistics.fmean(differences),
+        max_difference=max(differences),
+        tolerance=tolerance,
+    )
+
+
+def fault_of(report: EngineReport) -> str:
+    """Why the program does not run the model that was measured; empty where it does."""
+    if report.mean_difference <= report.tolerance:
+        return ""
+    return (
+        f"in {report.name} the log-probabilities of its tokens are {report.mean_difference:.3g} nats away on average "
+        f"(tolerance {report.tolerance:g})"
+    )

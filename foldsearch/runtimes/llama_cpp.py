@@ -1,0 +1,89 @@
+"""Run a GGUF file in llama.cpp itself and answer questions about it (see `foldsearch.export.engine`).
+
+llama.cpp comes as the package xllamacpp: a server inside the process, which listens on 127.0.0.1, at a port that is
+free, and lets nobody in without a key that nobody knows.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PROMPT_TOKENS, TURN_TOKENS = 256, 24  # that are read and written in a turn
+_WINS = 1e6  # added to a logit
+
+
+class Answers:
+    """A GGUF file in llama.cpp, and the questions that are asked about it: each takes and returns plain JSON."""
+
+    def __init__(self) -> None:
+        """Nothing is loaded yet."""
+        self._server: Any = None
+        self._prompt: list[int] = []
+
+    def load(self, folder: str, threads: int, context: int, tokens: list[int]) -> dict[str, Any]:
+        """Load the file and read some tokens; how much memory that took.
+
+        context: tokens that memory is taken for, in one sequence. tokens: of a text, to read.
+        """
+        import psutil
+        import xllamacpp
+
+        (file,) = Path(folder).glob("*.gguf")
+        process = psutil.Process()
+        before = process.memory_info().rss
+        settings = xllamacpp.CommonParams()
+        settings.model.path = str(file)
+        settings.n_ctx, settings.n_parallel = context, 1
+        settings.warmup, settings.verbosity = False, -1
+        settings.api_keys = [secrets.token_hex(16)]
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
+        self._server = xllamacpp.Server(settings)
+        self._prompt = tokens[:PROMPT_TOKENS]
+        self._complete(self._prompt, n_predict=1)
+        return {
+            "resident_bytes": process.memory_info().rss - before,
+            "version": f"xllamacpp {version('xllamacpp')}",
+        }
+
+    def score(self, tokens: list[int], first: int) -> dict[str, Any]:
+        """The log-probability, in nats, of each token from `first` on, given those before it.
+
+        The server tells it of tokens that it writes, so each is made to win; what is told is from before that. It says
+        nothing of a token that is part of a letter: None.
+        """
+        found: list[float | None] = []
+        for position in range(first, len(tokens)):
+            token = tokens[position]
+            answer = self._complete(
+                tokens[:position], n_predict=1, n_probs=1, logit_bias=[[token, _WINS]], cache_prompt=True
+            )
+            content = (answer["choices"][0]["logprobs"] or {}).get("content")
+            if content and content[0]["id"] != token:
+                raise RuntimeError(f"the server wrote the token {content[0]['id']}, not {token}")
+            found.append(content[0]["logprob"] if content else None)
+        return {"log_probabilities": found}
+
+    def turn(self) -> dict[str, Any]:
+        """Tokens per second of reading a prompt and of writing one token after the other, measured now."""
+        timings = self._complete(self._prompt, n_predict=TURN_TOKENS, ignore_eos=True)["timings"]
+        written = timings["predicted_n"] - 1  # the first comes with the prompt
+        return {
+            "prompt": timings["prompt_per_second"],
+            "decode": 1000 * written / timings["predicted_ms"],
+        }
+
+    def write(self, text: str, num_tokens: int) -> dict[str, Any]:
+        """How the model goes on after a text, the likeliest token each time."""
+        answer = self._complete(text, n_predict=num_tokens, repeat_penalty=1.2)
+        return {"text": answer["choices"][0]["text"]}
+
+    def _complete(self, prompt: Any, **more: Any) -> dict[str, Any]:
+        request = {"prompt": prompt, "temperature": 0, "cache_prompt": False, **more}
+        answer: dict[str, Any] = self._server.handle_completions(request)
+        if "choices" not in answer:
+            raise RuntimeError(f"the server of llama.cpp refused: {json.dumps(answer)[:500]}")
+        return answer
