@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -464,18 +465,21 @@ def _export(args: argparse.Namespace) -> int:
 def _recover(args: argparse.Namespace) -> int:
     from foldsearch.api import open_run, recover_trial
     from foldsearch.model.training import FurtherTraining
+    from foldsearch.report.live import duration
     from foldsearch.report.terminal import console, results_table
 
     view = open_run(args.run)
     before = view.pick(number=args.trial)
     trial = view.latest(before)
+    start, began = trial.last.recovery_tokens, time.monotonic()
     asked = FurtherTraining(args.tokens, args.trains, args.time)
     again = command("recover", args.run, "--trial", str(args.trial), "--tokens", str(args.tokens))
     try:
         with _status() as progress:
             for step in recover_trial(view, args.trial, asked, progress=progress, notice=_say):
-                trial = step
-                _say(trial.step_words)
+                trial, done = step, step.last.recovery_tokens
+                left = (time.monotonic() - began) * (args.tokens - done) / max(1, done - start)
+                _say(trial.step_words + (f"; about {duration(left)} left" if not trial.ended else ""))
     except KeyboardInterrupt:
         with suppress(OSError):  # the terminal may be gone
             _say(f"Nothing that was measured is lost. Go on with: {again}")

@@ -104,9 +104,9 @@ class StageLines:
     def words(self) -> str:
         """Where the stage is: its share, how long it has taken, and about how long it will."""
         took = self._clock() - self._began
-        parts = [printable(self._stage) + (f" {self._share:.0%}" if self._share else ""), _duration(took)]
+        parts = [printable(self._stage) + (f" {self._share:.0%}" if self._share else ""), duration(took)]
         if self._share >= _SHARE_TO_ESTIMATE:
-            parts.append(f"about {_duration(took * (1 - self._share) / self._share)} left")
+            parts.append(f"about {duration(took * (1 - self._share) / self._share)} left")
         return " · ".join(parts)
 
 
@@ -216,7 +216,7 @@ class RunDisplay:
         run, study = event.run, event.run.study
         self._dense = run.dense
         planned = counted(event.planned, "trial") if event.planned is not None else "trials"
-        limit = f" in at most {_duration(study.seconds)}" if study.seconds is not None else ""
+        limit = f" in at most {duration(study.seconds)}" if study.seconds is not None else ""
         before = f", {event.num_ended} of them ended before" if event.num_ended else ""
         self._print(
             Text.assemble(
@@ -265,7 +265,7 @@ class RunDisplay:
                 *parts[2:],
             ]
         self._print(
-            f"Done in {_duration(event.elapsed_seconds)}: {', '.join(parts)}, {len(event.front)} on the front."
+            f"Done in {duration(event.elapsed_seconds)}: {', '.join(parts)}, {len(event.front)} on the front."
         )
         if event.words:
             self._print(Text(printable(event.words), style="yellow"))
@@ -277,17 +277,17 @@ class RunDisplay:
         since = time.monotonic() - self._progress_at
         of_all = "" if p.planned is None else f"{p.num_ended} of "
         parts = [of_all + counted(p.num_ended if p.planned is None else p.planned, "trial")]
-        parts.append(_duration(p.elapsed_seconds + since))
+        parts.append(duration(p.elapsed_seconds + since))
         if p.remaining_seconds is not None:
             left = max(0.0, p.remaining_seconds - since)
-            parts.append(f"about {_duration(left)} left" if left >= 1 else "ending")
+            parts.append(f"about {duration(left)} left" if left >= 1 else "ending")
         return " · ".join(parts)
 
     def _bottom(self) -> RenderableType:
         if self._waiting:
             done = f" {self._waiting_share:.0%}" if self._waiting_share else ""
             return Text(
-                f"{printable(self._waiting)}{done} · {_duration(time.monotonic() - self._began)}", style="dim"
+                f"{printable(self._waiting)}{done} · {duration(time.monotonic() - self._began)}", style="dim"
             )
         table = Table.grid(padding=(0, 2, 0, 0))
         for number, (phase, share) in sorted(self._running.items()):
@@ -326,7 +326,8 @@ def gate_words(gates: dict[str, Any]) -> str:
     return words + (" (from the cache)" if gates["from_cache"] else "")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, 1:02:05; minutes and seconds, 2:05."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -87,7 +87,7 @@ class Arms:
                 print(dropped, arm, rate, error, flush=True)
                 return
             seconds += time.process_time() - began
-            self.note({**row, "tokens": mark, "trained": size, "cpu_seconds": round(seconds)}, training.model)
+            self.note({**row, "after": mark, "trained": size, "cpu_seconds": round(seconds)}, training.model)
 
 
 def rows_of(out: Path) -> list[dict]:
@@ -97,7 +97,7 @@ def rows_of(out: Path) -> list[dict]:
 def measure(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     done = {
-        (row["dropped"], row["arm"], row["rate"]) for row in rows_of(args.out) if row["tokens"] == MARKS[-1]
+        (row["dropped"], row["arm"], row["rate"]) for row in rows_of(args.out) if row["after"] == MARKS[-1]
     }
     known = {row["dropped"] for row in rows_of(args.out) if row["arm"] == "none"}
     arms = Arms(args.out)
@@ -107,7 +107,7 @@ def measure(args: argparse.Namespace) -> None:
                 "dropped": dropped,
                 "arm": "none",
                 "rate": 0.0,
-                "tokens": 0,
+                "after": 0,
                 "trained": 0,
                 "cpu_seconds": 0,
             }
@@ -123,9 +123,9 @@ def show(out: Path) -> None:
     titles = [f"unseen: {kind['name']}" if kind["unseen"] else kind["name"] for kind in rows[0]["kinds"]]
     print(f"| dropped | trains | rate | tokens | parameters | CPU s | mean | {' | '.join(titles)} |")
     print(f"|{'---|' * (7 + len(titles))}")
-    for row in sorted(rows, key=lambda row: (int(row["dropped"]), row["tokens"], row["arm"], row["rate"])):
+    for row in sorted(rows, key=lambda row: (int(row["dropped"]), row["after"], row["arm"], row["rate"])):
         cells = [f"{kind['kl']:.3f} ± {kind['kl_se']:.3f}" for kind in row["kinds"]]
-        head = f"| {row['dropped']} | {row['arm']} | {row['rate']:g} | {row['tokens']:,} | {row['trained']:,}"
+        head = f"| {row['dropped']} | {row['arm']} | {row['rate']:g} | {row['after']:,} | {row['trained']:,}"
         print(f"{head} | {row['cpu_seconds']} | {row['kl']:.3f} | {' | '.join(cells)} |")
 
 
