@@ -488,7 +488,8 @@ class _Wanted:
 def compare_words(run: RunView, folder: Path, prompt: str, *, num_tokens: int = 40) -> tuple[str, str]:
     """How an exported model and the dense one go on after a prompt.
 
-    Both take the likeliest token each time (greedy), with a repetition penalty of 1.2, in the export's dtype.
+    Both take the likeliest token each time (greedy), with a repetition penalty of 1.2, in the export's dtype. An export
+    for another program than transformers is asked in that program, where it is installed.
 
     Args:
         run: the run that the export came from.
@@ -502,6 +503,8 @@ def compare_words(run: RunView, folder: Path, prompt: str, *, num_tokens: int = 
     import torch
 
     from foldsearch.export import load_exported
+    from foldsearch.export.engine import write_in
+    from foldsearch.export.ship import runtime_of
     from foldsearch.model.fold import cast
     from foldsearch.model.source import open_dense, open_tokenizer
     from foldsearch.model.tokens import begun
@@ -521,6 +524,9 @@ def compare_words(run: RunView, folder: Path, prompt: str, *, num_tokens: int = 
         )
         return str(tokenizer.decode(made_BT[0, ids_BT.shape[1] :], skip_special_tokens=True)).strip()
 
+    runtime = runtime_of(folder)
+    if runtime is not None and runtime.engine is not None and runtime.engine.is_installed:
+        return write_in(runtime.engine, folder, prompt, num_tokens), words(open_dense(files))
     exported, _ = load_exported(folder)
     # the dense model lies in the precision that trials compute in; both are to write in the one that ships
     return words(exported), words(cast(open_dense(files), exported.dtype))

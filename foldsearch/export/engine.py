@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,6 +113,26 @@ def _scored(job: EngineJob, process: ModelProcess, folder: Path) -> EngineFigure
         perplexity=math.exp(-statistics.fmean(told)) if told else math.nan,
         log_probabilities=tuple(found),
     )
+
+
+def write_in(engine: Engine, folder: Path, prompt: str, num_tokens: int) -> str:
+    """How an export goes on after a text, in the program that it is for.
+
+    Raises:
+        ProcessError: the program failed, or did not answer.
+    """
+    with tempfile.TemporaryDirectory(prefix="foldsearch-write-") as name:
+        for attempt in range(TRIES):
+            with ModelProcess(Path(name), answers=engine.module) as process:
+                try:
+                    given = {"threads": torch.get_num_threads(), "context": 1024, "tokens": [0]}
+                    process.ask("load", seconds=LOADING_SECONDS, folder=str(folder.resolve()), **given)
+                    answer = process.ask("write", seconds=ANSWER_SECONDS, text=prompt, num_tokens=num_tokens)
+                    return str(answer["text"]).strip()
+                except ProcessError as error:
+                    if attempt + 1 == TRIES or not error.is_silence:
+                        raise
+    raise AssertionError("the last try returns or raises")
 
 
 def compare(

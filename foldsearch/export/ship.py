@@ -134,13 +134,19 @@ def export(
     measured = _on_cpu(in_dtype(model, getattr(torch, shipment.dtype)))
     written, is_exact = writer.before_rounding(model)
     is_same = runtime.stored_as(shipment.dtype) == weights
-    shipped = measured if written is model and is_same else _on_cpu(writer.rounded(written, weights))
+    if written is model and is_same:
+        shipped = measured
+    else:
+        shipped = _on_cpu(
+            in_dtype(written, getattr(torch, shipment.dtype)) if is_same else writer.rounded(written, weights)
+        )
     weight_bytes = _weight_bytes(shipped)
     _make_room(folder, weight_bytes)
     extras = Beside(tokenizer, weights, shipment.base_model, str(shipment.plan), shipment.gguf)
     with _whole_or_absent(folder, weight_bytes) as temporary:
         notes += writer.write(shipped, temporary, extras)
-        dtype = runtime.dtype_of(weights)
+        # processors multiply few types fast: numbers of another type are computed with in 32 bits, as they are
+        dtype = shipment.dtype if is_same else "float32"
         measured_perplexity = None if is_same else verify.perplexity(measured, **shipment.tokens)
         job = _Job(
             folder=temporary,
@@ -237,7 +243,8 @@ def load_exported(folder: Path | str) -> tuple[PreTrainedModel, PreTrainedTokeni
 
     register()
     folder = Path(folder)
-    loader = _loader_of(folder)
+    runtime = runtime_of(folder)
+    loader = runtime.loader if runtime else ""
     if not loader and not (folder / "config.json").is_file():
         raise ModelError(
             f"{printable(folder)} is not an exported model: it has no config.json. `foldsearch export` writes one."
@@ -259,13 +266,12 @@ def load_exported(folder: Path | str) -> tuple[PreTrainedModel, PreTrainedTokeni
     return model, tokenizer
 
 
-def _loader_of(folder: Path) -> str:
-    """The module that loads an export; empty where transformers does, as for a folder that says nothing of it."""
+def runtime_of(folder: Path) -> Runtime | None:
+    """What an export is run by; None of a folder that does not say it."""
     try:
-        name = json.loads((folder / REPORT).read_text())["runtime"]
-        return runtime_named(name).loader
+        return runtime_named(json.loads((folder / REPORT).read_text())["runtime"])
     except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        return None
 
 
 # ---- checks

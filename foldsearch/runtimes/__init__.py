@@ -80,11 +80,7 @@ class Writer(Protocol):
         """
 
     def rounded(self, model: PreTrainedModel, weights: str) -> PreTrainedModel:
-        """A copy with the numbers that the export holds, where weights are stored so.
-
-        Raises:
-            InputError: the runtime does not store weights so.
-        """
+        """A copy with the numbers that an export with such weights holds; in float32 where that is no dtype."""
 
     def write(self, model: PreTrainedModel, folder: Path, beside: Beside) -> tuple[str, ...]:
         """Write that model, rounded, to `folder`, which exists.
@@ -197,12 +193,6 @@ class Runtime:
                 f"Choose one of these{self.other_types}."
             )
         return weights
-
-    def dtype_of(self, weights: str) -> str:
-        """The dtype in which transformers holds weights that are stored so."""
-        if not self.types:
-            return weights
-        return next((dtype for dtype, own in self.own_types.items() if own == weights), "float32")
 
     def refusal(
         self, plan: FoldPlan, *, by_position: bool = False, family: str = ""

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from foldsearch.model.blocks import FOLDED_PREFIX, family_of
-from foldsearch.model.fold import cast, stock_config
+from foldsearch.model.fold import stock_config
 from foldsearch.model.gguf.config import as_llama_cpp_has_it, build_config, describe
 from foldsearch.model.gguf.file import MetadataValue, read_gguf
 from foldsearch.model.gguf.names import NAMES
-from foldsearch.model.gguf.types import DTYPE_TYPES
 from foldsearch.model.gguf.vocabulary import describe_tokenizer
 from foldsearch.model.gguf.weights import TensorReader, read_weights
 from foldsearch.model.gguf.write import as_stored, write_gguf
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 FILE = "model.gguf"
-_DTYPE_OF = {weights: dtype for dtype, weights in DTYPE_TYPES.items()}
 
 
 def check_model(config: PretrainedConfig, context: int) -> tuple[str, ...]:
@@ -47,8 +45,6 @@ def before_rounding(model: PreTrainedModel) -> tuple[PreTrainedModel, bool]:
 
 def rounded(model: PreTrainedModel, weights: str) -> PreTrainedModel:
     """With the numbers that the file holds: matrices in its type, the rest in 32 bits."""
-    if weights in _DTYPE_OF:
-        return cast(model, getattr(torch, _DTYPE_OF[weights]))
     return as_stored(model, weights)
 
 

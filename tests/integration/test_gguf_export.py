@@ -204,8 +204,7 @@ def test_a_file_in_32_bits_is_read_back_to_the_bit(name: str, words, tmp_path: P
 def test_every_type_is_read_back_as_it_was_rounded(name: str, weights: str, words, tmp_path: Path) -> None:
     model = folded(dense(name), DROPPED)
     held = write(model, tmp_path, weights, words)
-    dtype = GGUF.dtype_of(weights)
-    back, wrong = runtime.load(str(tmp_path), dtype, model.config._attn_implementation)
+    back, wrong = runtime.load(str(tmp_path), "float32", model.config._attn_implementation)
     assert wrong == []
     assert torch.equal(logits(back), logits(held))
     reader = gguf.GGUFReader(tmp_path / "model.gguf")

@@ -1,0 +1,104 @@
+"""The table of docs/exports.md: which runtime holds which kind of slot, of which family, found by doing it.
+
+`python tests/export_matrix.py` writes it anew; tests/integration/test_export_matrix.py holds the file to it.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from foldsearch.export.verify import relative_rms, wrong_keys
+from foldsearch.model.fold import fold
+from foldsearch.model.parts import Borrowed, OutputNorm, Replaced
+from foldsearch.model.register import register
+from foldsearch.plan.plan import FoldPlan
+from foldsearch.runtimes import RUNTIMES, Beside, Runtime
+from foldsearch.runtimes import gguf as gguf_file
+from tests.tiny import CONFIGS, NUM_BLOCKS, WINDOW, dense_model
+
+FILE = Path(__file__).parents[1] / "docs" / "exports.md"
+SLOTS = {
+    "kept, dropped": "0 2-4",
+    "`~layer`": "0 1-2~layer 3-4",
+    "child `1=3`": "0 1=3 2-4",
+    "repeat `3=3`": "0-4 3=3",
+    "adapter `+r`": "0 1=3+r4 2-4",
+    "output norm `+n`": "0 1=3+n 2-4",
+    "half block `1a`": "0 1a 2-4",
+    "network `~linear`": "0 1-2~linear 3-4",
+}
+# As wide as the windows of the tiny models: llama.cpp has none in some families.
+IDS = torch.randint(3, 96, (2, WINDOW), generator=torch.Generator().manual_seed(1))
+ROUNDING = 1e-3  # of the logits' RMS, as for an export in float32
+SAME, ROUNDED, REFUSED = "=", "≈", "–"
+WORDS = f"""\
+# What can be exported where
+
+Made by `python tests/export_matrix.py`, and held to by `make test`: each cell was folded, written, read back and
+compared, on tiny random models in float32. A plan is held by a runtime if all of its slots are.
+
+`{SAME}` the same logits to the bit; `{ROUNDED}` but for rounding: an adapter merged into a weight, and for llama.cpp
+the scale of attention of these tiny Gemmas, which is put into their weights, and the GELU of GPT-NeoX by tanh.
+`{REFUSED}` refused, with what to do instead.
+Where a runtime does not share weights, a child and a repeat are written out: the same
+model, and no smaller. What llama.cpp itself computes from such files is compared in
+`tests/integration/test_gguf_export.py`.
+"""
+
+
+@torch.no_grad()
+def cell(family: str, text: str, runtime: Runtime, folder: Path) -> str:
+    """How a runtime holds a plan of a tiny model: written to `folder`, loaded again, compared."""
+    plan, dense = FoldPlan.parse(text, NUM_BLOCKS), dense_model(family)
+    if runtime.refusal(plan, family=family) is not None:
+        return REFUSED
+    model = fold(dense, plan)
+    generator = torch.Generator().manual_seed(2)
+    for part in model.modules():
+        if isinstance(part, (Borrowed, OutputNorm, Replaced)):
+            for parameter in part.parameters(recurse=False):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    written, _ = runtime.writer.before_rounding(model)
+    runtime.writer.write(written, folder, Beside(weights=runtime.stored_as("float32")))
+    attention = model.config._attn_implementation
+    if runtime.loader:
+        loaded, wrong = gguf_file.load(str(folder), "float32", attention)
+    else:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation=attention, output_loading_info=True
+        )
+        wrong = wrong_keys(info)
+    assert not wrong, (family, text, runtime.name, wrong)
+    ours, theirs = loaded.eval()(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits
+    if torch.equal(ours, theirs):
+        return SAME
+    assert relative_rms(ours, theirs) < ROUNDING, (family, text, runtime.name)
+    return ROUNDED
+
+
+def matrix() -> str:
+    """The whole file."""
+    register()
+    parts = [WORDS]
+    for runtime in RUNTIMES:
+        parts.append(f"## `--to {runtime.name}`: {runtime.title}\n")
+        lines = ["| | " + " | ".join(SLOTS) + " |", "|---|" + ":-:|" * len(SLOTS)]
+        for family in sorted(CONFIGS):
+            cells = []
+            for text in SLOTS.values():
+                with tempfile.TemporaryDirectory() as folder:
+                    cells.append(cell(family, text, runtime, Path(folder)))
+            lines.append(f"| {family} | " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    FILE.write_text(matrix(), encoding="utf-8")
