@@ -2,13 +2,13 @@
 
 1. every block dropped alone: what each is worth;
 2. the rivals: what the quick criteria choose, at a few counts;
-3. rounds: plans that a model of all measured ones asks for (see `foldsearch.search.chain`) at every count that the
-   budget allows, and moves around the plans that nothing beats so far;
+3. rounds: plans that a model of all measured ones asks for (see `foldsearch.search.chain`), at every size that the
+   budget allows, and near the plans that nothing beats so far;
 4. those that nothing beats at the end are promoted: the line of trials begins with them.
 
 What is measured is kept in the cache by model and text: a run that goes on, or one with another budget, has it at once,
-and pays for no plan twice. Only plans whose blocks are the dense model's are screened; what is new in other plans would
-have to be fitted for each.
+and pays for no plan twice. Only plans that need no fit are screened: whole blocks and units that go, and one matrix in
+each gap, which healing solves; what is new in other plans would have to be fitted for each.
 """
 
 from __future__ import annotations
@@ -57,14 +57,8 @@ ROUND = 8  # plans between two fits of the chain; sorted, so that they have thei
 MOVES = 4  # of so many plans two are asked for at large, and two near the front, one of them with halves of blocks
 NEAR = 0.02  # of a plan's KL: what a block that differs from it costs more, at least
 REACH = 4  # blocks that differ, over which what the sum did not foretell fades
-TOO_MANY = (
-    0.0,
-    0.02,
-    0.04,
-    0.08,
-    0.16,
-    0.32,
-)  # nats that half a block costs more, until few enough are asked for
+# What half a block costs more in a draw, nats, until no more are asked for than the space allows.
+TOO_MANY = (0.0, 0.02, 0.04, 0.08, 0.16, 0.32)
 BEST = 8  # plans of a draw that are looked at, the best first: some may be known
 ANY = "uniform"  # a criterion: the bound of a plan is the same for all
 TRIES = 20  # draws until a plan is found that was not measured
