@@ -11,10 +11,11 @@ export MPLCONFIGDIR ?= $(CURDIR)/.cache/matplotlib
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo demo-gguf test lint format bench clean
 
 help:
 	@echo "make demo     fold a real model under a memory budget, look at the front, export one (at most 15 minutes)"
+	@echo "make demo-gguf  the demo's model as one file for llama.cpp, which is run (some minutes)"
 	@echo "make test     lint, types, floors, and every test (at most 20 minutes)"
 	@echo "make lint     the checks of 'make test' without the tests"
 	@echo "make format   let ruff format the code and mend what it can"
@@ -36,6 +37,11 @@ demo: .venv/installed
 	$(BIN)/foldsearch pick runs/demo --max-gb $(BUDGET_GB)
 	$(BIN)/foldsearch export runs/demo --out exports/demo --prompt $(PROMPT)
 
+# after `make demo`: the same point as one file, checked in llama.cpp, which goes on with the prompt
+demo-gguf: .venv/installed
+	rm -rf exports/demo-gguf
+	$(BIN)/foldsearch export runs/demo --to gguf --type q8_0 --out exports/demo-gguf --prompt $(PROMPT)
+
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile
 
@@ -53,4 +59,4 @@ bench: .venv/installed
 	$(BIN)/pytest tests/bench --capture=no
 
 clean:
-	rm -rf .venv .cache runs/demo exports/demo build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .cache runs/demo exports/demo exports/demo-gguf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

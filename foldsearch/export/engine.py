@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 SCORED_TOKENS = 512  # whose log-probabilities are compared: as many as a slow machine scores in half a minute
 SCORED_SEQUENCE = 128  # of which at most so many follow each other
 # How far a program may be from torch, in nats a token on average: llama.cpp rounds what goes into a product to 16 bits
-# beside 16-bit weights and in its cache, and to 8 bits beside others.
+# beside 16-bit weights and in its cache, and to 8 bits beside others: 0.002 and 0.06 were seen on SmolLM2.
 TOLERANCES = {
     "f32": 0.02,
     "f16": 0.02,
     "bf16": 0.05,
-    **dict.fromkeys(("q8_0", "q5_1", "q5_0", "q4_1", "q4_0"), 0.1),
+    **dict.fromkeys(("q8_0", "q5_1", "q5_0", "q4_1", "q4_0"), 0.2),
 }
 LOADING_SECONDS, ANSWER_SECONDS = 600.0, 600.0  # a server that has not answered by then has stopped
 TRIES = 3  # its threads stop once in a while; another process goes on then

@@ -37,7 +37,7 @@ def passport(
 
     Each tool that cannot do what the plan does has `null`, and "why_not" says what it lacks.
     """
-    lacks = _lacks(plan)
+    lacks = _lacks(plan, config)
     why_not = {name: f"it cannot {what}" for name, what in lacks.items() if what}
     return {
         "foldsearch": SCHEMA,
@@ -64,7 +64,7 @@ def _weights_words(weights_changed: str) -> str:
     )
 
 
-def _lacks(plan: FoldPlan) -> dict[str, str]:
+def _lacks(plan: FoldPlan, config: PretrainedConfig) -> dict[str, str]:
     """What of the plan each tool cannot do; empty where it can do all of it."""
     slots = [slot for slot in plan.slots if isinstance(slot, Slot)]
     homes = [slot.home for slot in slots]
@@ -78,7 +78,10 @@ def _lacks(plan: FoldPlan) -> dict[str, str]:
         or carried
         or ("" if once else "run a block's weights twice without storing them twice"),
         "llama_quantize": what or carried or ("" if once else "run a block twice"),
-        "mergekit": what or carried,
+        # mergekit 0.1.5 counts the blocks again and leaves the list as it was, which transformers then refuses
+        "mergekit": what
+        or carried
+        or ("cut layer_types, which the config has" if getattr(config, "layer_types", None) else ""),
     }
 
 
