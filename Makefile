@@ -11,12 +11,13 @@ export MPLCONFIGDIR ?= $(CURDIR)/.cache/matplotlib
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo demo-gguf test lint format bench clean
+.PHONY: help demo demo-gguf test runtimes lint format bench clean
 
 help:
 	@echo "make demo     fold a real model under a memory budget, look at the front, export one (at most 15 minutes)"
 	@echo "make demo-gguf  the demo's model as one file for llama.cpp, which is run (some minutes)"
 	@echo "make test     lint, types, floors, and every test (at most 20 minutes)"
+	@echo "make runtimes every family in every runtime that is installed; 'make test' takes some (at most 15 minutes)"
 	@echo "make lint     the checks of 'make test' without the tests"
 	@echo "make format   let ruff format the code and mend what it can"
 	@echo "make bench    measure speed and memory"
@@ -44,6 +45,9 @@ demo-gguf: .venv/installed
 
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile
+
+runtimes: .venv/installed
+	$(BIN)/pytest -n 2 -m runtimes -rA
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -36,7 +36,7 @@ def model_card(report: ExportReport, folder: Path) -> str:
         parts = [*parts[: int(report.has_tokenizer)], f"```sh\n{commands}\n```", *parts[1:]]
     loading = "\n\n".join(parts)
     return f"""---
-library_name: {"gguf" if runtime.engine else "transformers"}
+library_name: {runtime.engine.library if runtime.engine else "transformers"}
 tags: [foldsearch, text-generation]
 ---
 # {base_model}, folded

@@ -26,6 +26,9 @@ SCORED_SEQUENCE = 128  # of which at most so many follow each other
 # How far a program may be from torch, in nats a token on average: llama.cpp rounds what goes into a product to 16 bits
 # beside 16-bit weights and in its cache, and to 8 bits beside others: 0.002 and 0.06 were seen on SmolLM2.
 TOLERANCES = {
+    "float32": 1e-3,  # onnxruntime computes in it
+    "float16": 0.02,
+    **dict.fromkeys(("int8", "int4"), 1e-3),  # in float32, from the same numbers
     "f32": 0.02,
     "f16": 0.02,
     "bf16": 0.05,

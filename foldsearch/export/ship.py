@@ -54,6 +54,7 @@ LOSS_ROUNDING = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 2e-2}  # of the m
 MOST_ROUNDS, TIMED_SECONDS, FEWEST_ROUNDS = 9, 8.0, 3
 NO_SPEED = Speed((), ())
 REPORT = "foldsearch.json"  # in every export
+NAMES_BYTES = 1_000_000  # that names and shapes of tensors may take in a file, beside the weights
 ROOM = 1.1  # of disk or memory, as a multiple of the weights
 
 
@@ -612,14 +613,17 @@ def _faults(
             f"its perplexity is {figures.perplexity:.6g}, the measured model's is {measured_perplexity:.6g} "
             f"(tolerance {bound:g} nats of loss)"
         )
+    file_bytes = _file_bytes(job.runtime, job.folder)
+    surplus = file_bytes - job.weight_bytes
     if job.runtime.types:  # a file of several types: its numbers are counted, and were compared
         if figures.parameters != job.num_parameters:
             faults.append(f"it holds {figures.parameters} parameters, {job.num_parameters} were written")
-        return faults
-    if figures.weight_bytes != job.weight_bytes:
-        faults.append(f"it holds {figures.parameters} parameters, {job.weight_bytes} bytes were written")
-    file_bytes = _file_bytes(job.runtime, job.folder)
-    if not 0 <= file_bytes - job.weight_bytes <= 1_000_000:  # names and shapes of the tensors
+        is_wrong = job.runtime.shares_weights and surplus > NAMES_BYTES
+    else:
+        if figures.weight_bytes != job.weight_bytes:
+            faults.append(f"it holds {figures.parameters} parameters, {job.weight_bytes} bytes were written")
+        is_wrong = not 0 <= surplus <= NAMES_BYTES
+    if is_wrong:
         faults.append(f"its files have {file_bytes} bytes for {job.weight_bytes} bytes of weights")
     return faults
 

@@ -107,7 +107,7 @@ class Engine:
     name: of the program. package: as it is imported. extra: of foldsearch, which installs it. module: has the class
     `Answers`, which loads an export in a process of its own and answers questions (see `foldsearch.export.engine`).
     python: what loads an export and lets it write, with {where} and {prompt} for the folder and a text; commands: what
-    else can be done with it, with {folder}.
+    else can be done with it, with {folder}. library: as the hub names what loads such files.
     """
 
     name: str
@@ -116,6 +116,7 @@ class Engine:
     module: str
     python: str
     commands: str
+    library: str
 
     @property
     def is_installed(self) -> bool:
@@ -242,7 +243,32 @@ os._exit(0)  # its threads would keep the process""",
     commands="""llama-server -m {folder}/model.gguf
 # K-quants are made by llama.cpp's own program, best from f16 or f32:
 llama-quantize {folder}/model.gguf model-Q4_K_M.gguf Q4_K_M""",
+    library="gguf",
 )
+
+ONNX_RUNTIME = Engine(
+    name="onnxruntime",
+    package="onnxruntime",
+    extra="onnx",
+    module="foldsearch.runtimes.onnx_runtime",
+    python="""import sys
+
+from tokenizers import Tokenizer  # pip install onnxruntime tokenizers
+
+{where}
+sys.path.insert(0, FOLDER)
+from onnx_decoder import Decoder  # a file of that folder: numpy and onnxruntime
+
+tokenizer = Tokenizer.from_file(FOLDER + "/tokenizer.json")
+ids = tokenizer.encode({prompt}).ids
+print(tokenizer.decode(ids + Decoder(FOLDER).write(ids, 20)))""",
+    commands="python {folder}/onnx_decoder.py 'The state of our union'",
+    library="onnx",
+)
+
+# onnxruntime has next to no bfloat16 on processors: what was bfloat16 is stored in float32, its numbers unchanged.
+# Of the others the matrices are in 8 and 4 bits, and one float32 for each 32 numbers of a row.
+ONNX_TYPES = ("float32", "float16", "int8", "int4")
 
 ALL_CAN = "folded"  # the runtime that holds every plan
 STOCK = "stock"  # the one that needs no code of ours
@@ -292,6 +318,23 @@ RUNTIMES: tuple[Runtime, ...] = (
             "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 olmo2 gpt2 gpt_neox".split()
         ),
         engine=LLAMA_CPP,
+    ),
+    Runtime(
+        name="onnx",
+        title="a graph with its KV cache for onnxruntime, of any plan, shared weights stored once",
+        blocks="graphs",
+        shares_weights=True,
+        cannot=frozenset(),
+        file="foldsearch.runtimes.onnx",
+        carries_code=False,
+        card="A graph, `model.onnx`, with its weights beside it, for onnxruntime and whatever else reads ONNX. It "
+        "takes token ids and the keys and values of the tokens before them; `onnx_decoder.py` (Apache-2.0) shows how, "
+        "and needs numpy and onnxruntime only.",
+        loader="foldsearch.runtimes.onnx",
+        weights="*.onnx.data",
+        types=ONNX_TYPES,
+        own_types={"float32": "float32", "float16": "float16", "bfloat16": "float32"},
+        engine=ONNX_RUNTIME,
     ),
 )
 
