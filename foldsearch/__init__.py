@@ -11,6 +11,7 @@ Each name says its shapes, units, errors and source in its own docstring:
     run_search      run a study in a folder, or go on with it
     open_run        the front, the knee and every trial of a run
     export_trial    write a trial's model and verify it in a fresh process
+    ExportForm      for which runtime, and how weights are stored
     recover_trial   train a trial further, as a FurtherTraining says
     evaluate_trial  what a trial's model still knows, beside dense: questions and harness tasks
     Asked           what a model is asked: question files, tasks
@@ -36,7 +37,7 @@ from foldsearch.model.register import register
 from foldsearch.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from foldsearch.api import export_trial, inspect_model, open_run, recover_trial, try_plan
+    from foldsearch.api import ExportForm, export_trial, inspect_model, open_run, recover_trial, try_plan
     from foldsearch.errors import FoldsearchError, InputError, VerificationError
     from foldsearch.evaluate import Asked, evaluate_trial
     from foldsearch.model.fold import fold
@@ -55,6 +56,7 @@ __all__ = [
     "load_study",
     "run_search",
     "open_run",
+    "ExportForm",
     "export_trial",
     "recover_trial",
     "FurtherTraining",
@@ -80,7 +82,14 @@ __all__ = [
 
 # Where each name lives: looked up when it is first asked for, so `import foldsearch` does not wait for torch.
 _HOMES = {
-    "foldsearch.api": ("export_trial", "inspect_model", "open_run", "recover_trial", "try_plan"),
+    "foldsearch.api": (
+        "ExportForm",
+        "export_trial",
+        "inspect_model",
+        "open_run",
+        "recover_trial",
+        "try_plan",
+    ),
     "foldsearch.errors": ("FoldsearchError", "InputError", "VerificationError"),
     "foldsearch.evaluate": ("Asked", "evaluate_trial"),
     "foldsearch.model.fold": ("fold",),

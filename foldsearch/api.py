@@ -71,6 +71,26 @@ def measure_model(study: Study, progress: StageProgress = silent) -> CostTable:
     return measure(open_config(open_source(study, progress)))
 
 
+@dataclass(frozen=True, slots=True)
+class ExportForm:
+    """How a model is exported.
+
+    to: the name of the runtime (see `foldsearch.runtimes`); None takes the one that `runtime_for` names.
+    weights: one of the types in which that runtime stores weights; empty stores them as the target's dtype is.
+    overwrite: replace an export that is there.
+    """
+
+    to: str | None = None
+    weights: str = ""
+    overwrite: bool = False
+
+    def runtime(self, plan: FoldPlan, target: Target, table: CostTable) -> Runtime:
+        """What a plan is exported to."""
+        if self.to:
+            return runtime_named(self.to)
+        return runtime_for(plan, target.runtime, by_position=table.by_position)
+
+
 def dry_run(study: Study, progress: StageProgress = silent, notice: Notice = unheard) -> DryRun:
     """What a search would do: size of the space, feasible share, estimated seconds, disk and memory in bytes.
 
@@ -213,15 +233,14 @@ def export_tried(
     folder: Path,
     out: Path,
     *,
-    to: str | None = None,
-    weights: str = "",
+    form: ExportForm | None = None,
     progress: StageProgress = silent,
 ) -> ExportReport:
     """Write the model that `try_plan` measured last in `folder`, and verify it in a fresh process.
 
     Args:
         study, folder: as `try_plan` was given them.
-        out, to, weights, progress: see `export_trial`.
+        out, form, progress: see `export_trial`.
 
     Raises:
         RunError: nothing was measured there. Else as `export_trial`.
@@ -229,7 +248,7 @@ def export_tried(
     from foldsearch.prepare import prepare_context
 
     context = prepare_context(study, folder, progress=progress)
-    return _export(context, _TRIED, out, _Wanted(to, weights), None, progress)
+    return _export(context, _TRIED, out, form or ExportForm(), None, progress)
 
 
 # ---- after a search
@@ -341,9 +360,7 @@ def export_trial(
     number: int,
     out: Path,
     *,
-    to: str | None = None,
-    weights: str = "",
-    overwrite: bool = False,
+    form: ExportForm | None = None,
     progress: StageProgress = silent,
     notice: Notice = unheard,
 ) -> ExportReport:
@@ -355,9 +372,7 @@ def export_trial(
         run: the run.
         number: of a trial that reached the last rung.
         out: new folder; whole or absent.
-        to: the name of the runtime (see `foldsearch.runtimes`); None takes the one that `runtime_for` names.
-        weights: one of the types in which that runtime stores weights; empty stores them as the target's dtype is.
-        overwrite: replace a folder that is there.
+        form: for which runtime, and how weights are stored.
         progress: told what is being done.
         notice: told what a person should know.
 
@@ -371,15 +386,15 @@ def export_trial(
 
     trial = run.pick(number=number)
     folder = run.folder
-    wanted = _Wanted(to, weights, overwrite)
-    runtime = wanted.runtime(trial.plan, folder.target, folder.table)
-    runtime.stored_as(folder.target.dtype, weights)
-    check_export(out, trial.plan, runtime.name, table=folder.table, overwrite=overwrite)
+    form = form or ExportForm()
+    runtime = form.runtime(trial.plan, folder.target, folder.table)
+    runtime.stored_as(folder.target.dtype, form.weights)
+    check_export(out, trial.plan, runtime.name, table=folder.table, overwrite=form.overwrite)
     if trial.number in run.further:
         words = run.further[trial.number].tokens_words
         notice(f"trial {number} was trained further; what ships is its best state: {words}.")
     context = prepare_context(folder.study, folder.path, progress=progress, notice=notice)
-    return _export(context, trial.number, out, wanted, trial, progress)
+    return _export(context, trial.number, out, form, trial, progress)
 
 
 def write_passport(
@@ -429,7 +444,7 @@ def _export(
     context: TrialContext,
     number: int,
     out: Path,
-    wanted: _Wanted,
+    form: ExportForm,
     recorded: Trial | None,
     progress: StageProgress,
 ) -> ExportReport:
@@ -450,8 +465,8 @@ def _export(
     progress("writing and verifying in a fresh process", 0.0)
     shipment = Shipment(
         plan=trial.plan,
-        runtime=wanted.runtime(trial.plan, context.target, context.table).name,
-        weights=wanted.weights,
+        runtime=form.runtime(trial.plan, context.target, context.table).name,
+        weights=form.weights,
         gguf=context.files.gguf,
         context=context.target.context,
         dtype=context.target.dtype,
@@ -467,22 +482,7 @@ def _export(
         },
     )
     tokenizer = open_tokenizer(context.files)
-    return export(model, tokenizer, out, shipment, overwrite=wanted.overwrite)
-
-
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """What a person said of an export; see `export_trial`."""
-
-    to: str | None
-    weights: str = ""
-    overwrite: bool = False
-
-    def runtime(self, plan: FoldPlan, target: Target, table: CostTable) -> Runtime:
-        """What a plan is exported to."""
-        if self.to:
-            return runtime_named(self.to)
-        return runtime_for(plan, target.runtime, by_position=table.by_position)
+    return export(model, tokenizer, out, shipment, overwrite=form.overwrite)
 
 
 def compare_words(run: RunView, folder: Path, prompt: str, *, num_tokens: int = 40) -> tuple[str, str]:

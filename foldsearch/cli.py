@@ -435,7 +435,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from foldsearch.api import export_trial, open_run, write_passport
+    from foldsearch.api import ExportForm, export_trial, open_run, write_passport
     from foldsearch.report.terminal import console, export_table, passport_lines, words_table
 
     _quiet_bars()
@@ -447,10 +447,8 @@ def _export(args: argparse.Namespace) -> int:
         console().print(passport_lines(value, args.out))
         return 0
     with _status() as progress:
-        report = export_trial(
-            view, trial.number, args.out, to=args.to, weights=args.type or "", overwrite=args.force,
-            progress=progress, notice=_say,
-        )  # fmt: skip
+        form = ExportForm(args.to, args.type or "", args.force)
+        report = export_trial(view, trial.number, args.out, form=form, progress=progress, notice=_say)
     out = console()
     out.print(export_table(report, args.out))
     if args.prompt:

@@ -17,13 +17,13 @@ from foldsearch.errors import RunError
 from foldsearch.model.content import ContentHashes
 from foldsearch.paths import local, printable
 
-__all__ = ["Identity", "Place"]
+__all__ = ["Identity", "Location"]
 
 _PARTS = ("weights", "config", "tokenizer", "code")  # whose change is another model
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Location:
     """Where a file or folder lay when the run began.
 
     typed: as a person wrote it. absolute: in full. beside: as seen from the run folder.
@@ -34,7 +34,7 @@ class Place:
     beside: str
 
     @classmethod
-    def of(cls, typed: str, run_folder: Path) -> Place:
+    def of(cls, typed: str, run_folder: Path) -> Location:
         """The place that a path names now."""
         absolute = local(typed).absolute()
         return cls(
@@ -67,9 +67,9 @@ class Identity:
     dtype: str
     device: str
     tokens: dict[str, str]
-    places: tuple[Place, ...]
+    places: tuple[Location, ...]
 
-    def place_of(self, typed: str) -> Place | None:
+    def place_of(self, typed: str) -> Location | None:
         """The place of what a person typed; None for what is on the hub or in a package."""
         return next((place for place in self.places if place.typed == typed), None)
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from foldsearch.context import TrialContext, open_workbench, read_splits, write_splits
 from foldsearch.errors import ModelError
-from foldsearch.identity import Identity, Place
+from foldsearch.identity import Identity, Location
 from foldsearch.machine import choose_device, choose_precision
 from foldsearch.model import source
 from foldsearch.model.checks import check_lengths, check_tokens
@@ -276,7 +276,7 @@ def _identity_of(
         dtype=context.files.dtype,
         device=context.device,
         tokens=_token_hashes(splits),
-        places=tuple(Place.of(typed, context.run.path) for typed in dict.fromkeys(here)),
+        places=tuple(Location.of(typed, context.run.path) for typed in dict.fromkeys(here)),
     )
 
 

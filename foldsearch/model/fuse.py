@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from foldsearch.model.evidence import block_runs
 from foldsearch.model.heal import Healed, HealedBlock
-from foldsearch.model.places import Place, StreamText, Writer, first_touched, places_of
+from foldsearch.model.places import Place, StreamText, StreamWriter, first_touched, places_of
 from foldsearch.model.states import DepthStates, in_float64
 from foldsearch.progress import CountProgress
 
@@ -77,7 +77,7 @@ def _fuse(
 
 
 def _fuse_one(
-    place: Place, writer: Writer, text: StreamText, run: Callable[[Tensor], Tensor], solve: Solve
+    place: Place, writer: StreamWriter, text: StreamText, run: Callable[[Tensor], Tensor], solve: Solve
 ) -> HealedBlock:
     weight_NT1 = text.weights(place)
     read = text.read(run, writer)

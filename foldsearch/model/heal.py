@@ -40,7 +40,7 @@ from foldsearch.errors import ModelError
 from foldsearch.model.blocks import decoder_blocks
 from foldsearch.model.evidence import hidden_of, other_inputs
 from foldsearch.model.parts import Replaced
-from foldsearch.model.places import Place, StreamText, Writer, first_touched, num_fitted, places_of
+from foldsearch.model.places import Place, StreamText, StreamWriter, first_touched, num_fitted, places_of
 from foldsearch.model.states import DepthStates, in_float64
 from foldsearch.progress import CountProgress
 
@@ -232,7 +232,7 @@ def _joined(places: list[Place]) -> list[Place]:
 
 
 def _heal_one(
-    place: Place, writer: Writer, text: StreamText, run: Callable[[Tensor], Tensor], first_ridge: int
+    place: Place, writer: StreamWriter, text: StreamText, run: Callable[[Tensor], Tensor], first_ridge: int
 ) -> tuple[HealedBlock, int]:
     """Solve one position, and let the text go through it; also the ridge that served, by its number."""
     weight_NT1 = text.weights(place)
@@ -276,7 +276,7 @@ def _best_ridge(error: Callable[[int], float], first: int) -> tuple[int, float]:
     return best, errors[best]
 
 
-def _sums_for(writer: Writer, text: StreamText) -> _Moments | _Tokens:
+def _sums_for(writer: StreamWriter, text: StreamText) -> _Moments | _Tokens:
     """What solves faster: sums over features, or over tokens where there are fewer of these."""
     return _Tokens() if text.num_tokens < writer.num_features else _Moments()
 
@@ -303,7 +303,7 @@ class _Tokens:
         self._wanted.append(wanted_MD * root_M1)
         self.square += float(self._wanted[-1].square().sum(dtype=torch.float64))
 
-    def solved(self, ridge: float, writer: Writer) -> Tensor:
+    def solved(self, ridge: float, writer: StreamWriter) -> Tensor:
         """As of `_Moments`: R⁻¹ Fᵀ (F R⁻¹ Fᵀ + 1)⁻¹ Y, R the diagonal of the ridges."""
         if self._joined is None:
             self._joined = _Joined.of(torch.cat(self._features), torch.cat(self._wanted), writer.has_bias)
@@ -376,7 +376,7 @@ class _Moments:
         self.cross_FD = self.cross_FD.to(cross_FD.device) + cross_FD
         self.square += float(wanted_MD.square().sum(dtype=torch.float64))
 
-    def solved(self, ridge: float, writer: Writer) -> Tensor:
+    def solved(self, ridge: float, writer: StreamWriter) -> Tensor:
         """The ridge solution, (F, D), float32, on the writer's device; no numbers where rounding leaves none."""
         size = len(self.gram_FF) - writer.has_bias
         diagonal = self.gram_FF.diagonal()

@@ -62,7 +62,7 @@ class Place:
     ends: int
     meets: int
     is_touched: bool
-    writer: Writer | None
+    writer: StreamWriter | None
 
     @property
     def is_before_gap(self) -> bool:
@@ -116,7 +116,9 @@ def shared_parameters(model: PreTrainedModel) -> set[int]:
     return found
 
 
-def writer_of(block: nn.Module, slot: dict[str, Any], family: Family, shared: set[int]) -> Writer | None:
+def writer_of(
+    block: nn.Module, slot: dict[str, Any], family: Family, shared: set[int]
+) -> StreamWriter | None:
     """What a position writes to the stream last; None where it is not the position's alone, or nothing is there.
 
     Args:
@@ -127,25 +129,25 @@ def writer_of(block: nn.Module, slot: dict[str, Any], family: Family, shared: se
     """
     if isinstance(block.get_submodule(family.mlp.modules[-1]), Replaced):
         path = family.mlp.modules[-1]
-        return Writer.alone(block, path, path, shared)
+        return StreamWriter.alone(block, path, path, shared)
     if slot["mlp"] is None and slot["attention"] is None:
         return None
     return unit_writer(block, family.attention if slot["mlp"] is None else family.mlp, shared)
 
 
-def unit_writer(block: nn.Module, unit: Unit, shared: set[int]) -> Writer | None:
+def unit_writer(block: nn.Module, unit: Unit, shared: set[int]) -> StreamWriter | None:
     """What a unit that is there writes to the stream; None where it is not this block's alone."""
     # Where a norm stands after a unit, its last linear comes last in the block too (a test looks).
     # Phi-3's attention, without such a norm, ends in another one.
     norm = unit.output
     path = norm if norm in linears(block, unit) else linears(block, unit)[-1]
-    return Writer.alone(block, path, norm, shared)
+    return StreamWriter.alone(block, path, norm, shared)
 
 
 # ---- what writes to the stream
 
 
-class Writer:
+class StreamWriter:
     """A linear map whose output is added to the stream, by itself or through a norm.
 
     Attributes:
@@ -163,7 +165,7 @@ class Writer:
         self.device: torch.device = getattr(module, self._weight).device
 
     @classmethod
-    def alone(cls, block: nn.Module, path: str, norm: str, shared: set[int]) -> Writer | None:
+    def alone(cls, block: nn.Module, path: str, norm: str, shared: set[int]) -> StreamWriter | None:
         """The module of a block at a path, and the norm at another; None where others run its parameters too."""
         module = block.get_submodule(path)
         if isinstance(module, Borrowed) or any(id(parameter) in shared for parameter in module.parameters()):
@@ -336,7 +338,7 @@ class StreamText:
         for here in self.batches():
             self.own_NTD[here] = run(self.own_NTD[here])
 
-    def read(self, run: Callable[[Tensor], Tensor], writer: Writer) -> list[tuple[slice, Tensor]]:
+    def read(self, run: Callable[[Tensor], Tensor], writer: StreamWriter) -> list[tuple[slice, Tensor]]:
         """Let a position run; what its matrix reads, (M, F), for each batch: a few depths of states in all."""
         read: list[tuple[slice, Tensor]] = []
 

@@ -28,7 +28,7 @@ from foldsearch.model.heal import Healed, HealedBlock
 from foldsearch.model.places import (
     Place,
     StreamText,
-    Writer,
+    StreamWriter,
     first_touched,
     places_of,
     shared_parameters,
@@ -136,7 +136,7 @@ def _divide(model: PreTrainedModel, place: Place, scale: float) -> dict[str, Ten
     return values
 
 
-def _divided(module: Any, writer: Writer, scale: float) -> dict[str, Tensor]:
+def _divided(module: Any, writer: StreamWriter, scale: float) -> dict[str, Tensor]:
     """The parameters of a linear, or of the norm after it, whose output is divided."""
     if writer.norm is None:
         names = ("weight", "bias") if writer.has_bias else ("weight",)

@@ -404,7 +404,7 @@ def test_export_takes_what_was_picked_unless_told(
     asked: list[Any] = []
 
     def refuse(run: RunView, chosen: int, out: Path, **more: Any) -> None:
-        asked.append((chosen, out, more["to"]))
+        asked.append((chosen, out, more["form"].to))
         raise VerificationError("logits differ by 0.3, at most 0 is allowed.")
 
     monkeypatch.setattr(api, "export_trial", refuse)
