@@ -177,7 +177,7 @@ def test_what_is_exported_prompted_and_evaluated(
     number = run_queued(context, "window", 1)
     run = api.open_run(place / "run")
     asked: list[exporting.Shipment] = []
-    monkeypatch.setattr(exporting, "export", lambda *given: asked.append(given[-1]))
+    monkeypatch.setattr(exporting, "export", lambda *given, overwrite: asked.append(given[-1]))
     monkeypatch.setattr(exporting, "load_exported", lambda folder: (open_workbench(context).dense, None))
     with watched():
         api.export_trial(run, number, place / "out")

@@ -261,8 +261,8 @@ def test_export_refuses_before_it_writes(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(PlanError, match=r"'0 2-3', not '0-1 3'"):
         export(model, None, out, replace(given, plan=plan("0 1 3")))
-    with pytest.raises(InputError, match="folded, stock, gguf; got 'onnx'"):
-        export(model, None, out, replace(given, runtime="onnx"))
+    with pytest.raises(InputError, match="folded, stock, gguf, onnx; got 'tvm'"):
+        export(model, None, out, replace(given, runtime="tvm"))
     with pytest.raises(InputError, match="int8"):
         export(model, None, out, replace(given, dtype="int8"))
     with pytest.raises(InputError, match="token ids"):

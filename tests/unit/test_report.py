@@ -271,12 +271,12 @@ def test_the_front_and_a_pick_say_which_runtimes_hold_a_plan_and_at_what_size(vi
     """Oracle: the price for each runtime, and what its entry in the list says that it cannot do."""
     lines = text_of(terminal.front_report(view, width=220), 220).splitlines()
     first = next(number for number, line in enumerate(lines) if "stock MB" in line)
-    assert {"folded MB", "stock MB", "gguf MB"} <= set(re.split(r" {2,}", lines[first].strip()))
+    assert {"folded MB", "stock MB", "gguf MB", "onnx MB"} <= set(re.split(r" {2,}", lines[first].strip()))
     table = lines[first : lines.index("", first)]
     seen = set()
     for entry in view.front_and_baselines:
         (row,) = (line for line in table if line[:9].split()[-1:] == [str(entry.number)])
-        cells = row.split()[-3:]
+        cells = row.split()[-len(RUNTIMES) :]
         words = terminal.runtimes_words(view, entry.plan)
         for cell, runtime in zip(cells, RUNTIMES, strict=True):
             held = runtime.refusal(entry.plan) is None

@@ -174,7 +174,7 @@ from pathlib import Path
 import foldsearch.api as api
 from foldsearch import cli
 
-def try_plan(plan, study, *, folder, progress, notice):
+def try_plan(plan, study, *, folder, progress, notice, **others):
     (folder / "trials").mkdir(parents=True)
     print("ready", flush=True)
     time.sleep(60)
