@@ -134,7 +134,7 @@ def export(
     notes = writer.check_model(model.config, shipment.context)
     measured = _on_cpu(in_dtype(model, getattr(torch, shipment.dtype)))
     written, is_exact = writer.before_rounding(model)
-    is_same = runtime.stored_as(shipment.dtype) == weights
+    is_same = runtime.stored_as(shipment.dtype) == weights and shipment.dtype not in runtime.lacks
     if written is model and is_same:
         shipped = measured
     else:
@@ -147,7 +147,8 @@ def export(
     with _whole_or_absent(folder, weight_bytes) as temporary:
         notes += writer.write(shipped, temporary, extras)
         # processors multiply few types fast: numbers of another type are computed with in 32 bits, as they are
-        dtype = shipment.dtype if is_same else "float32"
+        other = weights if weights in DTYPE_BYTES else "float32"
+        dtype = shipment.dtype if is_same else other
         measured_perplexity = None if is_same else verify.perplexity(measured, **shipment.tokens)
         job = _Job(
             folder=temporary,
@@ -157,7 +158,7 @@ def export(
             runtime=runtime,
             weights=weights,
             dtype=dtype,
-            tolerance=0.0 if is_exact or not is_same else ROUNDING[dtype],
+            tolerance=ROUNDING[dtype] if runtime.own_kernels or (is_same and not is_exact) else 0.0,
             weight_bytes=weight_bytes,
             num_parameters=sum(parameter.numel() for parameter in shipped.parameters()),
             beside=extras,

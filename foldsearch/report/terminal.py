@@ -317,12 +317,12 @@ def runtimes_words(view: RunView, plan: FoldPlan) -> str:
     table, target = view.folder.table, view.folder.target
     found = exported_bytes(plan, table, target)
     usual = runtime_for(plan, target.runtime, by_position=table.by_position).name
-    held = [
-        f"{name} {megabytes(size)} MB" + (" (the default)" if name == usual else "")
-        for name, size in found.items()
-        if size is not None
-    ]
-    words = f"exports to {', '.join(held)}, in {target.dtype}"
+    held = []
+    for name, size in found.items():
+        if size is not None:
+            other = " in float32" if target.dtype in runtime_named(name).lacks else ""
+            held.append(f"{name} {megabytes(size)} MB{other}" + (" (the default)" if name == usual else ""))
+    words = f"exports in {target.dtype} to {', '.join(held)}"
     if lacking := [name for name, size in found.items() if size is None]:
         refusal = runtime_named(lacking[0]).refusal(plan, by_position=table.by_position, family=table.family)
         assert refusal is not None

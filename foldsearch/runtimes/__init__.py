@@ -145,6 +145,8 @@ class Runtime:
     types: in which weights can be stored, and own_types: which of them is a dtype's own. Empty where weights are stored
     in the dtype that ships. other_types: how one gets others, in the words of a message.
     families: the model types of transformers that it runs; empty for all.
+    lacks: dtypes that it does not compute in: what is in these is stored in float32.
+    own_kernels: whether a loaded export is computed by others than torch's, which sum in another order.
     engine: the program itself, where it is not transformers.
     """
 
@@ -162,6 +164,8 @@ class Runtime:
     own_types: Mapping[str, str] = field(default_factory=dict)
     other_types: str = ""
     families: frozenset[str] = frozenset()
+    lacks: frozenset[str] = frozenset()
+    own_kernels: bool = False
     engine: Engine | None = None
 
     @property
@@ -334,6 +338,8 @@ RUNTIMES: tuple[Runtime, ...] = (
         weights="*.onnx.data",
         types=ONNX_TYPES,
         own_types={"float32": "float32", "float16": "float16", "bfloat16": "float32"},
+        lacks=frozenset({"bfloat16"}),
+        own_kernels=True,
         engine=ONNX_RUNTIME,
     ),
 )
@@ -359,11 +365,15 @@ def called_now(name: str) -> str:
 
 
 def exported_bytes(plan: FoldPlan, table: CostTable, target: Target) -> dict[str, int | None]:
-    """Bytes of a plan's weights in an export to each runtime, in the target's dtype; None where it cannot hold it."""
+    """Bytes of a plan's weights in an export to each runtime, stored as it stores the target's dtype.
+
+    None where it cannot hold the plan.
+    """
     found: dict[str, int | None] = {}
     for runtime in RUNTIMES:
         refusal = runtime.refusal(plan, by_position=table.by_position, family=table.family)
-        there = replace(target, runtime=runtime.name, shares_weights=runtime.shares_weights)
+        dtype = "float32" if target.dtype in runtime.lacks else target.dtype
+        there = replace(target, dtype=dtype, runtime=runtime.name, shares_weights=runtime.shares_weights)
         found[runtime.name] = None if refusal else price(plan, table, there).stored_bytes
     return found
 

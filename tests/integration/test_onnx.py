@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foldsearch.errors import InputError
+from foldsearch.export import Shipment, export
 from foldsearch.model.fold import fold
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.runtimes import NOTHING, Beside, onnx
 from foldsearch.runtimes.onnx_decoder import Decoder
-from tests.tiny import CONFIGS, VOCABULARY, dense_model
+from tests.tiny import CONFIGS, VOCABULARY, dense_model, tokenizer
 
 EVERY_SLOT = "0 1=4+r4+n 2a 3~linear 4 4=4"
 DROPPED = "0-1 3-4"
@@ -87,3 +88,19 @@ def test_rounding_to_few_bits(seed: int, bits: int, inputs: int) -> None:
     largest = weight_OI.abs().amax()
     assert (found_OI - weight_OI).abs().amax() <= largest / 2 ** (bits - 1) * (1 + 1e-6)
     assert torch.equal(onnx.in_blocks(found_OI, bits), found_OI)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weights"), [("bfloat16", ""), ("bfloat16", "int4"), ("float32", "float16")]
+)
+def test_what_is_exported_is_run_before_it_is_called_exported(
+    dtype: str, weights: str, tmp_path: Path
+) -> None:
+    plan = FoldPlan.parse(DROPPED, 5)
+    ids_NT = torch.randint(3, VOCABULARY, (3, 16), generator=torch.Generator().manual_seed(1))
+    shipment = Shipment(plan, "onnx", dtype, ids_NT, weights=weights)
+    report = export(fold(dense_model(), plan), tokenizer(), tmp_path / "out", shipment)
+    assert report.weights == (weights or "float32")  # it has no bfloat16
+    assert report.engine is not None
+    assert report.engine.mean_difference <= report.engine.tolerance
+    assert "onnx_decoder" in (tmp_path / "out" / "README.md").read_text()

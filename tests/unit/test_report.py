@@ -282,6 +282,8 @@ def test_the_front_and_a_pick_say_which_runtimes_hold_a_plan_and_at_what_size(vi
             held = runtime.refusal(entry.plan) is None
             seen.add(held)
             target = replace(view.folder.target, runtime=runtime.name, shares_weights=runtime.shares_weights)
+            if runtime.name == "onnx":  # it has no bfloat16
+                target = replace(target, dtype="float32")
             stored = price(entry.plan, view.folder.table, target).stored_bytes / 1e6
             assert cell == (f"{stored:,.1f}" if held else "—")
             assert (f"{runtime.name} {stored:,.1f} MB" in words) == held
