@@ -504,7 +504,7 @@ def compare_words(run: RunView, folder: Path, prompt: str, *, num_tokens: int = 
 
     from foldsearch.export import load_exported
     from foldsearch.export.engine import write_in
-    from foldsearch.export.ship import runtime_of
+    from foldsearch.export.folder import runtime_of
     from foldsearch.model.fold import cast
     from foldsearch.model.source import open_dense, open_tokenizer
     from foldsearch.model.tokens import begun

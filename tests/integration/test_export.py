@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from torch.nn import functional
 
 from foldsearch.codec import from_json
 from foldsearch.errors import InputError, VerificationError
-from foldsearch.export import ExportReport, Shipment, export, load_exported, ship
+from foldsearch.export import ExportReport, Shipment, checks, export, load_exported, ship
+from foldsearch.export import dense as beside_dense
 from foldsearch.export.process import ModelProcess, ProcessError
 from foldsearch.model.fold import cast, fold
 from foldsearch.model.parts import Borrowed
@@ -95,11 +97,12 @@ def test_folded_export(tmp_path, monkeypatch):
     class Watched(ModelProcess):
         def ask(self, what, **arguments):
             if what == "load":
-                weights = load_file(next(ship.Path(arguments["folder"]).glob("*.safetensors")))
+                weights = load_file(next(Path(arguments["folder"]).glob("*.safetensors")))
                 loaded.append(({tensor.dtype for tensor in weights.values()}, arguments["dtype"]))
             return super().ask(what, **arguments)
 
-    monkeypatch.setattr(ship, "ModelProcess", Watched)
+    for module in (ship, checks, beside_dense):
+        monkeypatch.setattr(module, "ModelProcess", Watched)
     dense = dense_model(tmp_path / "dense")
     model, plan = folded(dense, "0 1=3+r4+n 2a 3 4=3m 5m")
     out = tmp_path / "new" / """it's "out".v1 \\n"""

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from foldsearch.export import ship
+from foldsearch.export import dense
 from foldsearch.export.figures import MOST_BUSY, ExportReport, ModelFigures, Speed, spread
 from foldsearch.export.process import ProcessError
 from foldsearch.report.terminal import export_table
@@ -39,7 +39,7 @@ def fakes(ours: list[float], theirs: list[float]) -> tuple[list[str], Fake, Fake
 
 def test_two_models_take_turns_and_the_first_round_warms_up() -> None:
     log, ours, theirs = fakes([1000.0, *[6.0] * 9], [1.0, *[4.0] * 9])
-    speeds = ship._take_turns(ours, theirs)  # type: ignore[arg-type]
+    speeds = dense.take_turns(ours, theirs)  # type: ignore[arg-type]
     assert log == ["folded", "dense"] * 10
     assert speeds["decode"] == Speed((6.0,) * 9, (4.0,) * 9)
     assert speeds["prompt"] == Speed((60.0,) * 9, (40.0,) * 9)
@@ -50,9 +50,9 @@ def test_a_slow_machine_ends_the_turns_after_some_seconds_and_three_rounds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = iter(range(0, 10_000, 100))
-    monkeypatch.setattr(ship, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(dense, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     _, ours, theirs = fakes([6.0] * 10, [4.0] * 10)
-    assert len(ship._take_turns(ours, theirs)["decode"].dense) == ship.FEWEST_ROUNDS  # type: ignore[arg-type]
+    assert len(dense.take_turns(ours, theirs)["decode"].dense) == dense.FEWEST_ROUNDS  # type: ignore[arg-type]
 
 
 def test_a_machine_that_slows_both_models_leaves_their_ratio() -> None:
@@ -127,11 +127,11 @@ class _Weights:
 def test_where_there_is_no_room_for_the_dense_model_the_export_is_measured_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: int, memory: int, what: str
 ) -> None:
-    monkeypatch.setattr(ship.shutil, "disk_usage", lambda path: SimpleNamespace(free=disk))
+    monkeypatch.setattr(dense.shutil, "disk_usage", lambda path: SimpleNamespace(free=disk))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=memory))
     _, ours, _ = fakes([6.0] * 10, [])
     job = SimpleNamespace(folder=tmp_path / "out", dtype="bfloat16", runtime=runtime_named("stock"))
-    found = ship._compare(job, ours, _Weights(), tmp_path)  # type: ignore[arg-type]
+    found = dense.compare_in_torch(job, ours, _Weights(), tmp_path)  # type: ignore[arg-type]
     assert found.dense is None
     assert f"needs 2.20 GB of {what} beside the export, and 0.00 GB are free" in found.note
     assert found.speeds["decode"] == Speed((6.0,) * 9, ())
@@ -143,11 +143,11 @@ def test_a_dense_model_that_cannot_be_measured_is_no_fault_of_the_export(
     def fail(*args: object) -> None:
         raise ProcessError("the process ended with exit code -9: it said nothing")
 
-    monkeypatch.setattr(ship, "_lacks_room", lambda job, dense: "")
-    monkeypatch.setattr(ship, "in_dtype", fail)
+    monkeypatch.setattr(dense, "_lacks_room", lambda job, dense: "")
+    monkeypatch.setattr(dense, "in_dtype", fail)
     _, ours, _ = fakes([6.0] * 10, [])
     job = SimpleNamespace(folder=tmp_path / "out", dtype="bfloat16", runtime=runtime_named("stock"))
-    found = ship._compare(job, ours, _Weights(), tmp_path)  # type: ignore[arg-type]
+    found = dense.compare_in_torch(job, ours, _Weights(), tmp_path)  # type: ignore[arg-type]
     assert found.dense is None
     assert found.note.startswith("The dense model could not be measured: the process ended with exit code -9")
     assert len(found.speeds["decode"].exported) == 9

@@ -1,0 +1,175 @@
+"""An export beside the dense model, loaded alike: figures, and speeds in turns."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from foldsearch.errors import describe_error
+from foldsearch.export.checks import raise_for, while_loading
+from foldsearch.export.engine import TOLERANCES, EngineJob, compare, expected, fault_of, running
+from foldsearch.export.figures import EngineReport, ModelFigures, Speed
+from foldsearch.export.folder import ROOM
+from foldsearch.export.process import ModelProcess, ProcessError
+from foldsearch.export.shipment import Job, on_cpu
+from foldsearch.model.fold import cast as in_dtype
+from foldsearch.paths import beside
+from foldsearch.plan.cost import DTYPE_BYTES, GB
+from foldsearch.runtimes import Engine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Rounds of timing, in which both models take a turn: at most so many, and no further one after so many seconds; the
+# fewest of which a spread can be told.
+MOST_ROUNDS, TIMED_SECONDS, FEWEST_ROUNDS = 9, 8.0, 3
+NO_SPEED = Speed((), ())
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """An export beside the dense model.
+
+    dense: its figures; None where there are none, and note says why. speeds: of both, by "prompt" and "decode". engine:
+    what the program of the runtime found, and resident_bytes: of the export in it; engine_note: why it was not asked.
+    """
+
+    dense: ModelFigures | None
+    note: str
+    speeds: dict[str, Speed]
+    engine: EngineReport | None = None
+    engine_note: str = ""
+    resident_bytes: int | None = None
+
+
+def compare_in_torch(
+    job: Job, exported: ModelProcess, dense: PreTrainedModel | None, workplace: Path
+) -> Compared:
+    """Figures of the dense model, or why there are none; and the speeds of both.
+
+    The dense model is written anew in the dtype that ships, by the same writer: whatever it lies in, both models are
+    loaded alike. That an export is right does not depend on it, so no failure here is the export's.
+    """
+    note = ""
+    if dense is not None:
+        with _dense_beside(job) as place:
+            try:
+                note = _lacks_room(job, dense)
+                if not note:
+                    with _loaded_dense(job, dense, place, workplace) as (process, figures):
+                        return Compared(figures, "", take_turns(exported, process))
+            except (ProcessError, OSError, SafetensorError) as error:
+                note = f"The dense model could not be measured: {describe_error(error)}."
+    with while_loading(""):
+        return Compared(None, note, take_turns(exported))
+
+
+def compare_in_engine(job: Job, engine: Engine, dense: PreTrainedModel | None, workplace: Path) -> Compared:
+    """The same where another program runs the export: whether it is the same model there, memory and speeds.
+
+    Raises:
+        VerificationError: it is another model in the program.
+    """
+    figures, note = None, ""
+    with _dense_beside(job) as place:
+        if dense is not None and not (note := _lacks_room(job, dense)):
+            try:
+                with _loaded_dense(job, dense, place, workplace) as (_, in_torch):
+                    figures = replace(in_torch, resident_bytes=None)
+            except (ProcessError, OSError) as error:
+                note = f"The dense model could not be measured: {describe_error(error)}."
+        why = "" if engine.is_installed else engine.absence
+        if not why and not (job.beside.tokenizer or job.beside.gguf):
+            why = f"not checked in {engine.name}, which needs a tokenizer: the model was exported without one"
+        if why:
+            return Compared(figures, note, {"prompt": NO_SPEED, "decode": NO_SPEED}, engine_note=why)
+        asked = EngineJob(engine, torch.get_num_threads(), **job.tokens)
+        theirs = expected(in_dtype(job.measured, torch.float32), asked)
+        with ExitStack() as stack, while_loading(f" of {engine.name}"):
+            process, found = stack.enter_context(running(asked, job.folder, workplace))
+            other = stack.enter_context(running(asked, place, workplace)) if figures else None
+            report = compare(engine, found, theirs, TOLERANCES[job.weights], other[1] if other else None)
+            raise_for([fault] if (fault := fault_of(report)) else [], job.runtime.name)
+            speeds = take_turns(process, *([other[0]] if other else []))
+    if figures and other:
+        figures = replace(figures, resident_bytes=other[1].resident_bytes)
+    return Compared(figures, note, speeds, report, resident_bytes=found.resident_bytes)
+
+
+@contextmanager
+def _dense_beside(job: Job) -> Iterator[Path]:
+    """Where the dense model lies for a while."""
+    place = beside(job.folder, "dense")
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def _loaded_dense(
+    job: Job, dense: PreTrainedModel, place: Path, workplace: Path
+) -> Iterator[tuple[ModelProcess, ModelFigures]]:
+    """The dense model as the runtime has it, in a process of its own."""
+    if job.runtime.types:  # weights are rounded in its own way
+        writer = job.runtime.writer
+        place.mkdir()
+        written, _ = writer.before_rounding(dense)
+        writer.write(on_cpu(writer.rounded(written, job.weights)), place, replace(job.beside, plan=""))
+        del written
+    else:
+        on_cpu(in_dtype(dense, getattr(torch, job.dtype))).save_pretrained(place)
+    tensors = workplace / "tokens.safetensors"
+    save_file(job.tokens, tensors)
+    how = job.runtime.loader if job.runtime.types else ""
+    with ModelProcess(workplace) as process:
+        answer = process.ask("load", **job.loading(place, tensors, how=how)) | process.ask("quality")
+        yield process, job.figures(place, answer)
+
+
+def _lacks_room(job: Job, dense: PreTrainedModel) -> str:
+    """Why the dense model cannot be measured beside the export; empty where it can."""
+    import psutil
+
+    needed = ROOM * sum(parameter.numel() for parameter in dense.parameters()) * DTYPE_BYTES[job.dtype]
+    for what, free in (
+        ("disk", shutil.disk_usage(job.folder.parent).free),
+        ("memory", psutil.virtual_memory().available),
+    ):
+        if free < needed:
+            return (
+                f"The dense model was not measured: it needs {needed / GB:.2f} GB of {what} beside the export, and "
+                f"{free / GB:.2f} GB are free."
+            )
+    return ""
+
+
+def take_turns(*processes: ModelProcess) -> dict[str, Speed]:
+    """Speeds of one model, or of two in turns: first, second, first, second.
+
+    What the machine does besides then slows both of a round, and their ratio stays.
+    """
+    for process in processes:
+        process.ask("turn")  # caches are cold, memory is not yet given out
+    rounds: list[list[dict[str, float]]] = []
+    began = time.monotonic()
+    while len(rounds) < FEWEST_ROUNDS or (
+        len(rounds) < MOST_ROUNDS and time.monotonic() - began < TIMED_SECONDS
+    ):
+        rounds.append([process.ask("turn") for process in processes])
+    return {
+        what: Speed(
+            exported=tuple(turns[0][what] for turns in rounds),
+            dense=tuple(turns[1][what] for turns in rounds if len(turns) > 1),
+        )
+        for what in ("prompt", "decode")
+    }

@@ -1,0 +1,141 @@
+"""The folder of an export: new, whole or absent, and read again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from safetensors import SafetensorError
+
+from foldsearch.errors import InputError, ModelError, quote_error
+from foldsearch.export import verify
+from foldsearch.paths import beside, printable
+from foldsearch.plan.cost import GB
+from foldsearch.runtimes import Loader, Runtime, runtime_named
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+REPORT = "foldsearch.json"  # in every export
+ROOM = 1.1  # of disk or memory, as a multiple of the weights
+
+
+def check_new(folder: Path, *, overwrite: bool) -> None:
+    """An export is replaced where that was asked for; nothing else is."""
+    if not folder.exists():
+        return
+    ours = (folder / REPORT).is_file() or (folder.is_dir() and not any(folder.iterdir()))
+    if overwrite and not ours:
+        raise InputError(
+            f"only an export is overwritten, but {printable(folder)} holds no {REPORT}. Choose another folder, or move "
+            "it away."
+        )
+    if not overwrite:
+        or_force = ", or overwrite it with --force" if ours else ""
+        raise InputError(
+            f"{printable(folder)} exists already. Choose another folder, or move it away{or_force}."
+        )
+
+
+def make_room(folder: Path, weight_bytes: int) -> None:
+    """Make the folder that the export goes into, and refuse a disk that cannot hold it."""
+    parent = folder.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"the export goes into {printable(parent)}, which cannot be made: {error.strerror}. "
+            "Choose another folder."
+        ) from error
+    if (free := shutil.disk_usage(parent).free) < ROOM * weight_bytes:
+        raise InputError(
+            f"the export needs {weight_bytes / GB:.2f} GB, but {printable(parent)} has {free / GB:.2f} GB free. "
+            "Make room, or choose another folder."
+        )
+
+
+@contextmanager
+def whole_or_absent(folder: Path, weight_bytes: int) -> Iterator[Path]:
+    """A folder to write in, which gets its name when all went well, and else is removed."""
+    temporary = beside(folder, "partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        yield temporary
+        _rename(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            quote_error(
+                f"the export could not be written to {printable(folder.parent)}",
+                error,
+                f"It needs {weight_bytes / GB:.2f} GB. Make room, or choose another folder.",
+            )
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename(temporary: Path, folder: Path) -> None:
+    """Put the finished folder in its place; an old one goes only after the new one is there."""
+    old = beside(folder, "old")
+    if folder.exists():
+        os.rename(folder, old)
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        if old.exists():
+            os.rename(old, folder)
+        raise
+    if old.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.unlink(missing_ok=True)
+
+
+def runtime_of(folder: Path) -> Runtime | None:
+    """What an export is run by; None of a folder that does not say it."""
+    try:
+        return runtime_named(json.loads((folder / REPORT).read_text())["runtime"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def load_exported(folder: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """An exported model, whatever its runtime, in eval mode and its own dtype; and its tokenizer, where it has one.
+
+    Raises:
+        ModelError: not a model folder, or weights are missing from it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from foldsearch.model.register import register
+
+    register()
+    folder = Path(folder)
+    runtime = runtime_of(folder)
+    loader = runtime.loader if runtime else ""
+    if not loader and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{printable(folder)} is not an exported model: it has no config.json. `foldsearch export` writes one."
+        )
+    if loader:
+        loaded, wrong = cast("Loader", import_module(loader)).load(str(folder), "auto", None)
+    else:
+        auto: Any = AutoModelForCausalLM
+        loaded, info = auto.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        wrong = verify.wrong_keys(info)
+    if wrong:
+        raise ModelError(
+            f"{printable(folder)} does not hold the weights its config asks for: {wrong[:5]}. Export it again."
+        )
+    model: PreTrainedModel = loaded.eval()
+    if not (folder / "tokenizer_config.json").is_file():
+        return model, None
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    return model, tokenizer

@@ -1,0 +1,121 @@
+"""What is shipped, and an export that is written and not yet called one: values that all of this package passes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from foldsearch.export.figures import ModelFigures
+from foldsearch.plan.cost import DTYPE_BYTES
+from foldsearch.plan.plan import FoldPlan
+from foldsearch.runtimes import Beside, Runtime
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Shipment:
+    """What is shipped of a model, and what it is held against.
+
+    plan: of the model. runtime: its name (see `foldsearch.runtimes`). dtype: float32, bfloat16 or float16, in which the
+    model was measured. weights: one of the runtime's types; empty stores them as the dtype is. context: tokens that the
+    model is to see.
+    ids_NT: int64 token ids, N sequences of T ≥ 2 tokens: what logits, decoding and perplexity are taken on.
+    text_NT: bool, which of them are of the text (see `foldsearch.model.tokens.TokenSet`); None is all. Perplexity is
+    over the positions that predict one of these.
+    dense: the model it was folded from. Where it was loaded from a folder, its figures are taken too.
+    details: goes into foldsearch.json and the card, as it is (JSON); "base_model" names the base model.
+    gguf: the files of the GGUF that the dense model was read from; none where it was no GGUF.
+    """
+
+    plan: FoldPlan
+    runtime: str
+    dtype: str
+    ids_NT: Tensor
+    text_NT: Tensor | None = None
+    dense: PreTrainedModel | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+    weights: str = ""
+    gguf: tuple[Path, ...] = ()
+    context: int = 0
+
+    @property
+    def base_model(self) -> str:
+        """The name of the dense model, as a person knows it."""
+        named = str(self.details.get("base_model", ""))
+        if named or self.dense is None:
+            return named or "unknown"
+        return Path(str(self.dense.config.name_or_path)).name or "unknown"
+
+    @property
+    def tokens(self) -> dict[str, Tensor]:
+        """ids_NT and text_NT, as every process is given them."""
+        ids_NT = self.ids_NT.detach().to("cpu")
+        text_NT = (
+            torch.ones_like(ids_NT, dtype=torch.bool) if self.text_NT is None else self.text_NT.to("cpu")
+        )
+        return {"ids_NT": ids_NT.contiguous(), "text_NT": text_NT.contiguous()}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """An export that is written and not yet verified.
+
+    measured: what it is held against. tokens: ids_NT and text_NT. weights: how they are stored; dtype: in which torch
+    holds them. tolerance: of the logits, as a share of their RMS. weight_bytes, num_parameters: that
+    were written. beside: what went into it with the model.
+    """
+
+    folder: Path
+    measured: PreTrainedModel
+    tokens: dict[str, Tensor]
+    runtime: Runtime
+    weights: str
+    dtype: str
+    tolerance: float
+    weight_bytes: int
+    num_parameters: int
+    beside: Beside
+
+    def loading(self, folder: Path, tensors: Path, *, how: str = "") -> dict[str, Any]:
+        """How every process loads a folder: the same for all of them."""
+        return {
+            "folder": str(folder.resolve()),
+            "dtype": self.dtype,
+            "attention": self.measured.config._attn_implementation,
+            "threads": torch.get_num_threads(),
+            "tensors": str(tensors),
+            "how": how,
+        }
+
+    @property
+    def file_bytes(self) -> int:
+        """Of its weight files."""
+        return file_bytes(self.runtime, self.folder)
+
+    def figures(self, folder: Path, answer: dict[str, Any]) -> ModelFigures:
+        """What a process said of a folder; where weights are of several types, their bytes are those of the file."""
+        in_file = file_bytes(self.runtime, folder)
+        return ModelFigures(
+            parameters=answer["parameters"],
+            weight_bytes=in_file if self.runtime.types else answer["parameters"] * DTYPE_BYTES[self.dtype],
+            resident_bytes=answer["resident_bytes"],
+            perplexity=answer["perplexity"],
+        )
+
+
+def file_bytes(runtime: Runtime, folder: Path) -> int:
+    """Of the weight files in a folder."""
+    return sum(file.stat().st_size for file in folder.glob(runtime.weights))
+
+
+def on_cpu(model: Any) -> PreTrainedModel:
+    """The model, moved."""
+    moved: PreTrainedModel = model.to("cpu")
+    return moved
