@@ -41,15 +41,12 @@ from foldsearch.model.blocks import decoder_blocks
 from foldsearch.model.evidence import hidden_of, other_inputs
 from foldsearch.model.parts import Replaced
 from foldsearch.model.places import Place, StreamText, StreamWriter, first_touched, num_fitted, places_of
-from foldsearch.model.states import DepthStates, in_float64
+from foldsearch.model.ridge import sums_for
+from foldsearch.model.states import DepthStates
 from foldsearch.progress import CountProgress
 
 RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # in squares of what a column reads
-LEAST_SQUARE = (
-    1e-6  # of the mean square: a column that reads next to nothing counts as one that reads so much
-)
 FIRST_RIDGE = 5  # of them; a block begins with the one that served the block before it
-BIAS_RIDGE = 1e-9  # a bias is free
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,30 +233,31 @@ def _heal_one(
 ) -> tuple[HealedBlock, int]:
     """Solve one position, and let the text go through it; also the ridge that served, by its number."""
     weight_NT1 = text.weights(place)
-    sums: dict[str, Any] = {part: _sums_for(writer, text) for part in ("fitted", "held out")}
+    sums = sums_for(writer, text.num_tokens)
     read = text.read(run, writer)
     for here, h_MF in read:
-        if (part := text.part(here)) in sums:
+        if (part := text.part(here)) != "led":
             weight_M1 = weight_NT1[here].flatten(0, 1)
-            sums[part].add(writer.features(h_MF), text.missing(place, here), weight_M1)
+            sums.add(part, writer.features(h_MF), text.missing(place, here), weight_M1)
 
-    def missed(solution_FD: Tensor | None) -> float:
-        return text.missed(place, read, weight_NT1, solution_FD)
+    def missed(number: int) -> float:
+        if sums.tells_errors:
+            return sums.error(RIDGES[number])
+        return text.missed(place, read, weight_NT1, sums.solved(RIDGES[number], ("fitted",)))
 
-    before = missed(None)
-    if not math.isfinite(before + sums["fitted"].square):
+    before = text.missed(place, read, weight_NT1)
+    if not math.isfinite(before + sums.square):
         raise ModelError(
             f"healing must read finite states, but the output of position {place.position} of the folded model is "
             f"not a finite number. Compute in float32, or leave healing out."
         )
-    number, after = _best_ridge(
-        lambda number: missed(sums["fitted"].solved(RIDGES[number], writer)), first_ridge
-    )
-    solution_FD = (sums["fitted"] + sums["held out"]).solved(RIDGES[number], writer)
-    if not (after < before and bool(solution_FD.isfinite().all())):
-        return HealedBlock(place.position, None, before, before), number
-    text.take(place, read, solution_FD)
-    return HealedBlock(place.position, RIDGES[number], before, after), number
+    number, after = _best_ridge(missed, first_ridge)
+    if after < before:
+        solution_FD = sums.solved(RIDGES[number], ("fitted", "held out"))
+        if bool(solution_FD.isfinite().all()):
+            text.take(place, read, solution_FD)
+            return HealedBlock(place.position, RIDGES[number], before, after), number
+    return HealedBlock(place.position, None, before, before), number
 
 
 def _best_ridge(error: Callable[[int], float], first: int) -> tuple[int, float]:
@@ -274,117 +272,3 @@ def _best_ridge(error: Callable[[int], float], first: int) -> tuple[int, float]:
             number += way
     best = min(errors, key=errors.__getitem__)
     return best, errors[best]
-
-
-def _sums_for(writer: StreamWriter, text: StreamText) -> _Moments | _Tokens:
-    """What solves faster: sums over features, or over tokens where there are fewer of these."""
-    return _Tokens() if text.num_tokens < writer.num_features else _Moments()
-
-
-class _Tokens:
-    """The weighted tokens themselves, for few of them: one equation a token (the kernel form of ridge regression)."""
-
-    def __init__(self) -> None:
-        self._features: list[Tensor] = []
-        self._wanted: list[Tensor] = []
-        self._joined: _Joined | None = None  # once, for all ridges
-        self.square = 0.0
-
-    def __add__(self, other: _Tokens) -> _Tokens:
-        both = _Tokens()
-        both._features, both._wanted = self._features + other._features, self._wanted + other._wanted
-        both.square = self.square + other.square
-        return both
-
-    def add(self, features_MF: Tensor, wanted_MD: Tensor, weight_M1: Tensor) -> None:
-        """Take up the tokens of a batch."""
-        root_M1 = weight_M1.sqrt()
-        self._features.append(features_MF * root_M1)
-        self._wanted.append(wanted_MD * root_M1)
-        self.square += float(self._wanted[-1].square().sum(dtype=torch.float64))
-
-    def solved(self, ridge: float, writer: StreamWriter) -> Tensor:
-        """As of `_Moments`: R⁻¹ Fᵀ (F R⁻¹ Fᵀ + 1)⁻¹ Y, R the diagonal of the ridges."""
-        if self._joined is None:
-            self._joined = _Joined.of(torch.cat(self._features), torch.cat(self._wanted), writer.has_bias)
-        joined = self._joined
-        regular_MM = joined.products_MM / ridge
-        regular_MM += joined.bias_products_MM
-        regular_MM.diagonal().add_(1.0)
-        factor_MM, failed = torch.linalg.cholesky_ex(regular_MM)
-        if failed:
-            size = (len(joined.scaled_FM) + writer.has_bias, joined.wanted_MD.shape[1])
-            return torch.full(size, math.nan, device=writer.device)
-        dual_MD = torch.cholesky_solve(joined.wanted_MD, factor_MM)
-        solution_FD = joined.scaled_FM @ (dual_MD / ridge).to(joined.scaled_FM)
-        if writer.has_bias:
-            solution_FD = torch.cat((solution_FD, (joined.scaled_bias_1M @ dual_MD).to(solution_FD)))
-        return solution_FD
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Joined:
-    """Tokens as they are solved, whatever the ridge. Features are without the bias; products are float64.
-
-    Attributes:
-        scaled_FM: features over the squares that their penalty goes by, float32.
-        products_MM: of features and scaled features.
-        wanted_MD: float64.
-        scaled_bias_1M, bias_products_MM: of the bias, its ridge in them; 0 without one.
-    """
-
-    scaled_FM: Tensor
-    products_MM: Tensor
-    wanted_MD: Tensor
-    scaled_bias_1M: Tensor
-    bias_products_MM: Tensor
-
-    @classmethod
-    def of(cls, features_MF: Tensor, wanted_MD: Tensor, has_bias: bool) -> _Joined:
-        size = features_MF.shape[1] - has_bias
-        own_MF = features_MF[:, :size]
-        square_F = own_MF.square().sum(0)
-        mean = float(square_F.mean())
-        scaled_MF = own_MF / square_F.clamp_min(LEAST_SQUARE * mean)
-        products_MM = in_float64(scaled_MF @ own_MF.T)
-        bias_1M = in_float64(features_MF[:, size:].T) if has_bias else products_MM.new_zeros(1, 1)
-        scaled_1M = bias_1M / (BIAS_RIDGE * mean) if has_bias else bias_1M
-        return cls(scaled_MF.T, products_MM, in_float64(wanted_MD), scaled_1M, bias_1M.T @ scaled_1M)
-
-
-class _Moments:
-    """Weighted sums over tokens, float64: FᵀF (F, F), FᵀR (F, D) and ‖R‖²."""
-
-    def __init__(self) -> None:
-        self.gram_FF = self.cross_FD = torch.zeros(1, 1, dtype=torch.float64)
-        self.square = 0.0
-
-    def __add__(self, other: _Moments) -> _Moments:
-        both = _Moments()
-        both.gram_FF, both.cross_FD = self.gram_FF + other.gram_FF, self.cross_FD + other.cross_FD
-        both.square = self.square + other.square
-        return both
-
-    def add(self, features_MF: Tensor, wanted_MD: Tensor, weight_M1: Tensor) -> None:
-        """Take up the tokens of a batch."""
-        root_M1 = weight_M1.sqrt()
-        features_MF, wanted_MD = features_MF * root_M1, wanted_MD * root_M1
-        # The products of a batch in float32, their sums over batches in float64: the least ridge is far above what
-        # that leaves open, and products in float64 take twice the time.
-        gram_FF, cross_FD = in_float64(features_MF.T @ features_MF), in_float64(features_MF.T @ wanted_MD)
-        self.gram_FF = self.gram_FF.to(gram_FF.device) + gram_FF
-        self.cross_FD = self.cross_FD.to(cross_FD.device) + cross_FD
-        self.square += float(wanted_MD.square().sum(dtype=torch.float64))
-
-    def solved(self, ridge: float, writer: StreamWriter) -> Tensor:
-        """The ridge solution, (F, D), float32, on the writer's device; no numbers where rounding leaves none."""
-        size = len(self.gram_FF) - writer.has_bias
-        diagonal = self.gram_FF.diagonal()
-        mean = float(diagonal[:size].mean())
-        regular_FF = self.gram_FF.clone()
-        regular_FF.diagonal()[:size] += ridge * diagonal[:size].clamp_min(LEAST_SQUARE * mean)
-        regular_FF.diagonal()[size:] += BIAS_RIDGE * mean
-        factor_FF, failed = torch.linalg.cholesky_ex(regular_FF)
-        if failed:
-            return torch.full_like(self.cross_FD, math.nan, device=writer.device, dtype=torch.float32)
-        return torch.cholesky_solve(self.cross_FD, factor_FF).to(writer.device, torch.float32)

@@ -10,6 +10,7 @@ from foldsearch.model import screen as screens
 from foldsearch.model.fold import fold
 from foldsearch.model.heal import Healer, heal
 from foldsearch.model.judge import ask_dense, judge
+from foldsearch.model.ridge import Moments, Tokens
 from foldsearch.model.screen import Screen
 from foldsearch.model.states import FitText, residual_states
 from foldsearch.model.tokens import TokenSet
@@ -91,15 +92,21 @@ def test_few_tokens_are_solved_as_many_are(bias, ridge):
     weight_M1 = torch.rand(40, 1, generator=generator)
 
     class Writer:
-        has_bias, device = bias, torch.device("cpu")
+        has_bias, device, norm = bias, torch.device("cpu"), None
 
-    solutions = []
-    for sums in (healing._Tokens(), healing._Moments()):
-        for part in (slice(0, 25), slice(25, 40)):
-            sums.add(features_MF[part], wanted_MD[part], weight_M1[part])
-        solutions.append(sums.solved(ridge, Writer()))
+    tokens, moments = Tokens(Writer()), Moments(Writer())
+    for part, here in (("fitted", slice(0, 15)), ("fitted", slice(15, 25)), ("held out", slice(25, 40))):
+        for sums in (tokens, moments):
+            sums.add(part, features_MF[here], wanted_MD[here], weight_M1[here])
     # both round products of features to float32: a relative 1e-6, which the least ridge here raises a hundredfold
-    torch.testing.assert_close(*solutions, rtol=1e-3, atol=1e-5)
+    close = {"rtol": 1e-3, "atol": 1e-5}
+    for parts in (("fitted",), ("fitted", "held out")):
+        torch.testing.assert_close(*(sums.solved(ridge, parts) for sums in (tokens, moments)), **close)
+    assert tokens.square == pytest.approx(moments.square)
+    left_MD = wanted_MD[25:] - features_MF[25:] @ moments.solved(ridge, ("fitted",))
+    assert tokens.error(ridge) == pytest.approx(
+        float((left_MD.square() * weight_M1[25:]).sum() / 15), rel=1e-3
+    )
 
 
 def test_threads_are_chosen_by_what_a_position_takes(monkeypatch):
