@@ -138,7 +138,7 @@ class Tokens:
         return solution_FD
 
     def error(self, ridge: float) -> float:
-        """In the size of the tokens: with k the products of rows, it foretells k_hf (k_ff + 1)⁻¹ Y for held-out ones."""
+        """In the size of the tokens: with k the products of rows, held-out ones are foretold as k_hf (k_ff + 1)⁻¹ Y."""
         kernel = self._kernel("fitted")
         factor_MM = kernel.factor(ridge)
         if factor_MM is None:
