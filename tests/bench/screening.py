@@ -57,7 +57,8 @@ class Memory:
         self._path, self._real = path, Screen.measure
         lines = path.read_text().splitlines() if path.exists() else []
         self._known = {row["plan"]: row for row in map(json.loads, lines)}
-        self.cpu_seconds = 0.0
+        self.cpu_seconds = 0.0  # that the asked plans took, now or earlier
+        self.fresh_seconds = 0.0  # of these, in this process
 
     def measure(self, screen: Screen, plan: FoldPlan) -> Quality:
         """In place of `Screen.measure`."""
@@ -67,6 +68,7 @@ class Memory:
             quality = to_json(self._real(screen, plan))
             row = {"plan": str(plan), "quality": quality, "cpu_seconds": time.process_time() - began}
             self._known[str(plan)] = row
+            self.fresh_seconds += row["cpu_seconds"]
             with self._path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         self.cpu_seconds += row["cpu_seconds"]
