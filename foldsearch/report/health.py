@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -70,7 +69,7 @@ def _at_an_end(view: RunView) -> Iterator[str]:
 
 
 def _disagreeing(view: RunView) -> Iterator[str]:
-    for one in view.agreements():
+    for one in view.agreements:
         if one.correlation < LOW_AGREEMENT:
             yield (
                 f"{one.between.capitalize()} order {one.plans} plans differently (rank correlation "
@@ -115,22 +114,27 @@ def foretelling(known: dict[FoldPlan, float], num_blocks: int) -> Agreement | No
 
 def _growth(view: RunView) -> Iterator[str]:
     """The hypervolume of the front after more and more trials."""
-    volumes = hypervolumes(view)
-    if len(volumes) < FEWEST:
+    ended = len(view.finished)
+    if ended < FEWEST:
         return
-    steps = [volumes[max(1, round(part * len(volumes))) - 1] for part in (0.25, 0.5, 0.75, 1)]
-    grows = any(later > earlier for earlier, later in pairwise(volumes[-FEWEST:]))
+    quarters = [max(1, round(part * ended)) for part in (0.25, 0.5, 0.75, 1)]
+    volumes = hypervolumes(view, [*quarters, ended - FEWEST + 1])
+    grows = volumes[-2] > volumes[-1]
     yield (
-        f"Hypervolume of the front after each quarter of the {len(volumes)} trials that ended: "
-        f"{' → '.join(f'{one:.3f}' for one in steps)}; it {'still grew' if grows else 'did not grow'} in the last "
+        f"Hypervolume of the front after each quarter of the {ended} trials that ended: "
+        f"{' → '.join(f'{one:.3f}' for one in volumes[:-1])}; it {'still grew' if grows else 'did not grow'} in the last "
         f"{FEWEST - 1}."
     )
 
 
-def hypervolumes(view: RunView) -> list[float]:
-    """Of the front after each trial that reached the last rung, in the order of their numbers.
+def hypervolumes(view: RunView, numbers: Iterable[int]) -> list[float]:
+    """Of the fronts of the first so many trials that reached the last rung.
 
     Search KL as a share of the highest that any reached, memory and FLOPs as shares of dense; up to 1 in each.
+
+    Args:
+        view: of the run.
+        numbers: of trials, in the order of their numbers.
     """
     dense = view.folder.dense
     ended: list[Trial] = sorted(view.finished, key=lambda trial: trial.number)
@@ -143,4 +147,4 @@ def hypervolumes(view: RunView) -> list[float]:
         )
         for trial in ended
     ]
-    return [hypervolume(points[: number + 1], (1.0, 1.0, 1.0)) for number in range(len(points))]
+    return [hypervolume(points[:number], (1.0, 1.0, 1.0)) for number in numbers]

@@ -189,6 +189,7 @@ def _every_trial(view: RunView) -> str:
     rows = [
         "<tr><th>trial<th class=l>chosen by<th class=l>state<th>rung<th>tokens<th>KL<th>GB<th>seconds<th class=l>plan"
     ]
+    dense = view.folder.dense
     for trial in view.trials:
         by = "" if trial.proposal is None else html.escape(author(trial.proposal))
         state = trial.state + (f": {html.escape(trial.reason)}" if trial.reason else "")
@@ -203,7 +204,7 @@ def _every_trial(view: RunView) -> str:
                 rung, kl = len(trial.results) - 1, rounded(trial.quality.kl, ".3f")
                 measured = f"<td>{rung}<td>{trial.last.recovery_tokens:,}<td>{kl}"
             seconds = f"{trial.last.seconds:.0f}" if trial.results else ""
-            row += f"{measured}<td>{gb(trial.cost.memory_bytes, view.folder.dense)}<td>{seconds}"
+            row += f"{measured}<td>{gb(trial.cost.memory_bytes, dense)}<td>{seconds}"
             row += f"<td class=l><code>{html.escape(str(trial.plan))}</code>"
         rows.append(row)
     return f"<div class=wide><table>{''.join(rows)}</table></div>"

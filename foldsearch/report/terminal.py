@@ -146,7 +146,7 @@ def front_report(view: RunView, *, width: int, every: bool = False) -> Group:
             f"KL of {counted(view.num_screened, 'plan')} that were healed and measured before any was trained"
         )
         parts += [Text(), Text(head, style="bold"), _screened_table(screened)]
-    if agreements := view.agreements():
+    if agreements := view.agreements:
         words = "; ".join(f"{one.between} {one.correlation:.2f} ({one.plans} plans)" for one in agreements)
         parts += [Text(), Text(f"Rank correlation of KL between measurements: {words}.", style="dim")]
     parts += [Text(), *(Text(f"• {words}", style="dim") for words in health(view))]

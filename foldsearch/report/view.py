@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,6 +90,7 @@ class RunView:
         """How many plans were healed and measured before any was trained."""
         return len(self.screened)
 
+    @cached_property
     def agreements(self) -> list[Agreement]:
         """How alike neighbouring measurements order the plans: screening and the first rung, each rung and the next.
 
@@ -278,10 +280,8 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Spearman's: the correlation of ranks, equal values sharing theirs; 0 where all values of one are equal."""
 
     def ranks(values: Sequence[float]) -> list[float]:
-        return [
-            sum(other < value for other in values) + sum(other == value for other in values) / 2
-            for value in values
-        ]
+        order = sorted(values)
+        return [(bisect_left(order, value) + bisect_right(order, value)) / 2 for value in values]
 
     one, two = ranks(first), ranks(second)
     return correlation(one, two) if len(set(one)) > 1 and len(set(two)) > 1 else 0.0

@@ -63,14 +63,13 @@ def test_rates_at_an_end_of_their_range_are_told(view: RunView, share: float, wo
 
 def test_measurements_that_disagree_are_told(view: RunView, monkeypatch: pytest.MonkeyPatch) -> None:
     told = [Agreement("screening and 0 tokens", 6, 0.4), Agreement("0 tokens and 64 tokens", 6, 0.9)]
-    monkeypatch.setattr(RunView, "agreements", lambda self: told)
+    monkeypatch.setattr(RunView, "agreements", told)
     (words,) = (one for one in health(view) if "differently" in one)
     assert words.startswith("Screening and 0 tokens order 6 plans differently (rank correlation 0.40)")
 
 
 def test_the_hypervolume_is_that_of_all_trials_so_far(view: RunView) -> None:
-    volumes = hypervolumes(view)
-    assert len(volumes) == len(view.finished)
+    volumes = hypervolumes(view, range(1, len(view.finished) + 1))
     assert volumes == sorted(volumes)
     highest, dense = max(trial.quality.kl for trial in view.finished), view.folder.dense
     points = [
