@@ -122,8 +122,8 @@ def _growth(view: RunView) -> Iterator[str]:
     grows = volumes[-2] > volumes[-1]
     yield (
         f"Hypervolume of the front after each quarter of the {ended} trials that ended: "
-        f"{' → '.join(f'{one:.3f}' for one in volumes[:-1])}; it {'still grew' if grows else 'did not grow'} in the last "
-        f"{FEWEST - 1}."
+        f"{' → '.join(f'{one:.3f}' for one in volumes[:-1])}; it {'still grew' if grows else 'did not grow'} in the "
+        f"last {FEWEST - 1}."
     )
 
 
