@@ -26,6 +26,7 @@ Shapes: N sequences, T positions, M tokens of a batch, D width of the stream, F 
 from __future__ import annotations
 
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -120,7 +121,8 @@ class _Step:
 class Healer:
     """Heals folded models of one dense model on one text, see `heal`.
 
-    Plans that begin alike are healed alike up to where they part: that part is computed once, while it is kept.
+    Plans that begin alike are healed alike up to where they part: that part is computed once, while it is kept. Several
+    threads may heal at once, each a model of its own.
     """
 
     def __init__(self, states: DepthStates, ids_NT: Tensor, *, num_led: int = 0, most_bytes: int = 0) -> None:
@@ -144,27 +146,28 @@ class Healer:
         self._kept_bytes = 0
         self.num_steps = 0  # positions that were computed, not taken from what is kept
         self._inputs: dict[int, Any] = {}  # what the model hands a block besides the states, by its home
+        self._lock = threading.RLock()  # of what is kept
 
     @torch.no_grad()
     def heal(self, model: PreTrainedModel, progress: CountProgress | None = None) -> tuple[Healed, Tensor]:
         """Heal a folded model in place; also its states after the last position, for the sequences that are led."""
         places = _joined(places_of(model))
         begin = first_touched(places)
-        if any(place.reads not in self._inputs for place in places):
-            inputs = other_inputs(model, list(decoder_blocks(model)), self._ids_NT)
-            self._inputs |= {place.reads: given for place, given in zip(places, inputs, strict=True)}
+        with self._lock:
+            if any(place.reads not in self._inputs for place in places):
+                inputs = other_inputs(model, list(decoder_blocks(model)), self._ids_NT)
+                self._inputs |= {place.reads: given for place, given in zip(places, inputs, strict=True)}
         text = StreamText(self._states, begin, (self._num_fitted, self._num_text), model.device)
         values: dict[str, Tensor] = {}
         blocks: list[HealedBlock] = []
         ridge = FIRST_RIDGE
         for index, place in enumerate(places[begin:], begin):
             key = tuple(one.key for one in places[: index + 1])
-            step = self._kept.get(key)
+            step = self._known(key)
             if step is None:
                 step = self._step(place, text, ridge)
                 self._keep(key, step)
             else:
-                self._kept.move_to_end(key)
                 text.own_NTD = step.own_NTD
                 for name, value in step.values.items():
                     assert place.writer is not None
@@ -179,7 +182,6 @@ class Healer:
         return Healed(values, tuple(blocks), tokens), text.own_NTD[self._num_text :]
 
     def _step(self, place: Place, text: StreamText, ridge: int) -> _Step:
-        self.num_steps += 1
         others, named = self._inputs[place.reads]
 
         def run(own_BTD: Tensor) -> Tensor:
@@ -194,14 +196,25 @@ class Healer:
         values = place.writer.parameters() if block.ridge is not None else {}
         return _Step(text.own_NTD, values, block, ridge)
 
+    def _known(self, key: tuple[str, ...]) -> _Step | None:
+        with self._lock:
+            step = self._kept.get(key)
+            if step is not None:
+                self._kept.move_to_end(key)
+            return step
+
     def _keep(self, key: tuple[str, ...], step: _Step) -> None:
-        if not self._most_bytes:
-            return
-        self._kept[key] = step
-        self._kept_bytes += step.num_bytes
-        while self._kept_bytes > self._most_bytes and len(self._kept) > 1:
-            _, oldest = self._kept.popitem(last=False)
-            self._kept_bytes -= oldest.num_bytes
+        with self._lock:
+            self.num_steps += 1
+            if (
+                not self._most_bytes or key in self._kept
+            ):  # another thread was there first, with the same bits
+                return
+            self._kept[key] = step
+            self._kept_bytes += step.num_bytes
+            while self._kept_bytes > self._most_bytes and len(self._kept) > 1:
+                _, oldest = self._kept.popitem(last=False)
+                self._kept_bytes -= oldest.num_bytes
 
 
 def is_healable(model: PreTrainedModel) -> bool:
