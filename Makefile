@@ -46,8 +46,16 @@ demo-gguf: .venv/installed
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile
 
-runtimes: .venv/installed
+# ExecuTorch brings torchao, which speaks up wherever torch is imported: it has an environment of its own
+.venv-executorch/installed: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv-executorch
+	.venv-executorch/bin/pip install --quiet --constraint constraints.txt --editable '.[executorch]' \
+	    hypothesis pytest pytest-timeout pytest-xdist
+	@touch $@
+
+runtimes: .venv/installed .venv-executorch/installed
 	$(BIN)/pytest -n 2 -m runtimes -rA
+	.venv-executorch/bin/pytest -n 2 -m runtimes -rA tests/integration/test_executorch.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -63,4 +71,4 @@ bench: .venv/installed
 	$(BIN)/pytest tests/bench --capture=no
 
 clean:
-	rm -rf .venv .cache runs/demo exports/demo exports/demo-gguf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-executorch .cache runs/demo exports/demo exports/demo-gguf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

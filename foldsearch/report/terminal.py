@@ -167,10 +167,10 @@ _LAYOUTS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (_QUALITY, (*_MEMORY, *_SPEED, *_FILES)),
     (_QUALITY, (*_MEMORY, *_SPEED), _FILES),
     ((_PLAN[0], *_KL), (*_GAIN, _PLAN[1]), (*_MEMORY, *_SPEED), _FILES),
-    ((_PLAN[0], *_KL), (*_GAIN, _PLAN[1]), _MEMORY, (*_SPEED, *_FILES)),
+    ((_PLAN[0], *_KL), (*_GAIN, _PLAN[1]), _MEMORY, _SPEED, _FILES),
     (_PLAN, (*_KL, *_GAIN), (*_MEMORY, *_SPEED), _FILES),
-    (_PLAN, (*_KL, *_GAIN), _MEMORY, (*_SPEED, *_FILES)),
-    (_PLAN, _KL, _GAIN, _MEMORY, (*_SPEED, *_FILES)),
+    (_PLAN, (*_KL, *_GAIN), _MEMORY, _SPEED, _FILES),
+    (_PLAN, _KL, _GAIN, _MEMORY, _SPEED, _FILES),
     (_PLAN, _KL, _GAIN, _MEMORY[:3], _MEMORY[3:], _SPEED, *((name,) for name in _FILES)),
 )
 _AUTHORS_WIDTH = 12  # characters that a folded strip leaves for who chose the blocks
