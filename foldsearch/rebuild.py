@@ -9,20 +9,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foldsearch.codec import from_json, to_json
 from foldsearch.context import TrialContext, open_workbench
 from foldsearch.errors import RunError, VerificationError
-from foldsearch.files import replace_atomically
 from foldsearch.machine import Machine
 from foldsearch.model.content import file_hash
 from foldsearch.model.fold import fold
 from foldsearch.model.healing import METHODS
 from foldsearch.model.judge import judge
+from foldsearch.model.kept import DamagedFileError, read_tensors, read_words, write_tensors
 from foldsearch.model.recover import attach, load_trained, merge, saved_tokens
 from foldsearch.model.replacements import FitSettings
 from foldsearch.model.starts import folded_start, new_values
@@ -52,7 +50,7 @@ def folded_model(
     bench = open_workbench(context, say)
     path = folder.start
     if path.exists():
-        return fold(bench.dense, trial.plan, load_file(path))
+        return fold(bench.dense, trial.plan, read_tensors(path))
     text, settings = bench.fit_text(context.study.starts.tokens), context.study.healing
     # What runs deeper than the dense model is to become better than it, not more like it.
     heals = settings.tokens > 0 and not trial.plan.is_extension
@@ -72,8 +70,7 @@ def folded_model(
         values, found = values | healed, found | {HEALING: to_json(healing)}
     # A start that was let go of is made again, but not written again: nobody measured this file.
     if found and path.name not in trial.files:
-        values = {name: value.contiguous() for name, value in values.items()}
-        replace_atomically(path, lambda temporary: save_file(values, temporary, {"found": json.dumps(found)}))
+        write_tensors(path, values, {"found": json.dumps(found)})
     return model
 
 
@@ -103,8 +100,7 @@ def healing_of(folder: TrialFolder) -> Healing | None:
     """What healing did to the model of a trial's folder, once that was folded; None where it did nothing."""
     if not folder.start.exists():
         return None
-    with safe_open(folder.start, framework="pt") as file:
-        found = json.loads(file.metadata()["found"]).get(HEALING)
+    found = json.loads(read_words(folder.start)["found"]).get(HEALING)
     return from_json(Healing, found) if found else None
 
 
@@ -187,8 +183,8 @@ def is_ahead(trial: Trial, folder: TrialFolder) -> bool:
     """Whether the trained weights on disk have seen other tokens than the last result says."""
     try:
         return saved_tokens(folder.recovered) != trial.last.kept_tokens
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
-        return False  # it cannot be read at all
+    except DamagedFileError:
+        return False
 
 
 # What rounding alone may change in a mean over thousands of tokens, in nats, and as a share of a KL above 1: another

@@ -20,7 +20,7 @@ import torch
 
 from foldsearch.context import TrialContext, open_workbench
 from foldsearch.draft import draft
-from foldsearch.errors import InputError, describe_error
+from foldsearch.errors import InputError, bytes_asked, describe_error, is_out_of_memory
 from foldsearch.files import replace_atomically, write_json
 from foldsearch.machine import Machine
 from foldsearch.model.judge import judge
@@ -147,11 +147,11 @@ def _reason(error: BaseException) -> str:
     """Why a trial could not go on; anything that is our own fault is raised again."""
     if isinstance(error, Diverged):
         return f"diverged: {error}"
-    text = str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return f"failed: out of memory: {describe_error(error)}"
+    if is_out_of_memory(error):
+        asked = bytes_asked(error)
+        return f"failed: out of memory{f', asking for {asked}' if asked else ''}: {describe_error(error)}"
     if isinstance(error, InputError):
-        return f"failed: {text}"
+        return f"failed: {error}"
     raise error
 
 
