@@ -15,7 +15,7 @@ from foldsearch.errors import InputError, RunError, quote_error
 from foldsearch.files import check_writable, replace_atomically, write_json
 from foldsearch.paths import check_path, command, printable
 from foldsearch.plan.cost import CostTable, Target
-from foldsearch.plan.plan import FoldPlan, check_ranks
+from foldsearch.plan.plan import MOST_BLOCKS, FoldPlan, check_ranks
 from foldsearch.progress import Notice, StageProgress, silent, unheard
 from foldsearch.record import Trial
 from foldsearch.runtimes import Runtime, runtime_for, runtime_named
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from foldsearch.model.source import DenseFiles
     from foldsearch.model.training import FurtherTraining, Trained
     from foldsearch.report.view import RunView
+    from foldsearch.search.check import Checked
     from foldsearch.search.dry_run import DryRun
     from foldsearch.spec.study import Study
 
 _TRIED = 0  # number of the only trial in the folder of `try_plan`
-_MANY_BLOCKS = 10_000  # more than any model has: enough to read a plan before its model is known
 _LARGE_NUMBER = re.compile(r"[0-9]{5}")  # which has no place in a model of that many
 
 
@@ -174,7 +174,7 @@ def check_plan_text(text: str) -> None:
         PlanError: it cannot be read, or breaks a law for any number of blocks.
     """
     if not _LARGE_NUMBER.search(text):
-        FoldPlan.parse(text, _MANY_BLOCKS)
+        FoldPlan.parse(text, MOST_BLOCKS)
 
 
 def try_plan(
@@ -265,6 +265,22 @@ def open_run(path: Path | str) -> RunView:
     return RunView.open(Path(path))
 
 
+def check_run(path: Path | str, *, repair: bool = False) -> Checked:
+    """Whether everything that a run keeps is whole, and its study and its folders agree.
+
+    Args:
+        path: of the run folder.
+        repair: mend what has a second source.
+
+    Raises:
+        RunError: not a run folder of this version, or somebody is at work in it.
+    """
+    from foldsearch.run import Run
+    from foldsearch.search.check import check_run as look
+
+    return look(Run.open(Path(path)), repair=repair)
+
+
 def write_report(run: RunView) -> Path:
     """Write front.png and index.html into the run's report folder; returns the page."""
     from foldsearch.report.page import write_page
@@ -307,7 +323,7 @@ def picked(run: RunView) -> Trial:
         return run.pick()
     try:
         number = int(json.loads(path.read_text())["trial"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         remedy = f"Choose again: {command('pick', run.folder.path, '--knee')}"
         raise RunError(quote_error(f"'{printable(path)}' cannot be read", error, remedy)) from error
     return run.pick(number=number)

@@ -32,6 +32,12 @@ Without a study: foldsearch.toml of the current folder, else the study `default`
 Options win over the study. Ctrl-C stops a run; `foldsearch resume` goes on with it.
 Exit codes: 0 done; 2 what was given cannot be used; 3 no trial reached the last rung, so there is no front."""
 
+_CHECK = """\
+Looks at every trial: its row in the study, its folder, the weights that it keeps, and who measured which plan.
+`resume` mends the same before it goes on, for trials that have not ended.
+Exit codes: 0 all is whole and agrees, or was mended; 2 this is no run, or a process is at work in it; 4 something
+is left that is not as it should be."""
+
 _INSPECT = """\
 Cosines between a block's input and output, and between the model's start and a block's output
 (FoldGPT, Fig. 2), as a table and a picture."""
@@ -144,9 +150,12 @@ def _run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trials", type=_whole, metavar="N", help=trials)
     time = "stop T (90s, 15m, 2h) after the dense model is asked first"
     parser.add_argument("--time", type=_seconds, metavar="T", help=time)
+    one = "a trial that takes longer than T failed"
+    parser.add_argument("--trial-time", type=_seconds, metavar="T", help=one)
     parser.add_argument("--jobs", type=_whole, metavar="N", help="trials at a time")
     warm = "begin with the best plans of an earlier run of the same model and text"
     parser.add_argument("--warm-from", metavar="RUN", help=warm)
+    _add_storage(parser)
     _add_out(parser, "the run's folder, new (default: runs/STUDY)")
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would be searched, its time and disk, and stop"
@@ -158,7 +167,15 @@ def _resume(parser: argparse.ArgumentParser) -> None:
     instead = "instead of the study's"
     parser.add_argument("--trials", type=_positive, metavar="N", help=f"trials in all, {instead}")
     parser.add_argument("--time", type=_seconds, metavar="T", help=f"time in all, {instead}")
+    parser.add_argument("--trial-time", type=_seconds, metavar="T", help=f"time of one trial, {instead}")
     parser.add_argument("--jobs", type=_positive, metavar="N", help=f"trials at a time, {instead}")
+    _add_storage(parser)
+
+
+def _check(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument("--repair", action="store_true", help="mend what has a second source, and say what")
+    _add_storage(parser)
 
 
 def _try(parser: argparse.ArgumentParser) -> None:
@@ -299,6 +316,7 @@ def _cache(parser: argparse.ArgumentParser) -> None:
 _VERBS: tuple[tuple[str, str, str, Callable[[argparse.ArgumentParser], None]], ...] = (
     ("run", "search for folded models within a budget", _RUN, _run),
     ("resume", "go on with a stopped run; nothing finished is lost or repeated", "", _resume),
+    ("check", "whether what a run keeps is whole and agrees; mends what can be", _CHECK, _check),
     ("try", "fold, recover and measure one plan in this process", _PLAN_TEXT, _try),
     ("extend", "repeat blocks of a small model, train and measure it, export it", _EXTEND, _extend),
     ("price", "what a plan costs on a device, in memory and FLOPs", _PLAN_TEXT, _price),
@@ -349,6 +367,11 @@ def _add_trains(parser: argparse.ArgumentParser, default: str) -> None:
         metavar="A",
         help=f"deltas, last or healed: {what} (default: {default})",
     )
+
+
+def _add_storage(parser: argparse.ArgumentParser) -> None:
+    where = "URL of a database for the trials, such as postgresql://user@host/db (default: a file in the run folder)"
+    parser.add_argument("--storage", metavar="URL", help=where)
 
 
 def _add_out(

@@ -224,7 +224,7 @@ def read_trial(folder: TrialFolder) -> Trial | None:
         return None
     try:
         return from_json(Trial, json.loads(folder.record.read_text()))
-    except (ValueError, KeyError, TypeError, FoldsearchError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, FoldsearchError) as error:
         remedy = "Put back a copy of it, or start a new run."
         raise RunError(
             quote_error(f"what a trial learnt, '{printable(folder.record)}', cannot be read", error, remedy)
@@ -288,7 +288,7 @@ def hold_plan(path: Path, run: Run) -> Iterator[tuple[bool, int | None]]:
     try:
         while True:
             free = _is_free(lock)
-            owner = json.loads(path.read_text())["trial"] if path.exists() else None
+            owner = _owner(path)
             # The first result of the other trial is enough: the lock itself is held until its last rung.
             if free or (owner is not None and read_trial(run.trial(owner)) is not None):
                 break
@@ -296,6 +296,21 @@ def hold_plan(path: Path, run: Run) -> Iterator[tuple[bool, int | None]]:
         yield free, owner
     finally:
         os.close(lock)  # lets go of the lock
+
+
+def _owner(path: Path) -> int | None:
+    """The trial that a plan's file names; None where there is no file.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    if not path.exists():
+        return None
+    try:
+        return int(json.loads(path.read_text())["trial"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        what = f"which trial measured a plan, '{printable(path)}', cannot be read"
+        raise RunError(quote_error(what, error, "Mend it: foldsearch check RUN --repair")) from error
 
 
 def _is_free(lock: int) -> bool:

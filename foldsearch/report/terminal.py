@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from foldsearch.criteria import criterion_names
-from foldsearch.paths import printable
+from foldsearch.paths import command, printable
 from foldsearch.plan.cost import GB, Cost, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan, Slot
 from foldsearch.plan.result import Quality, rounded
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from foldsearch.model.choices import ChoiceQuality
     from foldsearch.model.evidence import Evidence
     from foldsearch.model.harness import TaskScore
+    from foldsearch.search.check import Checked
     from foldsearch.search.dry_run import DryRun
     from foldsearch.search.screened import Screened
 from foldsearch.search.screened import SEARCH
@@ -478,6 +479,22 @@ def _columns(table: Table, *names: str) -> None:
 
 
 # ---- one plan
+
+
+def check_lines(found: Checked, run: Path, *, repair: bool) -> Iterator[str]:
+    """What `foldsearch check` says of a run, line by line."""
+    for fault in found.mended:
+        yield f"mended  {fault}. {fault.remedy}."
+    for fault in found.left:
+        remedy = command("check", run, "--repair") + ": " if fault.mend is not None else ""
+        yield f"fault   {fault}. {remedy}{fault.remedy}."
+    if found.interrupted:
+        numbers = ", ".join(map(str, found.interrupted))
+        yield f"Interrupted, to go on from their last rung: {numbers}. {command('resume', run)}"
+    if found.left:
+        yield f"{len(found.left)} of what was looked at is not as it should be."
+    else:
+        yield f"Whole: {found.trials} trials, and their study and folders agree."
 
 
 def cache_table(found: Sequence[Entry]) -> Table:

@@ -283,9 +283,10 @@ class Study(TomlTable):
     device: "auto" takes CUDA, then MPS, then the CPU. precision: what trials compute in; "auto" is bfloat16 where the
     device multiplies it fast (CUDA, CPUs with AMX), else float32. trust_remote_code: let a model's own code run.
     rungs: recovery tokens trained on when each rung is measured. trials, seconds: when the search ends, whichever
-    comes first; absent is no limit; the seconds are those of asking the dense model and of all trials. jobs: trials
-    at a time. warm_from: folder of an earlier run of the same model and text, whose best plans are tried first. kinds:
-    which kinds of text are unseen, and how one KL is made of several. seed: of everything random.
+    comes first; absent is no limit; the seconds are those of asking the dense model and of all trials. trial_seconds:
+    that one trial may take, else it failed; absent is no limit. jobs: trials at a time. warm_from: folder of
+    an earlier run of the same model and text, whose best plans are tried first. kinds: which kinds of text are unseen,
+    and how one KL is made of several. seed: of everything random.
     """
 
     model: Reference
@@ -304,6 +305,7 @@ class Study(TomlTable):
     sampler: Literal["tpe", "nsga2", "random"] = "tpe"
     trials: Positive | None = 24
     seconds: Annotated[float, Field(gt=0, le=MOST)] | None = None
+    trial_seconds: Annotated[float, Field(gt=0, le=MOST)] | None = None
     jobs: Positive = 1
     warm_from: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
