@@ -11,13 +11,14 @@ export MPLCONFIGDIR ?= $(CURDIR)/.cache/matplotlib
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo demo-gguf test runtimes lint format bench clean
+.PHONY: help demo demo-gguf test runtimes faults lint format bench clean
 
 help:
 	@echo "make demo     fold a real model under a memory budget, look at the front, export one (at most 15 minutes)"
 	@echo "make demo-gguf  the demo's model as one file for llama.cpp, which is run (some minutes)"
 	@echo "make test     lint, types, floors, and every test (at most 20 minutes)"
 	@echo "make runtimes every family in every runtime that is installed; 'make test' takes some (at most 15 minutes)"
+	@echo "make faults   kill, stop and damage searches 200 times (hours; the same command goes on)"
 	@echo "make lint     the checks of 'make test' without the tests"
 	@echo "make format   let ruff format the code and mend what it can"
 	@echo "make bench    measure speed and memory"
@@ -56,6 +57,11 @@ test: lint
 runtimes: .venv/installed .venv-executorch/installed
 	$(BIN)/pytest -n 2 -m runtimes -rA
 	.venv-executorch/bin/pytest -n 2 -m runtimes -rA tests/integration/test_executorch.py
+
+faults: .venv/installed
+	FAULT_ROUNDS=10 $(BIN)/pytest -n 2 tests/faults -rA
+	$(BIN)/python -m tests.faults.storm --out .cache/faults/real --kills 100 --minutes 600
+	$(BIN)/python -m tests.faults.storm --out .cache/faults/fake --kills 100 --minutes 600 --fake
 
 lint: .venv/installed
 	$(BIN)/ruff check .
