@@ -15,10 +15,6 @@ class TimeUp(Exception):
     """
 
 
-class TrialTimeUp(TimeUp):
-    """The time that one trial may take is up."""
-
-
 CountProgress = Callable[[int, int], None]
 """Called with how many are done, and of how many."""
 
