@@ -11,13 +11,14 @@ export MPLCONFIGDIR ?= $(CURDIR)/.cache/matplotlib
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo demo-gguf test runtimes lint format bench clean
+.PHONY: help demo demo-gguf test runtimes faults lint format bench clean
 
 help:
 	@echo "make demo     fold a real model under a memory budget, look at the front, export one (at most 15 minutes)"
 	@echo "make demo-gguf  the demo's model as one file for llama.cpp, which is run (some minutes)"
 	@echo "make test     lint, types, floors, and every test (at most 20 minutes)"
 	@echo "make runtimes every family in every runtime that is installed; 'make test' takes some (at most 15 minutes)"
+	@echo "make faults   kill, stop and damage searches 200 times (hours; the same command goes on)"
 	@echo "make lint     the checks of 'make test' without the tests"
 	@echo "make format   let ruff format the code and mend what it can"
 	@echo "make bench    measure speed and memory"
@@ -46,8 +47,21 @@ demo-gguf: .venv/installed
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile
 
-runtimes: .venv/installed
+# ExecuTorch brings torchao, which speaks up wherever torch is imported: it has an environment of its own
+.venv-executorch/installed: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv-executorch
+	.venv-executorch/bin/pip install --quiet --constraint constraints.txt --editable '.[executorch]' \
+	    hypothesis pytest pytest-timeout pytest-xdist
+	@touch $@
+
+runtimes: .venv/installed .venv-executorch/installed
 	$(BIN)/pytest -n 2 -m runtimes -rA
+	.venv-executorch/bin/pytest -n 2 -m runtimes -rA tests/integration/test_executorch.py
+
+faults: .venv/installed
+	FAULT_ROUNDS=10 $(BIN)/pytest -n 2 tests/faults -rA
+	$(BIN)/python -m tests.faults.storm --out .cache/faults/real --kills 100 --minutes 600
+	$(BIN)/python -m tests.faults.storm --out .cache/faults/fake --kills 100 --minutes 600 --fake
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -63,4 +77,4 @@ bench: .venv/installed
 	$(BIN)/pytest tests/bench --capture=no
 
 clean:
-	rm -rf .venv .cache runs/demo exports/demo exports/demo-gguf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-executorch .cache runs/demo exports/demo exports/demo-gguf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -15,7 +15,7 @@ from foldsearch.errors import InputError, RunError, quote_error
 from foldsearch.files import check_writable, replace_atomically, write_json
 from foldsearch.paths import check_path, command, printable
 from foldsearch.plan.cost import CostTable, Target
-from foldsearch.plan.plan import FoldPlan, check_ranks
+from foldsearch.plan.plan import MOST_BLOCKS, FoldPlan, check_ranks
 from foldsearch.progress import Notice, StageProgress, silent, unheard
 from foldsearch.record import Trial
 from foldsearch.runtimes import Runtime, runtime_for, runtime_named
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from foldsearch.model.source import DenseFiles
     from foldsearch.model.training import FurtherTraining, Trained
     from foldsearch.report.view import RunView
+    from foldsearch.search.check import Checked
     from foldsearch.search.dry_run import DryRun
     from foldsearch.spec.study import Study
 
 _TRIED = 0  # number of the only trial in the folder of `try_plan`
-_MANY_BLOCKS = 10_000  # more than any model has: enough to read a plan before its model is known
 _LARGE_NUMBER = re.compile(r"[0-9]{5}")  # which has no place in a model of that many
 
 
@@ -76,8 +76,7 @@ class ExportForm:
     """How a model is exported.
 
     to: the name of the runtime (see `foldsearch.runtimes`); None takes the one that `runtime_for` names.
-    weights: one of the types in which that runtime stores weights; empty stores them as the target does, where it is
-    the target's runtime, else as the target's dtype is.
+    weights: one of the types in which that runtime stores weights; empty stores them as the target's dtype is.
     overwrite: replace an export that is there.
     """
 
@@ -90,11 +89,6 @@ class ExportForm:
         if self.to:
             return runtime_named(self.to)
         return runtime_for(plan, target.runtime, by_position=table.by_position)
-
-    def stored(self, runtime: Runtime, target: Target) -> str:
-        """In which type the runtime is to store weights; empty for the dtype's own."""
-        ours = target.weights if target.rounds and runtime.name == target.runtime else ""
-        return self.weights or ours
 
 
 def dry_run(study: Study, progress: StageProgress = silent, notice: Notice = unheard) -> DryRun:
@@ -180,7 +174,7 @@ def check_plan_text(text: str) -> None:
         PlanError: it cannot be read, or breaks a law for any number of blocks.
     """
     if not _LARGE_NUMBER.search(text):
-        FoldPlan.parse(text, _MANY_BLOCKS)
+        FoldPlan.parse(text, MOST_BLOCKS)
 
 
 def try_plan(
@@ -271,6 +265,22 @@ def open_run(path: Path | str) -> RunView:
     return RunView.open(Path(path))
 
 
+def check_run(path: Path | str, *, repair: bool = False) -> Checked:
+    """Whether everything that a run keeps is whole, and its study and its folders agree.
+
+    Args:
+        path: of the run folder.
+        repair: mend what has a second source.
+
+    Raises:
+        RunError: not a run folder of this version, or somebody is at work in it.
+    """
+    from foldsearch.run import Run
+    from foldsearch.search.check import check_run as look
+
+    return look(Run.open(Path(path)), repair=repair)
+
+
 def write_report(run: RunView) -> Path:
     """Write front.png and index.html into the run's report folder; returns the page."""
     from foldsearch.report.page import write_page
@@ -313,7 +323,7 @@ def picked(run: RunView) -> Trial:
         return run.pick()
     try:
         number = int(json.loads(path.read_text())["trial"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         remedy = f"Choose again: {command('pick', run.folder.path, '--knee')}"
         raise RunError(quote_error(f"'{printable(path)}' cannot be read", error, remedy)) from error
     return run.pick(number=number)
@@ -394,7 +404,7 @@ def export_trial(
     folder = run.folder
     form = form or ExportForm()
     runtime = form.runtime(trial.plan, folder.target, folder.table)
-    runtime.stored_as(folder.target.dtype, form.stored(runtime, folder.target.storing(trial.weights)))
+    runtime.stored_as(folder.target.dtype, form.weights)
     check_export(out, trial.plan, runtime.name, table=folder.table, overwrite=form.overwrite)
     if trial.number in run.further:
         words = run.further[trial.number].tokens_words
@@ -469,11 +479,10 @@ def _export(
     rebuilt = check_rebuilt(context, number, model, recorded)
     bench = open_workbench(context)
     progress("writing and verifying in a fresh process", 0.0)
-    runtime = form.runtime(trial.plan, context.target, context.table)
     shipment = Shipment(
         plan=trial.plan,
-        runtime=runtime.name,
-        weights=form.stored(runtime, context.target.storing(trial.weights)),
+        runtime=form.runtime(trial.plan, context.target, context.table).name,
+        weights=form.weights,
         gguf=context.files.gguf,
         context=context.target.context,
         dtype=context.target.dtype,

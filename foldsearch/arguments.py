@@ -11,7 +11,6 @@ from typing import get_args
 from foldsearch import runtimes
 from foldsearch.model.training import HealMethod, Trained
 from foldsearch.plan.extend import DEFAULT_RANK, PATTERNS
-from foldsearch.plan.stored import TYPES
 from foldsearch.version import __version__
 
 PLAN = "plan"  # what `export --to` takes beside the names of runtimes
@@ -32,6 +31,12 @@ _RUN = """\
 Without a study: foldsearch.toml of the current folder, else the study `default`.
 Options win over the study. Ctrl-C stops a run; `foldsearch resume` goes on with it.
 Exit codes: 0 done; 2 what was given cannot be used; 3 no trial reached the last rung, so there is no front."""
+
+_CHECK = """\
+Looks at every trial: its row in the study, its folder, the weights that it keeps, and who measured which plan.
+`resume` mends the same before it goes on, for trials that have not ended.
+Exit codes: 0 all is whole and agrees, or was mended; 2 this is no run, or a process is at work in it; 4 something
+is left that is not as it should be."""
 
 _INSPECT = """\
 Cosines between a block's input and output, and between the model's start and a block's output
@@ -145,9 +150,12 @@ def _run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trials", type=_whole, metavar="N", help=trials)
     time = "stop T (90s, 15m, 2h) after the dense model is asked first"
     parser.add_argument("--time", type=_seconds, metavar="T", help=time)
+    one = "a trial that takes longer than T failed"
+    parser.add_argument("--trial-time", type=_seconds, metavar="T", help=one)
     parser.add_argument("--jobs", type=_whole, metavar="N", help="trials at a time")
     warm = "begin with the best plans of an earlier run of the same model and text"
     parser.add_argument("--warm-from", metavar="RUN", help=warm)
+    _add_storage(parser)
     _add_out(parser, "the run's folder, new (default: runs/STUDY)")
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would be searched, its time and disk, and stop"
@@ -159,7 +167,15 @@ def _resume(parser: argparse.ArgumentParser) -> None:
     instead = "instead of the study's"
     parser.add_argument("--trials", type=_positive, metavar="N", help=f"trials in all, {instead}")
     parser.add_argument("--time", type=_seconds, metavar="T", help=f"time in all, {instead}")
+    parser.add_argument("--trial-time", type=_seconds, metavar="T", help=f"time of one trial, {instead}")
     parser.add_argument("--jobs", type=_positive, metavar="N", help=f"trials at a time, {instead}")
+    _add_storage(parser)
+
+
+def _check(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument("--repair", action="store_true", help="mend what has a second source, and say what")
+    _add_storage(parser)
 
 
 def _try(parser: argparse.ArgumentParser) -> None:
@@ -300,6 +316,7 @@ def _cache(parser: argparse.ArgumentParser) -> None:
 _VERBS: tuple[tuple[str, str, str, Callable[[argparse.ArgumentParser], None]], ...] = (
     ("run", "search for folded models within a budget", _RUN, _run),
     ("resume", "go on with a stopped run; nothing finished is lost or repeated", "", _resume),
+    ("check", "whether what a run keeps is whole and agrees; mends what can be", _CHECK, _check),
     ("try", "fold, recover and measure one plan in this process", _PLAN_TEXT, _try),
     ("extend", "repeat blocks of a small model, train and measure it, export it", _EXTEND, _extend),
     ("price", "what a plan costs on a device, in memory and FLOPs", _PLAN_TEXT, _price),
@@ -352,6 +369,11 @@ def _add_trains(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
+def _add_storage(parser: argparse.ArgumentParser) -> None:
+    where = "URL of a database for the trials, such as postgresql://user@host/db (default: a file in the run folder)"
+    parser.add_argument("--storage", metavar="URL", help=where)
+
+
 def _add_out(
     parser: argparse.ArgumentParser, what: str, *, metavar: str = "DIR", required: bool = False
 ) -> None:
@@ -383,8 +405,6 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=_whole, metavar="T", help="tokens in the KV cache")
     parser.add_argument("--batch", type=_whole, metavar="B", help="sequences served at once")
     parser.add_argument("--runtime", choices=runtimes.names(), help="whether the runtime can share weights")
-    types = "of the weights in llama.cpp, priced and measured so: " + ", ".join(TYPES)
-    parser.add_argument("--weights", metavar="TYPE", help=types)
 
 
 def _add_data_options(parser: argparse.ArgumentParser) -> None:

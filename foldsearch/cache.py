@@ -3,6 +3,9 @@
 An entry is one file or folder `KIND/KEY...`, where the key begins with 16 hex digits. Nothing else is ever counted or
 removed, so a folder that is no cache stays as it is. Two locks guard an entry: one beside it is held by the process
 that makes or removes it, and one on the entry itself is shared by those that use it.
+
+An entry is nothing that cannot be made again. So one that is damaged, by a failing disk say, is removed, and made
+again: JSON holds a sum of itself, beside another file lie its size and sum, and what cannot be read is damaged.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -26,6 +30,9 @@ from foldsearch.paths import local, printable
 Value = TypeVar("Value")
 # That a run leaves behind at most: a model of 7e9 parameters in float32 (28 GB), with what was computed of it, stays.
 MOST_BYTES = 50 * 10**9
+SUMMED_BYTES = (
+    2 * 10**9
+)  # of a larger file only the size is looked at: a model is not read whole to be opened
 
 _ENTRY = re.compile(r"[0-9a-f]{16,64}(-float32|-bfloat16|\.json|\.bin|\.safetensors)?")
 
@@ -82,18 +89,109 @@ def once(
             with alone(_lock(path)):
                 if not is_whole(path):
                     make(path)
+                    _note_sum(path)
                     known = False
                     assert is_whole(path), f"{path} was made, and is not there"
         with _used(path, keep=keep) as is_there:
             if is_there and is_whole(path):
                 with suppress(OSError):  # a cache of somebody else may be read only
                     os.utime(path)
-                return read(path), known
+                if not known:
+                    return read(path), known
+                with suppress(_Damaged):
+                    return _read_whole(path, read), known
+        if is_there:
+            _remove_damaged(path)
+
+
+class _Damaged(Exception):
+    """An entry is not as it was made."""
+
+
+def _read_whole(path: Path, read: Callable[[Path], Value]) -> Value:
+    """What an entry holds.
+
+    Raises:
+        _Damaged: its sum differs, or it cannot be read; not so where the machine lacks memory, or the disk answers no.
+    """
+    if not _has_its_sum(path):
+        raise _Damaged
+    try:
+        return read(path)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # each library has its own for what it cannot read
+        raise _Damaged from error
+
+
+def _remove_damaged(path: Path) -> None:
+    with alone(_lock(path)), suppress(FileNotFoundError):
+        if (kept := _kept.pop(path, None)) is not None:
+            os.close(kept)
+        _remove(path)
+
+
+_summed: set[tuple[int, int]] = set()  # files whose sum this process has looked at
+
+
+def _sum_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.sum")
+
+
+def _note_sum(path: Path) -> None:
+    """Write down the size and the sum of a file that is no JSON, which holds its own."""
+    if path.is_file() and path.suffix != ".json":
+        size = path.stat().st_size
+        write_json(_sum_path(path), {"bytes": size, "crc32": _crc32(path) if size <= SUMMED_BYTES else None})
+
+
+def _has_its_sum(path: Path) -> bool:
+    """Whether a file is as it was made, as far as that was written down."""
+    if not path.is_file() or path.suffix == ".json":
+        return True
+    stat = path.stat()
+    if (stat.st_dev, stat.st_ino) in _summed:
+        return True
+    try:
+        told = json.loads(_sum_path(path).read_text())
+        size, found = told["bytes"], told["crc32"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return True  # of an earlier version, or its maker was killed before it
+    if stat.st_size != size or (found is not None and _crc32(path) != found):
+        return False
+    _summed.add((stat.st_dev, stat.st_ino))
+    return True
+
+
+def _crc32(path: Path) -> int:
+    found = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            found = zlib.crc32(piece, found)
+    return found
 
 
 def json_once(path: Path, compute: Callable[[], Any]) -> tuple[Any, bool]:
     """The JSON at a path, computed first if it is not there; and whether it was there."""
-    return once(path, lambda path: write_json(path, compute()), lambda path: json.loads(path.read_text()))
+    return once(path, lambda path: _write_value(path, compute()), _read_value)
+
+
+def _write_value(path: Path, value: Any) -> None:
+    write_json(path, {"crc32": zlib.crc32(json.dumps(value).encode()), "value": value})
+
+
+def _read_value(path: Path) -> Any:
+    """What `_write_value` wrote.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    told = json.loads(path.read_text())
+    if not isinstance(told, dict) or told.keys() != {"crc32", "value"}:
+        raise ValueError("it has no sum")
+    if told["crc32"] != zlib.crc32(json.dumps(told["value"]).encode()):
+        raise ValueError("its sum differs")
+    return told["value"]
 
 
 def json_grown(path: Path, grow: Callable[[Any], Any]) -> Any:
@@ -104,9 +202,9 @@ def json_grown(path: Path, grow: Callable[[Any], Any]) -> Any:
     with alone(_lock(path)):
         known = None
         with suppress(FileNotFoundError, ValueError):  # a damaged entry is begun again
-            known = json.loads(path.read_text())
+            known = _read_value(path)
         value = grow(known)
-        write_json(path, value)
+        _write_value(path, value)
     return value
 
 
@@ -237,6 +335,7 @@ def remove(chosen: Iterable[Entry]) -> tuple[list[Entry], list[Entry]]:
 def _remove(path: Path) -> None:
     if not path.is_dir():
         path.unlink()
+        _sum_path(path).unlink(missing_ok=True)
         return
     # Out of sight first: a folder that is cut short while it goes would look like a whole one.
     away = path.with_name(f".{path.name}.gone")

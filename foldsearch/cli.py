@@ -2,8 +2,8 @@
 
 Heavy libraries are imported by the verb that needs them, so `foldsearch --help` answers at once.
 Exit codes: 0 done; 1 an export is not the model that was measured; 2 what was given cannot be used; 3 a search ended
-without a front, as no trial reached the last rung; 128 and the number of the signal that stopped it: 129 (SIGHUP),
-130 (Ctrl-C), 141 (nobody reads on), 143 (SIGTERM).
+without a front, as no trial reached the last rung; 4 a run is not whole (`check`); 128 and the number of the signal
+that stopped it: 129 (SIGHUP), 130 (Ctrl-C), 141 (nobody reads on), 143 (SIGTERM).
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from foldsearch.spec.study import Study
 
 DEFAULT_PLACE = Path("runs")
+NOT_WHOLE = 4
 _LONGEST_NAME = 60  # characters that a file name repeats of a model's: of four bytes at most
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 
@@ -158,9 +159,9 @@ _OVERRIDES = {
     "model": "model", "data": "data", "text_column": "text_column", "sample_by": "sample_by", "unseen": "kinds.unseen",
     "space": "space", "warm_from": "warm_from",
     "sampler": "sampler", "trials": "trials", "time": "seconds",
+    "trial_time": "trial_seconds",
     "jobs": "jobs", "seed": "seed", "device": "device", "budget_gb": "budget.gb", "budget_flops": "budget.flops",
     "dtype": "target.dtype", "context": "target.context", "batch": "target.batch", "runtime": "target.runtime",
-    "weights": "target.weights",
 }  # fmt: skip
 
 
@@ -193,19 +194,42 @@ def _run(args: argparse.Namespace) -> int:
             found = dry_run(study, progress, _say)
         _print_dry_run(study, found)
         return 0
-    return _search(study, args.out or _new_folder(args.study), resume=False)
+    return _search(study, args.out or _new_folder(args.study), resume=False, storage=args.storage)
 
 
 def _resume(args: argparse.Namespace) -> int:
     from foldsearch.run import Run
 
     study = Run.open(args.run).study  # what cannot be resumed is told at once
-    limits = {"trials": args.trials, "seconds": args.time, "jobs": args.jobs}
+    limits = {
+        "trials": args.trials,
+        "seconds": args.time,
+        "trial_seconds": args.trial_time,
+        "jobs": args.jobs,
+    }
     given = {name: value for name, value in limits.items() if value is not None}
-    return _search(study.model_copy(update=given), args.run, resume=True)
+    return _search(study.model_copy(update=given), args.run, resume=True, storage=args.storage)
 
 
-def _search(study: Study | None, folder: Path, *, resume: bool) -> int:
+def _check(args: argparse.Namespace) -> int:
+    from foldsearch.api import check_run
+    from foldsearch.report.terminal import check_lines, console
+
+    if args.storage is not None:
+        from foldsearch.run import Run
+        from foldsearch.search.storage import use_storage
+
+        use_storage(Run.open(args.run), args.storage)
+    with _status() as progress:
+        progress("looking at the run", 0.0)
+        found = check_run(args.run, repair=args.repair)
+    out = console()
+    for line in check_lines(found, args.run, repair=args.repair):
+        _print_line(out, line)
+    return NOT_WHOLE if found.left else 0
+
+
+def _search(study: Study | None, folder: Path, *, resume: bool, storage: str | None = None) -> int:
     from foldsearch.api import open_run, write_report
     from foldsearch.report.live import RunDisplay
     from foldsearch.report.terminal import console, front_report
@@ -216,7 +240,7 @@ def _search(study: Study | None, folder: Path, *, resume: bool) -> int:
     out = console()
     try:
         with RunDisplay(out) as display:
-            run_search(study, folder, resume=resume, on_event=display)
+            run_search(study, folder, resume=resume, storage=storage, on_event=display)
     except BrokenPipeError:  # what it was piped into has ended: not the end of a run
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if RunFolder(folder).study_file.is_file():
@@ -396,7 +420,7 @@ def _pick(args: argparse.Namespace) -> int:
     view = open_run(args.run)
     trial = pick(view, number=args.trial, max_gb=args.max_gb)
     _say(f"trial {trial.number}: {trial.plan}")
-    _say(runtimes_words(view, trial.plan, trial.weights))
+    _say(runtimes_words(view, trial.plan))
     print(trial.number)
     return 0
 
@@ -533,6 +557,7 @@ def _cache(args: argparse.Namespace) -> int:
 _VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "resume": _resume,
+    "check": _check,
     "try": _try,
     "extend": _extend,
     "price": _price,

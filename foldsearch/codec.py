@@ -22,7 +22,7 @@ _CONVERTER.register_unstructure_hook(
     FoldPlan, lambda plan: {"plan": str(plan), "num_blocks": plan.num_blocks}
 )
 _CONVERTER.register_structure_hook(
-    FoldPlan, lambda value, _: FoldPlan.parse(value["plan"], value["num_blocks"])
+    FoldPlan, lambda value, _: FoldPlan.from_words(value["plan"], value["num_blocks"])
 )
 
 
@@ -39,5 +39,5 @@ def from_json(kind: type[Value], value: Any) -> Value:
     """
     try:
         return _CONVERTER.structure(value, kind)
-    except CattrsError as error:
+    except (CattrsError, AttributeError) as error:  # the latter: a text or a number where a table should be
         raise ValueError(str(error)) from error

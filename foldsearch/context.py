@@ -131,6 +131,7 @@ _open: dict[tuple[Any, ...], Workbench] = {}
 
 def open_workbench(context: TrialContext, progress: StageProgress = silent) -> Workbench:
     """The workbench of a run; opened once per process."""
+    source.check_unchanged(context.files)
     # By the file of the token sets, not by its path: a run's folder is renamed when the run begins.
     tokens = context.run.tokens.stat() if context.run.tokens.exists() else None
     file = tokens and (tokens.st_dev, tokens.st_ino, tokens.st_mtime_ns)

@@ -33,11 +33,10 @@ def choose_blocks(removed: Removed, context: TrialContext, say: StageProgress) -
     )
 
 
-def choose_plan(fold: Fold | Given, context: TrialContext, say: StageProgress, weights: str = "") -> Draft:
-    """What a proposal comes to on this model, whatever it costs; `weights` is the type that it is stored in."""
-    target = context.target.storing(weights)
+def choose_plan(fold: Fold | Given, context: TrialContext, say: StageProgress) -> Draft:
+    """What a proposal comes to on this model, whatever it costs."""
     if isinstance(fold, Given):
-        return Draft(fold.plan, price(fold.plan, context.table, target))
+        return Draft(fold.plan, price(fold.plan, context.table, context.target))
     chosen = Choice(())
     bases: Mapping[int, int] = {}
     order: Sequence[int] = ()
@@ -47,7 +46,7 @@ def choose_plan(fold: Fold | Given, context: TrialContext, say: StageProgress, w
     if fold.attention_removed:
         order = attention_order(open_workbench(context, say).evidence(say))
     plan = fold_plan(chosen.blocks, fold, len(context.table.blocks), bases=bases, attention_order=order)
-    cost = price(plan, context.table, target)
+    cost = price(plan, context.table, context.target)
     return Draft(plan, cost, None if chosen.summary is None else dict(chosen.summary))
 
 
@@ -55,9 +54,9 @@ def draft(proposal: Proposal, context: TrialContext, say: StageProgress) -> tupl
     """What the proposal comes to, and by how much it is above the budget, in words; a plan typed by hand may be."""
     bound = lower_bound(proposal, context.table, context.target)
     if proposal.origin == "hand":
-        return choose_plan(proposal.fold, context, say, proposal.weights), ""
+        return choose_plan(proposal.fold, context, say), ""
     if context.budget.admits(bound):
-        drafted = choose_plan(proposal.fold, context, say, proposal.weights)
+        drafted = choose_plan(proposal.fold, context, say)
         return drafted, context.budget.excess(drafted.cost)
     # Never built: the plan only shows the counts.
     removed = range(proposal.removed.count if proposal.removed else 0)

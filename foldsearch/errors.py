@@ -93,6 +93,28 @@ def nearest(word: str, known: Iterable[str], *, most: int = 1) -> str:
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
+# ---- memory
+
+_ASKED = re.compile(r"tried to allocate ([\d.]+ ?(?:[KMGT]i?B|bytes))", re.IGNORECASE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is that memory is full, of the machine or of a device; torch has no one type for it."""
+    words = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in words
+        or "CUDA out of memory" in words
+    )
+
+
+def bytes_asked(error: BaseException) -> str:
+    """How much memory was asked for when there was none, as the error says it; empty where it does not."""
+    found = _ASKED.search(str(error))
+    return found[1] if found else ""
+
+
 # ---- the words of a library's error
 
 MOST_LINES = 20  # of an error's words; a trace of a worker process has hundreds

@@ -18,7 +18,7 @@ from foldsearch.errors import InputError
 from foldsearch.paths import beside, printable, stem_beside
 
 ABANDONED_SECONDS = 24 * 3600
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: a limit on the size of a file (ulimit -f)
 
 
 def disk_is_full(error: BaseException | None) -> bool:
@@ -28,6 +28,7 @@ def disk_is_full(error: BaseException | None) -> bool:
         if (
             getattr(error, "errno", None) in _FULL
             or "No space left on device" in words
+            or "File too large" in words
             or "disk is full" in words
         ):
             return True

@@ -15,6 +15,10 @@ class TimeUp(Exception):
     """
 
 
+class TrialTimeUp(TimeUp):
+    """The time that one trial may take is up."""
+
+
 CountProgress = Callable[[int, int], None]
 """Called with how many are done, and of how many."""
 

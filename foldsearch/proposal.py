@@ -155,16 +155,14 @@ class RecoveryChoice:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """One trial as it is suggested: how to fold the model, how to train and store it, and who proposed it.
+    """One trial as it is suggested: how to fold the model, how to train it, and who proposed it.
 
-    Two proposals come to the same untrained model where their `fold` is equal. weights: the type that it is stored in
-    and measured with; empty is the target's.
+    Two proposals come to the same untrained model where their `fold` is equal.
     """
 
     fold: Fold | Given
     recovery: RecoveryChoice = field(default_factory=RecoveryChoice)
     origin: Origin = "sampler"
-    weights: str = ""
 
     @property
     def plan(self) -> FoldPlan | None:
@@ -190,18 +188,12 @@ class Proposal:
             fold = asdict(self.fold)
             if self.fold.removed is not None:
                 fold["removed"]["fate"]["name"] = self.fold.removed.fate.name
-        return {
-            "fold": fold,
-            "recovery": asdict(self.recovery),
-            "origin": self.origin,
-            "weights": self.weights,
-        }
+        return {"fold": fold, "recovery": asdict(self.recovery), "origin": self.origin}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Proposal:
         """Read what `to_json` made."""
-        recovery = RecoveryChoice(**value["recovery"])
-        return cls(_fold_from_json(value["fold"]), recovery, value["origin"], value["weights"])
+        return cls(_fold_from_json(value["fold"]), RecoveryChoice(**value["recovery"]), value["origin"])
 
 
 def _fold_from_json(value: Mapping[str, Any]) -> Fold | Given:

@@ -9,19 +9,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foldsearch.codec import from_json, to_json
 from foldsearch.context import TrialContext, open_workbench
 from foldsearch.errors import RunError, VerificationError
-from foldsearch.files import replace_atomically
 from foldsearch.machine import Machine
 from foldsearch.model.content import file_hash
 from foldsearch.model.fold import fold
 from foldsearch.model.healing import METHODS
+from foldsearch.model.judge import judge
+from foldsearch.model.kept import DamagedFileError, read_tensors, read_words, write_tensors
 from foldsearch.model.recover import attach, load_trained, merge, saved_tokens
 from foldsearch.model.replacements import FitSettings
 from foldsearch.model.starts import folded_start, new_values
@@ -31,7 +30,6 @@ from foldsearch.plan.result import Healing, Quality
 from foldsearch.progress import StageProgress, counting, silent
 from foldsearch.record import Trial, read_trial
 from foldsearch.run import Run, TrialFolder
-from foldsearch.shipped import Split, judged
 
 HEALING = "healing"  # of what is told with the start of a trial
 
@@ -52,7 +50,7 @@ def folded_model(
     bench = open_workbench(context, say)
     path = folder.start
     if path.exists():
-        return fold(bench.dense, trial.plan, load_file(path))
+        return fold(bench.dense, trial.plan, read_tensors(path))
     text, settings = bench.fit_text(context.study.starts.tokens), context.study.healing
     # What runs deeper than the dense model is to become better than it, not more like it.
     heals = settings.tokens > 0 and not trial.plan.is_extension
@@ -72,8 +70,7 @@ def folded_model(
         values, found = values | healed, found | {HEALING: to_json(healing)}
     # A start that was let go of is made again, but not written again: nobody measured this file.
     if found and path.name not in trial.files:
-        values = {name: value.contiguous() for name, value in values.items()}
-        replace_atomically(path, lambda temporary: save_file(values, temporary, {"found": json.dumps(found)}))
+        write_tensors(path, values, {"found": json.dumps(found)})
     return model
 
 
@@ -103,8 +100,7 @@ def healing_of(folder: TrialFolder) -> Healing | None:
     """What healing did to the model of a trial's folder, once that was folded; None where it did nothing."""
     if not folder.start.exists():
         return None
-    with safe_open(folder.start, framework="pt") as file:
-        found = json.loads(file.metadata()["found"]).get(HEALING)
+    found = json.loads(read_words(folder.start)["found"]).get(HEALING)
     return from_json(Healing, found) if found else None
 
 
@@ -187,8 +183,8 @@ def is_ahead(trial: Trial, folder: TrialFolder) -> bool:
     """Whether the trained weights on disk have seen other tokens than the last result says."""
     try:
         return saved_tokens(folder.recovered) != trial.last.kept_tokens
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
-        return False  # it cannot be read at all
+    except DamagedFileError:
+        return False
 
 
 # What rounding alone may change in a mean over thousands of tokens, in nats, and as a share of a KL above 1: another
@@ -248,14 +244,14 @@ def check_rebuilt(
                 f"a trial has one result, but '{printable(folder.record)}' says KL {of_run.final.kl:.6g}, and the "
                 f"run's study says KL {recorded.final.kl:.6g}. Put the old files back, or choose another trial."
             )
-    tokens: Split = "report" if last.report else "search"
-    told = trial.final
+    bench = open_workbench(context)
+    tokens, told = ("report" if last.report else "search"), trial.final
     here, threads = Machine.here(context.device), torch.get_num_threads()
     if trial.machine is not None and trial.machine.kind == here.kind:
         torch.set_num_threads(trial.machine.threads)
         here = replace(here, threads=trial.machine.threads)
     try:
-        found = judged(model, context, tokens, context.target.storing(trial.weights))
+        found = judge(model, getattr(bench.splits, tokens), getattr(bench, tokens))
     finally:
         torch.set_num_threads(threads)
     same = here == trial.machine and context.device == "cpu"  # a GPU may sum in another order each time
@@ -278,5 +274,5 @@ def check_rebuilt(
 
 def quality_of(context: TrialContext, model: PreTrainedModel) -> tuple[Quality, Quality]:
     """Quality of a model on the search and on the report tokens of a run."""
-    search, report = (judged(model, context, split, context.target) for split in ("search", "report"))
-    return search, report
+    bench = open_workbench(context)
+    return judge(model, bench.splits.search, bench.search), judge(model, bench.splits.report, bench.report)

@@ -110,11 +110,6 @@ class Trial:
         return self.proposal.recovery
 
     @property
-    def weights(self) -> str:
-        """The type that its model is stored in and measured with; empty is the target's."""
-        return "" if self.proposal is None else self.proposal.weights
-
-    @property
     def removed(self) -> Removed | None:
         """The blocks that its criterion was to choose, if it has one."""
         return None if self.proposal is None else self.proposal.removed
@@ -229,34 +224,11 @@ def read_trial(folder: TrialFolder) -> Trial | None:
         return None
     try:
         return from_json(Trial, json.loads(folder.record.read_text()))
-    except (ValueError, KeyError, TypeError, FoldsearchError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, FoldsearchError) as error:
         remedy = "Put back a copy of it, or start a new run."
         raise RunError(
             quote_error(f"what a trial learnt, '{printable(folder.record)}', cannot be read", error, remedy)
         ) from error
-
-
-# ---- rivals
-
-
-@dataclass(frozen=True, slots=True)
-class DenseRival:
-    """The dense model with weights of fewer bits: what a folded model of as many bytes has to beat.
-
-    weights: the type. cost: of the model on the target, in llama.cpp. search, report: on the texts of the trials.
-    """
-
-    weights: str
-    cost: Cost
-    search: Quality
-    report: Quality
-
-
-def read_rivals(path: Path) -> tuple[DenseRival, ...]:
-    """What `measure_rivals` kept; nothing where nothing was measured."""
-    if not path.exists():
-        return ()
-    return tuple(from_json(DenseRival, value) for value in json.loads(path.read_text()))
 
 
 # ---- of several trials
@@ -270,17 +242,17 @@ def point(trial: Trial, objectives: Sequence[Objective], rung: int = -1) -> tupl
 
 
 def best_of_plans(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials that measured a plan to the last rung, each plan once in each type of weights.
+    """The trials that measured a plan to the last rung, each plan once.
 
     A plan was measured twice where the training of the first diverged or was stopped, or where adapters start in two
     ways: the best of its results counts.
     """
-    best: dict[tuple[FoldPlan, str], Trial] = {}
+    best: dict[FoldPlan, Trial] = {}
     for trial in trials:
         if trial.is_measured:
-            known = best.setdefault((trial.plan, trial.weights), trial)
+            known = best.setdefault(trial.plan, trial)
             if trial.quality.kl < known.quality.kl:
-                best[trial.plan, trial.weights] = trial
+                best[trial.plan] = trial
     return list(best.values())
 
 
@@ -296,12 +268,9 @@ def front(
 
 
 def plan_path(run: Run, trial: Trial) -> Path:
-    """The file that says which trial measures a plan.
-
-    One for each start of adapters and each type of weights, which are other models.
-    """
-    parts = (trial.plan.id, trial.fold.adapter_start or "", trial.weights)
-    return run.plan("-".join(part for part in parts if part))
+    """The file that says which trial measures a plan; one for each start of adapters, which is another model."""
+    start = trial.fold.adapter_start
+    return run.plan(trial.plan.id if start is None else f"{trial.plan.id}-{start}")
 
 
 @contextmanager
@@ -319,7 +288,7 @@ def hold_plan(path: Path, run: Run) -> Iterator[tuple[bool, int | None]]:
     try:
         while True:
             free = _is_free(lock)
-            owner = json.loads(path.read_text())["trial"] if path.exists() else None
+            owner = _owner(path)
             # The first result of the other trial is enough: the lock itself is held until its last rung.
             if free or (owner is not None and read_trial(run.trial(owner)) is not None):
                 break
@@ -327,6 +296,21 @@ def hold_plan(path: Path, run: Run) -> Iterator[tuple[bool, int | None]]:
         yield free, owner
     finally:
         os.close(lock)  # lets go of the lock
+
+
+def _owner(path: Path) -> int | None:
+    """The trial that a plan's file names; None where there is no file.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    if not path.exists():
+        return None
+    try:
+        return int(json.loads(path.read_text())["trial"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        what = f"which trial measured a plan, '{printable(path)}', cannot be read"
+        raise RunError(quote_error(what, error, "Mend it: foldsearch check RUN --repair")) from error
 
 
 def _is_free(lock: int) -> bool:

@@ -2,11 +2,11 @@
 
 study.json          the resolved study, versions, schema number       table.json   the dense model's costs
 identity.json       what the run was made of (`foldsearch.identity`)  tokens.safetensors  its three token sets
-storage.db          the Optuna study: the book of record              lock         held while somebody writes
+storage.db          the Optuna study: the book of record              storage.copy.db  as it was when a trial ended last
+storage.json        where the study is, if not in storage.db          lock         held while somebody writes
 plans/              which trial measures a plan                       trials/      what each trial learnt
 report/             pictures and the final table                      evaluations/ what `evaluate` found
 pick.json           the trial that was chosen                         screened.json plans measured before any trial
-rivals.json         the dense model in fewer bits
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from foldsearch.spec.load import study_from_json
 from foldsearch.spec.study import Study
 from foldsearch.version import __version__
 
-SCHEMA = 9
-LIMITS = ("trials", "seconds", "jobs")  # what a resumed run may change
+SCHEMA = 8
+LIMITS = ("trials", "seconds", "trial_seconds", "jobs")  # what a resumed run may change
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,11 @@ class TrialFolder:
         return self.path / "optimizer.safetensors"
 
     @property
+    def kept(self) -> tuple[Path, ...]:
+        """All from which a trial goes on: without them it begins again."""
+        return (self.record, self.start, self.recovered, self.optimizer)
+
+    @property
     def further(self) -> TrialFolder:
         """What training beyond the run's last rung came to (`foldsearch.further`), laid out as this folder is."""
         return TrialFolder(self.path / "further")
@@ -77,6 +82,11 @@ class TrialFolder:
     def progress(self) -> Path:
         """Where the trial is, written about once a second while it runs."""
         return self.path / "progress.json"
+
+    @property
+    def overdue(self) -> Path:
+        """Left by a worker that ended itself, as its trial said nothing for longer than it may take."""
+        return self.path / "overdue.txt"
 
     @property
     def error(self) -> Path:
@@ -121,14 +131,19 @@ class RunFolder:
         return self.path / "storage.db"
 
     @property
+    def storage_copy(self) -> Path:
+        """A copy of it, made whenever a trial ends."""
+        return self.path / "storage.copy.db"
+
+    @property
+    def storage_file(self) -> Path:
+        """Says in which database the study is; absent where it is in `storage`."""
+        return self.path / "storage.json"
+
+    @property
     def screened(self) -> Path:
         """The plans that were measured before the first trial; absent where none were."""
         return self.path / "screened.json"
-
-    @property
-    def rivals(self) -> Path:
-        """The dense model with weights of fewer bits (`foldsearch.rivals`); absent where none was measured."""
-        return self.path / "rivals.json"
 
     @property
     def pick(self) -> Path:
@@ -170,7 +185,7 @@ class RunFolder:
             if value["schema"] != SCHEMA:
                 raise ValueError("it is of another version of foldsearch")
             return from_json(Identity, value)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             remedy = "Put back a copy of it, or start a new run."
             what = f"'{printable(self.identity_file)}' cannot be read"
             raise RunError(quote_error(what, error, remedy)) from error
@@ -218,13 +233,13 @@ class Run(RunFolder):
 
     @property
     def target(self) -> Target:
-        """The device side of the price, with the fewest bytes of weights where the space has several types."""
-        return self.study.narrowest()
+        """The device side of the price."""
+        return self.study.target.value()
 
     @property
     def dense(self) -> Cost:
-        """What the dense model costs on the target, its weights in the target's dtype."""
-        return price(FoldPlan.identity(self.num_blocks), self.table, self.study.target.stored_in(""))
+        """What the dense model costs on the target."""
+        return price(FoldPlan.identity(self.num_blocks), self.table, self.target)
 
     @property
     def budget(self) -> Budget:
@@ -296,7 +311,7 @@ class Run(RunFolder):
         try:
             value: dict[str, Any] = json.loads(file.read_text())
             schema, made_by = value["schema"], value["foldsearch"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise RunError(
                 quote_error(f"'{printable(file)}' cannot be read", error, "Start a new run.")
             ) from error
@@ -309,7 +324,7 @@ class Run(RunFolder):
         try:
             study = study_from_json(value["study"])
             table = from_json(CostTable, json.loads(RunFolder(path).table_file.read_text()))
-        except (OSError, ValueError, KeyError, TypeError, FoldsearchError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, FoldsearchError) as error:
             raise RunError(
                 quote_error(f"the run folder '{printable(path)}' is incomplete", error, "Start a new run.")
             ) from error

@@ -17,30 +17,21 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from transformers import PreTrainedModel
 
 from foldsearch.context import TrialContext, open_workbench
 from foldsearch.draft import draft
-from foldsearch.errors import InputError, describe_error
+from foldsearch.errors import InputError, bytes_asked, describe_error, is_out_of_memory
 from foldsearch.files import replace_atomically, write_json
 from foldsearch.machine import Machine
-from foldsearch.model.recover import Diverged, Recovery, load_trained, merge
+from foldsearch.model.judge import judge
+from foldsearch.model.recover import Diverged, Recovery, load_trained
 from foldsearch.model.training import RecoveryTraining
-from foldsearch.plan.cost import Target
 from foldsearch.plan.result import Quality, RungResult, Setback, trained_for
 from foldsearch.progress import StageProgress, TimeUp, silent
 from foldsearch.proposal import Proposal
-from foldsearch.rebuild import (
-    attached,
-    check_state,
-    folded_model,
-    healing_of,
-    kept_model,
-    trained_before,
-)
+from foldsearch.rebuild import attached, check_state, folded_model, healing_of, kept_model, trained_before
 from foldsearch.record import Trial, hold_plan, plan_path, read_trial
 from foldsearch.run import TrialFolder
-from foldsearch.shipped import judged
 
 EXTENSION_NEXT_TOKEN = 0.5  # weight of the next-token loss for extensions, where the study does not say
 SAVE_SECONDS = 60  # of training, after which its state is written: so much is lost where it is killed
@@ -156,11 +147,11 @@ def _reason(error: BaseException) -> str:
     """Why a trial could not go on; anything that is our own fault is raised again."""
     if isinstance(error, Diverged):
         return f"diverged: {error}"
-    text = str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return f"failed: out of memory: {describe_error(error)}"
+    if is_out_of_memory(error):
+        asked = bytes_asked(error)
+        return f"failed: out of memory{f', asking for {asked}' if asked else ''}: {describe_error(error)}"
     if isinstance(error, InputError):
-        return f"failed: {text}"
+        return f"failed: {error}"
     raise error
 
 
@@ -218,11 +209,6 @@ class Course:
         result = RungResult(self._best, done, 0.0, report, setback)  # the caller knows the seconds
         self._results.append(result)
         return result, diverged
-
-    @property
-    def _target(self) -> Target:
-        """With the weights that the trial is stored in."""
-        return self._context.target.storing(self._trial.weights)
 
     @property
     def _rate(self) -> float:
@@ -301,22 +287,11 @@ class Course:
 
     def _measure(self) -> Quality:
         self._say("measuring", 0.0)
-        model = self._merged() if self._target.rounds else self._model
-        return judged(model, self._context, "search", self._target)
-
-    def _merged(self) -> PreTrainedModel:
-        """The model as it is now, what is trained merged: built again, as merging cannot be undone."""
-        model = folded_model(self._trial, self._context, self._folder, silent)
-        if self._recovery is not None:
-            for name, value in attached(model, self._trial, self._context).items():
-                value.data.copy_(self._recovery.trained[name].data)
-        return merge(model)
+        return judge(self._model, self._bench.splits.search, self._bench.search)
 
     def report(self) -> Quality:
         """Quality of the kept state on the report tokens."""
+        model = self._model
         if self._kept_tokens != self._tokens_done:
             model = kept_model(self._trial, self._context, self._folder, self._kept_tokens)
-            model = merge(model) if self._target.rounds else model
-        else:
-            model = self._merged() if self._target.rounds else self._model
-        return judged(model, self._context, "report", self._target)
+        return judge(model, self._bench.splits.report, self._bench.report)

@@ -36,7 +36,7 @@ SLOTS = {
 }
 # As wide as the windows of the tiny models: llama.cpp has none in some families.
 IDS = torch.randint(3, 96, (2, WINDOW), generator=torch.Generator().manual_seed(1))
-SLOW = ("onnx",)  # half a minute a cell
+SLOW = ("onnx", "executorch")  # half a minute a cell
 ROUNDING = 1e-3  # of the logits' RMS, as for an export in float32
 SAME, ROUNDED, REFUSED = "=", "≈", "–"
 WORDS = f"""\
@@ -51,7 +51,8 @@ the scale of attention of these tiny Gemmas, which is put into their weights, an
 Where a runtime does not share weights, a child and a repeat are written out: the same
 model, and no smaller. What llama.cpp itself computes from such files is compared in
 `tests/integration/test_gguf_export.py`. `--to onnx` holds every plan, but for rounding: `make runtimes` runs one
-with all kinds of slots in onnxruntime, of every family.
+with all kinds of slots in onnxruntime, of every family; and `--to executorch` such a plan, and dropped blocks of every
+family without windows.
 """
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from foldsearch.errors import InputError
 from foldsearch.search.events import Event
 from foldsearch.search.run import run_search
 from foldsearch.signals import Stopped, exit_code
@@ -42,3 +43,6 @@ if __name__ == "__main__":
         run_search(None if resume else study(), Path(sys.argv[1]), resume=resume, on_event=say, **FAKES)
     except Stopped as stop:
         sys.exit(exit_code(stop))
+    except InputError as error:
+        print(f"error: {error}")
+        sys.exit(2)

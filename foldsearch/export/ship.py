@@ -73,7 +73,9 @@ def export(
         )
     weight_bytes = _weight_bytes(shipped)
     make_room(folder, weight_bytes)
-    extras = Beside(tokenizer, weights, shipment.base_model, str(shipment.plan), shipment.gguf)
+    extras = Beside(
+        tokenizer, weights, shipment.base_model, str(shipment.plan), shipment.gguf, shipment.context
+    )
     with whole_or_absent(folder, weight_bytes) as temporary:
         notes += writer.write(shipped, temporary, extras)
         # processors multiply few types fast: numbers of another type are computed with in 32 bits, as they are

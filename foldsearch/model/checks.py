@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from foldsearch.errors import ModelError
 from foldsearch.model.blocks import FOLDED_PREFIX
 from foldsearch.model.fold import stock_config
+from foldsearch.paths import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -57,13 +58,28 @@ def check_no_adapter(reference: str, folder: Path, *, has_model: bool) -> None:
 
 
 def find_missing_shards(folder: Path) -> list[str]:
-    """Weight files that an index lists and the folder does not hold."""
+    """Weight files that an index lists and the folder does not hold.
+
+    Raises:
+        ModelError: the index names files of another folder.
+    """
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            listed = set(json.loads((folder / index).read_text("utf-8"))["weight_map"].values())
-            if any((folder / name).is_file() for name in listed):
-                return sorted(name for name in listed if not (folder / name).is_file())
+        listed = _listed_shards(folder / index)
+        if strange := sorted(name for name in listed if Path(name).name != name or name == ".."):
+            raise ModelError(
+                f"{printable(folder / index)}: an index names weight files beside it, but this one names "
+                f"'{printable(strange[0])}'. Fetch the model again, from somebody you trust."
+            )
+        if any((folder / name).is_file() for name in listed):
+            return sorted(name for name in listed if not (folder / name).is_file())
     return []
+
+
+def _listed_shards(index: Path) -> set[str]:
+    """The files that an index of weights names; none where it is not there, or cannot be read."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return set(map(str, json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    return set()
 
 
 def unfold_config(reference: str, config: PretrainedConfig) -> PretrainedConfig:

@@ -82,7 +82,7 @@ def read_questions(path: Path, *, limit: int | None = None) -> tuple[Question, .
 def _question(line: str, number: int, where: str) -> Question:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(quote_error(f"{where}: each line is one JSON object, but", error)) from error
     if not isinstance(row, dict):
         raise InputError(f"{where}: each line is one JSON object, not {_kind(row)}.")

@@ -26,6 +26,7 @@ Shapes: N sequences, T positions, M tokens of a batch, D width of the stream, F 
 from __future__ import annotations
 
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -40,17 +41,9 @@ from foldsearch.errors import ModelError
 from foldsearch.model.blocks import decoder_blocks
 from foldsearch.model.evidence import hidden_of, other_inputs
 from foldsearch.model.parts import Replaced
-from foldsearch.model.places import (
-    Place,
-    Stored,
-    StreamText,
-    StreamWriter,
-    first_touched,
-    num_fitted,
-    places_of,
-)
+from foldsearch.model.places import Place, StreamText, StreamWriter, first_touched, num_fitted, places_of
 from foldsearch.model.ridge import sums_for
-from foldsearch.model.states import DepthStates, first_state
+from foldsearch.model.states import DepthStates
 from foldsearch.progress import CountProgress
 
 RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # in squares of what a column reads
@@ -91,11 +84,7 @@ class Healed:
 
 
 def heal(
-    model: PreTrainedModel,
-    states: DepthStates,
-    ids_NT: Tensor,
-    progress: CountProgress | None = None,
-    stored: Stored | None = None,
+    model: PreTrainedModel, states: DepthStates, ids_NT: Tensor, progress: CountProgress | None = None
 ) -> Healed:
     """Heal a folded model in place: what it is changed in are new tensors, so no other model's memory is written.
 
@@ -108,13 +97,11 @@ def heal(
         states: of the dense model, from `foldsearch.model.states`.
         ids_NT: the tokens that they are of.
         progress: called with (done, total) positions.
-        stored: what a file keeps of a matrix. The model is then one of rounded weights, whose states differ from the
-            dense model's from the first block on: every position is solved, and rounded before the next one reads it.
 
     Raises:
         InputError: there is only one sequence. ModelError: a state is no finite number.
     """
-    return Healer(states, ids_NT, stored=stored).heal(model, progress)[0]
+    return Healer(states, ids_NT).heal(model, progress)[0]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,18 +121,11 @@ class _Step:
 class Healer:
     """Heals folded models of one dense model on one text, see `heal`.
 
-    Plans that begin alike are healed alike up to where they part: that part is computed once, while it is kept.
+    Plans that begin alike are healed alike up to where they part: that part is computed once, while it is kept. Several
+    threads may heal at once, each a model of its own.
     """
 
-    def __init__(
-        self,
-        states: DepthStates,
-        ids_NT: Tensor,
-        *,
-        num_led: int = 0,
-        most_bytes: int = 0,
-        stored: Stored | None = None,
-    ) -> None:
+    def __init__(self, states: DepthStates, ids_NT: Tensor, *, num_led: int = 0, most_bytes: int = 0) -> None:
         """See `heal` for the others.
 
         Args:
@@ -153,12 +133,11 @@ class Healer:
             ids_NT: the tokens that they are of.
             num_led: so many of the last sequences go along only: nothing is fitted to them or chosen on them.
             most_bytes: of the states and parameters that are kept; what was used longest ago goes first.
-            stored: see `heal`.
 
         Raises:
             InputError: there is only one sequence to fit to.
         """
-        self._states, self._ids_NT, self._stored = states, ids_NT[: states.shape[1]], stored
+        self._states, self._ids_NT = states, ids_NT[: states.shape[1]]
         num, length = self._ids_NT.shape
         self._num_text = num - num_led
         self._num_fitted = num_fitted(self._num_text, length)
@@ -167,28 +146,28 @@ class Healer:
         self._kept_bytes = 0
         self.num_steps = 0  # positions that were computed, not taken from what is kept
         self._inputs: dict[int, Any] = {}  # what the model hands a block besides the states, by its home
+        self._lock = threading.RLock()  # of what is kept
 
     @torch.no_grad()
     def heal(self, model: PreTrainedModel, progress: CountProgress | None = None) -> tuple[Healed, Tensor]:
         """Heal a folded model in place; also its states after the last position, for the sequences that are led."""
         places = _joined(places_of(model))
-        begin = 0 if self._stored else first_touched(places)
-        if any(place.reads not in self._inputs for place in places):
-            inputs = other_inputs(model, list(decoder_blocks(model)), self._ids_NT)
-            self._inputs |= {place.reads: given for place, given in zip(places, inputs, strict=True)}
-        own_NTD = first_state(model, self._ids_NT) if self._stored else self._states[begin]
-        text = StreamText(self._states, own_NTD, (self._num_fitted, self._num_text), model.device)
+        begin = first_touched(places)
+        with self._lock:
+            if any(place.reads not in self._inputs for place in places):
+                inputs = other_inputs(model, list(decoder_blocks(model)), self._ids_NT)
+                self._inputs |= {place.reads: given for place, given in zip(places, inputs, strict=True)}
+        text = StreamText(self._states, begin, (self._num_fitted, self._num_text), model.device)
         values: dict[str, Tensor] = {}
         blocks: list[HealedBlock] = []
         ridge = FIRST_RIDGE
         for index, place in enumerate(places[begin:], begin):
             key = tuple(one.key for one in places[: index + 1])
-            step = self._kept.get(key)
+            step = self._known(key)
             if step is None:
                 step = self._step(place, text, ridge)
                 self._keep(key, step)
             else:
-                self._kept.move_to_end(key)
                 text.own_NTD = step.own_NTD
                 for name, value in step.values.items():
                     assert place.writer is not None
@@ -203,7 +182,6 @@ class Healer:
         return Healed(values, tuple(blocks), tokens), text.own_NTD[self._num_text :]
 
     def _step(self, place: Place, text: StreamText, ridge: int) -> _Step:
-        self.num_steps += 1
         others, named = self._inputs[place.reads]
 
         def run(own_BTD: Tensor) -> Tensor:
@@ -214,18 +192,29 @@ class Healer:
         if place.writer is None:
             text.advance(run)
             return _Step(text.own_NTD, {}, None, ridge)
-        block, ridge = _heal_one(place, place.writer, text, run, ridge, self._stored)
+        block, ridge = _heal_one(place, place.writer, text, run, ridge)
         values = place.writer.parameters() if block.ridge is not None else {}
         return _Step(text.own_NTD, values, block, ridge)
 
+    def _known(self, key: tuple[str, ...]) -> _Step | None:
+        with self._lock:
+            step = self._kept.get(key)
+            if step is not None:
+                self._kept.move_to_end(key)
+            return step
+
     def _keep(self, key: tuple[str, ...], step: _Step) -> None:
-        if not self._most_bytes:
-            return
-        self._kept[key] = step
-        self._kept_bytes += step.num_bytes
-        while self._kept_bytes > self._most_bytes and len(self._kept) > 1:
-            _, oldest = self._kept.popitem(last=False)
-            self._kept_bytes -= oldest.num_bytes
+        with self._lock:
+            self.num_steps += 1
+            if (
+                not self._most_bytes or key in self._kept
+            ):  # another thread was there first, with the same bits
+                return
+            self._kept[key] = step
+            self._kept_bytes += step.num_bytes
+            while self._kept_bytes > self._most_bytes and len(self._kept) > 1:
+                _, oldest = self._kept.popitem(last=False)
+                self._kept_bytes -= oldest.num_bytes
 
 
 def is_healable(model: PreTrainedModel) -> bool:
@@ -253,12 +242,7 @@ def _joined(places: list[Place]) -> list[Place]:
 
 
 def _heal_one(
-    place: Place,
-    writer: StreamWriter,
-    text: StreamText,
-    run: Callable[[Tensor], Tensor],
-    first_ridge: int,
-    stored: Stored | None,
+    place: Place, writer: StreamWriter, text: StreamText, run: Callable[[Tensor], Tensor], first_ridge: int
 ) -> tuple[HealedBlock, int]:
     """Solve one position, and let the text go through it; also the ridge that served, by its number."""
     weight_NT1 = text.weights(place)
@@ -284,13 +268,8 @@ def _heal_one(
     if after < before:
         solution_FD = sums.solved(RIDGES[number], ("fitted", "held out"))
         if bool(solution_FD.isfinite().all()):
-            if stored is not None:  # rounded, it may be no better than the rounded matrix that was there
-                fitted_FD = writer.as_stored(sums.solved(RIDGES[number], ("fitted",)), stored)
-                after = text.missed(place, read, weight_NT1, fitted_FD)
-                solution_FD = writer.as_stored(solution_FD, stored)
-            if after < before:
-                text.take(place, read, solution_FD)
-                return HealedBlock(place.position, RIDGES[number], before, after), number
+            text.take(place, read, solution_FD)
+            return HealedBlock(place.position, RIDGES[number], before, after), number
     return HealedBlock(place.position, None, before, before), number
 
 

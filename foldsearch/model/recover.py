@@ -35,23 +35,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from foldsearch.errors import FoldsearchError, InputError
-from foldsearch.files import replace_atomically
+from foldsearch.errors import FoldsearchError, InputError, is_out_of_memory
 from foldsearch.model.blocks import decoder_blocks, family_of
 from foldsearch.model.head import POSITIONS_AT_ONCE, head_logits, last_hidden, log_normaliser
 from foldsearch.model.judge import DenseTargets, cross_terms
+from foldsearch.model.kept import DamagedFileError, read_tensors, read_words, write_tensors
 from foldsearch.model.parts import Borrowed, OutputNorm, Replaced
 from foldsearch.model.places import first_touched, places_of
 from foldsearch.model.tokens import TokenSet
 from foldsearch.model.training import RecoveryTraining, Trained
+from foldsearch.paths import printable
 
 TOGETHER = 8  # elements of a vector that may move as far as those of a low-rank factor
 LEAST = 0.1  # RMS of a vector that is counted at least
@@ -271,6 +270,7 @@ class Recovery:
         self.targets = targets
         self.total_tokens = max(total_tokens, 1)
         self.tokens_before = self.tokens_done = tokens_before
+        self._parts = 1  # that the sequences of a step are taken in
         self.rate = 1.0  # share of the settings' learning rate that is trained at
         self.trained = attach(model, settings.delta_rank, settings.seed, trains=settings.trains)
         units = step_units(model)
@@ -317,8 +317,12 @@ class Recovery:
         self._write(path, self._trained_tensors())
 
     def load(self, path: Path) -> None:
-        """Read what `save` wrote: training goes on from there, with the next sequence of the same order."""
-        state = load_file(path)
+        """Read what `save` wrote: training goes on from there, with the next sequence of the same order.
+
+        Raises:
+            DamagedFileError: the file is damaged.
+        """
+        state = read_tensors(path)
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(state[name])
@@ -344,15 +348,14 @@ class Recovery:
         self.rate = rate
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        metadata = {"tokens": str(self.tokens_done)}
-        replace_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+        write_tensors(path, tensors, {"tokens": str(self.tokens_done)})
 
     def _trained_tensors(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().contiguous() for name, parameter in self.trained.items()}
+        return {name: parameter.detach() for name, parameter in self.trained.items()}
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         return {
-            f"{name}.{key}": value.contiguous()
+            f"{name}.{key}": value
             for name, parameter in self.trained.items()
             for key, value in self._optimizer.state.get(parameter, {}).items()
         }
@@ -390,29 +393,71 @@ class Recovery:
             group["lr"] = self.settings.learning_rate * self.rate * group["unit"] * min(1.0, share)
 
     def _step(self, rows: list[int]) -> float:
+        """One step of the optimizer on these sequences; the loss.
+
+        Where memory does not hold them at once they are taken in two halves, from here on: their gradients are summed,
+        so the step is the same but for rounding.
+        """
+        total: float | None = None
+        try:
+            total = self._gradients(rows)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or self._parts > 1 or len(rows) < 2:
+                raise
+            self._parts = 2
+        if total is None:
+            # Not in the handler: its error holds on to what the first try had in memory.
+            self._optimizer.zero_grad(set_to_none=True)
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+            total = self._gradients(rows)
+        if not math.isfinite(total):
+            return total
+        nn.utils.clip_grad_norm_(list(self.trained.values()), self.settings.clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def _gradients(self, rows: list[int]) -> float:
+        """Compute the gradients of a step, in as many parts as memory asks for; the loss."""
+        size = math.ceil(len(rows) / self._parts)
+        whole = self._scale(rows)
+        total = 0.0
+        for start in range(0, len(rows), size):
+            total += self._add_gradients(rows[start : start + size], whole)
+            if not math.isfinite(total):
+                break
+        return total
+
+    def _scale(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """What the loss of a step is divided by: its scored positions, and the power of the dense states there."""
+        targets = self.targets.of(rows)
+        _, dense_hidden, _ = targets.flat()
+        scored = targets.scored_NP.flatten()
+        return scored.sum(), dense_hidden[scored].float().square().mean().clamp_min(1e-12)
+
+    def _add_gradients(self, rows: list[int], whole: tuple[Tensor, Tensor]) -> float:
         ids_BT = self.tokens.ids_NT[rows].to(self.model.device)
         hidden = last_hidden(self.model, ids_BT)[:, :-1].flatten(0, 1)
         # The head is frozen, so its part of the graph is walked chunk by chunk and only the gradient of the hidden
         # states is kept: full-vocabulary logits of the batch never exist.
         leaf = hidden.detach().requires_grad_(True)
         total = 0.0
-        for loss in self._chunk_losses(leaf, ids_BT[:, 1:].flatten(), rows):
+        for loss in self._chunk_losses(leaf, ids_BT[:, 1:].flatten(), rows, whole):
             loss.backward()
             total += float(loss.detach())
-        if not math.isfinite(total):
-            return total
-        hidden.backward(leaf.grad)
-        nn.utils.clip_grad_norm_(list(self.trained.values()), self.settings.clip)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        if math.isfinite(total):
+            hidden.backward(leaf.grad)
         return total
 
-    def _chunk_losses(self, hidden: Tensor, following: Tensor, rows: list[int]) -> Iterator[Tensor]:
+    def _chunk_losses(
+        self, hidden: Tensor, following: Tensor, rows: list[int], whole: tuple[Tensor, Tensor]
+    ) -> Iterator[Tensor]:
         """The loss of each chunk of positions, already divided by the scored positions of the step."""
         settings, targets = self.settings, self.targets.of(rows)
         negentropy, dense_hidden, rows_of_head = targets.flat()
         scored = targets.scored_NP.flatten()
-        power = dense_hidden[scored].float().square().mean().clamp_min(1e-12)
+        num_scored, power = whole
         for start in range(0, len(hidden), POSITIONS_AT_ONCE):
             here = slice(start, start + POSITIONS_AT_ONCE)
             hidden_MD = hidden[here]
@@ -423,18 +468,31 @@ class Recovery:
             kl_M = negentropy[here] - cross_M + normaliser_M
             far_M = (hidden_MD.float() - dense_hidden[here].float()).square().mean(-1) / power
             loss_M = settings.next_token * next_loss_M + settings.kl * kl_M + settings.tail * far_M
-            yield loss_M.where(scored[here], 0.0).sum() / scored.sum()
+            yield loss_M.where(scored[here], 0.0).sum() / num_scored
 
 
 def saved_tokens(path: Path) -> int:
-    """How many tokens had been trained on when `Recovery.save` or `Recovery.keep` wrote the file."""
-    with safe_open(path, framework="pt") as file:
-        return int(file.metadata()["tokens"])
+    """How many tokens had been trained on when `Recovery.save` or `Recovery.keep` wrote the file.
+
+    Raises:
+        DamagedFileError: the file is damaged.
+    """
+    words = read_words(path).get("tokens", "")
+    if not words.isdecimal():
+        raise DamagedFileError(
+            f"what was trained says on how many tokens, but '{printable(path)}' says '{printable(words)}'. Put back a "
+            "copy of it."
+        )
+    return int(words)
 
 
 def load_trained(trained: dict[str, nn.Parameter], path: Path) -> None:
-    """Fill the parameters that `attach` returned from what `Recovery.keep` wrote."""
-    saved: dict[str, Any] = load_file(path)
+    """Fill the parameters that `attach` returned from what `Recovery.keep` wrote.
+
+    Raises:
+        DamagedFileError: the file is damaged.
+    """
+    saved: dict[str, Any] = read_tensors(path)
     assert saved.keys() == trained.keys(), "the trained parameters are those of the same plan and settings"
     with torch.no_grad():
         for name, parameter in trained.items():

@@ -153,7 +153,7 @@ def _rows_of_json_lines(path: Path, lines: Iterator[str]) -> Iterator[tuple[str,
         where = f"{printable(path)}, line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter: nested too deeply
             raise DataError(quote_error(f"{where}: each line is one JSON object, but", error)) from error
         if not isinstance(row, dict):
             raise DataError(f"{where}: each line is one JSON object, not {type(row).__name__}.")
@@ -165,7 +165,7 @@ def _rows_of_json(path: Path) -> Iterator[tuple[str, Any]]:
     lines = list(lines_of(path))
     try:
         value = json.loads("".join(lines))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if _is_row(next((line for line in lines if line.strip()), "")):
             yield from _rows_of_json_lines(path, iter(lines))
             return
@@ -181,7 +181,7 @@ def _rows_of_json(path: Path) -> Iterator[tuple[str, Any]]:
 def _is_row(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

@@ -8,14 +8,17 @@ Shapes: N sequences, T positions, D width.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 
-from foldsearch.errors import InputError
+from foldsearch.errors import InputError, ModelError
 from foldsearch.model.blocks import family_of
 from foldsearch.model.fold import fold
 from foldsearch.model.heal import Healer
@@ -27,8 +30,7 @@ from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Quality
 from foldsearch.progress import CountProgress
 
-PROBED = 2  # measurements with each number of threads before one is chosen
-PROBED_AGAIN = 40  # measurements after which it is looked at again: others come and go on a machine
+MOST_AT_ONCE = 4  # plans that are measured at once
 
 
 class Screen:
@@ -54,6 +56,7 @@ class Screen:
             InputError: there is only one sequence to heal on, or there are more than memory is meant for.
         """
         self._dense, self._tokens, self._targets = text.dense, tokens, targets
+        self._folding = threading.Lock()
         every = replace(text, ids_NT=torch.cat((text.ids_NT, tokens.ids_NT)))
         states = every.states(progress)
         if states.shape[1] < len(every.ids_NT):
@@ -69,53 +72,85 @@ class Screen:
         """Positions of plans that were computed so far, not taken from plans that begin alike."""
         return self._healer.num_steps
 
-    @torch.no_grad()
-    def measure(self, plan: FoldPlan) -> Quality:
+    def measure(self, plan: FoldPlan, progress: CountProgress | None = None) -> Quality:
         """The quality of a plan, healed. Plans that begin alike are measured faster one after the other.
+
+        Several threads may measure at once. `progress` is called with (done, total) positions.
 
         Raises:
             ModelError: a state is no finite number.
         """
         assert plan.needs_no_fit, "what is new in a plan is fitted before it is healed"
-        model = fold(self._dense, plan)
-        _, own_NTD = self._healer.heal(model)
-        norm = model.get_submodule(family_of(model.config).final_norm)
-        return judge(model, self._tokens, self._targets, hidden_NTD=norm(own_NTD))
+        with torch.no_grad():
+            with self._folding:  # transformers sets what all threads share while it makes a model
+                model = fold(self._dense, plan)
+            _, own_NTD = self._healer.heal(model, progress)
+            norm = model.get_submodule(family_of(model.config).final_norm)
+            return judge(model, self._tokens, self._targets, hidden_NTD=norm(own_NTD))
 
+    def measure_each(
+        self, plans: Sequence[FoldPlan], is_over: Callable[[], bool]
+    ) -> Iterator[tuple[FoldPlan, Quality | None]]:
+        """Measure plans, several at once; what they come to as they end, None where that is no finite number.
 
-class Threads:
-    """Chooses whether measurements go faster with all of torch's threads or with one.
+        Neighbours are measured one after the other, so plans come in an order in which these begin alike. The figures
+        are the same however many are measured at once.
 
-    Threads wait for each other after every step of a model. Where other programs take a processor now and then, that
-    waiting takes longer than the work.
-    """
-
-    def __init__(self) -> None:
-        """Begins with what torch is set to."""
-        self._all = torch.get_num_threads()
-        self._took: dict[int, list[float]] = {}
-        self._measured = 0
-
-    @contextmanager
-    def measuring(self, screen: Screen) -> Iterator[None]:
-        """Set torch's threads for one measurement, and note what a position took."""
-        choice = self._next()
-        torch.set_num_threads(choice)
-        before, began = screen.num_steps, time.perf_counter()
+        Args:
+            plans: to measure.
+            is_over: asked before each plan whether no more are to be begun.
+        """
+        if not plans:
+            return
+        threads = torch.get_num_threads()
+        at_once = num_at_once(self._dense.device.type, threads, len(plans))
+        ends = [len(plans) * number // at_once for number in range(at_once + 1)]
+        parts = [deque(plans[start:stop]) for start, stop in pairwise(ends)]
+        running: dict[Future[Quality | None], tuple[FoldPlan, deque[FoldPlan]]] = {}
+        stopped = threading.Event()
+        pool = ThreadPoolExecutor(
+            at_once, initializer=torch.set_num_threads, initargs=(max(1, threads // at_once),)
+        )
+        free = list(parts)
         try:
-            yield
+            while True:
+                while free and any(parts) and not is_over():
+                    mine = free.pop()
+                    plan = mine.popleft() if mine else max(parts, key=len).pop()
+                    running[pool.submit(self._measured, plan, stopped)] = plan, mine
+                if not running:
+                    return
+                if free and any(parts):  # no more are to be begun
+                    parts = []
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    plan, mine = running.pop(future)
+                    free.append(mine)
+                    yield plan, future.result()
         finally:
-            steps, seconds = screen.num_steps - before, time.perf_counter() - began
-            torch.set_num_threads(self._all)
-            self._measured += 1
-            if steps:
-                self._took.setdefault(choice, []).append(seconds / steps)
+            stopped.set()
+            pool.shutdown()
+            torch.set_num_threads(threads)
 
-    def _next(self) -> int:
-        if self._measured and self._measured % PROBED_AGAIN == 0:
-            self._took = {}
-        options = dict.fromkeys((self._all, 1))
-        short = [option for option in options if len(self._took.get(option, [])) < PROBED]
-        if short:
-            return min(short, key=lambda option: len(self._took.get(option, [])))
-        return min(options, key=lambda option: sum(self._took[option]) / len(self._took[option]))
+    def _measured(self, plan: FoldPlan, stopped: threading.Event) -> Quality | None:
+        def go_on(_done: int, _total: int) -> None:
+            if stopped.is_set():
+                raise _Stopped
+
+        try:
+            quality = self.measure(plan, go_on)
+        except (ModelError, _Stopped):
+            return None
+        return quality if math.isfinite(quality.kl) else None
+
+
+class _Stopped(Exception):
+    """Ends a measurement that nobody waits for any more."""
+
+
+def num_at_once(device: str, threads: int, num_plans: int) -> int:
+    """How many plans are measured at once.
+
+    A thread that has a plan for itself waits for no other: on two threads two plans at once take less time than one
+    after the other (docs/log.md). Each needs memory of its own, for its states and a chunk of logits.
+    """
+    return max(1, min(threads, MOST_AT_ONCE, num_plans)) if device == "cpu" else 1

@@ -105,6 +105,7 @@ class DenseFiles:
             "4-bit (Q4_1) weights, de-quantised"; "" if nothing.
         trust_remote_code: whether code that came with the model may run.
         gguf: the files of the GGUF that it was read from; none where it was read from a folder.
+        stamps: name, size in bytes and time of writing of each file that is mapped, when they were looked at.
     """
 
     reference: str
@@ -114,6 +115,29 @@ class DenseFiles:
     note: str
     trust_remote_code: bool = False
     gguf: tuple[Path, ...] = ()
+    stamps: tuple[tuple[str, int, int], ...] = ()
+
+
+def check_unchanged(files: DenseFiles) -> None:
+    """Whether the files of a model are those that were looked at.
+
+    They are mapped, so that a change would be part of a model that nobody has named. Takes microseconds.
+
+    Raises:
+        ModelError: one was written since.
+    """
+    now = {name: (size, written) for name, size, written in _stamps(files.folder)}
+    changed = [name for name, *stamp in files.stamps if now.get(name) != tuple(stamp)]
+    if changed:
+        raise ModelError(
+            f"{files.reference}: a model must stay as it is while a run uses it, but {name_some(changed)} in "
+            f"'{printable(files.folder)}' changed. Put the old files back and resume the run, or start a new one."
+        )
+
+
+def _stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    found = ((path.name, path.stat()) for path in sorted(folder.glob("*.safetensors")))
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)
 
 
 def check_cache(cache_dir: Path) -> None:
@@ -248,7 +272,10 @@ def prepare(
             say("looking at the weights")
             checked = (cache_dir or default_cache_dir()) / "checked" / content_hash
             check_stored(reference, source.weights, checked)
-            return DenseFiles(reference, source.folder, dtype, content_hash, "", trust_remote_code)
+            stamps = _stamps(source.folder)
+            return DenseFiles(
+                reference, source.folder, dtype, content_hash, "", trust_remote_code, stamps=stamps
+            )
 
     models_dir = (cache_dir or default_cache_dir()) / "models"
     target = models_dir / f"{content_hash}-{dtype}"
@@ -267,7 +294,7 @@ def prepare(
         target, make, note_of, is_whole=lambda target: (target / RECORD).is_file(), keep=True
     )
     gguf = source.weights if source.gguf_file else ()
-    return DenseFiles(reference, target, dtype, content_hash, note, trust_remote_code, gguf)
+    return DenseFiles(reference, target, dtype, content_hash, note, trust_remote_code, gguf, _stamps(target))
 
 
 def open_dense(files: DenseFiles, *, device: str | torch.device = "cpu") -> PreTrainedModel:

@@ -31,6 +31,7 @@ from foldsearch.errors import PlanError
 from foldsearch.plan.kinds import DEFAULT_EXPANSION, kind_named
 
 SCHEMA = 1
+MOST_BLOCKS = 10_000  # that a file may speak of: more than any model has
 AdapterStart = Literal["zero", "svd", "data"]
 UnitName = Literal["attention", "mlp"]
 UNITS: tuple[UnitName, ...] = get_args(UnitName)
@@ -127,15 +128,25 @@ class FoldPlan:
         try:
             value: dict[str, Any] = json.loads(text)
             schema, words, num_blocks = value["schema"], value["plan"], value["num_blocks"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise PlanError(
                 f"a plan in JSON has the keys schema, num_blocks and plan; got {text[:80]!r}."
             ) from error
         if schema != SCHEMA:
             raise PlanError(f"this version reads plans of schema {SCHEMA}, got schema {schema!r}.")
-        if not (isinstance(words, str) and isinstance(num_blocks, int)):
+        return cls.from_words(words, num_blocks)
+
+    @classmethod
+    def from_words(cls, words: Any, num_blocks: Any) -> FoldPlan:
+        """Read the text form and the number of blocks as they stood in a file, where they may be anything.
+
+        Raises:
+            PlanError: they are not what they should be, or `parse` says so.
+        """
+        if not (isinstance(words, str) and isinstance(num_blocks, int) and num_blocks <= MOST_BLOCKS):
             raise PlanError(
-                f"a plan in JSON has a text and a whole number of blocks; got {words!r} and {num_blocks!r}."
+                f"a plan in JSON has a text and a whole number of blocks, at most {MOST_BLOCKS:,}; got "
+                f"{words!r:.200} and {num_blocks!r:.80}."
             )
         return cls.parse(words, num_blocks)
 

@@ -45,13 +45,13 @@ def serve(path: Path, *, port: int = 8080, on_ready: Callable[[str], None] = pri
 def open_server(path: Path, port: int) -> WSGIServer:
     """The server of `serve`, bound and not yet serving."""
     folder = Run.open(path)
-    if not folder.storage.is_file():
+    from foldsearch.search.storage import is_begun, open_storage
+
+    if not is_begun(folder):
         raise RunError(
             f"'{printable(path)}' has no study yet: its first trial has not begun. Try again in a moment."
         )
     import optuna_dashboard
-
-    from foldsearch.search.records import open_storage
 
     storage = open_storage(folder)
     try:

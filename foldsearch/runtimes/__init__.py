@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from foldsearch.errors import InputError, PlanError, find_named
+from foldsearch.model.gguf.types import DTYPE_TYPES, TYPES
 from foldsearch.plan.cost import CostTable, Target, price
 from foldsearch.plan.plan import UNITS, FoldPlan
-from foldsearch.plan.stored import DTYPE_TYPES, TYPES
 from foldsearch.runtimes.needs import WORDS, Need, needs
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class Beside:
 
     tokenizer: of the model; None writes none. weights: how weights are stored, a dtype or one of the runtime's types.
     base_model, plan: what was folded, and how. gguf: the files of the GGUF that the base model was read from.
+    context: tokens that the model is to see; 0 where nobody says.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -54,6 +55,7 @@ class Beside:
     base_model: str = ""
     plan: str = ""
     gguf: tuple[Path, ...] = ()
+    context: int = 0
 
 
 NOTHING = Beside()
@@ -270,6 +272,26 @@ print(tokenizer.decode(ids + Decoder(FOLDER).write(ids, 20)))""",
     library="onnx",
 )
 
+EXECUTORCH = Engine(
+    name="ExecuTorch",
+    package="executorch",
+    extra="executorch",
+    module="foldsearch.runtimes.executorch_runtime",
+    python="""import sys
+
+from tokenizers import Tokenizer  # pip install executorch tokenizers
+
+{where}
+sys.path.insert(0, FOLDER)
+from executorch_decoder import Decoder  # a file of that folder: torch and executorch
+
+tokenizer = Tokenizer.from_file(FOLDER + "/tokenizer.json")
+ids = tokenizer.encode({prompt}).ids
+print(tokenizer.decode(ids + Decoder(FOLDER).write(ids, 20)))""",
+    commands="python {folder}/executorch_decoder.py 'The state of our union'",
+    library="executorch",
+)
+
 # onnxruntime has next to no bfloat16 on processors: what was bfloat16 is stored in float32, its numbers unchanged.
 # Of the others the matrices are in 8 and 4 bits, and one float32 for each 32 numbers of a row.
 ONNX_TYPES = ("float32", "float16", "int8", "int4")
@@ -342,6 +364,26 @@ RUNTIMES: tuple[Runtime, ...] = (
         own_kernels=True,
         engine=ONNX_RUNTIME,
     ),
+    Runtime(
+        name="executorch",
+        title="a program with a cache of fixed size for ExecuTorch (XNNPACK), of any plan",
+        blocks="programs",
+        shares_weights=True,
+        cannot=frozenset(),
+        file="foldsearch.runtimes.executorch",
+        carries_code=False,
+        card="A program, `model.pte`, for ExecuTorch with its XNNPACK backend, in float32, with a cache for as many "
+        "tokens as `executorch.json` says; `executorch_decoder.py` (Apache-2.0) shows how it is fed, and needs torch "
+        "and executorch only.",
+        loader="foldsearch.runtimes.executorch",
+        weights="*.pte",
+        types=("float32",),
+        own_types=dict.fromkeys(("float32", "float16", "bfloat16"), "float32"),
+        families=frozenset("llama mistral qwen2 qwen3 gemma phi3 olmo2 gpt2 gpt_neox opt".split()),
+        lacks=frozenset({"bfloat16", "float16"}),
+        own_kernels=True,
+        engine=EXECUTORCH,
+    ),
 )
 
 
@@ -373,16 +415,7 @@ def exported_bytes(plan: FoldPlan, table: CostTable, target: Target) -> dict[str
     for runtime in RUNTIMES:
         refusal = runtime.refusal(plan, by_position=table.by_position, family=table.family)
         dtype = "float32" if target.dtype in runtime.lacks else target.dtype
-        weights = runtime.own_types.get(dtype, "")
-        if runtime.name == target.runtime:
-            weights = target.weights
-        there = replace(
-            target,
-            dtype=dtype,
-            runtime=runtime.name,
-            shares_weights=runtime.shares_weights,
-            weights=weights if weights in TYPES else "",
-        )
+        there = replace(target, dtype=dtype, runtime=runtime.name, shares_weights=runtime.shares_weights)
         found[runtime.name] = None if refusal else price(plan, table, there).stored_bytes
     return found
 

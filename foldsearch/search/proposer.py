@@ -77,15 +77,15 @@ class Line:
             self._begin(promoted)
 
     def _begin(self, promoted: Promoted) -> None:
-        for plan in promoted.plans:
-            self.records.queue_plan(plan)
+        line = [self.records.screened(plan) for plan in promoted.plans]
         if promoted.rival is not None:
             # Criteria were compared with what was promoted: the best is trained, to see what that is worth.
-            self.records.queue(*promoted.rival)
+            line.append(self.records.baseline(*promoted.rival))
         run, space = self.records.run, self.records.space
         for criterion, count, origin in first_trials(space, run.table, run.target, run.budget):
             if not promoted.plans or (origin == "baseline" and criterion not in compared_criteria(space)):
-                self.records.queue(criterion, count, origin=origin)
+                line.append(self.records.baseline(criterion, count, origin=origin))
+        self.records.put_in_line(line)
 
     # ---- the clock
 
@@ -100,8 +100,11 @@ class Line:
 
     @property
     def deadline(self) -> float | None:
-        """When the time is up, in seconds since the epoch, which workers share with this process."""
-        return None if self.study.seconds is None else time.time() + self.left
+        """When the time is up, by the monotonic clock, which all processes of a machine share.
+
+        The clock of the wall may be set while the run goes on: a trial would be cut too early, or never.
+        """
+        return None if self.study.seconds is None else time.monotonic() + self.left
 
     def began(self, number: int) -> None:
         """A trial begins, or has ended a rung."""
@@ -129,8 +132,7 @@ class Line:
         missing = self._closing(known)
         if self.study.seconds is not None:
             missing = [one for one in missing if self._baseline_seconds(*one) <= self.left][:1]
-        for criterion, count in missing:
-            self.records.queue(criterion, count, closing=True)
+        self.records.put_in_line([self.records.baseline(*one, closing=True) for one in missing])
         return self.records.ask() if missing else None
 
     def _closing(self, known: list[Trial]) -> list[tuple[str, int]]:

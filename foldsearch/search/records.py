@@ -15,49 +15,51 @@ Optuna lets nobody change a row that has ended, so the value is written before t
 
 from __future__ import annotations
 
+import html
 import math
 import random
-import sqlite3
+import re
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import optuna
-import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
 from foldsearch.bound import lower_bound
 from foldsearch.codec import from_json, to_json
-from foldsearch.errors import BudgetError, RunError, quote_error
+from foldsearch.errors import BudgetError, FoldsearchError, RunError, quote_error
 from foldsearch.fates import Option
-from foldsearch.paths import printable
 from foldsearch.plan.cost import GB, Cost, price
 from foldsearch.plan.neighbour import neighbour
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import rounded
-from foldsearch.plan.stored import widest_first
 from foldsearch.plan.strip import strip
 from foldsearch.proposal import Fold, Given, Origin, Proposal, fold_plan
 from foldsearch.record import State, Trial, front, point
 from foldsearch.run import Run
+from foldsearch.search.sampler import repeatable_sampler
+from foldsearch.search.storage import (
+    copy_study,
+    is_begun,
+    open_storage,
+    place_of,
+    storage_errors,
+    study_name,
+)
 from foldsearch.spec.fit import can_run, narrow, repair
-from foldsearch.spec.propose import Plain, plain_answers, propose, propose_recovery, propose_weights
+from foldsearch.spec.propose import Plain, plain_answers, propose, propose_recovery
 from foldsearch.spec.space import Space
-from foldsearch.spec.study import Objective, Study
+from foldsearch.spec.study import Objective
 
-if TYPE_CHECKING:
-    from optuna.samplers import BaseSampler
-
-STUDY_NAME = "foldsearch"
 METRIC_NAMES = {"kl": "KL to dense (nats per token)", "memory": "memory (GB)", "flops": "FLOPs per token"}
-TYPE_MOVES = 0.25  # of the moves around the front, where there are several types of weights
 _NEIGHBOUR_TRIES = 20
-_WAIT_SECONDS = 60  # for another writer of the same file
 _REJECTS = 100
 _REDRAWS = 8  # suggestions in a row that would repeat a plan, before a neighbour is taken instead
 
-_TOLD: dict[State, TrialState] = {
+TOLD: dict[State, TrialState] = {
     "finished": TrialState.COMPLETE,
     "stopped": TrialState.PRUNED,
     "infeasible": TrialState.PRUNED,
@@ -72,14 +74,69 @@ def read_trials(run: Run) -> list[Trial]:
     Raises:
         RunError: the file that holds them is damaged.
     """
-    if not run.storage.is_file():
-        return []
+    return [row.trial for row in read_rows(run)]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A trial, and what Optuna was told of it. state: the name of Optuna's state. values: objectives, if any."""
+
+    trial: Trial
+    state: str
+    values: tuple[float, ...] | None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is being run, or was interrupted."""
+        return self.state == TrialState.RUNNING.name
+
+
+def read_rows(run: Run) -> list[Row]:
+    """Every row of a run's study, by number; safe while the run goes on.
+
+    Raises:
+        RunError: the study is damaged, or cannot be reached.
+    """
+    with _opened_study(run) as study:
+        rows = [] if study is None else study.get_trials(deepcopy=False)
+    return [Row(_read(row), row.state.name, tuple(row.values) if row.values else None) for row in rows]
+
+
+def write_row(run: Run, trial: Trial) -> None:
+    """Put a trial into its row, which must be open; nobody else may be at work in the run."""
+    with _opened_study(run) as study:
+        assert study is not None, "a row is in a study"
+        row = study.get_trials(deepcopy=False)[trial.number]
+        study._storage.set_trial_user_attr(row._trial_id, "trial", to_json(trial))
+
+
+@contextmanager
+def _opened_study(run: Run) -> Iterator[optuna.Study | None]:
+    """The study of a run, and its connections for so long; None where there is none yet."""
+    if not is_begun(run):
+        yield None
+        return
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = open_storage(run)
     try:
-        study = optuna.load_study(study_name=STUDY_NAME, storage=open_storage(run))
-    except KeyError:  # the file is there and the study is not yet: the run was stopped in between
-        return []
-    return [_read(row) for row in study.get_trials(deepcopy=False)]
+        with storage_errors(place_of(run)):
+            try:
+                study = optuna.load_study(study_name=study_name(run), storage=storage)
+            except KeyError:  # the file is there and the study is not yet: the run was stopped in between
+                study = None
+            yield study
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+@dataclass(frozen=True, slots=True)
+class InLine:
+    """A trial that is put in line. answers: to what the space asks. attributes: of its row. closing: see `Trial`."""
+
+    answers: dict[str, Any]
+    attributes: dict[str, Any]
+    closing: bool = False
 
 
 class Records:
@@ -97,14 +154,14 @@ class Records:
         self.space: Space = narrow(run.study.space, run.table, run.target, run.budget)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.study = optuna.create_study(
-            study_name=STUDY_NAME,
+            study_name=study_name(run),
             storage=open_storage(run),
             directions=["minimize"] * len(self.objectives),
             load_if_exists=True,
         )
         # The run's lock makes this process the only writer, so what it knows need not be read again.
         rows = self.study.get_trials(deepcopy=False)
-        self.study.sampler = _sampler(run.study, len(rows))
+        self.study.sampler = repeatable_sampler(run.study)
         self._trials = [_read(row) for row in rows]
         self._front = front(self._trials, self.objectives)
         self._rows = {
@@ -114,11 +171,33 @@ class Records:
         }
         self._interrupted = list(self._rows)
         self._elapsed = float(self.study.user_attrs.get("seconds", 0.0))
-        self._redraws = 0
+        self._redraws = self._redraws_in_a_row()
         if not rows:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 self.study.set_metric_names([METRIC_NAMES[name] for name in self.objectives])
+        self._complete_line()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Tell the study of trials that had ended when the run was stopped, so that nobody waits for them."""
+        ended = [number for number in self._interrupted if self.get(number).ended]
+        for number in ended:
+            if self.get(number).state != "cut":
+                self._interrupted.remove(number)
+                self.finish(number)
+
+    def _redraws_in_a_row(self) -> int:
+        """How many of the latest suggestions were drawn again, as a process that was killed would know."""
+        count = 0
+        for trial in self._trials:
+            if trial.proposal is None:
+                continue  # in line, or killed while it was proposed
+            if trial.draft is None and trial.state == "repeat":
+                count += 1
+            elif trial.draft is not None or trial.state != "infeasible":
+                count = 0
+        return count
 
     def all(self) -> list[Trial]:
         """Every trial, by number."""
@@ -138,28 +217,43 @@ class Records:
         self, criterion: str, num_removed: int, *, origin: Origin = "baseline", closing: bool = False
     ) -> None:
         """Put a trial first in line: a baseline of the space, with the best setting of its criterion so far."""
-        plain = plain_answers(self.space, criterion, num_removed, self._best_setting(criterion))
-        propose(plain, self.space, self.run.num_blocks)
-        self._put_in_line(plain, closing=closing, origin=origin)
+        self.put_in_line([self.baseline(criterion, num_removed, origin=origin, closing=closing)])
 
     def queue_plan(self, plan: FoldPlan) -> None:
-        """Put a plan that was screened in line, recovery settings in mid-range, in the widest type that fits."""
-        run = self.run
-        fitting = [
-            weights
-            for weights in widest_first(self.space.weights)
-            if run.budget.admits(price(plan, run.table, run.target.storing(weights)))
-        ]
-        plain = Plain(
-            {"delta_rank": self.space.recover.middle_rank, **({"weights": fitting[0]} if fitting else {})}
-        )
-        propose_recovery(plain, self.space)
-        propose_weights(plain, self.space)
-        self._put_in_line(plain, origin="screened", given=to_json(plan))
+        """Put a plan that was screened in line, recovery settings in mid-range."""
+        self.put_in_line([self.screened(plan)])
 
-    def _put_in_line(self, plain: Plain, *, closing: bool = False, **attributes: Any) -> None:
-        trial = Trial(len(self._trials), "waiting", closing=closing)
-        self.study.enqueue_trial(plain.answers, user_attrs={**attributes, "trial": to_json(trial)})
+    def baseline(
+        self, criterion: str, num_removed: int, *, origin: Origin = "baseline", closing: bool = False
+    ) -> InLine:
+        """What `queue` puts in line."""
+        plain = plain_answers(self.space, criterion, num_removed, self._best_setting(criterion))
+        propose(plain, self.space, self.run.num_blocks)
+        return InLine(plain.answers, {"origin": origin}, closing)
+
+    def screened(self, plan: FoldPlan) -> InLine:
+        """What `queue_plan` puts in line."""
+        plain = Plain({"delta_rank": self.space.recover.middle_rank})
+        propose_recovery(plain, self.space)
+        return InLine(plain.answers, {"origin": "screened", "given": to_json(plan)})
+
+    def put_in_line(self, trials: Sequence[InLine]) -> None:
+        """Put trials in line: all of them, also if this process is killed in between, or none."""
+        if len(trials) > 1:  # one is a row, and so whole or absent by itself
+            told = {"first": len(self._trials), "trials": [to_json(one) for one in trials]}
+            self.study.set_user_attr("line", told)
+        for one in trials:
+            self._enqueue(one)
+
+    def _complete_line(self) -> None:
+        """Put the others in line, where a process was killed after some of several."""
+        if told := self.study.user_attrs.get("line"):
+            for one in told["trials"][max(0, len(self._trials) - told["first"]) :]:
+                self._enqueue(from_json(InLine, one))
+
+    def _enqueue(self, one: InLine) -> None:
+        trial = Trial(len(self._trials), "waiting", closing=one.closing)
+        self.study.enqueue_trial(one.answers, user_attrs={**one.attributes, "trial": to_json(trial)})
         self._trials.append(trial)
 
     @property
@@ -216,12 +310,8 @@ class Records:
         """
         while self._interrupted:
             number = self._interrupted.pop(0)
-            trial = self.get(number)
-            if trial.ended and trial.state != "cut":
-                self.finish(number)  # only the telling was interrupted
-                continue
             self._change(number, state="running", reason="")
-            if (proposal := trial.proposal or self._propose(number)) is not None:
+            if (proposal := self.get(number).proposal or self._propose(number)) is not None:
                 return number, proposal
         for _ in range(_REJECTS):
             row = self.study.ask()
@@ -245,14 +335,13 @@ class Records:
             suggested = propose(_Suggest(row), self.space, run.num_blocks, origin=origin)
             drawn = repair(suggested, self.space, run.table, run.target, run.budget)
             if drawn is None:
-                self._change(number, proposal=suggested)
-                self._reject(number, lower_bound(suggested, run.table, run.target))
+                self._reject(number, lower_bound(suggested, run.table, run.target), proposal=suggested)
                 return None
             other = self.foretell(drawn) if origin == "sampler" else None
             if other is not None and self._redraws <= _REDRAWS:  # one more, where there was no neighbour
                 self._redraws += 1
-                self._change(number, proposal=drawn)
-                self.repeat(number, other)
+                # In one write: a run that is killed after the proposal alone would take it for one to be run.
+                self._end(number, "repeat", f"the plan of trial {other}", proposal=drawn)
                 return None
         self._redraws = 0
         self._change(number, proposal=drawn)
@@ -263,10 +352,9 @@ class Records:
         given = row.user_attrs.get("given")
         if given is None:
             return None
-        suggest = _Suggest(row)
-        recovery = propose_recovery(suggest, self.space)
-        plan = Given(from_json(FoldPlan, given))
-        return Proposal(plan, recovery, "screened", propose_weights(suggest, self.space))
+        return Proposal(
+            Given(from_json(FoldPlan, given)), propose_recovery(_Suggest(row), self.space), "screened"
+        )
 
     def foretell(self, proposal: Proposal) -> int | None:
         """The trial that measures the plan which a proposal will come to, where that can be told before it is drafted.
@@ -279,12 +367,11 @@ class Records:
             if trial.proposal is not None and trial.state not in ("failed", "infeasible")
         ]
         for trial in measured:
-            if trial.fold == proposal.fold and trial.weights == proposal.weights:
+            if trial.fold == proposal.fold:
                 return trial.number
         plan, start = self._plan_of(proposal.fold), proposal.fold.adapter_start
         for trial in measured:
-            alike = trial.results and trial.plan == plan and trial.fold.adapter_start == start
-            if alike and trial.weights == proposal.weights:
+            if trial.results and trial.plan == plan and trial.fold.adapter_start == start:
                 return trial.number
         return None
 
@@ -317,31 +404,17 @@ class Records:
             return None
         if not (parents := self.front()):
             return None
-        tried = {(trial.plan, trial.weights) for trial in self._trials if trial.draft is not None}
-        tried |= {
-            (trial.proposal.plan, trial.weights)
-            for trial in self._trials
-            if trial.proposal and trial.proposal.plan
-        }
-        identity = FoldPlan.identity(self.run.num_blocks)
+        tried = {trial.plan for trial in self._trials if trial.draft is not None}
+        tried |= {trial.proposal.plan for trial in self._trials if trial.proposal and trial.proposal.plan}
+        tried.add(FoldPlan.identity(self.run.num_blocks))
         for _ in range(_NEIGHBOUR_TRIES):
             parent = rng.choice(parents)
-            plan: FoldPlan | None = parent.plan
-            weights = parent.weights
-            others = [one for one in self.space.weights if one != weights]
-            if others and rng.random() < TYPE_MOVES:  # the same plan in another type is near too
-                weights = rng.choice(others)
-            else:
-                plan = neighbour(parent.plan, rng)
-            if plan is None or plan == identity or (plan, weights) in tried:
+            plan = neighbour(parent.plan, rng)
+            if plan is None or plan in tried or not can_run(plan, self.run.table, self.run.target):
                 continue
-            target = self.run.target.storing(weights)
-            if can_run(plan, self.run.table, target) and self.run.budget.admits(
-                price(plan, self.run.table, target)
-            ):
+            if self.run.budget.admits(price(plan, self.run.table, self.run.target)):
                 given = Given(plan, parent.fold.adapter_start)
-                # Another type than the sampler would suggest: it is told of none.
-                return Proposal(given, propose_recovery(_Suggest(row), self.space), "neighbour", weights)
+                return Proposal(given, propose_recovery(_Suggest(row), self.space), "neighbour")
         return None
 
     # ---- what became of whom
@@ -360,6 +433,9 @@ class Records:
             self._queue_one_more(number)
             self._reject(number, trial.cost)
             return "infeasible"
+        if trial.state == "stopped":
+            self.stop(number, trial.reason)
+            return "stopped"
         if trial.state != "finished":
             self._end(number, trial.state, trial.reason)
             return trial.state
@@ -376,6 +452,8 @@ class Records:
     def stop(self, number: int, reason: str) -> None:
         """Tell the study that halving stopped a trial: PRUNED, and never on a front."""
         trial = self.get(number)
+        # Healed matrices are large, and nobody exports a trial that was stopped. Who goes on with it heals again.
+        self.run.trial(number).start.unlink(missing_ok=True)
         self._price(number, trial.cost)
         self._note(trial)
         self._end(number, "stopped", reason)
@@ -401,8 +479,12 @@ class Records:
         proposal, removed = trial.proposal, trial.removed
         if proposal is None or proposal.origin not in ("baseline", "start") or trial.closing:
             return
-        if removed is not None and removed.count < self.space.counts(self.run.num_blocks)[1]:
-            self.queue(removed.criterion, removed.count + 1, origin=proposal.origin)
+        if removed is None or removed.count >= self.space.counts(self.run.num_blocks)[1]:
+            return
+        if any(row.user_attrs.get("after") == number for row in self.study.get_trials(deepcopy=False)):
+            return  # it was killed after this, and before the study was told
+        one = self.baseline(removed.criterion, removed.count + 1, origin=proposal.origin)
+        self.put_in_line([replace(one, attributes={**one.attributes, "after": number})])
 
     def cut(self, number: int, reason: str) -> None:
         """Write down that the time limit ended a trial; a run that goes on begins with it. It is on no front."""
@@ -413,16 +495,24 @@ class Records:
         self._end(number, "failed", reason)
         return "failed"
 
-    def _reject(self, number: int, cost: Cost) -> None:
+    def _reject(self, number: int, cost: Cost, **changes: Any) -> None:
         """PRUNED with constraints: a sampler learns from it where feasible plans end (from FAIL it would not)."""
         self._price(number, cost)
-        self._end(number, "infeasible", self.run.budget.excess(cost))
+        self._end(number, "infeasible", self.run.budget.excess(cost), **changes)
 
     # ---- writing
 
-    def _end(self, number: int, state: State, reason: str, values: Sequence[float] | None = None) -> None:
-        self._change(number, state=state, reason=reason)
-        self.study.tell(number, values, state=_TOLD[state])
+    def _end(
+        self,
+        number: int,
+        state: State,
+        reason: str,
+        values: Sequence[float] | None = None,
+        **changes: Any,
+    ) -> None:
+        self._change(number, state=state, reason=reason, **changes)
+        self.study.tell(number, values, state=TOLD[state])
+        copy_study(self.run)
         if state == "finished":
             # What the front dominates stays dominated, so that only the front has to be looked at again.
             nearest = sorted([*self._front, self.get(number)], key=lambda known: known.number)
@@ -438,8 +528,10 @@ class Records:
     def _price(self, number: int, cost: Cost) -> None:
         violations = self.run.budget.violations(cost)
         row = self._rows[number]
+        known = row.constraints  # of a process that was killed before it told the rest
         for name, above in violations.items():
-            row.set_constraint(name, above)
+            if name not in known:
+                row.set_constraint(name, above)
         # optuna-dashboard reads the key that Optuna used before version 5.
         self.study._storage.set_trial_system_attr(row._trial_id, "constraints", list(violations.values()))
 
@@ -452,6 +544,11 @@ class Records:
 def _error(value: float, form: str) -> str:
     """A standard error, where there is one: texts of a single document have none."""
     return f" ± {value:{form}}" if math.isfinite(value) else ""
+
+
+def _as_text(name: str) -> str:
+    """A name that a person chose, so that Markdown shows it as it is."""
+    return re.sub(r"([\\`*_{}\[\]()#+!|<>~-])", r"\\\1", html.escape(name, quote=False))
 
 
 def note(trial: Trial) -> str:
@@ -479,63 +576,20 @@ def note(trial: Trial) -> str:
     for words, measured in (("search", quality), ("report", last.report)):
         for kind in measured.shown_kinds if measured else ():
             kl = f"{rounded(kind.kl, '.4f')}{_error(kind.kl_se, '.4f')} nats per token"
-            rows.append((f"KL to dense, {words} texts, {kind.title}", kl))
+            rows.append((f"KL to dense, {words} texts, {_as_text(kind.title)}", kl))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"`{trial.plan}`\n\n`{strip(trial.plan)}`\n\n| | |\n|---|---|\n{table}\n"
 
 
 def _read(row: FrozenTrial) -> Trial:
     value = row.user_attrs.get("trial")  # absent where the run was stopped before the trial was proposed
-    return Trial(row.number) if value is None else from_json(Trial, value)
-
-
-def open_storage(run: Run) -> optuna.storages.RDBStorage:
-    """The file that holds the trials of a run.
-
-    Raises:
-        RunError: it is damaged.
-    """
-    # Never as part of the URL: there `?`, `#` and `%` mean something, and Optuna fills in what stands in braces.
-    file = run.storage.resolve()
     try:
-        storage = optuna.storages.RDBStorage(
-            "sqlite://",
-            engine_kwargs={
-                "creator": lambda: sqlite3.connect(file, timeout=_WAIT_SECONDS, check_same_thread=False),
-                "poolclass": sqlalchemy.pool.QueuePool,  # that of a file; the URL alone would be one in memory
-            },
-        )
-    except sqlalchemy.exc.DatabaseError as error:
-        if isinstance(error, sqlalchemy.exc.OperationalError):  # locked, say, or the disk is full
-            raise
+        return Trial(row.number) if value is None else from_json(Trial, value)
+    except (ValueError, KeyError, TypeError, FoldsearchError) as error:
+        what = f"the row of trial {row.number} in the study of a run cannot be read"
         raise RunError(
-            quote_error(
-                f"the trials of a run are in its {run.storage.name}, but '{printable(run.storage)}' is damaged",
-                error.orig or error,
-                "Put back a copy of it, or start a new run.",
-            )
+            quote_error(what, error, "Put its copy back: foldsearch check RUN --repair")
         ) from error
-    # Write-ahead log: what is committed survives a killed process, readers do not wait, and a commit takes 0.1 ms.
-    # `NORMAL` leaves the last commits to chance only when the machine itself loses power.
-    sqlalchemy.event.listen(storage.engine, "connect", _write_ahead)
-    storage.engine.dispose()  # connections from before
-    return storage
-
-
-def _write_ahead(connection: Any, _: object) -> None:
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=NORMAL")
-
-
-def _sampler(study: Study, num_trials: int) -> BaseSampler:
-    # A fixed seed would repeat its suggestions after a restart, so the seed counts the trials already there.
-    seed = study.seed + num_trials
-    if study.sampler == "nsga2":
-        return optuna.samplers.NSGAIISampler(seed=seed, population_size=8)
-    if study.sampler == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    # The liar keeps trials that run at the same time apart; alone, it only reads the storage again and again.
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=8, constant_liar=study.jobs > 1)
 
 
 class _Suggest:

@@ -25,7 +25,8 @@ from foldsearch.machine import gpu_share, num_cpus, num_gpus
 from foldsearch.paths import command, printable
 from foldsearch.plan.cost import GB
 from foldsearch.record import Trial, point
-from foldsearch.run import Run
+from foldsearch.run import Run, RunFolder
+from foldsearch.search.check import mend_for_resume
 from foldsearch.search.dry_run import dense_fits, lacks_memory
 from foldsearch.search.events import (
     Event,
@@ -49,6 +50,7 @@ from foldsearch.search.own_ray import check_machine, own_ray
 from foldsearch.search.proposer import Line, Proposer
 from foldsearch.search.records import Records, read_trials
 from foldsearch.search.screened import Promoted, is_screened, write_screened
+from foldsearch.search.storage import network_words, place_of, storage_errors, use_storage
 from foldsearch.search.warm import (
     Trained,
     begun_with,
@@ -75,6 +77,7 @@ def run_search(
     folder: Path,
     *,
     resume: bool = False,
+    storage: str | None = None,
     on_event: OnEvent = ignore,
     trial: str = TRIAL,
     prepare: str = PREPARE,
@@ -86,6 +89,8 @@ def run_search(
             jobs only.
         folder: of the run; it appears when everything that can be refused was not refused.
         resume: go on with a run: interrupted trials first, from their last rung.
+        storage: URL of the database that holds the study; None for a SQLite file in the folder, or where the run that
+            goes on has its own. Its password is kept nowhere.
         on_event: told what happens, in this process.
         trial: "module:function" with the signature of `foldsearch.trial.run_trial`; workers import it.
         prepare: "module:function" with the signature of `foldsearch.prepare.prepare_context`; its result, a dataclass
@@ -116,6 +121,10 @@ def run_search(
             run = Run.open(folder)
             check_machine()
             with _resumable(run, on_event):
+                if storage is not None:
+                    use_storage(run, storage)
+                for words in mend_for_resume(run):
+                    note(words)
                 run = run.with_limits(study or run.study)
                 context = load_function(prepare)(
                     run.study, folder, check=run.study.narrowed, progress=say, notice=note
@@ -133,6 +142,10 @@ def run_search(
         for words in unused_settings(study):
             note(words)
         with Run.draft(folder) as draft:
+            if storage is not None:
+                use_storage(RunFolder(draft), storage)
+            elif words := network_words(folder):
+                note(words)
             context = load_function(prepare)(study, draft, check=study.narrowed, progress=say, notice=note)
             warm_plans(context.run)  # refused before there is a run
             run = context.run.begin(folder)
@@ -176,7 +189,7 @@ class _Asking:
 def _resumable(run: Run, on_event: OnEvent) -> Iterator[None]:
     """Alone at work in a run's folder; from here on it can be resumed, and Ctrl-C says how."""
     try:
-        with run.held(), _disk_full_is_an_error(run):
+        with run.held(), _disk_full_is_an_error(run), _storage_told(run):
             yield
     except KeyboardInterrupt:
         with uninterrupted():
@@ -314,14 +327,6 @@ class Search:
                 raise self._error from None  # Tune wraps what `judge` raises into text
             raise
         self.records.note_elapsed(self.line.elapsed())
-        if _is_real(context) and self.records.front():
-            from foldsearch.shipped import measure_rivals
-
-            measure_rivals(
-                context,
-                progress=lambda stage, share: self._tell(Preparing(stage, share)),
-                notice=lambda words: self._tell(Notice(words)),
-            )
         self._trim_cache(context.cache_dir)
         known = self.records.all()
         states = [trial.state for trial in known]
@@ -379,15 +384,19 @@ class Search:
         number, known = told.number, self.records.get(told.number)
         if again and len(told.results) <= len(known.results) and not told.ended:
             return False  # it went on from here before it was interrupted
-        self.records.record(told)
+        if not told.ended:
+            told = self._halved(told)
+        self.records.record(
+            told
+        )  # with what halving says of it: else a run that is killed here would go on with it
         self.line.began(number)
         self._tell(RungDone(told))
-        if told.ended:
-            state = self.records.finish(number)
-            front = {trial.number for trial in self.records.front()}
-            self._ended(number, on_front=state == "finished" and number in front)
-            return True
-        return self._is_halved(told)
+        if not told.ended:
+            return False
+        state = self.records.finish(number)
+        front = {trial.number for trial in self.records.front()}
+        self._ended(number, on_front=state == "finished" and number in front)
+        return True
 
     def _end_early(self, number: int, reason: str) -> None:
         """Record a trial that ended between two rungs: as a repeat, where another trial measures its plan just now."""
@@ -398,10 +407,10 @@ class Search:
         self.records.repeat(number, other, f"trial {other} measures the same plan at this moment")
         self._ended(number)
 
-    def _is_halved(self, trial: Trial) -> bool:
-        """Whether a trial is stopped at this rung, beside what others reached there; if so, it is told."""
+    def _halved(self, trial: Trial) -> Trial:
+        """The trial as it stands after a rung: stopped or not, beside what others reached there."""
         if trial.exempt:
-            return False
+            return trial
         settings, rung = self.run.study.halving, len(trial.results) - 1
         # Halving wants quality first, in whichever order the study names its objectives.
         objectives = sorted(self.records.objectives, key=OBJECTIVES.index)
@@ -417,12 +426,7 @@ class Search:
             at_least=settings.at_least,
             band=settings.band,
         )
-        if not decision.goes_on:
-            # Healed matrices are large, and nobody exports a trial that was stopped. Who goes on with it heals again.
-            self.run.trial(trial.number).start.unlink(missing_ok=True)
-            self.records.stop(trial.number, decision.reason)
-            self._ended(trial.number)
-        return not decision.goes_on
+        return trial if decision.goes_on else replace(trial, state="stopped", reason=decision.reason)
 
     def started(self, number: int) -> None:
         """A worker has the trial."""
@@ -494,19 +498,28 @@ def _reason(trial: Any) -> str:
 
 
 @contextmanager
+def _storage_told(run: Run) -> Iterator[None]:
+    """Tell of a database that goes away while the run goes on."""
+    with storage_errors(place_of(run)):
+        yield
+
+
+@contextmanager
 def _disk_full_is_an_error(run: Run) -> Iterator[None]:
     from optuna.exceptions import StorageInternalError
 
     try:
         yield
     except (OSError, StorageInternalError) as error:
-        if not disk_is_full(error):
+        full = disk_is_full(error)
+        if not full and isinstance(error, OSError):
             raise
+        # SQLite says "disk I/O error" of a limit on the size of a file.
+        remedy = "Free some space" if full else "Look at the disk and its limits (df, ulimit -f)"
         raise RunError(
             quote_error(
                 f"the run folder '{printable(run.path)}' cannot be written",
                 error,
-                "Free some space; nothing that was finished is lost. "
-                f"Go on with: {command('resume', run.path)}",
+                f"{remedy}; nothing that was finished is lost. Go on with: {command('resume', run.path)}",
             )
         ) from error

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from foldsearch.codec import from_json, to_json
 from foldsearch.criteria import criterion_names, criterion_of
+from foldsearch.errors import FoldsearchError, RunError, quote_error
 from foldsearch.fates.replace import Networks
 from foldsearch.files import write_json
+from foldsearch.paths import printable
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Quality
 from foldsearch.search.chain import ATTENTION_ONLY, DROPPED, KEPT, LINEAR, MLP_ONLY, STATES
@@ -80,10 +82,19 @@ def write_screened(path: Path, found: Iterable[Screened]) -> None:
 
 
 def read_screened(path: Path) -> list[Screened]:
-    """What `write_screened` kept; nothing where nothing was screened."""
+    """What `write_screened` kept; nothing where nothing was screened.
+
+    Raises:
+        RunError: the file is damaged.
+    """
     if not path.exists():
         return []
-    return [from_json(Screened, value) for value in json.loads(path.read_text())]
+    try:
+        return [from_json(Screened, value) for value in json.loads(path.read_text())]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, FoldsearchError) as error:
+        what = f"what was screened before the first trial, '{printable(path)}', cannot be read"
+        remedy = "Put back a copy of it, or remove it: reports then leave it out."
+        raise RunError(quote_error(what, error, remedy)) from error
 
 
 def screened_by_count(found: Iterable[Screened]) -> dict[int, dict[str, Screened]]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -26,15 +26,16 @@ from foldsearch.codec import from_json, to_json
 from foldsearch.context import TrialContext, open_workbench
 from foldsearch.criteria import CRITERIA
 from foldsearch.draft import choose_blocks
-from foldsearch.errors import ModelError, PlanError
+from foldsearch.errors import PlanError
 from foldsearch.fates import Drop, Fate, Replace
 from foldsearch.model.judge import dense_targets
-from foldsearch.model.screen import Screen, Threads
+from foldsearch.model.screen import Screen
 from foldsearch.model.states import FitText
 from foldsearch.model.tokens import TokenSet
 from foldsearch.plan.cost import GB, price
 from foldsearch.plan.front import knee, non_dominated
 from foldsearch.plan.plan import FoldPlan, Slot
+from foldsearch.plan.result import Quality
 from foldsearch.progress import StageProgress, counting, silent
 from foldsearch.proposal import Fold, Proposal, Removed
 from foldsearch.search.chain import (
@@ -93,7 +94,6 @@ class Screening:
         self._rng = random.Random(context.study.seed)
         self._found: dict[FoldPlan, Screened] = {}
         self._num_new = 0
-        self._threads = Threads()
         self._refused: set[FoldPlan] = set()
         self._states = screened_states(space)
         self._whole_states = KEPT + self._whole
@@ -133,18 +133,14 @@ class Screening:
             asked: plans to measure besides, before the search asks for any.
         """
         try:
-            for plan, author in self._asked_for(asked):
+            for batch in filter(None, self._batches(asked)):
+                self._keep()
+                self._measure(batch)
                 if self._is_over():
                     break
-                self._measure(plan, author)
         finally:
             self._keep()  # also where it is stopped
         return self.found
-
-    def _asked_for(self, asked: Sequence[FoldPlan]) -> Iterator[tuple[FoldPlan, str]]:
-        for batch in self._batches(asked):
-            self._keep()
-            yield from sorted(batch.items(), key=lambda one: _in_order(one[0]))
 
     def _keep(self) -> None:
         """Put what was measured into the cache, and take over what others have measured."""
@@ -174,22 +170,26 @@ class Screening:
         self._say(STAGE, min(1.0, share))
         return share >= 1
 
-    def _measure(self, plan: FoldPlan, author: str) -> None:
-        if plan in self._found:
-            self._found[plan] = self._found[plan].asked_by(author)
-        if plan in self._found or not can_run(plan, self._context.table, self._context.target):
-            return
+    def _measure(self, batch: Mapping[FoldPlan, str]) -> None:
+        """Measure what of a batch is not known, and note it in an order that does not depend on what ended first."""
+        new = []
+        for plan in sorted(batch, key=_in_order):
+            if plan in self._found:
+                self._found[plan] = self._found[plan].asked_by(batch[plan])
+            elif plan not in self._refused and can_run(plan, self._context.table, self._context.target):
+                new.append(plan)
+        new = new[: self._settings.plans - self._num_new]
+        ended: dict[FoldPlan, Quality | None] = {}
         try:
-            with self._threads.measuring(self._screen):
-                quality = self._screen.measure(plan)
-        except ModelError:  # this plan has no finite figures
-            self._refused.add(plan)
-            return
-        if math.isfinite(quality.kl):
-            self._num_new += 1
-            self._found[plan] = Screened(plan, (author,), quality)
-        else:
-            self._refused.add(plan)
+            for plan, quality in self._screen.measure_each(new, self._is_over):
+                ended[plan] = quality
+                self._num_new += quality is not None
+        finally:
+            for plan in new:
+                if quality := ended.get(plan):
+                    self._found[plan] = Screened(plan, (batch[plan],), quality)
+                elif plan in ended:
+                    self._refused.add(plan)
 
     # ---- what is asked for
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,13 +19,14 @@ from ray import tune
 
 from foldsearch.errors import describe_error
 from foldsearch.files import alone, disk_is_full, write_json
-from foldsearch.progress import TimeUp
+from foldsearch.progress import TimeUp, TrialTimeUp
 from foldsearch.proposal import Proposal
 from foldsearch.record import Trial, read_trial
 from foldsearch.run import TrialFolder
 from foldsearch.search.messages import DiskIsFull, EndedEarly, Failed, Measured, Message, TimeIsUp, encode
 
 PROGRESS_SECONDS = 1.0
+LEAST_GRACE = 30.0  # seconds that an overdue trial has to say where it is, before its worker ends itself
 
 
 def load_function(name: str) -> Callable[..., Any]:
@@ -44,7 +48,7 @@ class TrialRunner(tune.Trainable):
     ) -> None:
         """`config`: number and proposal of the trial; the others are the same for all trials of a run.
 
-        deadline: when the time of the run is up, in seconds since the epoch; None: never.
+        deadline: when the time of the run is up, by the monotonic clock of this machine; None: never.
         """
         # Ray sets 1, and torch reads it when it is first imported.
         os.environ["OMP_NUM_THREADS"] = str(context.threads)
@@ -97,11 +101,13 @@ class TrialRunner(tune.Trainable):
                 if (known := read_trial(self._place)) is not None:
                     return Measured(known, again=True)
             return Measured(next(self._steps))
+        except TrialTimeUp as stop:
+            return Failed(str(stop))
         except TimeUp as stop:
             return TimeIsUp(str(stop))
         except StopIteration:
             return EndedEarly()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a plug-in may call sys.exit
             if type(error).__name__ == "AcceleratorError":  # torch's; without torch there is none
                 raise
             if disk_is_full(error):
@@ -112,13 +118,45 @@ class TrialRunner(tune.Trainable):
     def _start(self) -> Iterator[Trial]:
         # The worker of a driver that was killed may live a moment longer: wait until it let go.
         self._held.enter_context(alone(self._place.lock))
+        if (known := read_trial(self._place)) is not None and known.proposal != self._proposal:
+            # Of a study that was begun again: what this proposal comes to is not there.
+            aside = self._place.path.with_name(f"{self._place.path.name}.aside")
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(self._place.path, aside)
+            for path in self._place.kept:
+                path.unlink(missing_ok=True)
         progress = _ProgressFile(self._place.progress, self._deadline)
+        if (seconds := self._context.run.study.trial_seconds) is not None:
+            self._limit(seconds, known, progress)
         steps: Iterator[Trial] = self._trial(
             self._proposal, self._context, number=self._number, progress=progress
         )
         if hasattr(steps, "close"):
             self._held.callback(steps.close)
         return steps
+
+    def _limit(self, seconds: float, known: Trial | None, progress: _ProgressFile) -> None:
+        """Let the trial fail when it has taken longer than it may, and the worker end if it does not hear of that.
+
+        Raises:
+            TrialTimeUp: an earlier worker ended so.
+        """
+        words = f"timed out: a trial may take {seconds:g} s"
+        if self._place.overdue.exists():
+            self._place.overdue.unlink()
+            raise TrialTimeUp(f"{words}, and this one said nothing for longer, so its worker was ended")
+        spent = known.last.seconds if known is not None and known.results and not known.known_from else 0.0
+        left = max(0.0, seconds - spent)
+        progress.limit(time.monotonic() + left, words)
+        watch = threading.Timer(left + max(LEAST_GRACE, seconds / 2), self._end_overdue)
+        watch.daemon = True
+        watch.start()
+        self._held.callback(watch.cancel)
+
+    def _end_overdue(self) -> None:
+        """End this worker, whatever it is at: it may hang in a library. The next one says why."""
+        self._place.overdue.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class _ProgressFile:
@@ -132,7 +170,12 @@ class _ProgressFile:
         self._path = path
         self._deadline = deadline
         self._last = ("", -1.0)
-        self._called = ("", time.time())
+        self._called = ("", time.monotonic())
+        self._limit: tuple[float, str] | None = None
+
+    def limit(self, until: float, words: str) -> None:
+        """End the trial as a failed one at a time of the monotonic clock; words: that say so."""
+        self._limit = (until, words)
 
     def __call__(self, phase: str, share: float) -> None:
         self._check_time(phase, share)
@@ -143,8 +186,10 @@ class _ProgressFile:
 
     def _check_time(self, phase: str, share: float) -> None:
         """The time is up where the next step, if it takes as long as this one, would end after it."""
-        (before, then), now = self._called, time.time()
+        (before, then), now = self._called, time.monotonic()
         self._called = (phase, now)
+        if self._limit is not None and now > self._limit[0]:
+            raise TrialTimeUp(f"{self._limit[1]}, and this one was still in its {phase}")
         step = now - then if phase == before else 0.0
         if self._deadline is not None and share < 1 and now + step > self._deadline:
             raise TimeUp(f"the time was up in its {phase}")

@@ -136,6 +136,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise SpecError(
             f"{printable(path)}: TOML is UTF-8 text, but byte {error.start} is not. Save the file as UTF-8."
         ) from error
+    except RecursionError as error:
+        raise SpecError(f"{printable(path)}: not TOML that can be read: it is nested too deeply.") from error
     except tomllib.TOMLDecodeError as error:
         raise SpecError(f"{printable(path)}: not TOML: {error}.") from error
     except OSError as error:
@@ -185,6 +187,8 @@ def _read_as(model: type[_Model], value: dict[str, Any]) -> _Model | list[_Fault
     try:
         # Through JSON: strict types, and still a list where a tuple is wanted.
         return model.model_validate_json(json.dumps(value, default=str))
+    except RecursionError:
+        return [([], "it is nested too deeply.")]
     except ValidationError as error:
         return list(_faults(model, error))
 

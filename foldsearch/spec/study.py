@@ -29,10 +29,9 @@ from foldsearch.model.training import (
 )
 from foldsearch.plan.cost import DTYPE_BYTES, Budget, Cost, CostTable, Target, parse_flops, price
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.stored import DTYPE_TYPES, widest_first
-from foldsearch.runtimes import ALL_CAN, called_now, names, runtime_named
+from foldsearch.runtimes import called_now, names, runtime_named
 from foldsearch.spec.fit import narrow
-from foldsearch.spec.space import Space, WeightType
+from foldsearch.spec.space import Space
 from foldsearch.toml import Share01, TomlTable, as_toml, one_of
 
 Positive = Annotated[int, Field(gt=0)]
@@ -44,7 +43,6 @@ RECOVERY = RecoveryTraining()  # the defaults
 
 OWN = "own:"  # as a source: text that the dense model writes itself
 LONGEST_KIND = 24  # characters: it heads a column of every table
-TYPED = "gguf"  # the runtime whose types of weights are priced and measured
 MOST = 1e9  # gigabytes, or seconds: beyond any machine's, and safe in arithmetic
 
 
@@ -57,50 +55,18 @@ RuntimeName = Annotated[str, one_of(names), BeforeValidator(_of_today)]
 
 
 class TargetSettings(TomlTable):
-    """The device side of the price; see `foldsearch.plan.cost.Target` for the units.
-
-    weights: the type that the runtime stores matrices in; absent: as the dtype is. Beside the runtime that is the
-    default it means llama.cpp, which has these types. rivals: types that the dense model is measured in too, beside a
-    budget of bytes.
-    """
+    """The device side of the price; see `foldsearch.plan.cost.Target` for the units."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     context: Positive = 2048
     batch: Positive = 1
     prefill_chunk: Positive = 512
     runtime: RuntimeName = "folded"
-    weights: WeightType | None = None
-    rivals: tuple[WeightType, ...] = ("q8_0", "q5_0", "q4_0")
-
-    @model_validator(mode="after")
-    def _is_stored(self) -> TargetSettings:
-        if self.weights and self.runtime == ALL_CAN:
-            object.__setattr__(self, "runtime", TYPED)
-        if self.weights and self.weights not in runtime_named(self.runtime).types:
-            raise ValueError(
-                f"weights of a type are those of the {TYPED} runtime, and so are their bytes; got '{self.weights}' for "
-                f"the runtime '{self.runtime}'. Write runtime = \"{TYPED}\", or leave weights out"
-            )
-        return self
 
     def value(self) -> Target:
         """As the plan floor knows it."""
-        return self.stored_in(self.weights or "")
-
-    def stored_in(self, weights: str, runtime: str = "") -> Target:
-        """The same with weights of another type, or for another runtime."""
-        known = runtime_named(runtime or self.runtime)
-        if not weights and known.name == TYPED:
-            weights = DTYPE_TYPES[self.dtype]
-        return Target(
-            self.dtype,
-            self.context,
-            self.batch,
-            self.prefill_chunk,
-            known.name,
-            known.shares_weights,
-            weights,
-        )
+        shares_weights = runtime_named(self.runtime).shares_weights
+        return Target(self.dtype, self.context, self.batch, self.prefill_chunk, self.runtime, shares_weights)
 
 
 class BudgetSettings(TomlTable):
@@ -317,9 +283,10 @@ class Study(TomlTable):
     device: "auto" takes CUDA, then MPS, then the CPU. precision: what trials compute in; "auto" is bfloat16 where the
     device multiplies it fast (CUDA, CPUs with AMX), else float32. trust_remote_code: let a model's own code run.
     rungs: recovery tokens trained on when each rung is measured. trials, seconds: when the search ends, whichever
-    comes first; absent is no limit; the seconds are those of asking the dense model and of all trials. jobs: trials
-    at a time. warm_from: folder of an earlier run of the same model and text, whose best plans are tried first. kinds:
-    which kinds of text are unseen, and how one KL is made of several. seed: of everything random.
+    comes first; absent is no limit; the seconds are those of asking the dense model and of all trials. trial_seconds:
+    that one trial may take, else it failed; absent is no limit. jobs: trials at a time. warm_from: folder of
+    an earlier run of the same model and text, whose best plans are tried first. kinds: which kinds of text are unseen,
+    and how one KL is made of several. seed: of everything random.
     """
 
     model: Reference
@@ -338,6 +305,7 @@ class Study(TomlTable):
     sampler: Literal["tpe", "nsga2", "random"] = "tpe"
     trials: Positive | None = 24
     seconds: Annotated[float, Field(gt=0, le=MOST)] | None = None
+    trial_seconds: Annotated[float, Field(gt=0, le=MOST)] | None = None
     jobs: Positive = 1
     warm_from: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -363,26 +331,6 @@ class Study(TomlTable):
         if any(a >= b for a, b in pairwise(value)):
             raise ValueError(f"each rung trains on more tokens than the one before; got {list(value)}")
         return value
-
-    @model_validator(mode="after")
-    def _types_are_stored(self) -> Study:
-        types = self.space.weights
-        if not types:
-            return self
-        if self.target.runtime == ALL_CAN:
-            object.__setattr__(self, "target", self.target.model_copy(update={"runtime": TYPED}))
-        if self.target.weights or self.target.runtime != TYPED:
-            said = self.target.weights or self.target.runtime
-            raise FaultOf(
-                ("space", "weights"),
-                f"several types of weights are searched for the {TYPED} runtime, with no type in the target; got "
-                f"'{said}'. Leave target.weights and target.runtime out, or space.weights",
-            )
-        return self
-
-    def narrowest(self) -> Target:
-        """The target, with the fewest bytes of weights that the space allows: what bounds what can fit."""
-        return self.target.stored_in((self.target.weights or "", *widest_first(self.space.weights))[-1])
 
     @model_validator(mode="after")
     def _can_heal(self) -> Study:
@@ -525,7 +473,7 @@ class Study(TomlTable):
         Raises:
             BudgetError: no plan of the space can.
         """
-        target = self.narrowest()
+        target = self.target.value()
         dense = price(FoldPlan.identity(len(table.blocks)), table, target)
         return narrow(self.space, table, target, self.budget.value(dense))
 

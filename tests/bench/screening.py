@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from unittest.mock import patch
 
 import numpy as np
@@ -34,6 +35,7 @@ from foldsearch.plan.cost import price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Quality
 from foldsearch.prepare import prepare_context
+from foldsearch.progress import CountProgress
 from foldsearch.report.health import foretelling
 from foldsearch.search import screening as screenings
 from foldsearch.search.chain import KEPT, plan_of
@@ -55,23 +57,26 @@ class Memory:
 
     def __init__(self, path: Path) -> None:
         self._path, self._real = path, Screen.measure
+        self._lock = Lock()  # several plans are measured at once
         lines = path.read_text().splitlines() if path.exists() else []
         self._known = {row["plan"]: row for row in map(json.loads, lines)}
         self.cpu_seconds = 0.0  # that the asked plans took, now or earlier
         self.fresh_seconds = 0.0  # of these, in this process
 
-    def measure(self, screen: Screen, plan: FoldPlan) -> Quality:
+    def measure(self, screen: Screen, plan: FoldPlan, progress: CountProgress | None = None) -> Quality:
         """In place of `Screen.measure`."""
         row = self._known.get(str(plan))
         if row is None:
-            began = time.process_time()
-            quality = to_json(self._real(screen, plan))
-            row = {"plan": str(plan), "quality": quality, "cpu_seconds": time.process_time() - began}
-            self._known[str(plan)] = row
-            self.fresh_seconds += row["cpu_seconds"]
-            with self._path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        self.cpu_seconds += row["cpu_seconds"]
+            began = time.thread_time()  # a plan has one thread
+            quality = to_json(self._real(screen, plan, progress))
+            row = {"plan": str(plan), "quality": quality, "cpu_seconds": time.thread_time() - began}
+        with self._lock:
+            if str(plan) not in self._known:
+                self._known[str(plan)] = row
+                self.fresh_seconds += row["cpu_seconds"]
+                with self._path.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+            self.cpu_seconds += row["cpu_seconds"]
         return from_json(Quality, row["quality"])
 
 
@@ -124,7 +129,9 @@ def main() -> None:
         screening = Screening(context, space)
         memory = Memory(given.out / ("cheap.jsonl" if given.cheap else "measured.jsonl"))
         with (
-            patch.object(Screen, "measure", lambda screen, plan, memory=memory: memory.measure(screen, plan)),
+            patch.object(
+                Screen, "measure", lambda screen, *rest, memory=memory: memory.measure(screen, *rest)
+            ),
             patch.object(screenings.cache, "json_grown"),  # a seed knows nothing of another
         ):
             if given.units:

@@ -178,8 +178,8 @@ def run_search(setting: Setting, memory: Memory, seconds: float) -> Spent:
     spent, screening = Spent(memory), setting.screening
     measure = memory.measure
 
-    def measured(screen: Screen, plan: FoldPlan):
-        quality = measure(screen, plan)
+    def measured(screen: Screen, plan: FoldPlan, *rest):
+        quality = measure(screen, plan, *rest)
         spent.path.append((spent.seconds, (quality.kl, setting.share(plan))))
         return quality
 

@@ -34,8 +34,9 @@ from foldsearch.plan.front import hypervolume
 from foldsearch.record import Trial, front
 from foldsearch.run import Run
 from foldsearch.search.events import Event, Progress
-from foldsearch.search.records import STUDY_NAME, read_trials
+from foldsearch.search.records import read_trials
 from foldsearch.search.run import run_search
+from foldsearch.search.storage import STUDY_NAME
 from foldsearch.spec.load import load_study
 from foldsearch.spec.study import Study
 

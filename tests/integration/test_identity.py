@@ -22,6 +22,7 @@ from foldsearch import context as contexts
 from foldsearch.context import close_workbench, open_workbench
 from foldsearch.errors import RunError, VerificationError
 from foldsearch.model.content import file_hash
+from foldsearch.model.kept import read_tensors, read_words, write_tensors
 from foldsearch.prepare import prepare_context
 from foldsearch.run import Run, RunFolder
 from foldsearch.spec.space import Recover, Space
@@ -181,10 +182,7 @@ def test_tokens_that_are_gone_are_cut_again_from_the_same_text(
 def swap(project: Path) -> None:
     """The trained parameters of the same plan after another training."""
     path = project / "runs" / "r" / "trials" / "00000" / "recovered.safetensors"
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) * 1.5 for name in file.keys()}  # noqa: SIM118  # no dict
-        metadata = file.metadata()
-    save_file(tensors, path, metadata)
+    write_tensors(path, {name: value * 1.5 for name, value in read_tensors(path).items()}, read_words(path))
 
 
 def cut(project: Path) -> None:

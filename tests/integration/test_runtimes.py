@@ -49,6 +49,14 @@ def runtime(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture
+def quick(runtime):
+    """Those that write a model in seconds, and are installed for every test."""
+    if runtime.name == "executorch":
+        pytest.skip("a minute a model, in an environment of its own: test_executorch.py, by make runtimes")
+    return runtime
+
+
 def folded(text):
     plan = FoldPlan.parse(text, NUM_BLOCKS)
     model = fold(dense_model(), plan)
@@ -95,7 +103,8 @@ def equal_norms(model, runtime):
 
 
 @pytest.mark.parametrize("text", HELD)
-def test_the_price_is_the_bytes_that_are_written(runtime, table, text, tmp_path):
+def test_the_price_is_the_bytes_that_are_written(quick, table, text, tmp_path):
+    runtime = quick
     model, plan = folded(text)
     written, _ = runtime.writer.before_rounding(model)
     runtime.writer.write(written, tmp_path, Beside(weights=runtime.stored_as("float32")))
@@ -104,7 +113,8 @@ def test_the_price_is_the_bytes_that_are_written(runtime, table, text, tmp_path)
 
 
 @torch.no_grad()
-def test_a_plan_it_holds_is_shipped_and_loaded_as_the_same_model(runtime, table, tmp_path):
+def test_a_plan_it_holds_is_shipped_and_loaded_as_the_same_model(quick, table, tmp_path):
+    runtime = quick
     model, plan = folded(HELD[-1])
     assert can_run(plan, table, target_of(runtime))
     out = tmp_path / "out"
@@ -160,7 +170,9 @@ def test_the_command_line_and_studies_know_it(runtime, table, capsys):
 
 
 def test_what_is_not_in_the_list_is_refused_by_the_names_that_are():
-    with pytest.raises(SpecError, match=r"must be one of 'folded', 'stock', 'gguf' or 'onnx'; got \"split\""):
+    with pytest.raises(
+        SpecError, match=r"must be one of 'folded', 'stock', 'gguf', 'onnx' or 'executorch'; got \"split\""
+    ):
         load_study("default", {"target.runtime": "split"})
 
 

@@ -115,9 +115,9 @@ def test_what_is_known_is_there_at_once_and_not_measured_again(
     known = {one.plan: one for one in screened.found}
     real, measured = Screen.measure, []
 
-    def note(self: Screen, plan: FoldPlan) -> Any:
+    def note(self: Screen, plan: FoldPlan, *rest: Any) -> Any:
         measured.append(plan)
-        return real(self, plan)
+        return real(self, plan, *rest)
 
     monkeypatch.setattr(Screen, "measure", note)
     again = Screening(
@@ -156,7 +156,7 @@ def test_plans_are_of_what_the_space_has(
 
 def test_a_damaged_entry_is_begun_again(context: TrialContext, tmp_path: Path) -> None:
     fresh = Screening(replace(context, cache_dir=tmp_path), SPACE)
-    fresh._measure(FoldPlan.parse("0-3", NUM_BLOCKS), "move")
+    fresh._measure({FoldPlan.parse("0-3", NUM_BLOCKS): "move"})
     fresh._path.parent.mkdir(parents=True)
     fresh._path.write_text('[{"plan": {"pl')
     fresh._keep()
@@ -169,7 +169,7 @@ def test_two_runs_add_to_what_is_known(screened: Screening, context: TrialContex
     first, second = (Screening(context, SPACE) for _ in range(2))
     plans = [FoldPlan.parse(text, NUM_BLOCKS) for text in ("0a 1-4", "0-3 4a")]
     for one, plan in zip((first, second), plans, strict=True):
-        one._measure(plan, "move")
+        one._measure({plan: "move"})
     first._keep()
     second._keep()
     kept = {one["plan"]["plan"] for one in json.loads(path.read_text())}
@@ -236,7 +236,9 @@ def test_a_screening_that_was_stopped_goes_on_with_what_it_has(
     assert Records(run).elapsed > 0
     measured = []
     real = Screen.measure
-    monkeypatch.setattr(Screen, "measure", lambda self, plan: (measured.append(plan), real(self, plan))[1])
+    monkeypatch.setattr(
+        Screen, "measure", lambda self, plan, *rest: (measured.append(plan), real(self, plan, *rest))[1]
+    )
     run_search(None, place / "stopped", resume=True)
     found = [one.plan for one in read_screened(run.screened)]
     assert len(set(found)) == len(found) > len(measured)
@@ -309,13 +311,13 @@ def test_a_plan_that_two_ask_for_is_both_ones(context: TrialContext, tmp_path: P
     fresh = Screening(replace(context, cache_dir=tmp_path), SPACE)
     plan = FoldPlan.dropping([2], NUM_BLOCKS)
     for author in ("alone", "uniform", "alone"):
-        fresh._measure(plan, author)
+        fresh._measure({plan: author})
     (one,) = fresh.found
     assert one.authors == ("alone", "uniform")
     assert screened_by_count([one]) == {1: {"search": one, "uniform": one}}
     fresh._keep()
     other = Screening(replace(context, cache_dir=tmp_path), SPACE)
-    other._measure(plan, "chain")
+    other._measure({plan: "chain"})
     other._keep()
     assert other.found[0].authors == ("chain", "alone", "uniform")
 

@@ -30,8 +30,9 @@ from foldsearch.paths import command
 from foldsearch.record import Trial
 from foldsearch.run import Run
 from foldsearch.search import events
-from foldsearch.search.records import STUDY_NAME, read_trials
+from foldsearch.search.records import read_trials
 from foldsearch.search.run import run_search
+from foldsearch.search.storage import STUDY_NAME
 from tests.fake_driver import FAKES, study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,7 +79,7 @@ def check_whole(run: Path) -> list[Trial]:
 def test_a_search_end_to_end_with_a_killed_worker_and_a_broken_trial(
     shared_ray: None, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "faults.json").write_text(json.dumps({"2:1": "kill", "6:1": "raise"}))
+    (tmp_path / "faults.json").write_text(json.dumps({"2:1": "kill", "5:1": "raise"}))
     monkeypatch.setattr(cache, "MOST_BYTES", 10)
     kept = [tmp_path / "cache" / "states" / f"{number:016x}.bin" for number in range(2)]
     for age, path in enumerate(kept):
@@ -96,11 +97,11 @@ def test_a_search_end_to_end_with_a_killed_worker_and_a_broken_trial(
     assert any(isinstance(event, events.Notice) and "kept within" in event.text for event in told)
 
     # the trial that broke is a row with its reason, and was not tried again
-    assert records[6].state == "failed"
-    assert records[6].reason.startswith("RuntimeError: the fake breaks here")
-    assert "the fake breaks here" in (run / "trials" / "00006" / "error.txt").read_text()
+    assert records[5].state == "failed"
+    assert records[5].reason.startswith("RuntimeError: the fake breaks here")
+    assert "the fake breaks here" in (run / "trials" / "00005" / "error.txt").read_text()
     times = executed(run)
-    assert times["6:1"] == 1
+    assert times["5:1"] == 1
 
     # the worker that was killed was replaced, and its trial went on from its last rung
     assert [event.number for event in told if isinstance(event, events.TrialRetried)] == [2]
@@ -110,7 +111,7 @@ def test_a_search_end_to_end_with_a_killed_worker_and_a_broken_trial(
     # what a trial starts from is large, and kept where it can be exported
     kept = {path.parent.name for path in run.glob("trials/*/start.safetensors")}
     ended = {
-        state: {f"{record.number:05d}" for record in records if record.state == state}
+        state: {f"{r.number:05d}" for r in records if r.state == state and r.known_from is None}
         for state in ("finished", "stopped")
     }
     assert ended["stopped"]
@@ -220,16 +221,16 @@ def test_a_trial_that_the_time_cuts_is_on_no_front_and_goes_on_with_more_time(
 @pytest.mark.parametrize("said", ["disk full", "disk full, in words"])
 def test_a_full_disk_ends_the_search_and_loses_nothing(shared_ray: None, tmp_path: Path, said: str) -> None:
     faults = tmp_path / "faults.json"
-    faults.write_text(json.dumps({"3:1": said}))
+    faults.write_text(json.dumps({"2:1": said}))
     run = tmp_path / "run"
     with pytest.raises(RunError, match=r"(?s)No space left on device.*foldsearch resume"):
         run_search(study(trials=4), run, **FAKES)
     states = [record.state for record in read_trials(Run.open(run))]
-    assert states == ["finished", "finished", "finished", "running"]
+    assert states == ["finished", "finished", "running", "waiting"]
     faults.write_text("{}")
     run_search(None, run, resume=True, **FAKES)
     check_whole(run)
-    assert {name for name, count in executed(run).items() if count > 1} == {"3:1"}
+    assert {name for name, count in executed(run).items() if count > 1} == {"2:1"}
 
 
 def test_settings_that_do_not_apply_are_told_first(tmp_path: Path) -> None:

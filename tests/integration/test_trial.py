@@ -157,7 +157,7 @@ def test_a_closed_trial_goes_on_where_it_stopped(context, tmp_path, steps, stop,
     assert run(other, proposal=proposal) == []  # nothing is left to do
 
 
-@pytest.mark.parametrize(("where", "what"), [(trials, "judged"), (Trial, "kept_in")], ids=["judge", "write"])
+@pytest.mark.parametrize(("where", "what"), [(trials, "judge"), (Trial, "kept_in")], ids=["judge", "write"])
 def test_a_trial_killed_while_measuring_goes_on(context, tmp_path, monkeypatch, steps, where, what):
     """Trained and saved, but the rung was never noted."""
     whole = run(context)
@@ -169,7 +169,7 @@ def test_a_trial_killed_while_measuring_goes_on(context, tmp_path, monkeypatch, 
         patch.setattr(where, what, lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             next(generator)
-    if what == "judged":  # as it was at the rung before
+    if what == "judge":  # as it was at the rung before
         assert quality_of(other, recovered_model(other, 0)[0])[0] == first[-1].quality
     else:
         with pytest.raises(RunError, match=r"stopped while rung 2 was measured.*Resume the run first"):

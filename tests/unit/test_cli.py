@@ -24,13 +24,13 @@ from foldsearch.report.terminal import console
 from foldsearch.report.view import RunView
 from foldsearch.run import Run, RunFolder
 from foldsearch.search import events
-from foldsearch.search.records import read_trials
 from foldsearch.spec.study import HealingSettings, SourceSettings, Study
 from tests.fake_trial import TABLE
 
 VERBS = (
     "run",
     "resume",
+    "check",
     "try",
     "extend",
     "price",
@@ -348,16 +348,12 @@ def test_a_resumed_run_may_be_given_other_limits(
     assert asked == [before.model_copy(update={"trials": 99, "seconds": 7200.0})]
 
 
-@pytest.mark.parametrize("verb", ["front", "resume", "pick", "dashboard"])
+@pytest.mark.parametrize("verb", ["front", "pick", "dashboard"])
 def test_a_damaged_storage_is_told(shell: Shell, run_path: Path, verb: str) -> None:
     Run.open(run_path).storage.write_bytes(b"\x07" * 5000)
-    if verb == "resume":
-        with pytest.raises(RunError, match=r"storage\.db' is damaged: .+ Put back a copy"):
-            read_trials(Run.open(run_path))
-        return
     code, _, err = shell(verb, str(run_path))
     assert code == 2
-    assert re.search(r"storage\.db' is damaged: .+ Put back a copy", err)
+    assert re.search(r"storage\.db' is damaged: .+ Put back its copy: foldsearch check \S+ --repair", err)
 
 
 # ---- looking at a run

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from foldsearch.errors import InputError, ModelError, PlanError
-from foldsearch.export import Shipment, export, load_exported, ship
+from foldsearch.export import Shipment, export, load_exported
+from foldsearch.export import folder as export_folder
 from foldsearch.model.blocks import decoder_blocks
 from foldsearch.model.fold import cast, fold
 from foldsearch.model.parts import AbsentMLP, Borrowed, OutputNorm
@@ -261,7 +262,7 @@ def test_export_refuses_before_it_writes(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(PlanError, match=r"'0 2-3', not '0-1 3'"):
         export(model, None, out, replace(given, plan=plan("0 1 3")))
-    with pytest.raises(InputError, match="folded, stock, gguf, onnx; got 'tvm'"):
+    with pytest.raises(InputError, match="folded, stock, gguf, onnx, executorch; got 'tvm'"):
         export(model, None, out, replace(given, runtime="tvm"))
     with pytest.raises(InputError, match="int8"):
         export(model, None, out, replace(given, dtype="int8"))
@@ -292,7 +293,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(folded_runtime, "write", fill_the_disk)
     with pytest.raises(InputError, match=r"No space left on device.*Make room"):
         export(model, None, tmp_path / "old", given, overwrite=True)
-    monkeypatch.setattr(ship.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    monkeypatch.setattr(export_folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     with pytest.raises(InputError, match=r"needs 0\.00 GB, but .* has 0\.00 GB free"):
         export(model, None, tmp_path / "new", given)
     assert [path.name for path in tmp_path.iterdir()] == ["old"]

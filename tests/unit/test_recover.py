@@ -10,6 +10,7 @@ import copy
 import hashlib
 import math
 import random
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from foldsearch.errors import InputError
+from foldsearch.errors import InputError, bytes_asked
 from foldsearch.model.blocks import decoder_blocks
 from foldsearch.model.fold import fold
 from foldsearch.model.judge import ask_dense, judge
@@ -574,3 +575,59 @@ def test_every_sequence_is_seen_once_a_pass(monkeypatch):
     ours.train(8 * STEP)
     assert sorted(seen[:8]) == sorted(seen[8:]) == list(range(8))
     assert seen[:8] != seen[8:]
+
+
+PAIRS = replace(SETTINGS, batch=2)
+
+
+def test_half_a_batch_at_a_time_gives_the_gradients_of_the_whole() -> None:
+    """The sums are the same, in another order: the loss is a mean over the whole batch, and so is its scale."""
+    whole, halves = (
+        recovery(settings=replace(SETTINGS, batch=4)),
+        recovery(settings=replace(SETTINGS, batch=4)),
+    )
+    halves._parts = 2
+    losses = [one._gradients([3, 0, 5, 1]) for one in (whole, halves)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for name, parameter in whole.trained.items():
+        assert parameter.grad is not None
+        scale = float(parameter.grad.abs().max())
+        torch.testing.assert_close(halves.trained[name].grad, parameter.grad, rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError()]
+)
+def test_a_step_that_memory_does_not_hold_is_taken_in_halves(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: training that begins in halves."""
+    real, sizes = Recovery._add_gradients, []
+    halves = recovery(settings=PAIRS)
+    halves._parts = 2
+    until = 3 * PAIRS.batch * TOKENS.ids_NT.shape[1]
+    halves.train(until)
+
+    def lacking(self: Recovery, rows: list[int], scale: object) -> float:
+        sizes.append(len(rows))
+        if len(rows) > 1:
+            real(self, rows[:1], scale)  # what was added before it failed does not stay
+            raise error
+        return real(self, rows, scale)
+
+    monkeypatch.setattr(Recovery, "_add_gradients", lacking)
+    found = recovery(settings=PAIRS)
+    found.train(until)
+    assert sizes == [2, 1, 1, 1, 1, 1, 1]  # it is tried whole once
+    for name, parameter in halves.trained.items():
+        assert torch.equal(found.trained[name], parameter)
+
+
+def test_what_half_a_step_does_not_fit_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*_: object) -> float:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes.")
+
+    monkeypatch.setattr(Recovery, "_add_gradients", lacking)
+    with pytest.raises(RuntimeError, match="4096 bytes") as told:
+        recovery(settings=PAIRS).train(10**6)
+    assert bytes_asked(told.value) == "4096 bytes"

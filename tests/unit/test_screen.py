@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
+
 import pytest
 import torch
 
+from foldsearch.errors import ModelError
 from foldsearch.model import heal as healing
 from foldsearch.model import screen as screens
 from foldsearch.model.fold import fold
@@ -109,31 +113,86 @@ def test_few_tokens_are_solved_as_many_are(bias, ridge):
     )
 
 
-def test_threads_are_chosen_by_what_a_position_takes(monkeypatch):
-    """Oracle: a clock that one thread moves by 1 a position, and four by 3, and then the other way round."""
-    now, cost = [0.0], {1: 1.0, 4: 3.0}
-    used: list[int] = []
-    monkeypatch.setattr(screens.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(screens.torch, "get_num_threads", lambda: 4)
-    monkeypatch.setattr(screens.torch, "set_num_threads", used.append)
+def screen_of(tmp_path) -> Screen:
+    dense, judged = dense_model(), tokens_of(ids(3, 1))
+    return Screen(FitText(dense, ids(8, 0), "x", tmp_path), judged, ask_dense(dense, judged))
 
-    class Fake:
-        num_steps = 0
 
-    fake, threads = Fake(), screens.Threads()
+def test_several_at_once_have_the_figures_of_one_after_the_other(tmp_path, monkeypatch):
+    """To the bit; and torch has its threads again afterwards."""
+    plans = [FoldPlan.parse(text, NUM_BLOCKS) for text in PLANS]
+    one, threads = screen_of(tmp_path), torch.get_num_threads()
+    expected = {plan: one.measure(plan) for plan in plans}
+    for at_once in (1, 2, 3):
+        monkeypatch.setattr(screens, "num_at_once", lambda *_, at_once=at_once: at_once)
+        many, running, most = screen_of(tmp_path), [], []
+        real = many.measure
 
-    def measure(steps: int) -> int:
-        with threads.measuring(fake):
-            choice = used[-1]
-            fake.num_steps += steps
-            now[0] += steps * cost[choice]
-        assert used[-1] == 4  # as it was
-        return choice
+        def measure(plan, progress, real=real, running=running, most=most):
+            running.append(plan)
+            most.append(len(running))
+            try:
+                return real(plan, progress)
+            finally:
+                running.remove(plan)
 
-    assert sorted(measure(steps) for steps in (3, 5, 2, 7)) == [1, 1, 4, 4]
-    assert {measure(5) for _ in range(screens.PROBED_AGAIN - 4)} == {1}
-    cost.update({1: 3.0, 4: 1.0})  # another program ended
-    for _ in range(2 * screens.PROBED):
-        measure(5)
-    assert {measure(5) for _ in range(10)} == {4}
-    measure(0)  # nothing was computed: nothing is learnt
+        monkeypatch.setattr(many, "measure", measure)
+        found = list(many.measure_each(plans, lambda: False))
+        assert sorted(map(str, dict(found))) == sorted(set(map(str, plans)))
+        assert len(found) == len(plans)
+        assert dict(found) == expected
+        assert 1 <= max(most) <= at_once
+        assert torch.get_num_threads() == threads
+
+
+def test_no_plan_is_begun_when_it_is_over(tmp_path):
+    """It is asked before each; those that run then are measured to the end."""
+    plans, asked = [FoldPlan.parse(text, NUM_BLOCKS) for text in PLANS[:5]], []
+    found = list(screen_of(tmp_path).measure_each(plans, lambda: (asked.append(0), len(asked) > 3)[1]))
+    assert len(found) == 3
+    assert set(dict(found)) <= set(plans)
+    assert list(screen_of(tmp_path).measure_each([], lambda: False)) == []
+
+
+def test_who_stops_waits_for_no_plan(tmp_path, monkeypatch):
+    """Plans that are being measured end at their next position."""
+    steps = []
+    real = healing._heal_one
+    monkeypatch.setattr(healing, "_heal_one", lambda *rest: (steps.append(0), real(*rest))[1])
+    told = []
+
+    def stop() -> bool:
+        told.append(0)
+        if len(told) == 3:
+            raise KeyboardInterrupt
+        return False
+
+    monkeypatch.setattr(screens, "num_at_once", lambda *_: 2)
+    plans = [FoldPlan.parse(text, NUM_BLOCKS) for text in ("1-4", "0 2-4", "0-1 3-4", "0-2 4", "0-3")]
+    with pytest.raises(KeyboardInterrupt):
+        list(screen_of(tmp_path).measure_each(plans, stop))
+    ended = len(steps)
+    assert ended < sum(len(plan.slots) for plan in plans)
+    assert threading.active_count() == 1 or not any("ThreadPool" in t.name for t in threading.enumerate())
+
+
+def test_a_plan_without_finite_figures_is_told_as_none(tmp_path, monkeypatch):
+    screen, plans = screen_of(tmp_path), [FoldPlan.parse(text, NUM_BLOCKS) for text in PLANS[:3]]
+    real = screen.measure
+
+    def measure(plan, progress):
+        if plan == plans[0]:
+            raise ModelError("a state is no finite number")
+        quality = real(plan, progress)
+        return replace(quality, kl=float("nan")) if plan == plans[1] else quality
+
+    monkeypatch.setattr(screen, "measure", measure)
+    found = dict(screen.measure_each(plans, lambda: False))
+    assert [found[plan] is None for plan in plans] == [True, True, False]
+
+
+def test_how_many_at_once():
+    assert screens.num_at_once("cpu", 2, 8) == 2
+    assert screens.num_at_once("cpu", 1, 8) == screens.num_at_once("cuda", 16, 8) == 1
+    assert screens.num_at_once("cpu", 64, 8) == screens.MOST_AT_ONCE
+    assert screens.num_at_once("cpu", 64, 2) == 2

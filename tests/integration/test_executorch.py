@@ -1,0 +1,87 @@
+"""ExecuTorch: what its runtime says of an export, against torch. `make runtimes` installs it; else it is skipped."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from foldsearch.errors import InputError, ModelError
+from foldsearch.export import Shipment, export
+from foldsearch.model.fold import fold
+from foldsearch.plan.plan import FoldPlan
+from foldsearch.runtimes import Beside, executorch
+from tests.tiny import CONFIGS, VOCABULARY, dense_model, tokenizer
+
+NOT_INSTALLED = find_spec("executorch") is None
+EVERY_SLOT = "0 1=4+r4+n 2a 3~linear 4 4=4"
+DROPPED = "0-1 3-4"
+CONTEXT = 64
+WINDOWED = [name for name, config in CONFIGS.items() if executorch.has_windows(config())]
+# Torch and XNNPACK sum in another order: about 1e-6 of the logits' size a step, over five blocks.
+ROUNDING = 1e-4
+
+
+def in_executorch(test):
+    """A test that needs it, and takes minutes."""
+    skipped = pytest.mark.skipif(NOT_INSTALLED, reason="executorch is not installed: make runtimes")
+    return pytest.mark.runtimes(skipped(test))
+
+
+@in_executorch
+@pytest.mark.parametrize("family", [name for name in CONFIGS if name not in WINDOWED])
+def test_every_family_without_windows(family: str, tmp_path: Path) -> None:
+    same_as_torch(family, DROPPED, tmp_path)
+
+
+@in_executorch
+def test_every_kind_of_slot(tmp_path: Path) -> None:
+    same_as_torch("llama", EVERY_SLOT, tmp_path)
+
+
+def same_as_torch(family: str, text: str, folder: Path) -> None:
+    from foldsearch.runtimes.executorch_decoder import Decoder
+
+    model = fold(dense_model(family), FoldPlan.parse(text, 5))
+    executorch.write(model, folder, Beside(context=CONTEXT))
+    ids_BT = torch.randint(3, VOCABULARY, (1, 40), generator=torch.Generator().manual_seed(0))
+    expected_BTV = model(ids_BT).logits.numpy()
+    decoder = Decoder(folder, threads=1)
+    # More than are read at a time; one by one; and steps of other sizes.
+    for chunks in ((40,), (3, *([1] * 37)), (12, 1, 4, 23)):
+        past, found = None, []
+        for ids in ids_BT.split(chunks, 1):
+            logits_BTV, past = decoder.read(ids, past)
+            found.append(logits_BTV.numpy())
+        largest = np.abs(expected_BTV).max()
+        np.testing.assert_allclose(np.concatenate(found, 1), expected_BTV, atol=ROUNDING * largest)
+    with pytest.raises(ValueError, match="room for 64 tokens, and 40 were read; got 40 more"):
+        decoder.read(ids_BT, past)
+
+
+@in_executorch
+def test_what_is_exported_is_run_before_it_is_called_exported(tmp_path: Path) -> None:
+    plan = FoldPlan.parse(DROPPED, 5)
+    ids_NT = torch.randint(3, VOCABULARY, (3, 16), generator=torch.Generator().manual_seed(1))
+    shipment = Shipment(plan, "executorch", "bfloat16", ids_NT, context=CONTEXT)
+    report = export(fold(dense_model(), plan), tokenizer(), tmp_path / "out", shipment)
+    assert report.weights == "float32"  # it has no bfloat16
+    assert report.engine is not None
+    assert report.engine.mean_difference <= report.engine.tolerance
+    assert "executorch_decoder" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_is_not_installed_is_named_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executorch, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"executorch, which is not installed here. Install it: pip install"):
+        executorch.check_model(dense_model().config, 128)
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+def test_windows_are_refused(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executorch, "find_spec", lambda name: object())
+    with pytest.raises(ModelError, match=r"look at the last ones only. Export it to onnx or gguf"):
+        executorch.check_model(dense_model(family).config, 128)
