@@ -196,8 +196,12 @@ def _free_bytes(place: Path) -> int:
 
 
 @contextmanager
-def own_ray(cpus: int, gpus: int) -> Iterator[Path]:
+def own_ray(cpus: int, gpus: int, again: str = "") -> Iterator[Path]:
     """Ray of our own on this machine, quiet; whoever started Ray before us keeps theirs.
+
+    Args:
+        cpus, gpus: that it hands out.
+        again: what goes on with the work, for the message of a Ray that is lost.
 
     Yields:
         A folder for Tune's state. It goes, and so does every process of Ray, whatever ends the block.
@@ -212,10 +216,75 @@ def own_ray(cpus: int, gpus: int) -> Iterator[Path]:
         others = set(psutil.Process().children())
         try:
             _start(cpus, gpus, folder)
-            yield folder
+            with _watched([child for child in psutil.Process().children() if child not in others], again):
+                yield folder
         finally:
             with uninterrupted():
                 _stop([child for child in psutil.Process().children() if child not in others])
+
+
+# ---- a Ray that is lost
+
+_NEEDED = ("gcs_server", "raylet")  # of Ray's processes: without them no trial can go on
+_HEARD_SECONDS = 5.0  # that the main thread has to hear of it
+_daemons: dict[str, psutil.Process] = {}
+_again = ""
+
+
+def check_ray() -> None:
+    """Whether the processes of our own Ray live.
+
+    Raises:
+        RunError: one is gone: it was killed, by a person or for its memory.
+    """
+    if words := _lost_words():
+        raise RunError(words)
+
+
+def _lost_words() -> str:
+    for name, daemon in _daemons.items():
+        with suppress(psutil.NoSuchProcess):
+            if daemon.status() != psutil.STATUS_ZOMBIE:
+                continue
+        return (
+            f"Ray, which runs the trials, needs its process {name} (pid {daemon.pid}), but that has ended: it was "
+            f"killed, maybe as memory was full. Nothing that was finished is lost. Go on with: {_again}"
+        )
+    return ""
+
+
+@contextmanager
+def _watched(children: list[psutil.Process], again: str) -> Iterator[None]:
+    """While entered, `check_ray` looks at Ray's processes, and a thread does where the main thread does not.
+
+    Ray itself would end our process within a minute, in C++ and without a word on how to go on.
+    """
+    global _again  # one Ray a process
+    for child in children:
+        with suppress(psutil.Error):
+            if (name := child.name()) in _NEEDED:
+                _daemons[name] = child
+    _again, over = again, threading.Event()
+
+    def watch() -> None:
+        while not over.wait(1.0):
+            if (words := _lost_words()) and not over.wait(_HEARD_SECONDS):
+                print(f"error: {words}", file=sys.stderr, flush=True)
+                for child in children:
+                    with suppress(psutil.Error):
+                        child.kill()
+                os._exit(2)  # the main thread waits in Ray for what no longer lives
+
+    watcher = threading.Thread(target=watch, daemon=True, name="foldsearch-watches-ray")
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        _daemons.clear()
+
+
+# ---- its start and its end
 
 
 def _start(cpus: int, gpus: int, folder: Path) -> None:

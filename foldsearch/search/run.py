@@ -46,7 +46,7 @@ from foldsearch.search.events import (
 )
 from foldsearch.search.halving import Halving, decide
 from foldsearch.search.messages import DiskIsFull, EndedEarly, Failed, Measured, Message, TimeIsUp, decode
-from foldsearch.search.own_ray import check_machine, own_ray
+from foldsearch.search.own_ray import check_machine, check_ray, own_ray
 from foldsearch.search.proposer import Line, Proposer
 from foldsearch.search.records import Records, read_trials
 from foldsearch.search.screened import Promoted, is_screened, write_screened
@@ -297,7 +297,7 @@ class Search:
         cpus = max(num_cpus(), study.jobs)
         gpus = num_gpus() if context.device == "cuda" else 0
         try:
-            with own_ray(cpus, gpus) as workplace:
+            with own_ray(cpus, gpus, command("resume", self.run.path)) as workplace:
                 tune.run(
                     tune.with_parameters(
                         TrialRunner,
@@ -456,6 +456,14 @@ class Search:
         self.records.note_elapsed(self.line.elapsed())
         self.tell_progress()
 
+    def check_workers(self) -> None:
+        """Raise what ends the run where Ray is lost."""
+        try:
+            check_ray()
+        except RunError as error:
+            self._error = error
+            raise
+
     def tell_progress(self) -> None:
         """How far the whole run is."""
         num_ended = sum(trial.ended and trial.is_trial for trial in self.records.all())
@@ -486,6 +494,7 @@ class Watcher(tune.Callback):
         """Look where the running trials are, about once a second."""
         if time.monotonic() - self._looked >= PROGRESS_SECONDS:
             self._looked = time.monotonic()
+            self._search.check_workers()
             self._search.tell_progress()
             for trial in trials:
                 if trial.status == "RUNNING":

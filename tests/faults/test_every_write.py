@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,13 +24,18 @@ from optuna.trial import TrialState
 
 from foldsearch.record import Trial
 from foldsearch.run import Run
+from foldsearch.search.check import check_run
 from foldsearch.search.messages import encode
 from foldsearch.search.proposer import Line
 from foldsearch.search.records import Records, read_trials
-from foldsearch.search.run import Search
+from foldsearch.search.run import TRIAL, Search
 from foldsearch.search.worker import TrialRunner
+from foldsearch.spec.space import Space
+from foldsearch.spec.study import ScreenSettings
+from tests.contexts import begin_run, of_run, tiny_study
 from tests.fake_driver import FAKES, study
 from tests.fake_trial import TABLE, FakeContext
+from tests.faults import storm
 
 WRITES = (
     "create_new_trial",
@@ -100,16 +106,16 @@ def killed_by(clock: Clock) -> Iterator[None]:
         yield
 
 
-def run_process(run: Run) -> None:
+def run_process(run: Run, context: Any = None, trial: str = FAKES["trial"]) -> None:
     """What one process does of a search with one job: the line of trials, a worker, and the study."""
     records = Records(run)
     line = Line(records)
     search = Search(records, line, lambda event: None)
-    context = FakeContext(run, run.path.parent / "cache", threads=1)
+    context = context or FakeContext(run, run.path.parent / "cache", threads=1)
     while (asked := line.next(num_running=0)) is not None:
         number, proposal = asked
         worker = TrialRunner.__new__(TrialRunner)
-        worker.setup({"number": number, "proposal": proposal.to_json()}, context, FAKES["trial"], None)
+        worker.setup({"number": number, "proposal": proposal.to_json()}, context, trial, None)
         search.started(number)
         try:
             while not search.judge(number, encode(worker._next())):
@@ -130,13 +136,13 @@ def told(run: Run) -> list[tuple[TrialState, Any, Any, Any]]:
     return [(row.state, row.params, row.values, row.constraints) for row in rows]
 
 
-def search_killed(run: Run, due: Iterator[int]) -> Clock:
+def search_killed(run: Run, due: Iterator[int], *more: Any) -> Clock:
     """Go on with a search until it ends, however often it is killed."""
     clock = Clock(due)
     with killed_by(clock):
         while True:
             try:
-                run_process(run)
+                run_process(run, *more)
                 return clock
             except Killed:
                 continue
@@ -181,3 +187,25 @@ def test_a_search_killed_at_its_writes_is_the_search_undisturbed(
 
 def executed(run: Run) -> Counter[str]:
     return Counter(line.split()[0] for line in (run.path / "executed.log").read_text().splitlines())
+
+
+def test_real_trials_go_on_to_the_bit(tmp_path: Path) -> None:
+    """Folded, healed, trained and measured for real: also the writes of start, training, best state and record."""
+    space = Space(removal=(0.2, 0.6), criteria=("window", "greedy"))
+    settings = {"space": space, "rungs": (0, 64, 192), "trials": 5, "screen": ScreenSettings(plans=0)}
+    context = begin_run(tiny_study(tmp_path, **settings), tmp_path / "run", cache_dir=tmp_path / "cache")
+    context = replace(context, threads=1)
+    fresh = Path(shutil.copytree(context.run.path, tmp_path / "fresh"))
+    run_process(context.run, context, TRIAL)
+    trials = read_trials(context.run)
+    assert sum(trial.has_trained for trial in trials) > 3
+    rng = random.Random(0)
+    at: Counter[str] = Counter()
+    for number in range(ROUNDS):
+        path = Path(shutil.copytree(fresh, tmp_path / f"killed-{number}"))
+        killed = of_run(context, path=path)
+        at += search_killed(killed.run, iter(lambda: rng.randint(1, 30), 0), killed, TRIAL).at
+        assert storm.without_seconds(read_trials(killed.run)) == storm.without_seconds(trials)
+        assert check_run(killed.run, repair=False).left == ()
+    print(f"\nreal: {at.total()} kills at {len(at)} places in {ROUNDS} searches of {len(trials)} trials")
+    assert at.total() > 3 * ROUNDS

@@ -1,0 +1,66 @@
+"""A real search whose Ray is killed under it, and whose files may not grow: the short form of `make faults`.
+
+Oracle: the same search undisturbed, without Ray (`tests/faults/test_every_write.py:run_process`).
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from foldsearch.paths import command
+from foldsearch.run import Run
+from foldsearch.search.check import check_run
+from foldsearch.search.records import read_trials
+from tests.fake_driver import study
+from tests.fake_trial import TABLE
+from tests.faults.storm import Storm, find, make_fakes, start, without_seconds
+from tests.faults.test_every_write import run_process
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    path = tmp_path_factory.mktemp("alone") / "run"
+    with Run.draft(path) as draft:
+        run = Run(draft, study(), TABLE).begin(path)
+    run_process(run)
+    return run
+
+
+def test_a_search_goes_on_after_its_ray_was_killed_and_after_its_disk_was_full(
+    undisturbed: Run, tmp_path: Path
+) -> None:
+    make_fakes(tmp_path)
+    run, storm = tmp_path / "run", Storm(tmp_path, random.Random(0))
+    for blow in ("raylet", "file limit"):
+        driver = start(tmp_path, run)
+        until = time.monotonic() + 200
+        while find(driver, "worker") is None or not (run / "executed.log").exists():
+            assert driver.poll() is None, driver.communicate()[0]
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        if blow == "raylet":
+            ray = find(driver, "raylet")
+            assert ray is not None
+            ray.kill()
+        else:
+            storm._limit_files(driver)
+        said, _ = driver.communicate(timeout=200)
+        assert driver.returncode == 2, said
+        assert "Traceback" not in said
+        wanted = {
+            "raylet": "needs its process raylet",
+            "file limit": "cannot be written|could not be written",
+        }
+        assert re.search(wanted[blow], said), said
+        assert f"Go on with: {command('resume', run)}" in said
+    driver = start(tmp_path, run)
+    said, _ = driver.communicate(timeout=200)
+    assert driver.returncode == 0, said
+    found = Run.open(run)
+    assert without_seconds(read_trials(found)) == without_seconds(read_trials(undisturbed))
+    assert check_run(found, repair=True).left == ()
