@@ -33,7 +33,7 @@ from foldsearch.spec.load import study_from_json
 from foldsearch.spec.study import Study
 from foldsearch.version import __version__
 
-SCHEMA = 8
+SCHEMA = 9
 LIMITS = ("trials", "seconds", "trial_seconds", "jobs")  # what a resumed run may change
 
 

@@ -14,7 +14,8 @@ model that only dropped blocks stays in its stock architecture. Source: ours, af
 2505.02819) and the layer-by-layer least squares of one-shot pruning.
 
 A token weighs 1 / ‖r‖², r what the dense blocks from here to there add: every token's relative error counts alike
-(see replacements.py). λ, and whether anything changes at all, is chosen on held-out sequences.
+(see replacements.py). λ, and whether anything changes at all, is chosen on held-out sequences; of what is found a share
+is taken (`TAKEN`).
 
 Where a norm stands between the matrix and the stream (Gemma 2 and 3, OLMo 2), what it adds is D h · gain / size. The
 fit holds each token's size as it was, which makes this linear again: it reads h / size, and what it finds is divided
@@ -48,6 +49,10 @@ from foldsearch.progress import CountProgress
 
 RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # in squares of what a column reads
 FIRST_RIDGE = 5  # of them; a block begins with the one that served the block before it
+# Of every change that is found, the share that is made. What is left of it is missed by the positions that follow, each
+# of which makes its share of that: a correction is spread over many matrices in small steps, as in boosting, and none
+# goes as far as the fitted text alone would have it. A larger ridge is not the same, and is worse (docs/log.md).
+TAKEN = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +64,7 @@ class HealedBlock:
         ridge: that was chosen, in squares of what a column reads; None where no change was best; 0 of methods that have
             none (fuse.py, rescale.py).
         before: mean relative squared error of its output on held-out tokens, as it was.
-        after: the same, with what was found on the others.
+        after: the same, with what is taken of what was found on the others.
     """
 
     position: int
@@ -253,10 +258,10 @@ def _heal_one(
             weight_M1 = weight_NT1[here].flatten(0, 1)
             sums.add(part, writer.features(h_MF), text.missing(place, here), weight_M1)
 
-    def missed(number: int) -> float:
+    def missed(number: int, share: float = 1.0) -> float:
         if sums.tells_errors:
-            return sums.error(RIDGES[number])
-        return text.missed(place, read, weight_NT1, sums.solved(RIDGES[number], ("fitted",)))
+            return sums.error(RIDGES[number], share)
+        return text.missed(place, read, weight_NT1, share * sums.solved(RIDGES[number], ("fitted",)))
 
     before = text.missed(place, read, weight_NT1)
     if not math.isfinite(before + sums.square):
@@ -264,17 +269,18 @@ def _heal_one(
             f"healing must read finite states, but the output of position {place.position} of the folded model is "
             f"not a finite number. Compute in float32, or leave healing out."
         )
-    number, after = _best_ridge(missed, first_ridge)
+    number = _best_ridge(missed, first_ridge)
+    after = missed(number, TAKEN)
     if after < before:
-        solution_FD = sums.solved(RIDGES[number], ("fitted", "held out"))
+        solution_FD = TAKEN * sums.solved(RIDGES[number], ("fitted", "held out"))
         if bool(solution_FD.isfinite().all()):
             text.take(place, read, solution_FD)
             return HealedBlock(place.position, RIDGES[number], before, after), number
     return HealedBlock(place.position, None, before, before), number
 
 
-def _best_ridge(error: Callable[[int], float], first: int) -> tuple[int, float]:
-    """The number of the ridge with the least error, and that: downhill from the first, both ways."""
+def _best_ridge(error: Callable[[int], float], first: int) -> int:
+    """The number of the ridge with the least error: downhill from the first, both ways."""
     errors = {first: error(first)}
     for way in (1, -1):
         number = min(errors, key=errors.__getitem__) + way
@@ -283,5 +289,4 @@ def _best_ridge(error: Callable[[int], float], first: int) -> tuple[int, float]:
             if errors[number] >= errors[number - way]:
                 break
             number += way
-    best = min(errors, key=errors.__getitem__)
-    return best, errors[best]
+    return min(errors, key=errors.__getitem__)

@@ -43,8 +43,10 @@ class RidgeSums(Protocol):
     def solved(self, ridge: float, parts: Sequence[str]) -> Tensor:
         """The solution on these parts, (F, D), float32, on the writer's device; NaN where rounding leaves none."""
 
-    def error(self, ridge: float) -> float:
-        """Mean relative squared error on the held-out tokens of the solution on the fitted ones, which is not made."""
+    def error(self, ridge: float, share: float) -> float:
+        """Mean relative squared error on the held-out tokens of a share of the solution on the fitted ones, which is
+        not made.
+        """
 
 
 def sums_for(writer: StreamWriter, num_tokens: int) -> RidgeSums:
@@ -91,7 +93,7 @@ class Moments:
             return torch.full_like(cross_FD, math.nan, device=self._writer.device, dtype=torch.float32)
         return torch.cholesky_solve(cross_FD, factor_FF).to(self._writer.device, torch.float32)
 
-    def error(self, ridge: float) -> float:
+    def error(self, ridge: float, share: float) -> float:
         """Never asked."""
         raise NotImplementedError
 
@@ -137,7 +139,7 @@ class Tokens:
             solution_FD = torch.cat((solution_FD, (kernel.scaled_bias_1M @ dual_MD).to(solution_FD)))
         return solution_FD
 
-    def error(self, ridge: float) -> float:
+    def error(self, ridge: float, share: float) -> float:
         """In the size of the tokens: with k the products of rows, held-out ones are foretold as k_hf (k_ff + 1)⁻¹ Y."""
         kernel = self._kernel("fitted")
         factor_MM = kernel.factor(ridge)
@@ -150,7 +152,7 @@ class Tokens:
         if self._writer.has_bias:
             others_MH += kernel.scaled_bias_1M.T @ in_float64(held_out_MF[:, -1:].T)
         shares_MH = torch.cholesky_solve(others_MH, factor_MM).to(kernel.wanted_MD)
-        left_HD = wanted_MD - shares_MH.T @ kernel.wanted_MD
+        left_HD = wanted_MD - share * (shares_MH.T @ kernel.wanted_MD)
         total = float(left_HD.square().sum(dtype=torch.float64))
         return math.inf if math.isnan(total) else total / len(left_HD)
 

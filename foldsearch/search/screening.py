@@ -66,7 +66,7 @@ TRIES = 20  # draws until a plan is found that was not measured
 RIVAL_COUNTS = 3  # at which criteria are asked, over the range of the space
 STAGE = "screening plans"
 LENGTH = 128  # tokens of a sequence
-SCHEMA = 2  # of what is kept; raise it when healing, judging, or what they read here changes
+SCHEMA = 3  # of what is kept; raise it when healing, judging, or what they read here changes
 
 
 class Screening:

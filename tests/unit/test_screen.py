@@ -107,10 +107,11 @@ def test_few_tokens_are_solved_as_many_are(bias, ridge):
     for parts in (("fitted",), ("fitted", "held out")):
         torch.testing.assert_close(*(sums.solved(ridge, parts) for sums in (tokens, moments)), **close)
     assert tokens.square == pytest.approx(moments.square)
-    left_MD = wanted_MD[25:] - features_MF[25:] @ moments.solved(ridge, ("fitted",))
-    assert tokens.error(ridge) == pytest.approx(
-        float((left_MD.square() * weight_M1[25:]).sum() / 15), rel=1e-3
-    )
+    for share in (1.0, 0.5):
+        left_MD = wanted_MD[25:] - share * features_MF[25:] @ moments.solved(ridge, ("fitted",))
+        assert tokens.error(ridge, share) == pytest.approx(
+            float((left_MD.square() * weight_M1[25:]).sum() / 15), rel=1e-3
+        )
 
 
 def screen_of(tmp_path) -> Screen:
