@@ -28,7 +28,8 @@ ROUNDING = 1e-4
 def in_executorch(test):
     """A test that needs it, and takes minutes."""
     skipped = pytest.mark.skipif(NOT_INSTALLED, reason="executorch is not installed: make runtimes")
-    return pytest.mark.runtimes(skipped(test))
+    # what it brings warns of things to come when it is imported
+    return pytest.mark.filterwarnings("ignore")(pytest.mark.runtimes(skipped(test)))
 
 
 @in_executorch
