@@ -76,7 +76,8 @@ class ExportForm:
     """How a model is exported.
 
     to: the name of the runtime (see `foldsearch.runtimes`); None takes the one that `runtime_for` names.
-    weights: one of the types in which that runtime stores weights; empty stores them as the target's dtype is.
+    weights: one of the types in which that runtime stores weights; empty stores them as the target does, where it is
+    the target's runtime, else as the target's dtype is.
     overwrite: replace an export that is there.
     """
 
@@ -89,6 +90,11 @@ class ExportForm:
         if self.to:
             return runtime_named(self.to)
         return runtime_for(plan, target.runtime, by_position=table.by_position)
+
+    def stored(self, runtime: Runtime, target: Target) -> str:
+        """In which type the runtime is to store weights; empty for the dtype's own."""
+        ours = target.weights if target.rounds and runtime.name == target.runtime else ""
+        return self.weights or ours
 
 
 def dry_run(study: Study, progress: StageProgress = silent, notice: Notice = unheard) -> DryRun:
@@ -404,7 +410,7 @@ def export_trial(
     folder = run.folder
     form = form or ExportForm()
     runtime = form.runtime(trial.plan, folder.target, folder.table)
-    runtime.stored_as(folder.target.dtype, form.weights)
+    runtime.stored_as(folder.target.dtype, form.stored(runtime, folder.target.storing(trial.weights)))
     check_export(out, trial.plan, runtime.name, table=folder.table, overwrite=form.overwrite)
     if trial.number in run.further:
         words = run.further[trial.number].tokens_words
@@ -479,10 +485,11 @@ def _export(
     rebuilt = check_rebuilt(context, number, model, recorded)
     bench = open_workbench(context)
     progress("writing and verifying in a fresh process", 0.0)
+    runtime = form.runtime(trial.plan, context.target, context.table)
     shipment = Shipment(
         plan=trial.plan,
-        runtime=form.runtime(trial.plan, context.target, context.table).name,
-        weights=form.weights,
+        runtime=runtime.name,
+        weights=form.stored(runtime, context.target.storing(trial.weights)),
         gguf=context.files.gguf,
         context=context.target.context,
         dtype=context.target.dtype,

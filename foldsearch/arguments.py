@@ -11,6 +11,7 @@ from typing import get_args
 from foldsearch import runtimes
 from foldsearch.model.training import HealMethod, Trained
 from foldsearch.plan.extend import DEFAULT_RANK, PATTERNS
+from foldsearch.plan.stored import TYPES
 from foldsearch.version import __version__
 
 PLAN = "plan"  # what `export --to` takes beside the names of runtimes
@@ -405,6 +406,8 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=_whole, metavar="T", help="tokens in the KV cache")
     parser.add_argument("--batch", type=_whole, metavar="B", help="sequences served at once")
     parser.add_argument("--runtime", choices=runtimes.names(), help="whether the runtime can share weights")
+    types = "of the weights in llama.cpp, priced and measured so: " + ", ".join(TYPES)
+    parser.add_argument("--weights", metavar="TYPE", help=types)
 
 
 def _add_data_options(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from foldsearch.errors import PlanError
 from foldsearch.fates import Bound
-from foldsearch.plan.cost import DTYPE_BYTES, Cost, CostTable, Target, price
+from foldsearch.plan.cost import DTYPE_BYTES, Cost, CostTable, Target, in_stored_units, price
 from foldsearch.proposal import Given, Proposal, check_attention_left
 
 
@@ -40,7 +40,7 @@ def _sums(table: CostTable, context: int) -> _Sums:
         if known is table and known_context == context:
             return sums
     sums = _sum(table, context)
-    _latest[:] = [(table, context, sums), *_latest[:3]]
+    _latest[:] = [(table, context, sums), *_latest[:15]]
     return sums
 
 
@@ -92,7 +92,7 @@ def lower_bound(proposal: Proposal, table: CostTable, target: Target) -> Cost:
         PlanError: as many blocks are removed as there are, or no kept block keeps its attention.
         BudgetError: the plan it holds is for another number of blocks.
     """
-    fold, num_blocks = proposal.fold, len(table.blocks)
+    fold, num_blocks, target = proposal.fold, len(table.blocks), target.storing(proposal.weights)
     if isinstance(fold, Given):
         return price(fold.plan, table, target)
     count = fold.removed.count if fold.removed is not None else 0
@@ -100,6 +100,7 @@ def lower_bound(proposal: Proposal, table: CostTable, target: Target) -> Cost:
     if kept < 1:
         raise PlanError(f"a plan runs at least one block, but {count} of {num_blocks} are dropped. Keep one.")
     check_attention_left(fold, kept)
+    table, unit_bytes = in_stored_units(table, target)
     sums = _sums(table, target.context)
     instead = fold.removed.fate.bound(count, table) if fold.removed is not None else Bound()
     grouped = 0 if fold.groups is None else sum(last - first - 1 for first, last in fold.groups.spans(kept))
@@ -118,8 +119,8 @@ def lower_bound(proposal: Proposal, table: CostTable, target: Target) -> Cost:
     size = DTYPE_BYTES[target.dtype]
     activations = table.activation_fixed + table.activation_width * min(target.prefill_chunk, target.context)
     return Cost(
-        weight_bytes=weights * size,
-        adapter_bytes=carried * size,
+        weight_bytes=weights * unit_bytes,
+        adapter_bytes=carried * unit_bytes,
         kv_bytes=max(0, sums.kv[running] - sums.most_kv[thinned]) * target.batch * size,
         activation_bytes=(activations + table.vocabulary) * target.batch * size,
         prefill_macs=macs

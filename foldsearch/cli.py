@@ -162,6 +162,7 @@ _OVERRIDES = {
     "trial_time": "trial_seconds",
     "jobs": "jobs", "seed": "seed", "device": "device", "budget_gb": "budget.gb", "budget_flops": "budget.flops",
     "dtype": "target.dtype", "context": "target.context", "batch": "target.batch", "runtime": "target.runtime",
+    "weights": "target.weights",
 }  # fmt: skip
 
 
@@ -420,7 +421,7 @@ def _pick(args: argparse.Namespace) -> int:
     view = open_run(args.run)
     trial = pick(view, number=args.trial, max_gb=args.max_gb)
     _say(f"trial {trial.number}: {trial.plan}")
-    _say(runtimes_words(view, trial.plan))
+    _say(runtimes_words(view, trial.plan, trial.weights))
     print(trial.number)
     return 0
 

@@ -33,10 +33,11 @@ def choose_blocks(removed: Removed, context: TrialContext, say: StageProgress) -
     )
 
 
-def choose_plan(fold: Fold | Given, context: TrialContext, say: StageProgress) -> Draft:
-    """What a proposal comes to on this model, whatever it costs."""
+def choose_plan(fold: Fold | Given, context: TrialContext, say: StageProgress, weights: str = "") -> Draft:
+    """What a proposal comes to on this model, whatever it costs; `weights` is the type that it is stored in."""
+    target = context.target.storing(weights)
     if isinstance(fold, Given):
-        return Draft(fold.plan, price(fold.plan, context.table, context.target))
+        return Draft(fold.plan, price(fold.plan, context.table, target))
     chosen = Choice(())
     bases: Mapping[int, int] = {}
     order: Sequence[int] = ()
@@ -46,7 +47,7 @@ def choose_plan(fold: Fold | Given, context: TrialContext, say: StageProgress) -
     if fold.attention_removed:
         order = attention_order(open_workbench(context, say).evidence(say))
     plan = fold_plan(chosen.blocks, fold, len(context.table.blocks), bases=bases, attention_order=order)
-    cost = price(plan, context.table, context.target)
+    cost = price(plan, context.table, target)
     return Draft(plan, cost, None if chosen.summary is None else dict(chosen.summary))
 
 
@@ -54,9 +55,9 @@ def draft(proposal: Proposal, context: TrialContext, say: StageProgress) -> tupl
     """What the proposal comes to, and by how much it is above the budget, in words; a plan typed by hand may be."""
     bound = lower_bound(proposal, context.table, context.target)
     if proposal.origin == "hand":
-        return choose_plan(proposal.fold, context, say), ""
+        return choose_plan(proposal.fold, context, say, proposal.weights), ""
     if context.budget.admits(bound):
-        drafted = choose_plan(proposal.fold, context, say)
+        drafted = choose_plan(proposal.fold, context, say, proposal.weights)
         return drafted, context.budget.excess(drafted.cost)
     # Never built: the plan only shows the counts.
     removed = range(proposal.removed.count if proposal.removed else 0)

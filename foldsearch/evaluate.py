@@ -93,6 +93,7 @@ def evaluate_trial(
     from foldsearch.context import open_workbench
     from foldsearch.prepare import prepare_context
     from foldsearch.rebuild import check_rebuilt, recovered_model
+    from foldsearch.shipped import as_stored
 
     if asked.include_path is not None and not asked.tasks:
         notice(
@@ -105,12 +106,16 @@ def evaluate_trial(
     progress("rebuilding the model that was measured", 0.0)
     folded, trial = recovered_model(context, picked.number)
     check_rebuilt(context, picked.number, folded, picked)
+    target = context.target.storing(trial.weights)
+    if target.rounds:
+        folded = as_stored(folded, target)
     models = {"dense": open_workbench(context).dense, "folded": folded}
     about = {
         "trial": trial.number,
         "plan": str(trial.plan),
         "model": folder.study.model,
         "dtype": context.files.dtype,
+        **({"weights": target.weights} if target.rounds else {}),
         "recovery_tokens": trial.last.kept_tokens,
         "healing_tokens": trial.healing.tokens if trial.healing else 0,
         "limit": asked.limit,

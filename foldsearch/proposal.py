@@ -155,14 +155,16 @@ class RecoveryChoice:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """One trial as it is suggested: how to fold the model, how to train it, and who proposed it.
+    """One trial as it is suggested: how to fold the model, how to train and store it, and who proposed it.
 
-    Two proposals come to the same untrained model where their `fold` is equal.
+    Two proposals come to the same untrained model where their `fold` is equal. weights: the type that it is stored in
+    and measured with; empty is the target's.
     """
 
     fold: Fold | Given
     recovery: RecoveryChoice = field(default_factory=RecoveryChoice)
     origin: Origin = "sampler"
+    weights: str = ""
 
     @property
     def plan(self) -> FoldPlan | None:
@@ -188,12 +190,18 @@ class Proposal:
             fold = asdict(self.fold)
             if self.fold.removed is not None:
                 fold["removed"]["fate"]["name"] = self.fold.removed.fate.name
-        return {"fold": fold, "recovery": asdict(self.recovery), "origin": self.origin}
+        return {
+            "fold": fold,
+            "recovery": asdict(self.recovery),
+            "origin": self.origin,
+            "weights": self.weights,
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Proposal:
         """Read what `to_json` made."""
-        return cls(_fold_from_json(value["fold"]), RecoveryChoice(**value["recovery"]), value["origin"])
+        recovery = RecoveryChoice(**value["recovery"])
+        return cls(_fold_from_json(value["fold"]), recovery, value["origin"], value["weights"])
 
 
 def _fold_from_json(value: Mapping[str, Any]) -> Fold | Given:

@@ -19,7 +19,6 @@ from foldsearch.machine import Machine
 from foldsearch.model.content import file_hash
 from foldsearch.model.fold import fold
 from foldsearch.model.healing import METHODS
-from foldsearch.model.judge import judge
 from foldsearch.model.kept import DamagedFileError, read_tensors, read_words, write_tensors
 from foldsearch.model.recover import attach, load_trained, merge, saved_tokens
 from foldsearch.model.replacements import FitSettings
@@ -30,6 +29,7 @@ from foldsearch.plan.result import Healing, Quality
 from foldsearch.progress import StageProgress, counting, silent
 from foldsearch.record import Trial, read_trial
 from foldsearch.run import Run, TrialFolder
+from foldsearch.shipped import Split, judged
 
 HEALING = "healing"  # of what is told with the start of a trial
 
@@ -244,14 +244,14 @@ def check_rebuilt(
                 f"a trial has one result, but '{printable(folder.record)}' says KL {of_run.final.kl:.6g}, and the "
                 f"run's study says KL {recorded.final.kl:.6g}. Put the old files back, or choose another trial."
             )
-    bench = open_workbench(context)
-    tokens, told = ("report" if last.report else "search"), trial.final
+    tokens: Split = "report" if last.report else "search"
+    told = trial.final
     here, threads = Machine.here(context.device), torch.get_num_threads()
     if trial.machine is not None and trial.machine.kind == here.kind:
         torch.set_num_threads(trial.machine.threads)
         here = replace(here, threads=trial.machine.threads)
     try:
-        found = judge(model, getattr(bench.splits, tokens), getattr(bench, tokens))
+        found = judged(model, context, tokens, context.target.storing(trial.weights))
     finally:
         torch.set_num_threads(threads)
     same = here == trial.machine and context.device == "cpu"  # a GPU may sum in another order each time
@@ -274,5 +274,5 @@ def check_rebuilt(
 
 def quality_of(context: TrialContext, model: PreTrainedModel) -> tuple[Quality, Quality]:
     """Quality of a model on the search and on the report tokens of a run."""
-    bench = open_workbench(context)
-    return judge(model, bench.splits.search, bench.search), judge(model, bench.splits.report, bench.report)
+    search, report = (judged(model, context, split, context.target) for split in ("search", "report"))
+    return search, report

@@ -110,6 +110,11 @@ class Trial:
         return self.proposal.recovery
 
     @property
+    def weights(self) -> str:
+        """The type that its model is stored in and measured with; empty is the target's."""
+        return "" if self.proposal is None else self.proposal.weights
+
+    @property
     def removed(self) -> Removed | None:
         """The blocks that its criterion was to choose, if it has one."""
         return None if self.proposal is None else self.proposal.removed
@@ -231,6 +236,29 @@ def read_trial(folder: TrialFolder) -> Trial | None:
         ) from error
 
 
+# ---- rivals
+
+
+@dataclass(frozen=True, slots=True)
+class DenseRival:
+    """The dense model with weights of fewer bits: what a folded model of as many bytes has to beat.
+
+    weights: the type. cost: of the model on the target, in llama.cpp. search, report: on the texts of the trials.
+    """
+
+    weights: str
+    cost: Cost
+    search: Quality
+    report: Quality
+
+
+def read_rivals(path: Path) -> tuple[DenseRival, ...]:
+    """What `measure_rivals` kept; nothing where nothing was measured."""
+    if not path.exists():
+        return ()
+    return tuple(from_json(DenseRival, value) for value in json.loads(path.read_text()))
+
+
 # ---- of several trials
 
 
@@ -242,17 +270,17 @@ def point(trial: Trial, objectives: Sequence[Objective], rung: int = -1) -> tupl
 
 
 def best_of_plans(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials that measured a plan to the last rung, each plan once.
+    """The trials that measured a plan to the last rung, each plan once in each type of weights.
 
     A plan was measured twice where the training of the first diverged or was stopped, or where adapters start in two
     ways: the best of its results counts.
     """
-    best: dict[FoldPlan, Trial] = {}
+    best: dict[tuple[FoldPlan, str], Trial] = {}
     for trial in trials:
         if trial.is_measured:
-            known = best.setdefault(trial.plan, trial)
+            known = best.setdefault((trial.plan, trial.weights), trial)
             if trial.quality.kl < known.quality.kl:
-                best[trial.plan] = trial
+                best[trial.plan, trial.weights] = trial
     return list(best.values())
 
 
@@ -268,9 +296,12 @@ def front(
 
 
 def plan_path(run: Run, trial: Trial) -> Path:
-    """The file that says which trial measures a plan; one for each start of adapters, which is another model."""
-    start = trial.fold.adapter_start
-    return run.plan(trial.plan.id if start is None else f"{trial.plan.id}-{start}")
+    """The file that says which trial measures a plan.
+
+    One for each start of adapters and each type of weights, which are other models.
+    """
+    parts = (trial.plan.id, trial.fold.adapter_start or "", trial.weights)
+    return run.plan("-".join(part for part in parts if part))
 
 
 @contextmanager

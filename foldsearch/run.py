@@ -7,6 +7,7 @@ storage.json        where the study is, if not in storage.db          lock      
 plans/              which trial measures a plan                       trials/      what each trial learnt
 report/             pictures and the final table                      evaluations/ what `evaluate` found
 pick.json           the trial that was chosen                         screened.json plans measured before any trial
+rivals.json         the dense model in fewer bits
 """
 
 from __future__ import annotations
@@ -146,6 +147,11 @@ class RunFolder:
         return self.path / "screened.json"
 
     @property
+    def rivals(self) -> Path:
+        """The dense model with weights of fewer bits (`foldsearch.rivals`); absent where none was measured."""
+        return self.path / "rivals.json"
+
+    @property
     def pick(self) -> Path:
         """The trial that a person chose; absent until one did."""
         return self.path / "pick.json"
@@ -233,13 +239,13 @@ class Run(RunFolder):
 
     @property
     def target(self) -> Target:
-        """The device side of the price."""
-        return self.study.target.value()
+        """The device side of the price, with the fewest bytes of weights where the space has several types."""
+        return self.study.narrowest()
 
     @property
     def dense(self) -> Cost:
-        """What the dense model costs on the target."""
-        return price(FoldPlan.identity(self.num_blocks), self.table, self.target)
+        """What the dense model costs on the target, its weights in the target's dtype."""
+        return price(FoldPlan.identity(self.num_blocks), self.table, self.study.target.stored_in(""))
 
     @property
     def budget(self) -> Budget:

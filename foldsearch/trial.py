@@ -17,21 +17,30 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from transformers import PreTrainedModel
 
 from foldsearch.context import TrialContext, open_workbench
 from foldsearch.draft import draft
 from foldsearch.errors import InputError, bytes_asked, describe_error, is_out_of_memory
 from foldsearch.files import replace_atomically, write_json
 from foldsearch.machine import Machine
-from foldsearch.model.judge import judge
-from foldsearch.model.recover import Diverged, Recovery, load_trained
+from foldsearch.model.recover import Diverged, Recovery, load_trained, merge
 from foldsearch.model.training import RecoveryTraining
+from foldsearch.plan.cost import Target
 from foldsearch.plan.result import Quality, RungResult, Setback, trained_for
 from foldsearch.progress import StageProgress, TimeUp, silent
 from foldsearch.proposal import Proposal
-from foldsearch.rebuild import attached, check_state, folded_model, healing_of, kept_model, trained_before
+from foldsearch.rebuild import (
+    attached,
+    check_state,
+    folded_model,
+    healing_of,
+    kept_model,
+    trained_before,
+)
 from foldsearch.record import Trial, hold_plan, plan_path, read_trial
 from foldsearch.run import TrialFolder
+from foldsearch.shipped import judged
 
 EXTENSION_NEXT_TOKEN = 0.5  # weight of the next-token loss for extensions, where the study does not say
 SAVE_SECONDS = 60  # of training, after which its state is written: so much is lost where it is killed
@@ -211,6 +220,11 @@ class Course:
         return result, diverged
 
     @property
+    def _target(self) -> Target:
+        """With the weights that the trial is stored in."""
+        return self._context.target.storing(self._trial.weights)
+
+    @property
     def _rate(self) -> float:
         """Share of the proposal's learning rate to train at: less with every rung that hurt."""
         return RATE_AFTER_SETBACK ** sum(result.setback is not None for result in self._results)
@@ -287,11 +301,22 @@ class Course:
 
     def _measure(self) -> Quality:
         self._say("measuring", 0.0)
-        return judge(self._model, self._bench.splits.search, self._bench.search)
+        model = self._merged() if self._target.rounds else self._model
+        return judged(model, self._context, "search", self._target)
+
+    def _merged(self) -> PreTrainedModel:
+        """The model as it is now, what is trained merged: built again, as merging cannot be undone."""
+        model = folded_model(self._trial, self._context, self._folder, silent)
+        if self._recovery is not None:
+            for name, value in attached(model, self._trial, self._context).items():
+                value.data.copy_(self._recovery.trained[name].data)
+        return merge(model)
 
     def report(self) -> Quality:
         """Quality of the kept state on the report tokens."""
-        model = self._model
         if self._kept_tokens != self._tokens_done:
             model = kept_model(self._trial, self._context, self._folder, self._kept_tokens)
-        return judge(model, self._bench.splits.report, self._bench.report)
+            model = merge(model) if self._target.rounds else model
+        else:
+            model = self._merged() if self._target.rounds else self._model
+        return judged(model, self._context, "report", self._target)

@@ -32,7 +32,7 @@ TOLERANCES = {
     "f32": 0.02,
     "f16": 0.02,
     "bf16": 0.05,
-    **dict.fromkeys(("q8_0", "q5_1", "q5_0", "q4_1", "q4_0"), 0.2),
+    **dict.fromkeys(("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4"), 0.2),
 }
 LOADING_SECONDS, ANSWER_SECONDS = 600.0, 600.0  # a server that has not answered by then has stopped
 TRIES = 3  # its threads stop once in a while; another process goes on then

@@ -42,9 +42,17 @@ from foldsearch.errors import ModelError
 from foldsearch.model.blocks import decoder_blocks
 from foldsearch.model.evidence import hidden_of, other_inputs
 from foldsearch.model.parts import Replaced
-from foldsearch.model.places import Place, StreamText, StreamWriter, first_touched, num_fitted, places_of
+from foldsearch.model.places import (
+    Place,
+    Stored,
+    StreamText,
+    StreamWriter,
+    first_touched,
+    num_fitted,
+    places_of,
+)
 from foldsearch.model.ridge import sums_for
-from foldsearch.model.states import DepthStates
+from foldsearch.model.states import DepthStates, first_state
 from foldsearch.progress import CountProgress
 
 RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # in squares of what a column reads
@@ -89,7 +97,11 @@ class Healed:
 
 
 def heal(
-    model: PreTrainedModel, states: DepthStates, ids_NT: Tensor, progress: CountProgress | None = None
+    model: PreTrainedModel,
+    states: DepthStates,
+    ids_NT: Tensor,
+    progress: CountProgress | None = None,
+    stored: Stored | None = None,
 ) -> Healed:
     """Heal a folded model in place: what it is changed in are new tensors, so no other model's memory is written.
 
@@ -102,11 +114,13 @@ def heal(
         states: of the dense model, from `foldsearch.model.states`.
         ids_NT: the tokens that they are of.
         progress: called with (done, total) positions.
+        stored: what a file keeps of a matrix. The model is then one of rounded weights, whose states differ from the
+            dense model's from the first block on: every position is solved, and rounded before the next one reads it.
 
     Raises:
         InputError: there is only one sequence. ModelError: a state is no finite number.
     """
-    return Healer(states, ids_NT).heal(model, progress)[0]
+    return Healer(states, ids_NT, stored=stored).heal(model, progress)[0]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,7 +144,15 @@ class Healer:
     threads may heal at once, each a model of its own.
     """
 
-    def __init__(self, states: DepthStates, ids_NT: Tensor, *, num_led: int = 0, most_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        states: DepthStates,
+        ids_NT: Tensor,
+        *,
+        num_led: int = 0,
+        most_bytes: int = 0,
+        stored: Stored | None = None,
+    ) -> None:
         """See `heal` for the others.
 
         Args:
@@ -138,11 +160,12 @@ class Healer:
             ids_NT: the tokens that they are of.
             num_led: so many of the last sequences go along only: nothing is fitted to them or chosen on them.
             most_bytes: of the states and parameters that are kept; what was used longest ago goes first.
+            stored: see `heal`.
 
         Raises:
             InputError: there is only one sequence to fit to.
         """
-        self._states, self._ids_NT = states, ids_NT[: states.shape[1]]
+        self._states, self._ids_NT, self._stored = states, ids_NT[: states.shape[1]], stored
         num, length = self._ids_NT.shape
         self._num_text = num - num_led
         self._num_fitted = num_fitted(self._num_text, length)
@@ -157,12 +180,13 @@ class Healer:
     def heal(self, model: PreTrainedModel, progress: CountProgress | None = None) -> tuple[Healed, Tensor]:
         """Heal a folded model in place; also its states after the last position, for the sequences that are led."""
         places = _joined(places_of(model))
-        begin = first_touched(places)
+        begin = 0 if self._stored else first_touched(places)
         with self._lock:
             if any(place.reads not in self._inputs for place in places):
                 inputs = other_inputs(model, list(decoder_blocks(model)), self._ids_NT)
                 self._inputs |= {place.reads: given for place, given in zip(places, inputs, strict=True)}
-        text = StreamText(self._states, begin, (self._num_fitted, self._num_text), model.device)
+        own_NTD = first_state(model, self._ids_NT) if self._stored else self._states[begin]
+        text = StreamText(self._states, own_NTD, (self._num_fitted, self._num_text), model.device)
         values: dict[str, Tensor] = {}
         blocks: list[HealedBlock] = []
         ridge = FIRST_RIDGE
@@ -197,7 +221,7 @@ class Healer:
         if place.writer is None:
             text.advance(run)
             return _Step(text.own_NTD, {}, None, ridge)
-        block, ridge = _heal_one(place, place.writer, text, run, ridge)
+        block, ridge = _heal_one(place, place.writer, text, run, ridge, self._stored)
         values = place.writer.parameters() if block.ridge is not None else {}
         return _Step(text.own_NTD, values, block, ridge)
 
@@ -247,7 +271,12 @@ def _joined(places: list[Place]) -> list[Place]:
 
 
 def _heal_one(
-    place: Place, writer: StreamWriter, text: StreamText, run: Callable[[Tensor], Tensor], first_ridge: int
+    place: Place,
+    writer: StreamWriter,
+    text: StreamText,
+    run: Callable[[Tensor], Tensor],
+    first_ridge: int,
+    stored: Stored | None,
 ) -> tuple[HealedBlock, int]:
     """Solve one position, and let the text go through it; also the ridge that served, by its number."""
     weight_NT1 = text.weights(place)
@@ -274,8 +303,13 @@ def _heal_one(
     if after < before:
         solution_FD = TAKEN * sums.solved(RIDGES[number], ("fitted", "held out"))
         if bool(solution_FD.isfinite().all()):
-            text.take(place, read, solution_FD)
-            return HealedBlock(place.position, RIDGES[number], before, after), number
+            if stored is not None:  # rounded, it may be no better than the rounded matrix that was there
+                fitted_FD = writer.as_stored(TAKEN * sums.solved(RIDGES[number], ("fitted",)), stored)
+                after = text.missed(place, read, weight_NT1, fitted_FD)
+                solution_FD = writer.as_stored(solution_FD, stored)
+            if after < before:
+                text.take(place, read, solution_FD)
+                return HealedBlock(place.position, RIDGES[number], before, after), number
     return HealedBlock(place.position, None, before, before), number
 
 

@@ -160,27 +160,38 @@ def dense_targets(
 
 
 def cross_terms(
-    model: PreTrainedModel, hidden_MD: Tensor, targets: DenseTargets, chunk: tuple[Tensor, Tensor]
+    model: PreTrainedModel,
+    hidden_MD: Tensor,
+    targets: DenseTargets,
+    chunk: tuple[Tensor, Tensor],
+    dense: PreTrainedModel | None = None,
 ) -> Tensor:
     """Σ_v p_v z_v of a chunk, (M): p the dense distribution, z the folded model's logits.
 
-    chunk: the dense hidden states and the mean head rows of the same positions.
+    chunk: the dense hidden states and the mean head rows of the same positions. dense: the dense model, where the
+    folded model has another head.
     """
     dense_hidden_MD, mean_row_MD = chunk
-    if targets.mean_row_NPD.numel():
+    if targets.mean_row_NPD.numel() and dense is None:
         return (hidden_MD.float() * mean_row_MD).sum(-1)
     with torch.no_grad():
-        p_MV = head_logits(model, dense_hidden_MD).softmax(-1)
+        p_MV = head_logits(dense or model, dense_hidden_MD).softmax(-1)
     return (p_MV * head_logits(model, hidden_MD)).sum(-1)
 
 
 @torch.inference_mode()
 def judge(
-    model: PreTrainedModel, tokens: TokenSet, targets: DenseTargets, *, hidden_NTD: Tensor | None = None
+    model: PreTrainedModel,
+    tokens: TokenSet,
+    targets: DenseTargets,
+    *,
+    hidden_NTD: Tensor | None = None,
+    dense: PreTrainedModel | None = None,
 ) -> Quality:
     """The quality of a model on a token set, beside the dense one.
 
-    hidden_NTD: of the model on these tokens, after its final norm, where that is known already.
+    hidden_NTD: of the model on these tokens, after its final norm, where that is known already. dense: the dense model,
+    where `model` has a head of its own (rounded weights); else its head is the dense one's.
 
     KL(dense ‖ model), the next-token loss and agreement are means over the scored positions (see `TokenSet`); where
     there are several kinds of text, the KL is one figure made of those of the kinds (see `Kinds`). A
@@ -203,7 +214,7 @@ def judge(
         )
         cross = torch.cat(
             [
-                cross_terms(model, hidden_MD, targets, (dense_hidden_MD, row_MD))
+                cross_terms(model, hidden_MD, targets, (dense_hidden_MD, row_MD), dense)
                 for hidden_MD, dense_hidden_MD, row_MD in zip(
                     *(part.split(POSITIONS_AT_ONCE) for part in (hidden, dense_hidden[here], rows[here])),
                     strict=True,

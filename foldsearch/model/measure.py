@@ -24,11 +24,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 
 from foldsearch.errors import ModelError
 from foldsearch.model.blocks import Unit, decoder_blocks, family_of
 from foldsearch.model.folded import linears
 from foldsearch.plan.cost import BlockCost, CostTable, UnitCost
+from foldsearch.plan.stored import Matrix, Role
 
 TRACED_TOKENS = (32, 64)  # two lengths tell a linear term from a quadratic one
 
@@ -158,6 +160,7 @@ def measure(config: PretrainedConfig) -> CostTable:
         blocks=blocks,
         by_position=bool(getattr(config, "scale_attn_by_inverse_layer_idx", False)),
         family=str(config.model_type),
+        fixed_matrices=_fixed_matrices(model, family.blocks),
     )
 
 
@@ -203,15 +206,15 @@ def _block_costs(model: PreTrainedModel, windows: list[int]) -> list[BlockCost]:
         units = []
         for unit, cached in ((family.attention, (kv_width, windows[index])), (family.mlp, (0, 0))):
             names = [f"model.{family.blocks}.{index}.{name}" for name in (*unit.modules, *unit.norms)]
-            weights, norms, adapter_width = _unit_parameters(block, unit)
-            units.append(UnitCost(weights, norms, width, *fit(names), adapter_width, *cached))
+            weights, norms, adapter_width, matrices = _unit_parameters(block, unit)
+            units.append(UnitCost(weights, norms, width, *fit(names), adapter_width, *cached, matrices))
         attention, mlp = units
         known = _block_parameters(BlockCost(attention, mlp))
         result.append(BlockCost(attention, mlp, other=parameter_count(block)[""] - known))
     return result
 
 
-def _unit_parameters(block: nn.Module, unit: Unit) -> tuple[int, int, int]:
+def _unit_parameters(block: nn.Module, unit: Unit) -> tuple[int, int, int, tuple[Matrix, ...]]:
     adapted = [block.get_submodule(name) for name in linears(block, unit)]
     weights = sum(parameter.numel() for linear in adapted for parameter in linear.parameters())
     modules = [block.get_submodule(name) for name in (*unit.modules, *unit.norms)]
@@ -220,7 +223,27 @@ def _unit_parameters(block: nn.Module, unit: Unit) -> tuple[int, int, int]:
         weights,
         everything - weights,
         sum(sum(weight.shape) for linear in adapted if isinstance(weight := linear.weight, torch.Tensor)),
+        tuple(_matrix(linear) for linear in adapted),
     )
+
+
+def _matrix(module: nn.Module, role: Role = "inner") -> Matrix:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    outputs, inputs = reversed(weight.shape) if isinstance(module, Conv1D) else weight.shape
+    return Matrix(outputs, inputs, role)
+
+
+def _fixed_matrices(model: PreTrainedModel, blocks: str) -> tuple[Matrix, ...]:
+    """Those outside the blocks; one that looks tokens up and makes the logits counts once, as the head."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    outside = [module for name, module in model.named_modules() if not name.startswith(f"{blocks}.")]
+    embeddings = [module for module in outside if isinstance(module, nn.Embedding) and module is not table]
+    assert head is not None
+    found = [_matrix(head, "head"), *(_matrix(module, "positions") for module in embeddings)]
+    if head.weight is not table.weight:
+        found.append(_matrix(table, "table"))
+    return tuple(found)
 
 
 def _kv_widths(model: PreTrainedModel) -> list[int]:

@@ -35,6 +35,10 @@ LEAST_SIZE = 0.1  # of the mean squared size of what is added; smaller tokens we
 LEAST_GAIN = 1e-2  # of the RMS of a norm's gains; a channel below it hardly gets through, and stays as it is
 
 
+Stored = Callable[[Tensor], Tensor]
+"""What a file keeps of a matrix, (O, I) float32: the same matrix, rounded."""
+
+
 # ---- positions
 
 
@@ -208,6 +212,19 @@ class StreamWriter:
         if self.has_bias:
             self._put("bias", self._bias.float() + solution_FD[inputs])
 
+    def as_stored(self, solution_FD: Tensor, stored: Stored) -> Tensor:
+        """The solution after which the matrix has the numbers that are stored of it."""
+        if self.norm is not None:
+            solution_FD = solution_FD * self._per_gain()
+        weight_FD = self._own_weight()
+        new_FD = weight_FD + solution_FD
+        inputs = len(new_FD) - self.has_bias
+        new_FD[:inputs] = stored(new_FD[:inputs].T.contiguous()).T
+        change_FD = new_FD - weight_FD
+        if self.norm is not None:  # a channel that hardly gets through counts as one that does not
+            change_FD = torch.where(self._per_gain() != 0, change_FD * self._gain(), 0.0)
+        return change_FD
+
     def take(self, name: str, value: Tensor) -> None:
         """Take up what `parameters` told."""
         self._put(name.rpartition(".")[2], value)
@@ -296,10 +313,14 @@ class StreamText:
         own_NTD: in the dtype of the model, on its device.
     """
 
-    def __init__(self, states: DepthStates, depth: int, ends: tuple[int, int], device: torch.device) -> None:
-        """`ends`: of the sequences that are fitted to, and of those that are held out; others are led along."""
+    def __init__(
+        self, states: DepthStates, own_NTD: Tensor, ends: tuple[int, int], device: torch.device
+    ) -> None:
+        """`own_NTD`: as they begin. `ends`: of the sequences that are fitted to, and of those that are held out; others
+        are led along.
+        """
         self._states, self._ends = states, ends
-        self.own_NTD = states[depth].to(device, copy=True)
+        self.own_NTD = own_NTD.to(device, copy=True)
 
     @classmethod
     def of(cls, model: PreTrainedModel, states: DepthStates) -> StreamText:
@@ -313,7 +334,8 @@ class StreamText:
             InputError: there is only one sequence.
         """
         num, length = states.shape[1:3]
-        return cls(states, first_touched(places_of(model)), (num_fitted(num, length), num), model.device)
+        own_NTD = states[first_touched(places_of(model))]
+        return cls(states, own_NTD, (num_fitted(num, length), num), model.device)
 
     def batches(self) -> Iterator[slice]:
         """Of sequences; all of a batch are of one part."""

@@ -155,37 +155,38 @@ class StatesInOrder:
         """The states at a depth, (N, T, D), in the model's dtype, on the CPU; not to be written to."""
         if depth not in self._found:
             nearest = max((known for known in self._found if known < depth), default=None)
-            state_NTD = self._first() if nearest is None else self._found[nearest]
+            state_NTD = first_state(self._dense, self._ids_NT) if nearest is None else self._found[nearest]
             runs = block_runs(self._dense, self._ids_NT)
             for run in runs[nearest or 0 : depth]:
-                state_NTD = torch.cat(
-                    [run(part.to(self._dense.device)).cpu() for part in self._parts(state_NTD)]
-                )
+                state_NTD = torch.cat([run(part.to(self._dense.device)).cpu() for part in _parts(state_NTD)])
             self._found = {key: value for key, value in self._found.items() if key == self._before}
             self._found[depth] = state_NTD.clone() if depth == 0 else state_NTD
         self._before = depth
         return self._found[depth]
 
-    def _parts(self, values: Tensor) -> Iterator[Tensor]:
-        step = max(1, BATCH_TOKENS // self._ids_NT.shape[1])
-        yield from (values[start : start + step] for start in range(0, len(values), step))
 
-    def _first(self) -> Tensor:
-        """What the first block reads."""
-        found: list[Tensor] = []
+def first_state(model: PreTrainedModel, ids_NT: Tensor) -> Tensor:
+    """What the first block of a model reads of a text, (N, T, D), on the CPU."""
+    found: list[Tensor] = []
 
-        def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append((args[0] if args else kwargs["hidden_states"]).cpu())
-            raise _Enough
+    def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((args[0] if args else kwargs["hidden_states"]).cpu())
+        raise _Enough
 
-        hook = decoder_blocks(self._dense)[0].register_forward_pre_hook(keep, with_kwargs=True)
-        try:
-            for ids_BT in self._parts(self._ids_NT):
-                with suppress(_Enough):
-                    last_hidden(self._dense, ids_BT.to(self._dense.device))
-        finally:
-            hook.remove()
-        return torch.cat(found)
+    hook = decoder_blocks(model)[0].register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        for ids_BT in _parts(ids_NT):
+            with suppress(_Enough):
+                last_hidden(model, ids_BT.to(model.device))
+    finally:
+        hook.remove()
+    return torch.cat(found)
+
+
+def _parts(values_NT: Tensor) -> Iterator[Tensor]:
+    """Some sequences at a time."""
+    step = max(1, BATCH_TOKENS // values_NT.shape[1])
+    yield from (values_NT[start : start + step] for start in range(0, len(values_NT), step))
 
 
 class _Enough(Exception):

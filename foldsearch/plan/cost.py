@@ -6,11 +6,12 @@ A gigabyte budget bounds weights + adapters + KV cache + activations, for one ta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from foldsearch.errors import BudgetError
 from foldsearch.plan.kinds import kind_named
 from foldsearch.plan.plan import FoldPlan, Replacement
+from foldsearch.plan.stored import DTYPE_TYPES, VECTOR_BYTES, Matrix
 
 GB = 10**9
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -25,6 +26,7 @@ class Target:
     prefill_chunk: tokens that go through the model at once when a prompt is read.
     runtime: the name of what runs the export (see `foldsearch.runtimes`).
     shares_weights: whether it stores a shared weight once; else it stores it again for every child, adapters merged.
+    weights: the type that matrices are stored in (`foldsearch.plan.stored`); empty where all weights are of the dtype.
     """
 
     dtype: str = "bfloat16"
@@ -33,6 +35,16 @@ class Target:
     prefill_chunk: int = 512
     runtime: str = "folded"
     shares_weights: bool = True
+    weights: str = ""
+
+    @property
+    def rounds(self) -> bool:
+        """Whether what is stored has other numbers than the dtype's: it is then another model, and measured as one."""
+        return self.weights not in ("", DTYPE_TYPES[self.dtype])
+
+    def storing(self, weights: str) -> Target:
+        """The same with weights of another type; itself where that is empty."""
+        return replace(self, weights=weights) if weights else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +56,7 @@ class UnitCost:
     macs: per token, whatever the context. context_macs: per token and per token of context.
     adapter_width: sum over its linears of inputs + outputs (parameters, and MACs per token, of rank 1).
     kv_width: numbers cached per token. window: tokens its attention can see (0: all of them).
+    matrices: of its linears; the rest of `weights` are biases.
     """
 
     weights: int
@@ -54,6 +67,7 @@ class UnitCost:
     adapter_width: int
     kv_width: int = 0
     window: int = 0
+    matrices: tuple[Matrix, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +89,7 @@ class CostTable:
     through at once, and the part that does not grow with them. vocabulary: logits of one token.
     by_position: whether attention is scaled by a block's position (GPT-2's scale_attn_by_inverse_layer_idx).
     family: the model type of transformers.
+    fixed_matrices: outside the blocks; the rest of `fixed_weights` are norms and biases.
     """
 
     width: int
@@ -87,6 +102,7 @@ class CostTable:
     blocks: tuple[BlockCost, ...]
     by_position: bool = False
     family: str = ""
+    fixed_matrices: tuple[Matrix, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +194,46 @@ def parse_flops(text: str, dense: Cost) -> int:
     return int(flops)
 
 
+def in_stored_units(table: CostTable, target: Target) -> tuple[CostTable, int]:
+    """The table with its weights in the units that the target stores, and the bytes of a unit.
+
+    A unit is a number of the target's dtype; where the target has a type of weights, it is a byte. Adapters, and
+    networks in place of blocks, stay numbers: what has a type holds neither.
+    """
+    if not target.weights:
+        return table, DTYPE_BYTES[target.dtype]
+    for known, weights, found in _latest:
+        if known is table and weights == target.weights:
+            return found, 1
+    found = _in_bytes(table, target.weights)
+    _latest[:] = [(table, target.weights, found), *_latest[:15]]
+    return found, 1
+
+
+# Found by identity: hashing a table takes longer than pricing.
+_latest: list[tuple[CostTable, str, CostTable]] = []
+
+
+def _in_bytes(table: CostTable, weights: str) -> CostTable:
+    def of(matrices: tuple[Matrix, ...], numbers: int) -> int:
+        vectors = numbers - sum(matrix.numbers for matrix in matrices)
+        return sum(matrix.stored_bytes(weights) for matrix in matrices) + VECTOR_BYTES * vectors
+
+    def unit(cost: UnitCost) -> UnitCost:
+        return replace(
+            cost,
+            weights=of(cost.matrices, cost.weights),
+            norms=VECTOR_BYTES * cost.norms,
+            output_norm=VECTOR_BYTES * cost.output_norm,
+        )
+
+    blocks = tuple(
+        BlockCost(unit(block.attention), unit(block.mlp), VECTOR_BYTES * block.other)
+        for block in table.blocks
+    )
+    return replace(table, blocks=blocks, fixed_weights=of(table.fixed_matrices, table.fixed_weights))
+
+
 def price(plan: FoldPlan, table: CostTable, target: Target) -> Cost:
     """The cost of a plan, by arithmetic (about 20 µs for 30 blocks).
 
@@ -187,6 +243,7 @@ def price(plan: FoldPlan, table: CostTable, target: Target) -> Cost:
     if plan.num_blocks != len(table.blocks):
         raise BudgetError(f"the plan is for {plan.num_blocks} blocks, the model has {len(table.blocks)}.")
     context = target.context
+    table, unit_bytes = in_stored_units(table, target)
     weights, carried, kv_width_tokens = table.fixed_weights, 0, 0
     macs, prefill_context_macs, decode_context_macs = table.fixed_macs, 0, 0
     seen: set[int] = set()
@@ -238,8 +295,8 @@ def price(plan: FoldPlan, table: CostTable, target: Target) -> Cost:
     size = DTYPE_BYTES[target.dtype]
     activations = table.activation_fixed + table.activation_width * min(target.prefill_chunk, context)
     return Cost(
-        weight_bytes=weights * size,
-        adapter_bytes=carried * size,
+        weight_bytes=weights * unit_bytes,
+        adapter_bytes=carried * unit_bytes,
         kv_bytes=kv_width_tokens * target.batch * size,
         activation_bytes=(activations + table.vocabulary) * target.batch * size,
         # At prefill the head runs for the last token only: its share of one token.

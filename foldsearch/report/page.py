@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+from collections.abc import Sequence
 from pathlib import Path
 
 from foldsearch.files import replace_atomically
@@ -55,13 +56,15 @@ svg {{ display: block; }}
 def _page(view: RunView, picture: bytes = b"") -> str:
     esc = html.escape
     target = view.folder.target
+    types = ", ".join(view.folder.study.space.weights) or target.weights
+    weights = f"{target.runtime} weights" + (f" in {types}" if types else "")
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
         f"<title>{esc(view.name)} · foldsearch</title><style>{_STYLE}</style>",
         f"<h1>{esc(view.model)} folded</h1>",
         f"<p>{esc(view.note) + '. ' if view.note else ''}Text: {esc(view.data)}. Priced for {target.dtype}, a context "
-        f"of {target.context:,} tokens, batch {target.batch}, {target.runtime} weights; "
+        f"of {target.context:,} tokens, batch {target.batch}, {weights}; "
         f"{esc(budget_words(view.folder))}.</p>",
     ]
     if not view.finished:
@@ -132,6 +135,11 @@ def _trial_table(view: RunView) -> str:
         + "<td>0" * len(kinds)
         + f"<td>{'' if perplexity is None else f'{perplexity:.2f}'}<td><td class=l>{_cost_cells(dense, dense)}"
     )
+    for rival in view.rivals:
+        rows.append(
+            f"<tr class=dense><td>dense {rival.weights}<td class=l>{_svg(FoldPlan.identity(view.folder.num_blocks))}"
+            f"{_figure_cells(rival.search, rival.report, kinds)}<td><td class=l>{_cost_cells(rival.cost, dense)}"
+        )
     for trial in view.front_and_baselines:
         gain = view.gain(trial)
         shade = "" if gain is None else " class=better" if gain < 0 else " class=worse"
@@ -144,16 +152,21 @@ def _trial_table(view: RunView) -> str:
             by += f" <span class=worse>{html.escape(setback)}</span>"
         if further := view.further_words(trial):
             by += f" <span class=better>{html.escape(further)}</span>"
-        final, change = trial.final, "—" if gain is None else rounded(gain, "+.3f")
-        by_title = {kind.title: with_error(kind.kl, kind.kl_se, ".3f") for kind in final.shown_kinds}
-        by_kind = "".join(f"<td>{by_title.get(kind, '')}" for kind in kinds)
+        change = "—" if gain is None else rounded(gain, "+.3f")
         rows.append(
             f"<tr{' class=front' if trial.number in front else ''}><td>{trial.number}<td class=l>{_svg(trial.plan)}"
-            f"<td>{_kl(trial.quality)}<td>{_kl(final)}{by_kind}"
-            f"<td>{with_error(final.perplexity, final.perplexity_se, '.2f')}"
-            f"<td{shade}>{change}<td class=l>{by}{_cost_cells(trial.cost, dense)}"
+            f"{_figure_cells(trial.quality, trial.final, kinds)}<td{shade}>{change}"
+            f"<td class=l>{by}{_cost_cells(trial.cost, dense)}"
         )
     return f"<div class=wide><table>{''.join(rows)}</table></div>"
+
+
+def _figure_cells(search: Quality, report: Quality, kinds: Sequence[str]) -> str:
+    """Quality on the search and on the report texts, on each kind of the latter, and perplexity."""
+    by_title = {kind.title: with_error(kind.kl, kind.kl_se, ".3f") for kind in report.shown_kinds}
+    by_kind = "".join(f"<td>{by_title.get(kind, '')}" for kind in kinds)
+    perplexity = with_error(report.perplexity, report.perplexity_se, ".2f")
+    return f"<td>{_kl(search)}<td>{_kl(report)}{by_kind}<td>{perplexity}"
 
 
 def _kl(quality: Quality) -> str:

@@ -183,6 +183,7 @@ class _Frame:
         marks = [dense.memory_bytes / GB]
         if budget.memory_bytes is not None:
             marks.append(budget.memory_bytes / GB)
+        marks += [rival.cost.memory_bytes / GB for rival in view.rivals]
         self.x = shown_range([*(_gigabytes(trial) for trial in entries), *marks], most + len(marks))
         kls = [trial.quality.kl for trial in entries]
         self.y = shown_range([0.0, *kls], most, always=0.0)
@@ -250,6 +251,7 @@ def _draw_points(view: RunView, figure: Figure, axes: Axes, drawn: Sequence[Tria
         label="dense", **scale,
     )  # fmt: skip
     _write_beyond(axes, star)
+    _draw_rivals(view, axes, frame)
     _draw_budget(view, axes, frame)
     for criterion in dict.fromkeys(filter(None, map(view.baseline, view.finished))):
         known = criterion_of(criterion)
@@ -324,6 +326,20 @@ def _write_beyond(axes: Axes, place: _Place) -> None:
             place.beyond, (place.x, place.y), xytext=(-7 if right else 7, -9 if "↑" in place.beyond else 10),
             textcoords="offset points",
             fontsize=8, color=INK, ha="right" if right else "left", va="center",
+        )  # fmt: skip
+
+
+def _draw_rivals(view: RunView, axes: Axes, frame: _Frame) -> None:
+    """The dense model with weights of fewer bits: what folding costs beside rounding, at these bytes."""
+    for number, rival in enumerate(view.rivals):
+        place = frame.place(rival.cost.memory_bytes / GB, rival.search.kl)
+        axes.scatter(
+            place.x, place.y, marker="*", s=110, facecolors="white", edgecolors=INK, linewidths=1.1, zorder=5,
+            label="" if number else "dense, fewer bits",
+        )  # fmt: skip
+        axes.annotate(
+            f"{rival.weights} {place.beyond}", (place.x, place.y), xytext=(6, 5), textcoords="offset points",
+            fontsize=7, color=INK,
         )  # fmt: skip
 
 

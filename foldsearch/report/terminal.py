@@ -244,8 +244,12 @@ def _front_rows(view: RunView, every: bool) -> list[dict[str, str | Text]]:
     kinds = dict.fromkeys(f"{_KIND}{kind.title}" for trial in shown for kind in trial.final.shown_kinds)
     dense |= dict.fromkeys(kinds, "0")
     rows = [dense | _price(folder.dense, folder.dense) | _files(view, FoldPlan.identity(folder.num_blocks))]
+    for rival in view.rivals:
+        cost = _price(rival.cost, folder.dense)
+        named = {"trial": f"dense {rival.weights}", "plan": dense["plan"]}
+        rows.append(named | _figures(rival.search, rival.report) | cost)
     for trial in shown:
-        q, final, on_front = trial.quality, trial.final, trial.number in front
+        final, on_front = trial.final, trial.number in front
         authors = ", ".join(view.authors(trial))
         if every and (repeats := view.repeats(trial)):
             trials = "trial" if len(repeats) == 1 else "trials"
@@ -254,18 +258,25 @@ def _front_rows(view: RunView, every: bool) -> list[dict[str, str | Text]]:
             "": _marks(view, trial, on_front),
             "trial": Text(str(trial.number), style="bold" if on_front else "dim"),
             "plan": strip_text(trial.plan),
-            "search KL": with_error(q.kl, q.kl_se, ".3f"),
-            "report KL": Text(
-                with_error(final.kl, final.kl_se, ".3f"), style="bold" if final.kl == best_kl else ""
-            ),
-            "perplexity": with_error(final.perplexity, final.perplexity_se, ".2f"),
+            **_figures(trial.quality, final),
             "Δ KL": _gain(view, trial),
             "chosen by": authors,
         }
-        for kind in final.shown_kinds:
-            row[f"{_KIND}{kind.title}"] = with_error(kind.kl, kind.kl_se, ".3f")
-        rows.append(row | _price(trial.cost, folder.dense) | _files(view, trial.plan))
+        if final.kl == best_kl:
+            row["report KL"] = Text(str(row["report KL"]), style="bold")
+        rows.append(row | _price(trial.cost, folder.dense) | _files(view, trial.plan, trial.weights))
     return rows
+
+
+def _figures(search: Quality, report: Quality) -> dict[str, str | Text]:
+    """Quality on the search and on the report texts, and on each kind of the latter."""
+    kinds = {f"{_KIND}{kind.title}": with_error(kind.kl, kind.kl_se, ".3f") for kind in report.shown_kinds}
+    return {
+        "search KL": with_error(search.kl, search.kl_se, ".3f"),
+        "report KL": with_error(report.kl, report.kl_se, ".3f"),
+        "perplexity": with_error(report.perplexity, report.perplexity_se, ".2f"),
+        **kinds,
+    }
 
 
 def _plans_table(key: tuple[Column, ...], columns: Mapping[str, Column], width: int) -> Grid:
@@ -299,9 +310,9 @@ def _price(cost: Cost, dense: Cost) -> dict[str, str | Text]:
     }
 
 
-def _files(view: RunView, plan: FoldPlan) -> dict[str, str | Text]:
+def _files(view: RunView, plan: FoldPlan, weights: str = "") -> dict[str, str | Text]:
     """Megabytes of an export to each runtime; a dash where it cannot hold the plan."""
-    found = exported_bytes(plan, view.folder.table, view.folder.target)
+    found = exported_bytes(plan, view.folder.table, view.folder.target.storing(weights))
     return {
         f"{name} MB": Text("—", style="dim") if size is None else megabytes(size)
         for name, size in found.items()
@@ -313,15 +324,20 @@ def megabytes(size: int) -> str:
     return f"{size / 1e6:,.0f}" if size >= 1e8 else f"{size / 1e6:,.1f}"
 
 
-def runtimes_words(view: RunView, plan: FoldPlan) -> str:
-    """Which runtimes hold a plan, at what size, and why others do not: `foldsearch pick`."""
-    table, target = view.folder.table, view.folder.target
+def runtimes_words(view: RunView, plan: FoldPlan, weights: str = "") -> str:
+    """Which runtimes hold a plan, at what size, and why others do not: `foldsearch pick`.
+
+    weights: the type that the plan was measured in; empty is the target's.
+    """
+    table, target = view.folder.table, view.folder.target.storing(weights)
     found = exported_bytes(plan, table, target)
     usual = runtime_for(plan, target.runtime, by_position=table.by_position).name
     held = []
     for name, size in found.items():
         if size is not None:
             other = " in float32" if target.dtype in runtime_named(name).lacks else ""
+            if name == target.runtime and target.rounds:
+                other = f" in {target.weights}"
             held.append(f"{name} {megabytes(size)} MB{other}" + (" (the default)" if name == usual else ""))
     words = f"exports in {target.dtype} to {', '.join(held)}"
     if lacking := [name for name, size in found.items() if size is None]:
@@ -404,9 +420,10 @@ def _heading(view: RunView) -> Text:
     text = Text()
     text.append(view.name, style="bold")
     text.append(f"  {view.model}" + (f" ({view.note})" if view.note else "") + f" on {view.data}\n")
+    types = ", ".join(view.folder.study.space.weights) or target.weights
     text.append(
         f"priced for {target.dtype}, a context of {target.context:,} tokens, batch {target.batch}, "
-        f"{target.runtime} weights; {budget_words(view.folder)}",
+        f"{target.runtime} weights{f' in {types}' if types else ''}; {budget_words(view.folder)}",
         style="dim",
     )
     return text

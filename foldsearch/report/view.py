@@ -19,7 +19,15 @@ from foldsearch.plan.front import knee
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Quality, rounded
 from foldsearch.proposal import Given, Proposal
-from foldsearch.record import Trial, best_of_plans, front, point, read_trial
+from foldsearch.record import (
+    DenseRival,
+    Trial,
+    best_of_plans,
+    front,
+    point,
+    read_rivals,
+    read_trial,
+)
 from foldsearch.run import Run
 from foldsearch.search.records import read_trials
 from foldsearch.search.screened import Screened, read_screened, screened_by_count
@@ -81,6 +89,11 @@ class RunView:
         return finished[0].final.dense_perplexity if finished else None
 
     @cached_property
+    def rivals(self) -> tuple[DenseRival, ...]:
+        """The dense model with weights of fewer bits, where it was measured."""
+        return read_rivals(self.folder.rivals)
+
+    @cached_property
     def screened(self) -> list[Screened]:
         """The plans that were healed and measured before any was trained."""
         return read_screened(self.folder.screened)
@@ -124,21 +137,25 @@ class RunView:
         return tuple(best_of_plans(self.trials))
 
     @cached_property
-    def _came_to(self) -> dict[FoldPlan, list[Trial]]:
-        """For each plan the trials that came to it and have a result, also one of another trial."""
-        found: dict[FoldPlan, list[Trial]] = {}
+    def _came_to(self) -> dict[tuple[FoldPlan, str], list[Trial]]:
+        """For each plan and type of weights the trials that came to it and have a result, also of another trial."""
+        found: dict[tuple[FoldPlan, str], list[Trial]] = {}
         for trial in self.trials:
             if trial.results:
-                found.setdefault(trial.plan, []).append(trial)
+                found.setdefault((trial.plan, trial.weights), []).append(trial)
         return found
 
     def repeats(self, trial: Trial) -> tuple[int, ...]:
         """The other trials that came to a trial's plan."""
-        return tuple(other.number for other in self._came_to[trial.plan] if other.number != trial.number)
+        return tuple(
+            other.number for other in self._came_to[trial.plan, trial.weights] if other.number != trial.number
+        )
 
     def proposals(self, trial: Trial) -> list[Proposal]:
         """All proposals that led to a trial's plan, by the number of the trial."""
-        return [other.proposal for other in self._came_to[trial.plan] if other.proposal is not None]
+        return [
+            other.proposal for other in self._came_to[trial.plan, trial.weights] if other.proposal is not None
+        ]
 
     def authors(self, trial: Trial) -> tuple[str, ...]:
         """Who chose the blocks of a trial's plan, each once: a criterion, or who gave the plan."""
@@ -288,7 +305,14 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def author(proposal: Proposal) -> str:
-    """Who chose the blocks of a proposal, in a word or two, and what became of them where they are not dropped."""
+    """Who chose the blocks of a proposal, in a word or two; what became of them where they are not dropped.
+
+    Also in which type their weights are stored, where the space has several.
+    """
+    return f"{_chosen_by(proposal)}, {proposal.weights}" if proposal.weights else _chosen_by(proposal)
+
+
+def _chosen_by(proposal: Proposal) -> str:
     fold, removed = proposal.fold, proposal.removed
     if isinstance(fold, Given):
         return proposal.origin

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from foldsearch.errors import InputError, PlanError, find_named
-from foldsearch.model.gguf.types import DTYPE_TYPES, TYPES
 from foldsearch.plan.cost import CostTable, Target, price
 from foldsearch.plan.plan import UNITS, FoldPlan
+from foldsearch.plan.stored import DTYPE_TYPES, TYPES
 from foldsearch.runtimes.needs import WORDS, Need, needs
 
 if TYPE_CHECKING:
@@ -415,7 +415,16 @@ def exported_bytes(plan: FoldPlan, table: CostTable, target: Target) -> dict[str
     for runtime in RUNTIMES:
         refusal = runtime.refusal(plan, by_position=table.by_position, family=table.family)
         dtype = "float32" if target.dtype in runtime.lacks else target.dtype
-        there = replace(target, dtype=dtype, runtime=runtime.name, shares_weights=runtime.shares_weights)
+        weights = runtime.own_types.get(dtype, "")
+        if runtime.name == target.runtime:
+            weights = target.weights
+        there = replace(
+            target,
+            dtype=dtype,
+            runtime=runtime.name,
+            shares_weights=runtime.shares_weights,
+            weights=weights if weights in TYPES else "",
+        )
         found[runtime.name] = None if refusal else price(plan, table, there).stored_bytes
     return found
 

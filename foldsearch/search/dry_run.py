@@ -13,7 +13,7 @@ from foldsearch.machine import (
     num_cpus,
 )
 from foldsearch.model.training import SCREEN_BYTES
-from foldsearch.plan.cost import DTYPE_BYTES, GB, Cost, CostTable
+from foldsearch.plan.cost import GB, Cost, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.run import Run
 from foldsearch.search.screened import is_screened
@@ -28,14 +28,15 @@ HEALING = (
 
 
 def dense_fits(run: Run) -> str:
-    """What to say where dense keeps the budget already; "" where it does not, or there is no budget."""
-    budget, dense = run.budget, run.dense
+    """What to say where dense, stored as the target says, keeps the budget already; "" where not, or there is none."""
+    budget, dense = run.budget, price(FoldPlan.identity(run.num_blocks), run.table, run.target)
     if (budget.memory_bytes is None and budget.flops is None) or not budget.admits(dense):
         return ""
     words = [f"{dense.memory_bytes / GB:.4f} GB" if budget.memory_bytes is not None else ""]
     words += [f"{dense.flops:.4g} FLOPs per token" if budget.flops is not None else ""]
     needs = " and ".join(word for word in words if word)
-    return f"the dense model keeps the budget already (it needs {needs}); searching below it."
+    stored = f" in {run.target.weights}" if run.target.rounds else ""
+    return f"the dense model{stored} keeps the budget already (it needs {needs}); searching below it."
 
 
 def lacks_memory(run: Run, dtype: str) -> str:
@@ -66,7 +67,7 @@ def memory_needed(run: Run, dtype: str) -> int:
     changed, what a step of training keeps, Python with its libraries; what a screening keeps.
     """
     study, table = run.study, run.table
-    weights = run.dense.weight_bytes // DTYPE_BYTES[run.target.dtype] * DTYPE_BYTES[dtype]
+    weights = price(FoldPlan.identity(run.num_blocks), table, Target(dtype)).weight_bytes
     step = 4 * study.splits.sequence_length * study.recovery.batch
     activations = step * (run.num_blocks * table.activation_width + 2 * table.vocabulary)
     of_trial = 4 * _trained_bytes(run) + _healed_bytes(run) + activations + 6 * 10**8

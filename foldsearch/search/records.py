@@ -36,6 +36,7 @@ from foldsearch.plan.cost import GB, Cost, price
 from foldsearch.plan.neighbour import neighbour
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import rounded
+from foldsearch.plan.stored import widest_first
 from foldsearch.plan.strip import strip
 from foldsearch.proposal import Fold, Given, Origin, Proposal, fold_plan
 from foldsearch.record import State, Trial, front, point
@@ -50,11 +51,12 @@ from foldsearch.search.storage import (
     study_name,
 )
 from foldsearch.spec.fit import can_run, narrow, repair
-from foldsearch.spec.propose import Plain, plain_answers, propose, propose_recovery
+from foldsearch.spec.propose import Plain, plain_answers, propose, propose_recovery, propose_weights
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import Objective
 
 METRIC_NAMES = {"kl": "KL to dense (nats per token)", "memory": "memory (GB)", "flops": "FLOPs per token"}
+TYPE_MOVES = 0.25  # of the moves around the front, where there are several types of weights
 _NEIGHBOUR_TRIES = 20
 _REJECTS = 100
 _REDRAWS = 8  # suggestions in a row that would repeat a plan, before a neighbour is taken instead
@@ -220,7 +222,7 @@ class Records:
         self.put_in_line([self.baseline(criterion, num_removed, origin=origin, closing=closing)])
 
     def queue_plan(self, plan: FoldPlan) -> None:
-        """Put a plan that was screened in line, recovery settings in mid-range."""
+        """Put a plan that was screened in line, recovery settings in mid-range, in the widest type that fits."""
         self.put_in_line([self.screened(plan)])
 
     def baseline(
@@ -233,8 +235,17 @@ class Records:
 
     def screened(self, plan: FoldPlan) -> InLine:
         """What `queue_plan` puts in line."""
-        plain = Plain({"delta_rank": self.space.recover.middle_rank})
+        run = self.run
+        fitting = [
+            weights
+            for weights in widest_first(self.space.weights)
+            if run.budget.admits(price(plan, run.table, run.target.storing(weights)))
+        ]
+        plain = Plain(
+            {"delta_rank": self.space.recover.middle_rank, **({"weights": fitting[0]} if fitting else {})}
+        )
         propose_recovery(plain, self.space)
+        propose_weights(plain, self.space)
         return InLine(plain.answers, {"origin": "screened", "given": to_json(plan)})
 
     def put_in_line(self, trials: Sequence[InLine]) -> None:
@@ -352,9 +363,10 @@ class Records:
         given = row.user_attrs.get("given")
         if given is None:
             return None
-        return Proposal(
-            Given(from_json(FoldPlan, given)), propose_recovery(_Suggest(row), self.space), "screened"
-        )
+        suggest = _Suggest(row)
+        recovery = propose_recovery(suggest, self.space)
+        plan = Given(from_json(FoldPlan, given))
+        return Proposal(plan, recovery, "screened", propose_weights(suggest, self.space))
 
     def foretell(self, proposal: Proposal) -> int | None:
         """The trial that measures the plan which a proposal will come to, where that can be told before it is drafted.
@@ -367,11 +379,12 @@ class Records:
             if trial.proposal is not None and trial.state not in ("failed", "infeasible")
         ]
         for trial in measured:
-            if trial.fold == proposal.fold:
+            if trial.fold == proposal.fold and trial.weights == proposal.weights:
                 return trial.number
         plan, start = self._plan_of(proposal.fold), proposal.fold.adapter_start
         for trial in measured:
-            if trial.results and trial.plan == plan and trial.fold.adapter_start == start:
+            alike = trial.results and trial.plan == plan and trial.fold.adapter_start == start
+            if alike and trial.weights == proposal.weights:
                 return trial.number
         return None
 
@@ -404,17 +417,31 @@ class Records:
             return None
         if not (parents := self.front()):
             return None
-        tried = {trial.plan for trial in self._trials if trial.draft is not None}
-        tried |= {trial.proposal.plan for trial in self._trials if trial.proposal and trial.proposal.plan}
-        tried.add(FoldPlan.identity(self.run.num_blocks))
+        tried = {(trial.plan, trial.weights) for trial in self._trials if trial.draft is not None}
+        tried |= {
+            (trial.proposal.plan, trial.weights)
+            for trial in self._trials
+            if trial.proposal and trial.proposal.plan
+        }
+        identity = FoldPlan.identity(self.run.num_blocks)
         for _ in range(_NEIGHBOUR_TRIES):
             parent = rng.choice(parents)
-            plan = neighbour(parent.plan, rng)
-            if plan is None or plan in tried or not can_run(plan, self.run.table, self.run.target):
+            plan: FoldPlan | None = parent.plan
+            weights = parent.weights
+            others = [one for one in self.space.weights if one != weights]
+            if others and rng.random() < TYPE_MOVES:  # the same plan in another type is near too
+                weights = rng.choice(others)
+            else:
+                plan = neighbour(parent.plan, rng)
+            if plan is None or plan == identity or (plan, weights) in tried:
                 continue
-            if self.run.budget.admits(price(plan, self.run.table, self.run.target)):
+            target = self.run.target.storing(weights)
+            if can_run(plan, self.run.table, target) and self.run.budget.admits(
+                price(plan, self.run.table, target)
+            ):
                 given = Given(plan, parent.fold.adapter_start)
-                return Proposal(given, propose_recovery(_Suggest(row), self.space), "neighbour")
+                # Another type than the sampler would suggest: it is told of none.
+                return Proposal(given, propose_recovery(_Suggest(row), self.space), "neighbour", weights)
         return None
 
     # ---- what became of whom

@@ -327,6 +327,14 @@ class Search:
                 raise self._error from None  # Tune wraps what `judge` raises into text
             raise
         self.records.note_elapsed(self.line.elapsed())
+        if _is_real(context) and self.records.front():
+            from foldsearch.shipped import measure_rivals
+
+            measure_rivals(
+                context,
+                progress=lambda stage, share: self._tell(Preparing(stage, share)),
+                notice=lambda words: self._tell(Notice(words)),
+            )
         self._trim_cache(context.cache_dir)
         known = self.records.all()
         states = [trial.state for trial in known]

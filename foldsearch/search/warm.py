@@ -25,28 +25,45 @@ from foldsearch.search.records import read_trials
 from foldsearch.search.screened import Promoted, Screened
 from foldsearch.spec.fit import can_run
 
-SCHEMA = 1  # of what is kept
+SCHEMA = 2  # of what is kept
 LISTED = 5  # plans of each list that are told, at even distances of the front
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A plan that an earlier run trained. kl: on the search texts. run: its folder. trial: its number there."""
+    """A plan that an earlier run trained.
+
+    kl: on the search texts. run: its folder. trial: its number there. weights: the type that it was measured in; empty
+    where that is the dtype's own.
+    """
 
     plan: FoldPlan
     kl: float
     recovery_tokens: int
     run: str
     trial: int
+    weights: str = ""
 
 
 def trained_by(run: Run, trials: Sequence[Trial]) -> list[Trained]:
     """The front of a run's trials."""
     folder = str(run.path.absolute())
     return [
-        Trained(one.plan, one.quality.kl, one.last.recovery_tokens, folder, one.number)
+        Trained(
+            one.plan,
+            one.quality.kl,
+            one.last.recovery_tokens,
+            folder,
+            one.number,
+            _rounded_to(run, one.weights),
+        )
         for one in front(trials)
     ]
+
+
+def _rounded_to(run: Run, weights: str) -> str:
+    target = run.target.storing(weights)
+    return target.weights if target.rounds else ""
 
 
 # ---- a run that is named
@@ -111,7 +128,9 @@ def known_trained(run: Run, cache_dir: Path) -> list[Trained]:
     if path is None or not path.exists():
         return []
     kept: list[Any] = cache.json_grown(path, lambda known: known or [])
-    return _affordable(run, [from_json(Trained, value) for value in kept])
+    known = [from_json(Trained, value) for value in kept]
+    ours = {_rounded_to(run, weights) for weights in run.study.space.weights or ("",)}
+    return _affordable(run, [one for one in known if one.weights in ours])
 
 
 def _path(run: Run, cache_dir: Path) -> Path | None:
@@ -128,8 +147,8 @@ def _path(run: Run, cache_dir: Path) -> Path | None:
 def known_words(run: Run, screened: Iterable[Screened], trained: Sequence[Trained]) -> str:
     """What is known within the budget: the fronts of what was trained and of what was screened; empty if nothing is."""
     lists = (
-        ("trained", [(one.plan, one.kl, f"trial {one.trial} of {one.run}") for one in trained]),
-        ("screened, KL of little text", [(one.plan, one.quality.kl, "") for one in screened]),
+        ("trained", [(one.plan, one.kl, f"trial {one.trial} of {one.run}", one.weights) for one in trained]),
+        ("screened, KL of little text", [(one.plan, one.quality.kl, "", "") for one in screened]),
     )
     lines = []
     for title, every in lists:
@@ -139,13 +158,13 @@ def known_words(run: Run, screened: Iterable[Screened], trained: Sequence[Traine
         if best:
             lines.append(f"  {title}: {len(every)} plans, {len(best)} of them on their front")
         for i in dict.fromkeys(shown):
-            plan, kl, where = every[i]
+            plan, kl, where, _ = every[i]
             lines.append(f"    {points[i][1]:.4f} GB  KL {kl:.3f}  {plan}  {printable(where)}".rstrip())
     return "\n".join(["known before this run, within its budget:", *lines]) if lines else ""
 
 
-def _costs(run: Run, plans: Iterable[tuple[FoldPlan, float, str]]) -> list[tuple[Cost, float]]:
-    return [(price(plan, run.table, run.target), kl) for plan, kl, _ in plans]
+def _costs(run: Run, plans: Iterable[tuple[FoldPlan, float, str, str]]) -> list[tuple[Cost, float]]:
+    return [(price(plan, run.table, run.target.storing(weights)), kl) for plan, kl, _, weights in plans]
 
 
 def _affordable(run: Run, trained: Iterable[Trained]) -> list[Trained]:

@@ -199,7 +199,7 @@ def size(space: Space, num_blocks: int) -> int:
     fewest, most = space.counts(num_blocks)
     criteria = sum(len(space.settings(criterion)) for criterion in space.criteria)
     fates = [(space.table(fate).size(), fate_named(fate).has_groups) for fate in space.fates]
-    groups, total = space.groups, 0
+    groups, total, types = space.groups, 0, max(1, len(space.weights))
     for count in range(fewest, most + 1):
         kept = num_blocks - count
         starts = groups.start_at(groups.start[1], kept) - groups.first_start(kept) + 1
@@ -210,7 +210,7 @@ def size(space: Space, num_blocks: int) -> int:
                 total += criteria * sum(size * (1 + grouped * with_groups) for size, with_groups in fates)
             else:  # nothing is ranked
                 total += bool(thinned) + grouped
-    return total
+    return total * types
 
 
 def _extremes(space: Space, num_blocks: int, count: int) -> Iterator[Proposal]:

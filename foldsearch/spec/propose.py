@@ -38,7 +38,8 @@ def propose(suggest: Suggest, space: Space, num_blocks: int, *, origin: Origin =
     groups = None
     if removed is None or removed.fate.has_groups:
         groups = _propose_groups(suggest, space, num_blocks - count, 0 if count or thinned else 1)
-    return Proposal(Fold(removed, groups, thinned), propose_recovery(suggest, space), origin)
+    recovery = propose_recovery(suggest, space)
+    return Proposal(Fold(removed, groups, thinned), recovery, origin, propose_weights(suggest, space))
 
 
 def _propose_removed(suggest: Suggest, space: Space, count: int) -> Removed:
@@ -68,6 +69,11 @@ def propose_recovery(suggest: Suggest, space: Space) -> RecoveryChoice:
     return RecoveryChoice(
         learning_rate, rank, trains[0] if len(trains) == 1 else suggest.choice("trains", trains)
     )
+
+
+def propose_weights(suggest: Suggest, space: Space) -> str:
+    """The type of weights, where the space has several; empty is the target's."""
+    return suggest.choice("weights", space.weights) if space.weights else ""
 
 
 # ---- baselines

@@ -16,9 +16,11 @@ from foldsearch.criteria import CRITERIA, Setting, criterion_names, criterion_of
 from foldsearch.fates import FATES, FateTable, fate_named, fate_names
 from foldsearch.fates.share import check_ranks
 from foldsearch.model.training import Trained
+from foldsearch.plan.stored import TYPES
 from foldsearch.toml import Rank, Share01, TomlTable, ascending, not_empty, one_of, table_of
 
 Criteria = Annotated[tuple[Annotated[str, one_of(criterion_names)], ...], not_empty]
+WeightType = Annotated[str, one_of(lambda: tuple(TYPES))]
 Fates = Annotated[tuple[Annotated[str, one_of(fate_names)], ...], not_empty]
 
 
@@ -100,7 +102,9 @@ class Space(_OfMethods):
     removal: share of the blocks that is removed, from and to. criteria: what ranks the blocks.
     fates: what becomes of removed blocks; the first is that of the baselines. attention: share of the blocks that lose
     their attention only, from and to. neighbour_share: probability that a trial is a neighbour of a plan on the front.
-    groups, recover: see there. Beside these each fate has its table, and each setting of a criterion its key: see
+    groups, recover: see there. weights: types that weights may be stored in (`foldsearch.plan.stored`), of which each
+    proposal has one, baselines the first; empty: as the target says. Beside these each fate has its table, and each
+    setting of a criterion its key: see
     `table` and `settings`.
     """
 
@@ -112,6 +116,7 @@ class Space(_OfMethods):
     neighbour_share: Share01 = 0.25
     groups: GroupsTable = GroupsTable()
     recover: Recover = Recover()
+    weights: tuple[WeightType, ...] = ()
 
     @field_validator("removal", "attention")
     @classmethod
@@ -124,6 +129,7 @@ class Space(_OfMethods):
             ("criteria", self.criteria),
             ("fates", self.fates),
             ("recover.trains", self.recover.trains),
+            ("weights", self.weights),
             *((key, getattr(self, key)) for key in _SETTINGS),
         ):
             if len(set(options)) < len(options):

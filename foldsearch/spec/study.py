@@ -29,9 +29,10 @@ from foldsearch.model.training import (
 )
 from foldsearch.plan.cost import DTYPE_BYTES, Budget, Cost, CostTable, Target, parse_flops, price
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.runtimes import called_now, names, runtime_named
+from foldsearch.plan.stored import DTYPE_TYPES, widest_first
+from foldsearch.runtimes import ALL_CAN, called_now, names, runtime_named
 from foldsearch.spec.fit import narrow
-from foldsearch.spec.space import Space
+from foldsearch.spec.space import Space, WeightType
 from foldsearch.toml import Share01, TomlTable, as_toml, one_of
 
 Positive = Annotated[int, Field(gt=0)]
@@ -43,6 +44,7 @@ RECOVERY = RecoveryTraining()  # the defaults
 
 OWN = "own:"  # as a source: text that the dense model writes itself
 LONGEST_KIND = 24  # characters: it heads a column of every table
+TYPED = "gguf"  # the runtime whose types of weights are priced and measured
 MOST = 1e9  # gigabytes, or seconds: beyond any machine's, and safe in arithmetic
 
 
@@ -55,18 +57,50 @@ RuntimeName = Annotated[str, one_of(names), BeforeValidator(_of_today)]
 
 
 class TargetSettings(TomlTable):
-    """The device side of the price; see `foldsearch.plan.cost.Target` for the units."""
+    """The device side of the price; see `foldsearch.plan.cost.Target` for the units.
+
+    weights: the type that the runtime stores matrices in; absent: as the dtype is. Beside the runtime that is the
+    default it means llama.cpp, which has these types. rivals: types that the dense model is measured in too, beside a
+    budget of bytes.
+    """
 
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     context: Positive = 2048
     batch: Positive = 1
     prefill_chunk: Positive = 512
     runtime: RuntimeName = "folded"
+    weights: WeightType | None = None
+    rivals: tuple[WeightType, ...] = ("q8_0", "q5_0", "q4_0")
+
+    @model_validator(mode="after")
+    def _is_stored(self) -> TargetSettings:
+        if self.weights and self.runtime == ALL_CAN:
+            object.__setattr__(self, "runtime", TYPED)
+        if self.weights and self.weights not in runtime_named(self.runtime).types:
+            raise ValueError(
+                f"weights of a type are those of the {TYPED} runtime, and so are their bytes; got '{self.weights}' for "
+                f"the runtime '{self.runtime}'. Write runtime = \"{TYPED}\", or leave weights out"
+            )
+        return self
 
     def value(self) -> Target:
         """As the plan floor knows it."""
-        shares_weights = runtime_named(self.runtime).shares_weights
-        return Target(self.dtype, self.context, self.batch, self.prefill_chunk, self.runtime, shares_weights)
+        return self.stored_in(self.weights or "")
+
+    def stored_in(self, weights: str, runtime: str = "") -> Target:
+        """The same with weights of another type, or for another runtime."""
+        known = runtime_named(runtime or self.runtime)
+        if not weights and known.name == TYPED:
+            weights = DTYPE_TYPES[self.dtype]
+        return Target(
+            self.dtype,
+            self.context,
+            self.batch,
+            self.prefill_chunk,
+            known.name,
+            known.shares_weights,
+            weights,
+        )
 
 
 class BudgetSettings(TomlTable):
@@ -333,6 +367,26 @@ class Study(TomlTable):
         return value
 
     @model_validator(mode="after")
+    def _types_are_stored(self) -> Study:
+        types = self.space.weights
+        if not types:
+            return self
+        if self.target.runtime == ALL_CAN:
+            object.__setattr__(self, "target", self.target.model_copy(update={"runtime": TYPED}))
+        if self.target.weights or self.target.runtime != TYPED:
+            said = self.target.weights or self.target.runtime
+            raise FaultOf(
+                ("space", "weights"),
+                f"several types of weights are searched for the {TYPED} runtime, with no type in the target; got "
+                f"'{said}'. Leave target.weights and target.runtime out, or space.weights",
+            )
+        return self
+
+    def narrowest(self) -> Target:
+        """The target, with the fewest bytes of weights that the space allows: what bounds what can fit."""
+        return self.target.stored_in((self.target.weights or "", *widest_first(self.space.weights))[-1])
+
+    @model_validator(mode="after")
     def _can_heal(self) -> Study:
         if self.healing.tokens and self.splits.recovery < 2:
             raise ValueError(
@@ -473,7 +527,7 @@ class Study(TomlTable):
         Raises:
             BudgetError: no plan of the space can.
         """
-        target = self.target.value()
+        target = self.narrowest()
         dense = price(FoldPlan.identity(len(table.blocks)), table, target)
         return narrow(self.space, table, target, self.budget.value(dense))
 

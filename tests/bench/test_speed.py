@@ -171,7 +171,7 @@ def test_trial_overhead(context: TrialContext, monkeypatch: pytest.MonkeyPatch) 
 
         return run
 
-    for name in ("fold", "judge"):
+    for name in ("folded_model", "judged"):
         monkeypatch.setattr(trial, name, timed(getattr(trial, name)))
     for name in ("__init__", "train"):
         monkeypatch.setattr(Recovery, name, timed(getattr(Recovery, name)))

@@ -196,7 +196,7 @@ def test_killed_at_any_time_it_goes_on(
             return real(*args, **kwargs)
 
         owner, name = {
-            "judge": (trials, "judge"), "step": (Recovery, "_step"), "record": (Trial, "kept_in"),
+            "judge": (trials, "judged"), "step": (Recovery, "_step"), "record": (Trial, "kept_in"),
         }[where]  # fmt: skip
         real = getattr(owner, name)
         patch.setattr(owner, name, killed)

@@ -157,7 +157,7 @@ def test_a_closed_trial_goes_on_where_it_stopped(context, tmp_path, steps, stop,
     assert run(other, proposal=proposal) == []  # nothing is left to do
 
 
-@pytest.mark.parametrize(("where", "what"), [(trials, "judge"), (Trial, "kept_in")], ids=["judge", "write"])
+@pytest.mark.parametrize(("where", "what"), [(trials, "judged"), (Trial, "kept_in")], ids=["judge", "write"])
 def test_a_trial_killed_while_measuring_goes_on(context, tmp_path, monkeypatch, steps, where, what):
     """Trained and saved, but the rung was never noted."""
     whole = run(context)
@@ -169,7 +169,7 @@ def test_a_trial_killed_while_measuring_goes_on(context, tmp_path, monkeypatch, 
         patch.setattr(where, what, lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             next(generator)
-    if what == "judge":  # as it was at the rung before
+    if what == "judged":  # as it was at the rung before
         assert quality_of(other, recovered_model(other, 0)[0])[0] == first[-1].quality
     else:
         with pytest.raises(RunError, match=r"stopped while rung 2 was measured.*Resume the run first"):
@@ -365,8 +365,8 @@ def test_a_divergence_in_the_very_last_step_is_told(context):
 
 @pytest.mark.parametrize("rungs", [(0, 64), (64, 128)])
 def test_a_divergence_that_leaves_nothing_is_a_trial_without_a_result(context, monkeypatch, rungs):
-    real = trials.judge
-    monkeypatch.setattr(trials, "judge", lambda *args: replace(real(*args), kl=math.nan))
+    real = trials.judged
+    monkeypatch.setattr(trials, "judged", lambda *args: replace(real(*args), kl=math.nan))
     study = context.study.model_copy(update={"rungs": rungs})
     (only,) = run(of_run(context, study=study))
     assert (only.state, only.results) == ("failed", ())
@@ -437,7 +437,7 @@ def test_a_trial_killed_after_training_from_an_earlier_state_goes_on(context, tm
     generator = run_trial(HURTING, other, number=0)
     first = [next(generator), next(generator)]
     with monkeypatch.context() as patch:
-        patch.setattr(trials, "judge", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(trials, "judged", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             next(generator)
     assert measured(first + run(other, proposal=HURTING)) == measured(whole)
@@ -500,13 +500,13 @@ def test_the_text_is_a_target_of_extensions_only_unless_the_study_says(
 def test_an_extension_is_compared_by_perplexity(context, monkeypatch):
     """It begins as the dense model, so its KL can only grow; it is trained to predict better."""
     plan = FoldPlan.parse("0-1 1=1+r2+n 2-4", NUM_BLOCKS)
-    real, perplexities = trials.judge, iter([30.0, 20.0, 25.0])
+    real, perplexities = trials.judged, iter([30.0, 20.0, 25.0])
 
-    def judge(model, tokens, targets):
-        quality = real(model, tokens, targets)
-        return quality if tokens.name == "report" else replace(quality, perplexity=next(perplexities))
+    def judged(model, context, split, target):
+        quality = real(model, context, split, target)
+        return quality if split == "report" else replace(quality, perplexity=next(perplexities))
 
-    monkeypatch.setattr(trials, "judge", judge)
+    monkeypatch.setattr(trials, "judged", judged)
     results = run(context, 0, given(plan, learning_rate=0.03, delta_rank=2, origin="hand"))
     assert results[0].quality.kl < results[1].quality.kl
     assert [result.quality.perplexity for result in results] == [30.0, 20.0, 20.0]

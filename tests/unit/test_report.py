@@ -27,7 +27,7 @@ from foldsearch.plan.plan import FoldPlan, Slot
 from foldsearch.plan.result import Healing, KindQuality, RungResult, Setback
 from foldsearch.plan.strip import LEGEND, cells, strip
 from foldsearch.proposal import Proposal
-from foldsearch.record import Trial, best_of_plans, front, point
+from foldsearch.record import DenseRival, Trial, best_of_plans, front, point
 from foldsearch.report import page, picture, terminal
 from foldsearch.report.colours import DROPPED, KEPT, PAIRS, REPLACED, paint
 from foldsearch.report.live import RunDisplay
@@ -76,6 +76,29 @@ def test_who_stopped_because_another_trial_measured_the_plan_is_among_its_author
 )
 def test_an_author_says_what_became_of_the_blocks(proposal: Proposal, words: str) -> None:
     assert author(proposal) == words
+
+
+def test_the_dense_model_in_few_bits_stands_below_dense_everywhere(view: RunView) -> None:
+    trial, dense = view.finished[0], view.folder.dense
+    search, report = replace(trial.quality, kl=0.1234), replace(trial.final, kl=0.2345, perplexity=77.77)
+    cost = replace(dense, weight_bytes=dense.weight_bytes // 3)
+    vars(view)["rivals"] = (DenseRival("q4_0", cost, search, report),)
+    table = text_of(terminal.front_report(view, width=200))
+    (row,) = (line for line in table.splitlines() if "dense q4_0" in line and "77.77" in line)
+    assert "0.123 ±" in row
+    assert "0.234 ±" in row
+    written = page._page(view)
+    (cells,) = (line for line in written.split("<tr") if "dense q4_0" in line)
+    assert all(figure in cells for figure in ("0.123 ±", "0.234 ±", "77.77"))
+    figure = picture._front_figure(view)
+    labels = [
+        text.get_text()
+        for axes in figure.axes
+        if (legend := axes.get_legend())
+        for text in legend.get_texts()
+    ]
+    assert "dense, fewer bits" in labels
+    assert any(text.get_text().startswith("q4_0") for axes in figure.axes for text in axes.texts)
 
 
 # ---- strips
@@ -284,6 +307,8 @@ def test_the_front_and_a_pick_say_which_runtimes_hold_a_plan_and_at_what_size(vi
             target = replace(view.folder.target, runtime=runtime.name, shares_weights=runtime.shares_weights)
             if runtime.name in ("onnx", "executorch"):  # they have no bfloat16
                 target = replace(target, dtype="float32")
+            if runtime.name == "gguf":  # norms stay in 32 bits
+                target = replace(target, weights="bf16")
             stored = price(entry.plan, view.folder.table, target).stored_bytes / 1e6
             assert cell == (f"{stored:,.1f}" if held else "—")
             assert (f"{runtime.name} {stored:,.1f} MB" in words) == held

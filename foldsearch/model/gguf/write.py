@@ -16,14 +16,15 @@ import torch
 from foldsearch.model.gguf.config import Description, describe
 from foldsearch.model.gguf.file import MetadataValue
 from foldsearch.model.gguf.names import Change
-from foldsearch.model.gguf.types import TYPES, packed, rounded, type_of
+from foldsearch.model.gguf.types import kind_of, packed, rounded
+from foldsearch.plan.stored import TYPES
 
 if TYPE_CHECKING:
     from gguf.constants import GGMLQuantizationType
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["as_stored", "write_gguf"]
+__all__ = ["as_stored", "rounded_matrix", "write_gguf"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ def write_gguf(
     writer = gguf.GGUFWriter(path, description.architecture)
     for key, text in general.items():
         writer.add_string(key, text)
-    writer.add_file_type(TYPES[weights])
+    writer.add_file_type(TYPES[weights].file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in description.keys.items():
         _add(writer, f"{description.architecture}.{key}", value)
@@ -116,6 +117,12 @@ def as_stored(model: PreTrainedModel, weights: str) -> PreTrainedModel:
     return held
 
 
+def rounded_matrix(weight_OI: Tensor, weights: str) -> Tensor:
+    """What a file whose weights are of this type holds of a matrix inside the blocks; both float32."""
+    kind = kind_of("", tuple(weight_OI.shape), weights, is_head=False)
+    return torch.from_numpy(rounded(weight_OI.numpy(), kind))
+
+
 def _stored(model: PreTrainedModel, description: Description, weights: str) -> Iterator[_Stored]:
     """Every parameter of the file, in the order of the model; tied ones once."""
     config: Any = model.config
@@ -133,7 +140,7 @@ def _stored(model: PreTrainedModel, description: Description, weights: str) -> I
             if rename.change is None
             else rename.change.make(parameter.to("meta"), config).shape
         )
-        stored_as = type_of(theirs, tuple(shape), weights, is_head=theirs == head)
+        stored_as = kind_of(theirs, tuple(shape), weights, is_head=theirs == head)
         yield _Stored(ours, theirs, stored_as, rename.change, config)
 
 
