@@ -11,11 +11,11 @@ export MPLCONFIGDIR ?= $(CURDIR)/.cache/matplotlib
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo demo-gguf test runtimes faults lint format bench clean
+.PHONY: help demo test runtimes faults lint format bench clean
 
 help:
-	@echo "make demo     fold a real model under a memory budget, look at the front, export one (at most 15 minutes)"
-	@echo "make demo-gguf  the demo's model as one file for llama.cpp, which is run (some minutes)"
+	@echo "make demo     fold a real model under a memory budget, look at the front, export one for transformers and for"
+	@echo "              llama.cpp, which both are run (at most 15 minutes)"
 	@echo "make test     lint, types, floors, and every test (at most 20 minutes)"
 	@echo "make runtimes every family in every runtime that is installed; 'make test' takes some (at most 15 minutes)"
 	@echo "make faults   kill, stop and damage searches 200 times (hours; the same command goes on)"
@@ -34,14 +34,10 @@ help:
 	@touch $@
 
 demo: .venv/installed
-	rm -rf runs/demo exports/demo
+	rm -rf runs/demo exports/demo exports/demo-gguf
 	$(BIN)/foldsearch run $(STUDY) --budget-gb $(BUDGET_GB) --out runs/demo
 	$(BIN)/foldsearch pick runs/demo --max-gb $(BUDGET_GB)
 	$(BIN)/foldsearch export runs/demo --out exports/demo --prompt $(PROMPT)
-
-# after `make demo`: the same point as one file, checked in llama.cpp, which goes on with the prompt
-demo-gguf: .venv/installed
-	rm -rf exports/demo-gguf
 	$(BIN)/foldsearch export runs/demo --to gguf --type q8_0 --out exports/demo-gguf --prompt $(PROMPT)
 
 test: lint

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foldsearch.codec import to_json
 from foldsearch.errors import InputError, RunError, quote_error
 from foldsearch.files import check_writable, replace_atomically, write_json
 from foldsearch.paths import check_path, command, printable
@@ -18,11 +17,14 @@ from foldsearch.plan.cost import CostTable, Target
 from foldsearch.plan.plan import MOST_BLOCKS, FoldPlan, check_ranks
 from foldsearch.progress import Notice, StageProgress, silent, unheard
 from foldsearch.record import Trial
-from foldsearch.runtimes import Runtime, runtime_for, runtime_named
+from foldsearch.runtimes import ALL_CAN, STOCK, Runtime, exported_bytes, runtime_for, runtime_named
 
 if TYPE_CHECKING:
     from foldsearch.context import TrialContext
+    from foldsearch.export.family import Family
     from foldsearch.export.figures import ExportReport
+    from foldsearch.export.recheck import Rechecked
+    from foldsearch.export.reproduce import Reproduced
     from foldsearch.model.evidence import Evidence
     from foldsearch.model.source import DenseFiles
     from foldsearch.model.training import FurtherTraining, Trained
@@ -78,12 +80,15 @@ class ExportForm:
     to: the name of the runtime (see `foldsearch.runtimes`); None takes the one that `runtime_for` names.
     weights: one of the types in which that runtime stores weights; empty stores them as the target does, where it is
     the target's runtime, else as the target's dtype is.
-    overwrite: replace an export that is there.
+    overwrite: replace an export that is there. shows_text: whether tokens of the report texts go into the export, so
+    that its figures can be taken again anywhere. compares: whether the dense model is measured beside it.
     """
 
     to: str | None = None
     weights: str = ""
     overwrite: bool = False
+    shows_text: bool = True
+    compares: bool = True
 
     def runtime(self, plan: FoldPlan, target: Target, table: CostTable) -> Runtime:
         """What a plan is exported to."""
@@ -419,6 +424,60 @@ def export_trial(
     return _export(context, trial.number, out, form, trial, progress)
 
 
+def export_front(
+    run: RunView,
+    numbers: Sequence[int],
+    out: Path,
+    *,
+    form: ExportForm | None = None,
+    progress: StageProgress = silent,
+    notice: Notice = unheard,
+) -> Family:
+    """Write several trials into one folder that stores each tensor once; each of them loads alone.
+
+    Each is exported and verified as by `export_trial`, without the dense model beside it, and checked once more when
+    its weights lie with those of the others. Until then the disk holds all of them in full.
+
+    Args:
+        run: the run.
+        numbers: of trials that reached the last rung, each once.
+        out: new folder; whole or absent.
+        form: for which runtime, `folded` or `stock`; where none is named, `stock` if that is what each would get alone.
+        progress: told what is being done.
+        notice: told what a person should know.
+
+    Raises:
+        InputError: another runtime, or `out` exists. Else as `export_trial`.
+    """
+    from foldsearch.export.family import FAMILY, member_name, pool
+    from foldsearch.export.folder import check_new, whole_or_absent
+
+    form, folder = form or ExportForm(), run.folder
+    trials = [run.pick(number=number) for number in dict.fromkeys(numbers)]
+    runtimes = [form.runtime(trial.plan, folder.target, folder.table).name for trial in trials]
+    name = runtimes[0] if len(set(runtimes)) == 1 else ALL_CAN
+    if name not in (STOCK, ALL_CAN):
+        raise InputError(
+            f"points share files of weights in exports to {STOCK} and {ALL_CAN}; got {name}. Name one of these by --to."
+        )
+    for trial in trials:
+        runtime_named(name).check(
+            trial.plan, by_position=folder.table.by_position, family=folder.table.family
+        )
+    check_path(out, "a path of exports")
+    check_new(out, overwrite=form.overwrite, marks=(FAMILY,))
+    check_writable(out.parent, "exports")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    one = replace(form, to=name, overwrite=False, compares=False)
+    separate = sum(exported_bytes(trial.plan, folder.table, folder.target)[name] or 0 for trial in trials)
+    with whole_or_absent(out, separate) as temporary:
+        for trial in trials:
+            notice(f"trial {trial.number}: {trial.plan}")
+            place = temporary / member_name(trial.number)
+            export_trial(run, trial.number, place, form=one, progress=progress, notice=notice)
+        return pool(temporary, [trial.number for trial in trials], out, progress)
+
+
 def write_passport(
     run: RunView, number: int, out: Path, *, overwrite: bool = False, progress: StageProgress = silent
 ) -> dict[str, Any]:
@@ -476,6 +535,7 @@ def _export(
     """
     from foldsearch.context import open_workbench
     from foldsearch.export import Shipment, export
+    from foldsearch.export.recipe import licences_of, recipe_of
     from foldsearch.model.source import open_tokenizer
     from foldsearch.rebuild import check_rebuilt, recovered_model
 
@@ -495,17 +555,75 @@ def _export(
         dtype=context.target.dtype,
         ids_NT=bench.splits.report.ids_NT,
         text_NT=bench.splits.report.text_NT,
-        dense=bench.dense,
+        dense=bench.dense if form.compares else None,
+        licences=licences_of(context),
+        recipe=recipe_of(context, number, trial, form.weights, shows_text=form.shows_text),
+        shows_text=form.shows_text,
         details={
             "base_model": context.study.model,
             "note": context.files.note,
             **({"run": context.run.path.name} if recorded else {}),
             "rebuilt": asdict(rebuilt),
-            "trial": to_json(trial),
         },
     )
     tokenizer = open_tokenizer(context.files)
     return export(model, tokenizer, out, shipment, overwrite=form.overwrite)
+
+
+def verify_export(folder: Path, progress: StageProgress = silent) -> Iterator[tuple[Path, Rechecked]]:
+    """Check an export again, wherever it lies, by its card (see `foldsearch.export.recheck`).
+
+    Yields:
+        The folder, and what was found; of a folder of several points each of them.
+
+    Raises:
+        InputError: the folder is no export.
+    """
+    from foldsearch.export.family import exports_in
+    from foldsearch.export.recheck import recheck
+
+    for place in exports_in(folder):
+        yield place, recheck(place, progress)
+
+
+def reproduce_export(
+    card: Path,
+    out: Path,
+    *,
+    moved: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    progress: StageProgress = silent,
+    notice: Notice = unheard,
+) -> Reproduced:
+    """Make an export again from its card, and compare both (see `foldsearch.export.reproduce`).
+
+    Args:
+        card: path of card.json, or of the folder that holds it.
+        out: new folder; whole or absent.
+        moved: where the model and the texts lie now, by what the card calls them.
+        overwrite: replace an export that is there.
+        progress: told what is being done.
+        notice: told what a person should know.
+
+    Raises:
+        InputError: it is no card, it cannot be followed, or `out` exists.
+        VerificationError: what was written is not the model that was measured.
+    """
+    from foldsearch.export import check_export
+    from foldsearch.export.card import Recipe, read_card
+    from foldsearch.export.reproduce import NUMBER, check_out, reproduce
+
+    read = read_card(card)
+    check_out(card, out)
+    check_export(out, read.plan, read.report.runtime, overwrite=overwrite)
+
+    def write(context: TrialContext, recipe: Recipe) -> None:
+        form = ExportForm(
+            read.report.runtime, recipe.weights, overwrite, recipe.shows_text, read.report.dense is not None
+        )
+        _export(context, NUMBER, out, form, None, progress)
+
+    return reproduce(card, out, write, moved=moved or {}, progress=progress, notice=notice)
 
 
 def compare_words(run: RunView, folder: Path, prompt: str, *, num_tokens: int = 40) -> tuple[str, str]:

@@ -97,6 +97,37 @@ without them, the second line, with next_token = 0.5 in its study.
 """
 
 
+_EXPORT = """\
+  foldsearch export runs/demo --out exports/demo                        the point that was picked
+  foldsearch export runs/demo --to gguf --type q8_0 --out exports/gguf  one file for llama.cpp
+  foldsearch export runs/demo --front exports/front                     the whole front, each tensor once
+  foldsearch verify exports/demo                                        check it again, anywhere
+"""
+
+_VERIFY = """\
+An export holds card.json: what was checked and how, hashes of its files, figures with their
+tolerances. They are compared again: the files by their hashes, then the model, loaded by its runtime
+in a fresh process, by what it says of the tokens in check.npz. Neither the run nor the dense model is
+needed, and of the code in an export only what this foldsearch ships itself is run.
+
+check.npz holds tokens of the report texts; `foldsearch export --no-text` puts tokens at random there.
+Exit codes: 0 it is what the card says; 1 it is not; 2 it is no export.
+
+  foldsearch verify exports/demo
+"""
+
+_REPRODUCE = """\
+The card has the study, the plan, how it was trained, and hashes of the model and of the tokens; the
+model and the text are read again, and must be the same. The run is not looked at. What is made again
+is exported, verified, and compared: files by their hashes, figures within tolerances. On the same
+kind of machine the weights are expected to be the same to the bit; elsewhere healing and training
+round in another way, and the figures say how far.
+
+Exit codes: 0 the figures are those of the card; 1 they are not; 2 the card cannot be followed.
+
+  foldsearch reproduce exports/demo/card.json --out exports/again
+"""
+
 _RECOVER = """\
 It begins with the trial's model as the run left it, measures it on the search texts as it goes on,
 and on the report texts at the end. The best of its states is kept; where training hurt, it goes on
@@ -246,8 +277,11 @@ def _pick(parser: argparse.ArgumentParser) -> None:
 
 def _export(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
-    _add_choice(parser)
-    _add_out(parser, f"new folder; a new file with --to {PLAN}", required=True)
+    _add_choice(parser, several=True)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, metavar="DIR", help=f"new folder; a new file with --to {PLAN}")
+    front = "new folder for all points of the front, or the --trial N named, or those within --max-gb; each tensor once"
+    where.add_argument("--front", type=Path, metavar="DIR", help=front)
     titles = "; ".join(f"{runtime.name}: {runtime.title}" for runtime in runtimes.RUNTIMES)
     parser.add_argument(
         "--to",
@@ -261,10 +295,27 @@ def _export(parser: argparse.ArgumentParser) -> None:
         "--type", metavar="TYPE", help=f"how a GGUF stores weights: {types}; by default as the dtype is"
     )
     parser.add_argument("--force", action="store_true", help="replace an export that is there")
+    parser.add_argument(
+        "--no-text",
+        action="store_true",
+        help="keep the tokens of the report texts out of the export; see `verify`",
+    )
     parser.add_argument("--form", action=_CalledTo, help=argparse.SUPPRESS)
     parser.add_argument(
         "--prompt", metavar="TEXT", help="let the exported model and the dense one go on with this text"
     )
+
+
+def _verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="that `foldsearch export` wrote")
+
+
+def _reproduce(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("card", type=Path, metavar="CARD", help="card.json of an export, or its folder")
+    _add_out(parser, "new folder", required=True)
+    moved = "where the model or a text lies now; OLD as the card calls it; may be given more than once"
+    parser.add_argument("--moved", type=_moved, action="append", default=[], metavar="OLD=NEW", help=moved)
+    parser.add_argument("--force", action="store_true", help="replace an export that is there")
 
 
 class _CalledTo(argparse.Action):
@@ -324,7 +375,9 @@ _VERBS: tuple[tuple[str, str, str, Callable[[argparse.ArgumentParser], None]], .
     ("inspect", "how redundant the blocks of a model are", _INSPECT, _inspect),
     ("front", "the Pareto front of a run, its plans and every cost", "", _front),
     ("pick", "choose a point of the front; `export` takes it from there", "", _pick),
-    ("export", "write a folded model and verify it in a fresh process", "", _export),
+    ("export", "write a folded model and verify it in a fresh process", _EXPORT, _export),
+    ("verify", "check an export again, wherever it lies, by its card", _VERIFY, _verify),
+    ("reproduce", "make an export again from its card alone, and compare", _REPRODUCE, _reproduce),
     ("recover", "train a point of a run for longer; it can be stopped and goes on", _RECOVER, _recover),
     (
         "evaluate",
@@ -381,11 +434,16 @@ def _add_out(
     parser.add_argument("--out", type=Path, metavar=metavar, required=required, help=what)
 
 
-def _add_choice(parser: argparse.ArgumentParser) -> None:
+def _add_choice(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--knee", action="store_true", help="the compromise of the objectives")
     choice.add_argument("--max-gb", type=_number, metavar="X", help="the best quality within X GB")
-    choice.add_argument("--trial", type=_whole, metavar="N", help="trial N, as `foldsearch front` numbers it")
+    number = "trial N, as `foldsearch front` numbers it"
+    if several:
+        number += "; with --front it may be given more than once"
+        choice.add_argument("--trial", type=_whole, metavar="N", action="append", help=number)
+    else:
+        choice.add_argument("--trial", type=_whole, metavar="N", help=number)
 
 
 def _add_model_option(parser: argparse.ArgumentParser) -> None:
@@ -480,6 +538,13 @@ def _number(text: str) -> float:
     if not re.fullmatch(f"[+-]?{_NUMBER}", text):
         raise argparse.ArgumentTypeError(f"a number, such as 2 or 0.28, without a unit; got {text!r}")
     return float(text)
+
+
+def _moved(text: str) -> tuple[str, str]:
+    old, equals, new = text.partition("=")
+    if not (old and equals and new):
+        raise argparse.ArgumentTypeError(f"OLD=NEW, such as data/text=other/text; got {text!r}")
+    return old, new
 
 
 def _run_of_blocks(text: str) -> tuple[int, int]:

@@ -466,6 +466,11 @@ def _export(args: argparse.Namespace) -> int:
 
     _quiet_bars()
     view = open_run(args.run)
+    if args.front is not None:
+        return _export_front(args, view)
+    if len(args.trial or ()) > 1:
+        raise InputError("--trial is given once, unless --front DIR takes several. Name one trial.")
+    args.trial = args.trial[0] if args.trial else None
     trial = _chosen(args, view)
     if args.to == PLAN:
         with _status() as progress:
@@ -473,7 +478,7 @@ def _export(args: argparse.Namespace) -> int:
         console().print(passport_lines(value, args.out))
         return 0
     with _status() as progress:
-        form = ExportForm(args.to, args.type or "", args.force)
+        form = ExportForm(args.to, args.type or "", args.force, shows_text=not args.no_text)
         report = export_trial(view, trial.number, args.out, form=form, progress=progress, notice=_say)
     out = console()
     out.print(export_table(report, args.out))
@@ -483,6 +488,68 @@ def _export(args: argparse.Namespace) -> int:
         exported, dense = compare_words(view, args.out, args.prompt)
         out.print()
         out.print(words_table(args.prompt, {report.runtime: exported, "dense": dense}))
+    return 0
+
+
+def _export_front(args: argparse.Namespace, view: RunView) -> int:
+    """Several points in one folder: those that are named, else the front, within --max-gb."""
+    from foldsearch.api import ExportForm, export_front
+    from foldsearch.plan.cost import GB
+    from foldsearch.report.terminal import console, family_table
+
+    unusable = [
+        option
+        for option, given in (("--type", args.type), ("--prompt", args.prompt), ("--knee", args.knee))
+        if given
+    ]
+    if unusable or args.to == PLAN:
+        raise InputError(
+            f"--front writes whole models, several of them, and takes no {unusable[0] if unusable else '--to plan'}. "
+            "Leave that out."
+        )
+    within = (one for one in view.front if args.max_gb is None or one.cost.memory_bytes <= args.max_gb * GB)
+    numbers = args.trial or [one.number for one in within]
+    if not numbers:
+        view.pick(max_gb=args.max_gb)  # which says what there is
+        raise InputError("no point of the front lies within --max-gb. Raise it, or name trials by --trial.")
+    with _status() as progress:
+        form = ExportForm(args.to, "", args.force, shows_text=not args.no_text)
+        family = export_front(view, numbers, args.front, form=form, progress=progress, notice=_say)
+    console().print(family_table(family, args.front))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from foldsearch.api import verify_export
+    from foldsearch.report.terminal import console, rechecked_lines
+
+    _quiet_bars()
+    with _status() as progress:
+        found = list(verify_export(args.folder, progress))
+    for place, one in found:
+        console().print(rechecked_lines(one, place))
+    if wrong := [printable(place) for place, one in found if one.faults]:
+        return _fail(f"not what its card says: {', '.join(wrong)}", 1)
+    return 0
+
+
+def _reproduce(args: argparse.Namespace) -> int:
+    from foldsearch.api import reproduce_export
+    from foldsearch.report.terminal import console, reproduced_lines
+
+    _quiet_bars()
+    with _status() as progress:
+        found = reproduce_export(
+            args.card,
+            args.out,
+            moved=dict(args.moved),
+            overwrite=args.force,
+            progress=progress,
+            notice=_say,
+        )
+    console().print(reproduced_lines(found, args.out))
+    if found.faults:
+        return _fail(f"what was made again is not what the card says: {'; '.join(found.faults)}", 1)
     return 0
 
 
@@ -566,6 +633,8 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "front": _front,
     "pick": _pick,
     "export": _export,
+    "verify": _verify,
+    "reproduce": _reproduce,
     "recover": _recover,
     "evaluate": _evaluate,
     "dashboard": _dashboard,

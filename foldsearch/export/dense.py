@@ -15,12 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from foldsearch.errors import describe_error
+from foldsearch.export.chat import ANSWER_TOKENS, QUESTION, SECONDS, ask_chat
 from foldsearch.export.checks import raise_for, while_loading
 from foldsearch.export.engine import TOLERANCES, EngineJob, compare, expected, fault_of, running
-from foldsearch.export.figures import EngineReport, ModelFigures, Speed
+from foldsearch.export.figures import ChatReport, EngineReport, ModelFigures, Speed
 from foldsearch.export.folder import ROOM
 from foldsearch.export.process import ModelProcess, ProcessError
-from foldsearch.export.shipment import Job, on_cpu
+from foldsearch.export.shipment import Job, file_bytes, on_cpu
 from foldsearch.model.fold import cast as in_dtype
 from foldsearch.paths import beside
 from foldsearch.plan.cost import DTYPE_BYTES, GB
@@ -41,6 +42,7 @@ class Compared:
 
     dense: its figures; None where there are none, and note says why. speeds: of both, by "prompt" and "decode". engine:
     what the program of the runtime found, and resident_bytes: of the export in it; engine_note: why it was not asked.
+    chat: a question through the chat template, and what both answer.
     """
 
     dense: ModelFigures | None
@@ -49,6 +51,7 @@ class Compared:
     engine: EngineReport | None = None
     engine_note: str = ""
     resident_bytes: int | None = None
+    chat: ChatReport | None = None
 
 
 def compare_in_torch(
@@ -60,49 +63,81 @@ def compare_in_torch(
     loaded alike. That an export is right does not depend on it, so no failure here is the export's.
     """
     note = ""
+    with while_loading(""):
+        chat = ask_chat(job, exported)
     if dense is not None:
         with _dense_beside(job) as place:
             try:
                 note = _lacks_room(job, dense)
                 if not note:
                     with _loaded_dense(job, dense, place, workplace) as (process, figures):
-                        return Compared(figures, "", take_turns(exported, process))
+                        chat = _beside_dense(chat, process)
+                        return Compared(figures, "", take_turns(exported, process), chat=chat)
             except (ProcessError, OSError, SafetensorError) as error:
                 note = f"The dense model could not be measured: {describe_error(error)}."
     with while_loading(""):
-        return Compared(None, note, take_turns(exported))
+        return Compared(None, note, take_turns(exported), chat=chat)
+
+
+def _beside_dense(chat: ChatReport | None, process: ModelProcess) -> ChatReport | None:
+    """A chat with the dense model's answer beside the export's."""
+    if chat is None:
+        return None
+    answer = process.ask("chat", seconds=SECONDS, messages=QUESTION, num_tokens=ANSWER_TOKENS)
+    return replace(chat, dense=answer["text"])
 
 
 def compare_in_engine(job: Job, engine: Engine, dense: PreTrainedModel | None, workplace: Path) -> Compared:
     """The same where another program runs the export: whether it is the same model there, memory and speeds.
 
+    The dense model is written for that program and run in it; what torch makes of its rounded weights is not asked.
+
     Raises:
         VerificationError: it is another model in the program.
     """
-    figures, note = None, ""
-    with _dense_beside(job) as place:
-        if dense is not None and not (note := _lacks_room(job, dense)):
+    why = "" if engine.is_installed else engine.absence
+    if not why and not (job.beside.tokenizer or job.beside.gguf):
+        why = f"not checked in {engine.name}, which needs a tokenizer: the model was exported without one"
+    if why:
+        return Compared(None, "", {"prompt": NO_SPEED, "decode": NO_SPEED}, engine_note=why)
+    asked = EngineJob(engine, torch.get_num_threads(), **job.tokens)
+    theirs = expected(in_dtype(job.measured, torch.float32), asked)
+    with _dense_beside(job) as place, ExitStack() as stack:
+        with while_loading(f" of {engine.name}"):
+            process, found = stack.enter_context(running(asked, job.folder, workplace))
+            report = compare(engine, found, theirs, TOLERANCES[job.weights])
+            raise_for([fault] if (fault := fault_of(report)) else [], job.runtime.name)
+            chat = ask_chat(job, process)
+        note = "" if dense is None else _lacks_room(job, dense)
+        if dense is not None and not note:
             try:
-                with _loaded_dense(job, dense, place, workplace) as (_, in_torch):
-                    figures = replace(in_torch, resident_bytes=None)
+                figures = _write_dense(job, dense, place)
+                other, beside_it = stack.enter_context(running(asked, place, workplace))
+                chat = _beside_dense(chat, other)
+                speeds = take_turns(process, other, is_warm=True)
+                return Compared(
+                    replace(figures, resident_bytes=beside_it.resident_bytes),
+                    "",
+                    speeds,
+                    replace(report, dense_perplexity=beside_it.perplexity),
+                    resident_bytes=found.resident_bytes,
+                    chat=chat,
+                )
             except (ProcessError, OSError) as error:
                 note = f"The dense model could not be measured: {describe_error(error)}."
-        why = "" if engine.is_installed else engine.absence
-        if not why and not (job.beside.tokenizer or job.beside.gguf):
-            why = f"not checked in {engine.name}, which needs a tokenizer: the model was exported without one"
-        if why:
-            return Compared(figures, note, {"prompt": NO_SPEED, "decode": NO_SPEED}, engine_note=why)
-        asked = EngineJob(engine, torch.get_num_threads(), **job.tokens)
-        theirs = expected(in_dtype(job.measured, torch.float32), asked)
-        with ExitStack() as stack, while_loading(f" of {engine.name}"):
-            process, found = stack.enter_context(running(asked, job.folder, workplace))
-            other = stack.enter_context(running(asked, place, workplace)) if figures else None
-            report = compare(engine, found, theirs, TOLERANCES[job.weights], other[1] if other else None)
-            raise_for([fault] if (fault := fault_of(report)) else [], job.runtime.name)
-            speeds = take_turns(process, *([other[0]] if other else []))
-    if figures and other:
-        figures = replace(figures, resident_bytes=other[1].resident_bytes)
-    return Compared(figures, note, speeds, report, resident_bytes=found.resident_bytes)
+        with while_loading(f" of {engine.name}"):
+            speeds = take_turns(process, is_warm=True)
+    return Compared(None, note, speeds, report, resident_bytes=found.resident_bytes, chat=chat)
+
+
+def _write_dense(job: Job, dense: PreTrainedModel, place: Path) -> ModelFigures:
+    """Write the dense model as the runtime has it: its weights are rounded while they are written."""
+    place.mkdir()
+    written, _ = job.runtime.writer.before_rounding(dense)
+    held = in_dtype(written, getattr(torch, job.dtype))
+    job.runtime.writer.write(on_cpu(held), place, replace(job.beside, plan=""))
+    numbers = sum(parameter.numel() for parameter in written.parameters())
+    return ModelFigures(numbers, file_bytes(job.runtime, place), None, None)
 
 
 @contextmanager
@@ -119,20 +154,14 @@ def _dense_beside(job: Job) -> Iterator[Path]:
 def _loaded_dense(
     job: Job, dense: PreTrainedModel, place: Path, workplace: Path
 ) -> Iterator[tuple[ModelProcess, ModelFigures]]:
-    """The dense model as the runtime has it, in a process of its own."""
-    if job.runtime.types:  # weights are rounded in its own way
-        writer = job.runtime.writer
-        place.mkdir()
-        written, _ = writer.before_rounding(dense)
-        writer.write(on_cpu(writer.rounded(written, job.weights)), place, replace(job.beside, plan=""))
-        del written
-    else:
-        on_cpu(in_dtype(dense, getattr(torch, job.dtype))).save_pretrained(place)
+    """The dense model as transformers writes it, in a process of its own."""
+    on_cpu(in_dtype(dense, getattr(torch, job.dtype))).save_pretrained(place)
+    if job.beside.tokenizer is not None:  # it is asked in a chat
+        job.beside.tokenizer.save_pretrained(place)
     tensors = workplace / "tokens.safetensors"
     save_file(job.tokens, tensors)
-    how = job.runtime.loader if job.runtime.types else ""
     with ModelProcess(workplace) as process:
-        answer = process.ask("load", **job.loading(place, tensors, how=how)) | process.ask("quality")
+        answer = process.ask("load", **job.loading(place, tensors)) | process.ask("quality")
         yield process, job.figures(place, answer)
 
 
@@ -153,13 +182,14 @@ def _lacks_room(job: Job, dense: PreTrainedModel) -> str:
     return ""
 
 
-def take_turns(*processes: ModelProcess) -> dict[str, Speed]:
+def take_turns(*processes: ModelProcess, is_warm: bool = False) -> dict[str, Speed]:
     """Speeds of one model, or of two in turns: first, second, first, second.
 
-    What the machine does besides then slows both of a round, and their ratio stays.
+    What the machine does besides then slows both of a round, and their ratio stays. is_warm: they were at work already;
+    else caches are cold and memory is not yet given out, and a first round is not counted.
     """
-    for process in processes:
-        process.ask("turn")  # caches are cold, memory is not yet given out
+    for process in () if is_warm else processes:
+        process.ask("turn")
     rounds: list[list[dict[str, float]]] = []
     began = time.monotonic()
     while len(rounds) < FEWEST_ROUNDS or (

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-SCORED_TOKENS = 512  # whose log-probabilities are compared: as many as a slow machine scores in half a minute
+SCORED_TOKENS = 256  # whose log-probabilities are compared: llama.cpp is asked once for each
 SCORED_SEQUENCE = 128  # of which at most so many follow each other
 # How far a program may be from torch, in nats a token on average: llama.cpp rounds what goes into a product to 16 bits
 # beside 16-bit weights and in its cache, and to 8 bits beside others: 0.002 and 0.06 were seen on SmolLM2.
@@ -50,15 +50,24 @@ class EngineJob:
     @property
     def scored(self) -> list[tuple[list[int], int]]:
         """Sequences of tokens, and from which on they are scored: the first that is of the text and has one before."""
-        found, left = [], SCORED_TOKENS
-        for ids_T, text_T in zip(self.ids_NT, self.text_NT, strict=True):
+        return [(tokens, first) for _, tokens, first in self._scored_rows()]
+
+    def _scored_rows(self) -> Iterator[tuple[int, list[int], int]]:
+        left = SCORED_TOKENS
+        for row, (ids_T, text_T) in enumerate(zip(self.ids_NT, self.text_NT, strict=True)):
             first = max(1, int(text_T.int().argmax()))
             last = min(len(ids_T), first + min(SCORED_SEQUENCE, left))
             if last > first:
-                found.append((ids_T[:last].tolist(), first))
+                yield row, ids_T[:last].tolist(), first
                 left -= last - first
             if not left:
                 break
+
+    def told_by(self, log_probabilities_NP: Tensor) -> list[float]:
+        """Of those of all tokens, the log-probabilities of the scored ones, in their order."""
+        found: list[float] = []
+        for row, tokens, first in self._scored_rows():
+            found += log_probabilities_NP[row, first - 1 : len(tokens) - 1].tolist()
         return found
 
     @property
@@ -138,10 +147,8 @@ def write_in(engine: Engine, folder: Path, prompt: str, num_tokens: int) -> str:
     raise AssertionError("the last try returns or raises")
 
 
-def compare(
-    engine: Engine, figures: EngineFigures, theirs: list[float], tolerance: float, dense: EngineFigures | None
-) -> EngineReport:
-    """What the program found of an export, beside what it was to find."""
+def compare(engine: Engine, figures: EngineFigures, theirs: list[float], tolerance: float) -> EngineReport:
+    """What the program found of an export, beside what it was to find; of the dense model nothing yet."""
     pairs = [
         (ours, other)
         for ours, other in zip(figures.log_probabilities, theirs, strict=True)
@@ -154,7 +161,7 @@ def compare(
         tokens=len(pairs),
         perplexity=figures.perplexity,
         expected_perplexity=math.exp(-statistics.fmean(other for _, other in pairs)),
-        dense_perplexity=None if dense is None else dense.perplexity,
+        dense_perplexity=None,
         mean_difference=statistics.fmean(differences),
         max_difference=max(differences),
         tolerance=tolerance,

@@ -19,13 +19,14 @@ class ModelFigures:
     """A model in the dtype that ships, loaded from files in that dtype in a fresh process.
 
     parameters: stored numbers. weight_bytes: theirs. resident_bytes: growth of the process's resident memory from
-    before loading to after the first forward pass; None where it cannot be asked for. perplexity: on the given tokens.
+    before loading to after the first forward pass; None where it cannot be asked for. perplexity: on the given tokens,
+    in torch; None where that was not asked.
     """
 
     parameters: int
     weight_bytes: int
     resident_bytes: int | None
-    perplexity: float
+    perplexity: float | None
 
 
 class Spread(NamedTuple):
@@ -144,6 +145,28 @@ class EngineReport:
 
 
 @dataclass(frozen=True, slots=True)
+class ChatReport:
+    """A question through the chat template of an export (see `foldsearch.export.chat`).
+
+    prompt: the chat as text. stops: tokens that end an answer. answer: the likeliest tokens; dense: the dense model's;
+    None where it was not asked. note: how the runtime reads the template in another way; empty where it does not.
+    """
+
+    prompt: str
+    stops: tuple[int, ...]
+    answer: str
+    dense: str | None
+    note: str = ""
+
+    @property
+    def check(self) -> str:
+        """What was found, as a line of a list of checks."""
+        stops = ", ".join(map(str, self.stops)) or "none"
+        beside = "" if self.dense is None else f"; the dense model answers {self.dense!r}"
+        return f"a chat through its template; tokens that end an answer: {stops}; it answers {self.answer!r}{beside}"
+
+
+@dataclass(frozen=True, slots=True)
 class ExportReport:
     """What was shipped, and the checks it passed.
 
@@ -159,7 +182,8 @@ class ExportReport:
     refused_without_code: stock transformers refuses the folder instead of loading it wrong (None: it needs no code).
     has_tokenizer: whether the folder holds one. threads: of the processor, for all timings.
     engine: what the program of the runtime found; None where that is transformers, or, as engine_note says, where it is
-    not installed: then there are no speeds. notes: what the runtime does in another way than transformers.
+    not installed: then there are no speeds. notes: what the runtime does in another way than transformers. chat: a
+    question through the chat template; None where the model has none.
     """
 
     runtime: str
@@ -191,6 +215,13 @@ class ExportReport:
     engine: EngineReport | None = None
     engine_note: str = ""
     notes: tuple[str, ...] = ()
+    chat: ChatReport | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """Of the export, in torch."""
+        assert self.exported.perplexity is not None, "an export is always asked"
+        return self.exported.perplexity
 
     @property
     def rows(self) -> list[tuple[str, str, str, str]]:

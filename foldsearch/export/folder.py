@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import glob
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,26 +16,32 @@ from safetensors import SafetensorError
 
 from foldsearch.errors import InputError, ModelError, quote_error
 from foldsearch.export import verify
-from foldsearch.paths import beside, printable
+from foldsearch.export.card import CARD, read_card
+from foldsearch.files import ABANDONED_SECONDS
+from foldsearch.paths import beside, printable, stem_beside
 from foldsearch.plan.cost import GB
 from foldsearch.runtimes import Loader, Runtime, runtime_named
+from foldsearch.signals import uninterrupted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-REPORT = "foldsearch.json"  # in every export
+FORMERLY = "foldsearch.json"  # what earlier versions wrote in place of the card
 ROOM = 1.1  # of disk or memory, as a multiple of the weights
 
 
-def check_new(folder: Path, *, overwrite: bool) -> None:
-    """An export is replaced where that was asked for; nothing else is."""
+def check_new(folder: Path, *, overwrite: bool, marks: tuple[str, ...] = (CARD, FORMERLY)) -> None:
+    """An export is replaced where that was asked for; nothing else is.
+
+    marks: the files of which one is in what may be replaced.
+    """
     if not folder.exists():
         return
-    ours = (folder / REPORT).is_file() or (folder.is_dir() and not any(folder.iterdir()))
+    ours = any((folder / name).is_file() for name in marks) or (folder.is_dir() and not any(folder.iterdir()))
     if overwrite and not ours:
         raise InputError(
-            f"only an export is overwritten, but {printable(folder)} holds no {REPORT}. Choose another folder, or move "
-            "it away."
+            f"only an export is overwritten, but {printable(folder)} holds no {marks[0]}. Choose another folder, or "
+            "move it away."
         )
     if not overwrite:
         or_force = ", or overwrite it with --force" if ours else ""
@@ -62,13 +69,18 @@ def make_room(folder: Path, weight_bytes: int) -> None:
 
 @contextmanager
 def whole_or_absent(folder: Path, weight_bytes: int) -> Iterator[Path]:
-    """A folder to write in, which gets its name when all went well, and else is removed."""
+    """A folder to write in, which gets its name when all went well, and else is removed.
+
+    What a killed process left beside it goes with the next export of the same name, once it is a day old.
+    """
     temporary = beside(folder, "partial")
+    _remove_abandoned(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
         yield temporary
-        _rename(temporary, folder)
+        with uninterrupted():
+            _rename(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise InputError(
             quote_error(
@@ -78,7 +90,18 @@ def whole_or_absent(folder: Path, weight_bytes: int) -> Iterator[Path]:
             )
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with uninterrupted():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what earlier processes left: an export half written, the dense model beside it, a trial made again."""
+    stem = glob.escape(stem_beside(folder))
+    for pattern in (f"{stem}*.partial", f"{stem}*.rebuilt", f".{stem}*.dense"):
+        for left in folder.parent.glob(pattern):
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                    shutil.rmtree(left, ignore_errors=True)
 
 
 def _rename(temporary: Path, folder: Path) -> None:
@@ -101,8 +124,8 @@ def _rename(temporary: Path, folder: Path) -> None:
 def runtime_of(folder: Path) -> Runtime | None:
     """What an export is run by; None of a folder that does not say it."""
     try:
-        return runtime_named(json.loads((folder / REPORT).read_text())["runtime"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return runtime_named(read_card(folder).report.runtime)
+    except InputError:
         return None
 
 

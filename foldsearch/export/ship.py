@@ -2,34 +2,55 @@
 
 from __future__ import annotations
 
-import json
+import platform
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from foldsearch.codec import to_json
 from foldsearch.errors import InputError, ModelError, PlanError
 from foldsearch.export import verify
-from foldsearch.export.card import model_card
-from foldsearch.export.checks import ROUNDING, check_alone, check_here
+from foldsearch.export.card import (
+    RANDOM,
+    README,
+    TEXT,
+    Card,
+    Probe,
+    ProbeFigures,
+    commands_for,
+    hashes_of,
+    random_tokens,
+    write_card,
+)
+from foldsearch.export.chat import check_stops
+from foldsearch.export.checks import ELSEWHERE, LOSS_ROUNDING, ROUNDING, check_alone, check_here
 from foldsearch.export.dense import compare_in_engine, compare_in_torch
 from foldsearch.export.figures import ExportReport
-from foldsearch.export.folder import REPORT, check_new, make_room, whole_or_absent
+from foldsearch.export.folder import check_new, make_room, whole_or_absent
 from foldsearch.export.process import ModelProcess
-from foldsearch.export.shipment import Job, Shipment, on_cpu
+from foldsearch.export.readme import checked, loading_lines, model_card, not_checked
+from foldsearch.export.shipment import Job, Shipment, few_of, on_cpu
 from foldsearch.files import check_writable
 from foldsearch.model.fold import cast as in_dtype
 from foldsearch.paths import check_path
 from foldsearch.plan.cost import DTYPE_BYTES, CostTable
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.runtimes import Beside, runtime_named
+from foldsearch.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Whose versions a card has, where they are installed: a file may be written otherwise by another one.
+PACKAGES = (
+    "torch", "transformers", "tokenizers", "safetensors", "numpy", "gguf", "xllamacpp", "onnx", "onnxruntime"
+)  # fmt: skip
 
 
 def export(
@@ -81,12 +102,13 @@ def export(
         # processors multiply few types fast: numbers of another type are computed with in 32 bits, as they are
         other = weights if weights in DTYPE_BYTES else "float32"
         dtype = shipment.dtype if is_same else other
-        measured_perplexity = None if is_same else verify.perplexity(measured, **shipment.tokens)
+        tokens = shipment.tokens if runtime.engine is None else few_of(shipment.tokens)
+        unrounded = None if is_same else _perplexity_of(measured, tokens)
         job = Job(
             folder=temporary,
             # rounded to another type it is another model: it is held against what the file is to hold
             measured=measured if is_same else shipped,
-            tokens=shipment.tokens,
+            tokens=tokens,
             runtime=runtime,
             weights=weights,
             dtype=dtype,
@@ -96,12 +118,54 @@ def export(
             beside=extras,
         )
         del written, shipped, measured
-        report = replace(_report(job, shipment), notes=notes, has_tokenizer=tokenizer is not None)
-        if measured_perplexity is not None:
-            report = replace(report, measured_perplexity=measured_perplexity)
-        (temporary / REPORT).write_text(json.dumps(to_json(report), indent=1))
-        (temporary / "README.md").write_text(model_card(report, folder), encoding="utf-8")
+        probe = _asked(job.measured, tokens)
+        report = replace(_report(job, shipment, probe), notes=notes, has_tokenizer=tokenizer is not None)
+        if unrounded is not None:
+            report = replace(report, measured_perplexity=unrounded)
+        _write_cards(job, shipment, report, probe, folder)
     return report
+
+
+def _perplexity_of(model: PreTrainedModel, tokens: dict[str, Tensor]) -> float:
+    """By the numbers of its dtype, computed with in 32 bits: every processor multiplies these fast."""
+    numbers = in_dtype(model, torch.float32)
+    return verify.perplexity(verify.log_probabilities(numbers, tokens["ids_NT"]), tokens["text_NT"])
+
+
+def _asked(model: PreTrainedModel, tokens: dict[str, Tensor]) -> Probe:
+    """What the measured model says of tokens."""
+    return Probe(**tokens, log_probabilities_NP=verify.log_probabilities(model, tokens["ids_NT"]))
+
+
+def _write_cards(job: Job, shipment: Shipment, report: ExportReport, probe: Probe, folder: Path) -> None:
+    """Write the probe, README.md and last card.json, which has the hashes of all that is there."""
+    if not shipment.shows_text:
+        probe = _asked(job.measured, random_tokens(shipment.ids_NT, job.measured.config.vocab_size))
+    probe = probe.cut()
+    probe.write(job.folder)
+    dtype = job.dtype
+    card = Card(
+        foldsearch=__version__,
+        plan=shipment.plan,
+        report=report,
+        files=hashes_of(job.folder),
+        probe=ProbeFigures(
+            of=TEXT if shipment.shows_text else RANDOM,
+            tokens=int(probe.text_NT[:, 1:].sum()),
+            perplexity=verify.perplexity(probe.log_probabilities_NP, probe.text_NT),
+            tolerance=ELSEWHERE[dtype],
+            loss_tolerance=LOSS_ROUNDING[dtype],
+        ),
+        attention=job.attention,
+        checked=tuple(checked(report)),
+        not_checked=tuple(not_checked(report, probe)),
+        licences=shipment.licences,
+        loading=loading_lines(report, folder),
+        commands=commands_for(shipment.recipe),
+        recipe=shipment.recipe,
+    )
+    (job.folder / README).write_text(model_card(card, folder), encoding="utf-8")
+    write_card(card, job.folder)
 
 
 def check_export(
@@ -150,19 +214,17 @@ def _check_arguments(model: PreTrainedModel, folder: Path, shipment: Shipment, *
     check_new(folder, overwrite=overwrite)
 
 
-def _report(job: Job, shipment: Shipment) -> ExportReport:
+def _report(job: Job, shipment: Shipment, probe: Probe) -> ExportReport:
     """Load the export in fresh processes, compare it with what was measured, and measure it beside the dense model.
 
     Raises:
         VerificationError: with every fault found.
     """
-    import transformers
-
     details = dict(shipment.details)
     details.pop("base_model", "")
     plan = shipment.plan
     logits_BTV = verify.compared_logits(job.measured, job.tokens["ids_NT"])
-    measured_perplexity = verify.perplexity(job.measured, **job.tokens)
+    measured_perplexity = verify.perplexity(probe.log_probabilities_NP, probe.text_NT)
     with tempfile.TemporaryDirectory(prefix="foldsearch-verify-") as name:
         workplace = Path(name)
         tensors = workplace / "with logits.safetensors"
@@ -170,6 +232,7 @@ def _report(job: Job, shipment: Shipment) -> ExportReport:
         stock = job.runtime.needs_only_transformers
         with ModelProcess(workplace, without_foldsearch=stock) as exported:
             answer, figures = check_here(job, exported, tensors, measured_perplexity)
+            check_stops(job)
             code = check_alone(job, workplace, tensors) if job.runtime.carries_code else None
             if job.runtime.engine is None:
                 compared = compare_in_torch(job, exported, shipment.dense, workplace)
@@ -203,9 +266,19 @@ def _report(job: Job, shipment: Shipment) -> ExportReport:
         engine=compared.engine,
         engine_note=compared.engine_note,
         threads=torch.get_num_threads(),
-        versions={"torch": torch.__version__, "transformers": transformers.__version__},
+        versions=_versions(),
         details=details,
+        chat=compared.chat,
     )
+
+
+def _versions() -> dict[str, str]:
+    """Of what wrote the export and ran it."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _weight_bytes(model: PreTrainedModel) -> int:

@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from foldsearch.export.card import Licences, Recipe
 from foldsearch.export.figures import ModelFigures
+from foldsearch.export.verify import as_stops
 from foldsearch.plan.cost import DTYPE_BYTES
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.runtimes import Beside, Runtime
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+FEW_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +34,11 @@ class Shipment:
     text_NT: bool, which of them are of the text (see `foldsearch.model.tokens.TokenSet`); None is all. Perplexity is
     over the positions that predict one of these.
     dense: the model it was folded from. Where it was loaded from a folder, its figures are taken too.
-    details: goes into foldsearch.json and the card, as it is (JSON); "base_model" names the base model.
+    details: goes into the card, as it is (JSON); "base_model" names the base model.
     gguf: the files of the GGUF that the dense model was read from; none where it was no GGUF.
+    licences: of the model and the text. recipe: how the model is made again; None where that is not known.
+    shows_text: whether the tokens of ids_NT go into the export, so that its figures can be taken again anywhere; else
+    tokens at random stand in for them.
     """
 
     plan: FoldPlan
@@ -44,6 +51,9 @@ class Shipment:
     weights: str = ""
     gguf: tuple[Path, ...] = ()
     context: int = 0
+    licences: Licences = Licences()  # noqa: RUF009  # it is frozen
+    recipe: Recipe | None = None
+    shows_text: bool = True
 
     @property
     def base_model(self) -> str:
@@ -88,11 +98,21 @@ class Job:
         return {
             "folder": str(folder.resolve()),
             "dtype": self.dtype,
-            "attention": self.measured.config._attn_implementation,
+            "attention": self.attention,
             "threads": torch.get_num_threads(),
             "tensors": str(tensors),
             "how": how,
         }
+
+    @property
+    def stops(self) -> list[int]:
+        """The tokens that end an answer, as the measured model has them."""
+        return as_stops(getattr(self.measured.generation_config, "eos_token_id", None))
+
+    @property
+    def attention(self) -> str:
+        """How the measured model computes attention: the name of transformers."""
+        return str(self.measured.config._attn_implementation)
 
     @property
     def file_bytes(self) -> int:
@@ -108,6 +128,15 @@ class Job:
             resident_bytes=answer["resident_bytes"],
             perplexity=answer["perplexity"],
         )
+
+
+def few_of(tokens: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The first sequences: a program that is not transformers is asked about few tokens, as it is slow to ask.
+
+    That its file holds the right numbers does not depend on them, and its quality is compared on the same ones.
+    """
+    kept = max(1, FEW_TOKENS // tokens["ids_NT"].shape[1])
+    return {name: values_NT[:kept].contiguous() for name, values_NT in tokens.items()}
 
 
 def file_bytes(runtime: Runtime, folder: Path) -> int:

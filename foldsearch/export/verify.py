@@ -59,19 +59,23 @@ def relative_rms(ours: Tensor, theirs: Tensor) -> float:
 
 
 @torch.no_grad()
-def perplexity(model: Any, ids_NT: Tensor, text_NT: Tensor) -> float:
-    """Perplexity: e to the mean next-token loss (nats) over all tokens of the text; the loss is taken in float32.
+def log_probabilities(model: Any, ids_NT: Tensor) -> Tensor:
+    """(N, T − 1), float32, nats: of each token after the first of its sequence, given those before it."""
+    found = []
+    for ids_BT in ids_NT.split(BATCH):
+        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
+        # one sequence's float32 logits at a time
+        for logits_TV, ids_T in zip(logits_BTV, ids_BT, strict=True):
+            found.append(-functional.cross_entropy(logits_TV[:-1].float(), ids_T[1:], reduction="none"))
+    return torch.stack(found)
+
+
+def perplexity(log_probabilities_NP: Tensor, text_NT: Tensor) -> float:
+    """Perplexity: e to the mean next-token loss (nats) over all tokens of the text.
 
     text_NT: bool, whether a token is of the text, not one that the tokenizer puts in front of it.
     """
-    total = 0.0
-    for ids_BT, text_BT in zip(ids_NT.split(BATCH), text_NT.split(BATCH), strict=True):
-        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
-        # one sequence's float32 logits at a time
-        for logits_TV, ids_T, text_T in zip(logits_BTV, ids_BT, text_BT, strict=True):
-            loss_P = functional.cross_entropy(logits_TV[:-1].float(), ids_T[1:], reduction="none")
-            total += float(loss_P[text_T[1:]].sum())
-    loss = total / int(text_NT[:, 1:].sum())
+    loss = -float(log_probabilities_NP[text_NT[:, 1:]].double().mean())
     return math.exp(loss) if loss < 700 else math.inf
 
 
@@ -97,6 +101,22 @@ def wrong_keys(info: dict[str, Any]) -> list[str]:
     return sorted(f"{kind.removesuffix('_keys')}: {key}" for kind, keys in info.items() for key in keys)
 
 
+def stop_tokens(folder: str) -> list[int]:
+    """The tokens that end an answer, as generation_config.json of a folder has them; none where it has none."""
+    path = os.path.join(folder, "generation_config.json")
+    if not os.path.isfile(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        return as_stops(json.load(file).get("eos_token_id"))
+
+
+def as_stops(value: Any) -> list[int]:
+    """The tokens that a setting `eos_token_id` names: it may be one, several or none."""
+    return (
+        [] if value is None else sorted({int(one) for one in (value if isinstance(value, list) else [value])})
+    )
+
+
 def _resident_bytes() -> int | None:
     try:
         import psutil
@@ -112,6 +132,8 @@ class Answers:
         """Nothing is loaded yet."""
         self._model: Any = None
         self._given: dict[str, Tensor] = {}
+        self._folder = ""
+        self._runs_code = False
 
     def is_refused(self, folder: str) -> dict[str, Any]:
         """Whether transformers refuses the folder when it may not run the folder's own code."""
@@ -129,6 +151,8 @@ class Answers:
     ) -> dict[str, Any]:
         """Load the model, let it read a few tokens, and compare its logits with those in the file `tensors`.
 
+        Where that file has none, as of the dense model, there is nothing to compare.
+
         how: by what: "" by transformers, "own code" by transformers with the folder's code, else the name of a module
         with a `load` (see `foldsearch.runtimes.Loader`).
         """
@@ -140,7 +164,7 @@ class Answers:
         quiet.set_verbosity_error()
         quiet.disable_progress_bar()
         torch.set_num_threads(threads)
-        self._given = load_file(tensors)
+        self._given, self._folder, self._runs_code = load_file(tensors), folder, how == "own code"
         before = _resident_bytes()
         if how in ("", "own code"):
             auto: Any = transformers.AutoModelForCausalLM
@@ -167,11 +191,51 @@ class Answers:
         }
 
     def quality(self) -> dict[str, Any]:
-        """How far decoding is from one full forward, and the perplexity."""
+        """How far decoding is from one full forward, the perplexity, and how far log-probabilities are from given ones.
+
+        The latter are means and largest differences over the tokens of the text, in nats; 0 where none were given.
+        """
+        text_NT = self._given["text_NT"]
+        found_NP = log_probabilities(self._model, self._given["ids_NT"])
+        given_NP = self._given.get("log_probabilities_NP", found_NP)
+        apart = (found_NP - given_NP).abs()[text_NT[:, 1:]]
         return {
             "decode_difference": decode_difference(self._model, self._given["ids_NT"]),
-            "perplexity": perplexity(self._model, self._given["ids_NT"], self._given["text_NT"]),
+            "perplexity": perplexity(found_NP, text_NT),
+            "mean_difference": float(apart.double().mean()),
+            "max_difference": float(apart.max()),
         }
+
+    def chat(self, messages: list[dict[str, str]], num_tokens: int) -> dict[str, Any]:
+        """A chat through the template of the folder's tokenizer, and the likeliest answer, token after token.
+
+        Returns:
+            prompt: the chat as text; stops: the tokens that end an answer; text: the answer.
+        """
+        from transformers import AutoTokenizer
+
+        tokenizer: Any = AutoTokenizer.from_pretrained(self._folder, trust_remote_code=self._runs_code)
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        stops = stop_tokens(self._folder)
+        written = self._write(ids, num_tokens, frozenset(stops))
+        return {
+            "prompt": prompt,
+            "stops": stops,
+            "text": tokenizer.decode(written, skip_special_tokens=True),
+        }
+
+    @torch.no_grad()
+    def _write(self, ids: list[int], num_tokens: int, stops: frozenset[int]) -> list[int]:
+        next_BT, cache = torch.tensor([ids]), None
+        written: list[int] = []
+        while len(written) < num_tokens:
+            output = self._model(input_ids=next_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            next_BT, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+            if int(next_BT) in stops:
+                break
+            written.append(int(next_BT))
+        return written
 
     def turn(self) -> dict[str, Any]:
         """Tokens per second, measured now."""
@@ -188,7 +252,7 @@ def main(where: str, answers_of: str = "") -> None:
     """
     if where == "alone":
         sys.modules["foldsearch"] = None  # type: ignore[assignment]  # an import of it now fails
-    else:
+    elif not answers_of:  # other programs know nothing of transformers
         from foldsearch.model.register import register
 
         register()

@@ -17,8 +17,11 @@ This file is shipped inside folded exports, so it needs torch and transformers o
                 rank: of the low-rank adapters on the borrowed units; norm: whether their outputs are normalised
                 replaced: home to last are replaced by a network of this kind (see networks.py) and hidden width, or,
                 where the position has units, by the block `home` with weights of its own
+    stored      only where several models share files of weights: the names of tensors in these files, each with the
+                model's own name
 """
 
+import re
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +78,16 @@ def folded_model_class(family_name: str) -> "type[PreTrainedModel]":
         stock.__init__(self, config)
         assemble(self)
 
+    def from_pretrained(cls: Any, path: Any, /, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        if config is None:
+            where = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
+            config = cls.config_class.from_pretrained(
+                path, **{key: kwargs[key] for key in where if key in kwargs}
+            )
+        if stored := (config.fold or {}).get("stored"):
+            kwargs["key_mapping"] = {f"^{re.escape(name)}$": own for name, own in stored.items()}
+        return stock.from_pretrained.__func__(cls, path, *args, config=config, **kwargs)
+
     return type(
         f"Folded{stock.__name__}",
         (stock,),
@@ -83,6 +96,7 @@ def folded_model_class(family_name: str) -> "type[PreTrainedModel]":
             "__doc__": f"{stock.__name__} with the positions that `config.fold` lists.",
             "config_class": folded_config_class(family_name),
             "__init__": init,
+            "from_pretrained": classmethod(from_pretrained),
         },
     )
 

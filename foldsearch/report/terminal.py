@@ -43,7 +43,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from foldsearch.cache import Entry
+    from foldsearch.export.family import Family
     from foldsearch.export.figures import ExportReport
+    from foldsearch.export.recheck import Rechecked
+    from foldsearch.export.reproduce import Reproduced
     from foldsearch.model.choices import ChoiceQuality
     from foldsearch.model.evidence import Evidence
     from foldsearch.model.harness import TaskScore
@@ -686,8 +689,9 @@ def export_table(report: ExportReport, folder: Path) -> Group:
         f"logits differ by {report.logits_difference:.2g} of their RMS ({tolerance})",
         f"cached decoding differs from a full forward by {report.decode_difference:.2g} of the logits' RMS "
         f"(at most {report.decode_tolerance:g} allowed)",
-        f"perplexity {report.exported.perplexity:.4f}, measured {report.measured_perplexity:.4f}",
+        f"perplexity {report.perplexity:.4f}, measured {report.measured_perplexity:.4f}",
         *([report.engine.check] if report.engine else []),
+        *([report.chat.check] if report.chat else []),
     ]
     if report.loads_without_foldsearch:
         code = ", with trust_remote_code=True," if report.refused_without_code else ""
@@ -707,9 +711,61 @@ def export_table(report: ExportReport, folder: Path) -> Group:
         *(Padding(Text(check, style="green"), (0, 0, 0, 2)) for check in checks),
         *(
             Padding(Text(note, style="yellow"), (0, 0, 0, 2))
-            for note in (report.engine_note, *report.notes)
+            for note in (report.engine_note, report.chat.note if report.chat else "", *report.notes)
             if note
         ),
+    )
+
+
+def family_table(family: Family, folder: Path) -> Group:
+    """Points that share their weights: `foldsearch export --front`."""
+    table = _plain_table("folder", "perplexity>", "alone, MB>", "plan")
+    for one in family.members:
+        table.add_row(one.folder, f"{one.perplexity:,.2f}", f"{one.separate_bytes / 1e6:,.1f}", one.plan)
+    stored, separate = family.stored_bytes / 1e6, family.separate_bytes / 1e6
+    return Group(
+        Text(f"{printable(folder)}", style="bold"),
+        Text(f"{len(family.members)} {family.runtime} models; each loads alone, as its README.md says."),
+        Text(),
+        table,
+        Text(),
+        Text(
+            f"Weights stored: {stored:,.1f} MB; in folders of their own: {separate:,.1f} MB ({stored / separate:.0%})."
+        ),
+    )
+
+
+def rechecked_lines(found: Rechecked, folder: Path) -> Group:
+    """What checking an export again came to: `foldsearch verify`."""
+    report = found.card.report
+    kinds = (("green", found.passed), ("yellow", found.skipped), ("red", found.faults))
+    return Group(
+        Text(f"{printable(folder)}", style="bold"),
+        Text(
+            f"{printable(report.base_model)}, folded: {report.plan}; for {report.runtime}, in {report.weights}"
+        ),
+        *(Padding(Text(words, style=style), (0, 0, 0, 2)) for style, lines in kinds for words in lines),
+    )
+
+
+def reproduced_lines(found: Reproduced, folder: Path) -> Group:
+    """What making an export again came to, beside its card: `foldsearch reproduce`."""
+    table = _plain_table("", "card>", "again>", "apart>", "allowed>")
+    for one in found.figures:
+        shown = (f"{value:,.6g}" for value in (one.first, one.again))
+        style = "" if one.is_equal else "red"
+        apart = f"{abs(one.first - one.again):.2g}"
+        table.add_row(Text(one.name, style=style), *shown, Text(apart, style=style), f"{one.tolerance:.2g}")
+    same = "on the same kind of machine, with as many threads"
+    machine = same if found.is_same_machine else "on another kind of machine, or with other threads"
+    return Group(
+        Text(f"{printable(folder)}", style="bold"),
+        Text(f"{found.again.report.plan}, made again {machine}"),
+        Text(),
+        table,
+        Text(),
+        Text(f"Files with the same hash: {', '.join(map(printable, found.equal)) or 'none'}"),
+        Text(f"Files with another hash: {', '.join(map(printable, found.other)) or 'none'}"),
     )
 
 

@@ -109,7 +109,8 @@ class Engine:
     name: of the program. package: as it is imported. extra: of foldsearch, which installs it. module: has the class
     `Answers`, which loads an export in a process of its own and answers questions (see `foldsearch.export.engine`).
     python: what loads an export and lets it write, with {where} and {prompt} for the folder and a text; commands: what
-    else can be done with it, with {folder}. library: as the hub names what loads such files.
+    else can be done with it, with {folder}. library: as the hub names what loads such files. most_stops: tokens that
+    end an answer for which its files have a place; None for any number.
     """
 
     name: str
@@ -119,6 +120,7 @@ class Engine:
     python: str
     commands: str
     library: str
+    most_stops: int | None = None
 
     @property
     def is_installed(self) -> bool:
@@ -250,6 +252,7 @@ os._exit(0)  # its threads would keep the process""",
 # K-quants are made by llama.cpp's own program, best from f16 or f32:
 llama-quantize {folder}/model.gguf model-Q4_K_M.gguf Q4_K_M""",
     library="gguf",
+    most_stops=3,
 )
 
 ONNX_RUNTIME = Engine(

@@ -103,6 +103,8 @@ def write(model: PreTrainedModel, folder: Path, beside: Beside) -> tuple[str, ..
         "chunk": min(CHUNK, context),
         "num_parameters": sum(one.numel() for one in model.parameters()),
     }
+    if model.generation_config is not None:  # it has the tokens that end a text
+        model.generation_config.save_pretrained(folder)
     (folder / decoder.SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
     shutil.copyfile(str(decoder.__file__), folder / Path(str(decoder.__file__)).name)
     if beside.tokenizer is not None:

@@ -35,13 +35,18 @@ class Past:
 
 
 class Decoder:
-    """A decoder with its KV cache."""
+    """A decoder with its KV cache. stops: the tokens that end a text, as generation_config.json has them."""
 
     def __init__(self, folder: str | Path, *, threads: int = 0) -> None:
         """Open the program of a folder. threads: of ExecuTorch in this process; 0 leaves them to it."""
         if threads:
             _unsafe_reset_threadpool(threads)
         settings = json.loads((Path(folder) / SETTINGS).read_text())
+        path = Path(folder) / "generation_config.json"
+        told_stops = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        self.stops = frozenset(
+            told_stops if isinstance(told_stops, list) else [] if told_stops is None else [told_stops]
+        )
         self.context: int = settings["context"]
         self.chunk: int = settings["chunk"]
         self.num_parameters: int = settings["num_parameters"]
@@ -116,7 +121,8 @@ def main() -> None:
     folder = Path(__file__).parent
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = tokenizer.encode(sys.argv[1]).ids
-    print(tokenizer.decode(ids + Decoder(folder).write(ids, 40)))
+    decoder = Decoder(folder)
+    print(tokenizer.decode(ids + decoder.write(ids, 40, stops=decoder.stops)))
 
 
 if __name__ == "__main__":

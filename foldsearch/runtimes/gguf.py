@@ -56,9 +56,9 @@ def write(model: PreTrainedModel, folder: Path, beside: Beside) -> tuple[str, ..
         tokenizer = read_gguf(beside.gguf).tokenizer
     elif beside.tokenizer is not None:
         tokenizer, note = describe_tokenizer(beside.tokenizer, model.config.vocab_size)
-        notes = (note,) if note else ()
-        if stop := _second_stop(model, tokenizer):
-            tokenizer["tokenizer.ggml.eot_token_id"] = (stop, 4, None)
+        stops, lost = _further_stops(model, tokenizer)
+        tokenizer |= stops
+        notes = tuple(filter(None, (note, lost)))
     general = {
         "general.name": f"{beside.base_model}, folded" if beside.plan else beside.base_model,
         **({"foldsearch.plan": beside.plan} if beside.plan else {}),
@@ -67,12 +67,26 @@ def write(model: PreTrainedModel, folder: Path, beside: Beside) -> tuple[str, ..
     return notes
 
 
-def _second_stop(model: PreTrainedModel, tokenizer: dict[str, MetadataValue]) -> int | None:
-    """A token that ends an answer and is not the one that ends a text: chats have one."""
+def _further_stops(
+    model: PreTrainedModel, tokenizer: dict[str, MetadataValue]
+) -> tuple[dict[str, MetadataValue], str]:
+    """The tokens that end an answer and are not the one that ends a text: chats have one or two.
+
+    The file has two further places for them, the end of a turn and that of a message. Also what to say where they do
+    not suffice.
+    """
     stops: Any = getattr(model.generation_config, "eos_token_id", None)
+    every = stops if isinstance(stops, list) else [] if stops is None else [stops]
     end = tokenizer.get("tokenizer.ggml.eos_token_id", (None,))[0]
-    others = [int(stop) for stop in stops if stop != end] if isinstance(stops, list) else []
-    return others[0] if others else None
+    others = [int(stop) for stop in every if stop != end]
+    places = ("eot", "eom")
+    keys: dict[str, MetadataValue] = {
+        f"tokenizer.ggml.{place}_token_id": (stop, 4, None)
+        for place, stop in zip(places, others, strict=False)
+    }
+    lost = others[len(places) :]
+    note = f"The file has no place for these tokens that end an answer: {lost}." if lost else ""
+    return keys, note
 
 
 def load(folder: str, dtype: str, attention: str | None) -> tuple[PreTrainedModel, list[str]]:

@@ -8,12 +8,23 @@ from __future__ import annotations
 
 import json
 import secrets
+import urllib.request
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 PROMPT_TOKENS, TURN_TOKENS = 256, 24  # that are read and written in a turn
 _WINS = 1e6  # added to a logit
+_STOPS = ("eos", "eot", "eom")  # of a text, a turn, a message: each ends an answer
+
+
+def stop_tokens(file: Path) -> list[int]:
+    """The tokens that end an answer, as the file's metadata has them."""
+    from foldsearch.model.gguf.file import read_gguf
+
+    metadata = read_gguf((file,)).metadata
+    found = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in _STOPS)
+    return sorted({int(token) for token in found if token is not None})
 
 
 class Answers:
@@ -23,6 +34,8 @@ class Answers:
         """Nothing is loaded yet."""
         self._server: Any = None
         self._prompt: list[int] = []
+        self._key = secrets.token_hex(16)
+        self._stops: list[int] = []
 
     def load(self, folder: str, threads: int, context: int, tokens: list[int]) -> dict[str, Any]:
         """Load the file and read some tokens; how much memory that took.
@@ -39,8 +52,9 @@ class Answers:
         settings.model.path = str(file)
         settings.n_ctx, settings.n_parallel = context, 1
         settings.warmup, settings.verbosity = False, -1
-        settings.api_keys = [secrets.token_hex(16)]
+        settings.api_keys = [self._key]
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
+        self._stops = stop_tokens(file)
         self._server = xllamacpp.Server(settings)
         self._prompt = tokens[:PROMPT_TOKENS]
         self._complete(self._prompt, n_predict=1)
@@ -81,9 +95,31 @@ class Answers:
         answer = self._complete(text, n_predict=num_tokens, repeat_penalty=1.2)
         return {"text": answer["choices"][0]["text"]}
 
+    def chat(self, messages: list[dict[str, str]], num_tokens: int) -> dict[str, Any]:
+        """A chat through the file's template, and the likeliest answer (see `foldsearch.export.verify`)."""
+        request = {"messages": messages, "temperature": 0, "max_tokens": num_tokens, "cache_prompt": False}
+        answer = self._checked(self._server.handle_chat_completions(request))
+        return {
+            "prompt": self._rendered(messages),
+            "stops": self._stops,
+            "text": answer["choices"][0]["message"].get("content") or "",
+        }
+
+    def _rendered(self, messages: list[dict[str, str]]) -> str:
+        """The chat as text, which only the server's address tells."""
+        request = urllib.request.Request(
+            f"{self._server.listening_address}/apply-template",
+            json.dumps({"messages": messages}).encode(),
+            {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return str(json.load(reply)["prompt"])
+
     def _complete(self, prompt: Any, **more: Any) -> dict[str, Any]:
         request = {"prompt": prompt, "temperature": 0, "cache_prompt": False, **more}
-        answer: dict[str, Any] = self._server.handle_completions(request)
+        return self._checked(self._server.handle_completions(request))
+
+    def _checked(self, answer: dict[str, Any]) -> dict[str, Any]:
         if "choices" not in answer:
             raise RuntimeError(f"the server of llama.cpp refused: {json.dumps(answer)[:500]}")
         return answer

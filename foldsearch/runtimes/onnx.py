@@ -133,6 +133,9 @@ def write(model: PreTrainedModel, folder: Path, beside: Beside) -> tuple[str, ..
     graph = onnx_decoder.GRAPH
     onnx_ir.save(program, str(folder / graph), external_data=f"{graph}.data")
     shutil.copyfile(str(onnx_decoder.__file__), folder / Path(str(onnx_decoder.__file__)).name)
+    settings: Any = model.generation_config
+    if settings is not None:  # it has the tokens that end a text
+        settings.save_pretrained(folder)
     if beside.tokenizer is not None:
         beside.tokenizer.save_pretrained(folder)
     return ()

@@ -10,6 +10,7 @@ Shapes: B sequences, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,10 @@ class Past:
 
 
 class Decoder:
-    """A decoder with its KV cache."""
+    """A decoder with its KV cache.
+
+    session: of onnxruntime. stops: the tokens that end a text, as generation_config.json has them.
+    """
 
     def __init__(self, folder: str | Path, *, threads: int = 0) -> None:
         """Open the graph of a folder. threads: of onnxruntime; 0 leaves them to it."""
@@ -41,6 +45,13 @@ class Decoder:
         self.session = onnxruntime.InferenceSession(
             str(Path(folder) / GRAPH), options, providers=["CPUExecutionProvider"]
         )
+        settings = Path(folder) / "generation_config.json"
+        told = (
+            json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id")
+            if settings.is_file()
+            else None
+        )
+        self.stops = frozenset(told if isinstance(told, list) else [] if told is None else [told])
         self._inputs = self.session.get_inputs()
         self._outputs = [output.name for output in self.session.get_outputs()]
 
@@ -92,7 +103,8 @@ def main() -> None:
     folder = Path(__file__).parent
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = tokenizer.encode(sys.argv[1]).ids
-    print(tokenizer.decode(ids + Decoder(folder).write(ids, 40)))
+    decoder = Decoder(folder)
+    print(tokenizer.decode(ids + decoder.write(ids, 40, stops=decoder.stops)))
 
 
 if __name__ == "__main__":

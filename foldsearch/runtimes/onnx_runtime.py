@@ -69,3 +69,17 @@ class Answers:
         tokenizer = Tokenizer.from_file(str(Path(self._folder) / "tokenizer.json"))
         written = self._decoder.write(tokenizer.encode(text).ids, num_tokens)
         return {"text": tokenizer.decode(written)}
+
+    def chat(self, messages: list[dict[str, str]], num_tokens: int) -> dict[str, Any]:
+        """A chat through the tokenizer's template, and the likeliest answer (see `foldsearch.export.verify`)."""
+        from transformers import AutoTokenizer
+
+        tokenizer: Any = AutoTokenizer.from_pretrained(self._folder)
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        written = self._decoder.write(ids, num_tokens, stops=self._decoder.stops)
+        return {
+            "prompt": prompt,
+            "stops": sorted(self._decoder.stops),
+            "text": tokenizer.decode(written, skip_special_tokens=True),
+        }

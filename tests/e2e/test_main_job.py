@@ -117,7 +117,7 @@ def test_the_chosen_model_is_exported_as_it_was_measured(run: Path, place: Path)
     assert len(words.partition("dense")[2].split()) > 5
     view = RunView.open(run)
     entry = view.pick(number=int(number))
-    shipped = json.loads((place / "shipped" / "foldsearch.json").read_text())
+    shipped = json.loads((place / "shipped" / "card.json").read_text())["report"]
     assert shipped["plan"] == str(entry.plan)
     assert words.split()[0] == shipped["runtime"] == ("stock" if entry.plan.only_drops else "folded")
     assert shipped["exported"]["perplexity"] == pytest.approx(entry.final.perplexity, rel=1e-3)
@@ -248,4 +248,4 @@ def test_everything_is_searched_and_what_it_replaces_is_exported(place: Path) ->
     done = foldsearch("export", "runs/everything", "--trial", str(number), "--out", "replaced", cwd=place)
     assert done.code == 0, done.err
     assert "Verified in a fresh process" in done.out
-    assert "~" in json.loads((place / "replaced" / "foldsearch.json").read_text())["plan"]
+    assert "~" in json.loads((place / "replaced" / "card.json").read_text())["report"]["plan"]

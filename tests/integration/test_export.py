@@ -4,7 +4,6 @@ Oracles: the folded model in this process, in the dtype that ships; the folder's
 the written weights are tampered with between writing and verifying.
 """
 
-import json
 import math
 import os
 import re
@@ -18,10 +17,10 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from foldsearch.codec import from_json
 from foldsearch.errors import InputError, VerificationError
-from foldsearch.export import ExportReport, Shipment, checks, export, load_exported, ship
+from foldsearch.export import Shipment, checks, export, load_exported, ship
 from foldsearch.export import dense as beside_dense
+from foldsearch.export.card import read_card
 from foldsearch.export.process import ModelProcess, ProcessError
 from foldsearch.model.fold import cast, fold
 from foldsearch.model.parts import Borrowed
@@ -137,7 +136,7 @@ def test_folded_export(tmp_path, monkeypatch):
     assert report.dense.weight_bytes == 2 * report.dense.parameters
     assert len(report.decode.exported) == len(report.decode.dense) >= 3
     assert min(report.decode.exported + report.decode.dense + report.prompt.exported) > 0
-    assert from_json(ExportReport, json.loads((out / "foldsearch.json").read_text())) == report
+    assert read_card(out).report == report
     card = (out / "README.md").read_text()
     assert "# tiny, folded" in card
     assert str(plan) in card
@@ -164,7 +163,7 @@ def test_stock_export(tmp_path):
     (out / "old").touch()
     with pytest.raises(InputError, match="only an export is overwritten"):
         export(model, None, out, Shipment(plan, "stock", "float32", IDS), overwrite=True)
-    (out / "foldsearch.json").touch()
+    (out / "card.json").touch()
     report = export(model, None, out, Shipment(plan, "stock", "float32", IDS), overwrite=True)
     assert not (out / "old").exists()
     assert report.logits_tolerance > 0
@@ -243,3 +242,28 @@ def test_code_that_cannot_run_alone_fails(tmp_path, monkeypatch):
     with pytest.raises(VerificationError, match="without foldsearch"):
         export(model, None, tmp_path / "out", Shipment(plan, "folded", "float32", IDS))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch, error):
+    """Neither what it wrote nor, once a day old, what a process that was killed left."""
+    for name in (
+        ".out.1.partial",
+        ".out.2.rebuilt",
+        "..out.3.partial.3.dense",
+        ".out.4.partial",
+        ".other.5.partial",
+    ):
+        (tmp_path / name / "x").mkdir(parents=True)
+        if "4" not in name:
+            os.utime(tmp_path / name, (0, 0))
+
+    def write(model, folder, beside):
+        (folder / "model.safetensors").write_text("half")
+        raise error
+
+    monkeypatch.setattr(folded_runtime, "write", write)
+    model, plan = folded(dense_model(), "0 2-3")
+    with pytest.raises((KeyboardInterrupt, InputError)):
+        export(model, None, tmp_path / "out", Shipment(plan, "folded", "float32", IDS))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.5.partial", ".out.4.partial"]

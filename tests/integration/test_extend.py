@@ -101,8 +101,8 @@ def test_extend_prices_trains_measures_and_exports(place, capsys):
     assert model.config.fold["plan"] == PLAN
     assert model.config.num_hidden_layers == 7
     assert tokenizer is not None
-    written = json.loads(Path("deep/foldsearch.json").read_text())
-    assert written["details"]["trial"] == record
+    written = json.loads(Path("deep/card.json").read_text())
+    assert written["recipe"]["trial"] == record
     assert sorted(path.name for path in Path().iterdir()) == ["deep", "kept"]
 
 

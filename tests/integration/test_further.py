@@ -310,7 +310,7 @@ def test_the_verb_tells_every_step_and_reports_show_it(
     assert re.search(
         rf"trial 0 was trained further; what ships is its best state: .*trained on {END} tokens", said
     )
-    written = json.loads((tmp_path / "out" / "foldsearch.json").read_text())["details"]
+    written = json.loads((tmp_path / "out" / "card.json").read_text())["recipe"]
     assert written["trial"]["results"][-1]["recovery_tokens"] == END
 
 

@@ -7,7 +7,6 @@ sizes of the types' blocks.
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import subprocess
@@ -22,10 +21,11 @@ import torch
 from transformers import PreTrainedModel
 
 from foldsearch import runtimes
-from foldsearch.codec import from_json
 from foldsearch.errors import InputError, ModelError, PlanError, VerificationError
-from foldsearch.export import ExportReport, Shipment, engine, export
+from foldsearch.export import Shipment, engine, export
+from foldsearch.export.card import read_card
 from foldsearch.export.process import ProcessError
+from foldsearch.export.recheck import recheck
 from foldsearch.model.blocks import FAMILIES
 from foldsearch.model.fold import cast, fold
 from foldsearch.model.gguf.config import held_families
@@ -311,7 +311,14 @@ def test_an_export_is_checked_in_llama_cpp(base, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     out = tmp_path / "it's out"
     given = shipment(weights="q8_0", dense=base, details={"base_model": "tiny"})
-    report = export(folded(base, DROPPED), bytes_tokenizer(), out, given)
+    model, cut = folded(base, DROPPED), bytes_tokenizer()
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = [2, 7]
+    cut.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    report = export(model, cut, out, given)
     assert (report.weights, report.dtype) == ("q8_0", "float32")
     assert report.logits_max_difference == 0  # to what the weights round to
     assert report.measured_perplexity == pytest.approx(report.exported.perplexity, rel=0.05)
@@ -325,12 +332,26 @@ def test_an_export_is_checked_in_llama_cpp(base, tmp_path: Path) -> None:
     assert report.exported.resident_bytes > 0
     assert min(report.decode.exported + report.decode.dense + report.prompt.exported) > 0
     assert report.dense is not None
+    assert report.dense.perplexity is None  # it was asked in llama.cpp
     assert report.dense.weight_bytes > report.exported.weight_bytes == report.file_bytes
-    assert sorted(path.name for path in out.iterdir()) == ["README.md", "foldsearch.json", "model.gguf"]
-    assert from_json(ExportReport, json.loads((out / "foldsearch.json").read_text())) == report
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "card.json",
+        "check.npz",
+        "model.gguf",
+    ]
+    assert read_card(out).report == report
     metadata = read_gguf((out / "model.gguf",)).metadata
     assert metadata["foldsearch.plan"] == DROPPED
     assert metadata["general.name"] == "tiny, folded"
+    assert report.chat is not None  # by llama.cpp's own reader of templates
+    assert report.chat.prompt == "user: What is the capital of France?\nassistant:"
+    assert report.chat.note == ""
+    assert set(report.chat.stops) == {2, 7, metadata["tokenizer.ggml.eos_token_id"]}
+    assert isinstance(report.chat.dense, str)
+    found = recheck(out)
+    assert found.faults == found.skipped == []
+    assert any("in llama.cpp" in words for words in found.passed)
     card = (out / "README.md").read_text()
     assert "library_name: gguf" in card
     assert f"llama-quantize {shlex.quote(str(out))}/model.gguf model-Q4_K_M.gguf Q4_K_M" in card
@@ -342,6 +363,17 @@ def test_an_export_is_checked_in_llama_cpp(base, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_stop_tokens_that_find_no_place_are_told(base, tmp_path: Path) -> None:
+    model = folded(base, DROPPED)
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = [5, 6, 7]
+    held, _ = runtime.before_rounding(model)
+    notes = runtime.write(held, tmp_path, Beside(weights="f32", tokenizer=bytes_tokenizer()))
+    metadata = read_gguf((tmp_path / "model.gguf",)).metadata
+    assert [metadata[f"tokenizer.ggml.{name}_token_id"] for name in ("eot", "eom")] == [5, 6]
+    assert any("no place for these tokens that end an answer: [7]" in note for note in notes)
 
 
 def test_where_llama_cpp_is_not_installed_the_extra_is_named(base, tmp_path: Path, monkeypatch) -> None:

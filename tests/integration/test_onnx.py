@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from foldsearch.errors import InputError
 from foldsearch.export import Shipment, export
+from foldsearch.export.recheck import recheck
 from foldsearch.model.fold import fold
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.runtimes import NOTHING, Beside, onnx
@@ -99,8 +100,19 @@ def test_what_is_exported_is_run_before_it_is_called_exported(
     plan = FoldPlan.parse(DROPPED, 5)
     ids_NT = torch.randint(3, VOCABULARY, (3, 16), generator=torch.Generator().manual_seed(1))
     shipment = Shipment(plan, "onnx", dtype, ids_NT, weights=weights)
-    report = export(fold(dense_model(), plan), tokenizer(), tmp_path / "out", shipment)
+    model, words = fold(dense_model(), plan), tokenizer()
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = [2, 7]
+    words.chat_template = "{{ messages[0]['content'] }}"
+    report = export(model, words, tmp_path / "out", shipment)
     assert report.weights == (weights or "float32")  # it has no bfloat16
     assert report.engine is not None
     assert report.engine.mean_difference <= report.engine.tolerance
     assert "onnx_decoder" in (tmp_path / "out" / "README.md").read_text()
+    assert report.chat is not None
+    assert report.chat.stops == (2, 7)  # which its Decoder has read from the folder
+    assert report.chat.prompt == "What is the capital of France?"
+    if weights == "int4":
+        found = recheck(tmp_path / "out")
+        assert found.faults == found.skipped == []
+        assert any("in onnxruntime" in words for words in found.passed)

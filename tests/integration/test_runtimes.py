@@ -3,7 +3,6 @@
 Oracles: the folded model in this process; the price of its plan, made without looking at a file; the bytes on disk.
 """
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +15,7 @@ import torch
 from foldsearch import cli, runtimes
 from foldsearch.errors import PlanError, SpecError
 from foldsearch.export import Shipment, check_export, export, load_exported
+from foldsearch.export.card import read_card
 from foldsearch.model.fold import fold
 from foldsearch.model.measure import measure
 from foldsearch.model.parts import Borrowed
@@ -130,7 +130,7 @@ def test_a_plan_it_holds_is_shipped_and_loaded_as_the_same_model(quick, table, t
     torch.testing.assert_close(again(IDS).logits, model(IDS).logits, **OTHER_WAY)
     card = (out / "README.md").read_text()
     assert runtime.card in card
-    assert json.loads((out / "foldsearch.json").read_text())["runtime"] == runtime.name
+    assert read_card(out).report.runtime == runtime.name
 
 
 @pytest.mark.parametrize("need", WORDS)

@@ -16,7 +16,7 @@ from foldsearch.export import dense
 from foldsearch.export.figures import MOST_BUSY, ExportReport, ModelFigures, Speed, spread
 from foldsearch.export.process import ProcessError
 from foldsearch.report.terminal import export_table
-from foldsearch.runtimes import runtime_named
+from foldsearch.runtimes import NOTHING, runtime_named
 
 
 class Fake:
@@ -130,7 +130,9 @@ def test_where_there_is_no_room_for_the_dense_model_the_export_is_measured_alone
     monkeypatch.setattr(dense.shutil, "disk_usage", lambda path: SimpleNamespace(free=disk))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=memory))
     _, ours, _ = fakes([6.0] * 10, [])
-    job = SimpleNamespace(folder=tmp_path / "out", dtype="bfloat16", runtime=runtime_named("stock"))
+    job = SimpleNamespace(
+        folder=tmp_path / "out", dtype="bfloat16", runtime=runtime_named("stock"), beside=NOTHING
+    )
     found = dense.compare_in_torch(job, ours, _Weights(), tmp_path)  # type: ignore[arg-type]
     assert found.dense is None
     assert f"needs 2.20 GB of {what} beside the export, and 0.00 GB are free" in found.note
@@ -146,7 +148,9 @@ def test_a_dense_model_that_cannot_be_measured_is_no_fault_of_the_export(
     monkeypatch.setattr(dense, "_lacks_room", lambda job, dense: "")
     monkeypatch.setattr(dense, "in_dtype", fail)
     _, ours, _ = fakes([6.0] * 10, [])
-    job = SimpleNamespace(folder=tmp_path / "out", dtype="bfloat16", runtime=runtime_named("stock"))
+    job = SimpleNamespace(
+        folder=tmp_path / "out", dtype="bfloat16", runtime=runtime_named("stock"), beside=NOTHING
+    )
     found = dense.compare_in_torch(job, ours, _Weights(), tmp_path)  # type: ignore[arg-type]
     assert found.dense is None
     assert found.note.startswith("The dense model could not be measured: the process ended with exit code -9")

@@ -17,10 +17,12 @@ import pytest
 
 from foldsearch import cli
 from foldsearch.errors import InputError, RunError
-from foldsearch.export.card import model_card
+from foldsearch.export.card import Card, Licences, ProbeFigures
 from foldsearch.export.figures import ExportReport, ModelFigures, Speed
+from foldsearch.export.readme import loading_lines, model_card
 from foldsearch.files import replace_atomically
 from foldsearch.paths import MOST_NAME_BYTES, beside, check_path, command, printable
+from foldsearch.plan.plan import FoldPlan
 from foldsearch.report.terminal import console
 from foldsearch.run import Run
 from foldsearch.search.records import Records, read_trials
@@ -210,7 +212,13 @@ def test_a_card_shows_a_models_name_as_it_is(name: str) -> None:
         file_bytes=1, prompt_tokens=1, prompt=speed, decode=speed, loads_without_foldsearch=True,
         refused_without_code=True, has_tokenizer=True, versions={},
     )  # fmt: skip
-    card = model_card(report, Path(name))
+    of_export = Card(
+        foldsearch="0", plan=FoldPlan.identity(3), report=report, files={},
+        probe=ProbeFigures("tokens", 1, 1.0, 0.0, 0.0),
+        attention="eager", checked=(), not_checked=(), licences=Licences(), loading=loading_lines(report, Path(name)),
+        commands={},
+    )  # fmt: skip
+    card = model_card(of_export, Path(name))
     _, front, body = card.split("---\n", 2)
     assert not name.strip() or name not in front  # YAML would have to quote it
     title = body.splitlines()[0]

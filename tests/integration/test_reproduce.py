@@ -1,0 +1,157 @@
+"""An export is made again from its card alone: `foldsearch reproduce`.
+
+Oracles: the hashes of the first export's files, on the same machine with as many threads; the run folder, which is
+gone by then; texts and models that are changed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from foldsearch import api
+from foldsearch.cli import main
+from foldsearch.export import reproduce
+from foldsearch.export.card import read_card, write_card
+from foldsearch.further import recover_further
+from foldsearch.model.training import FurtherTraining
+from foldsearch.report.view import RunView
+from tests.contexts import begin_run, run_queued, tiny_study
+
+FURTHER = 192
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and a text, and exports of a trial before and after it was trained further; no run."""
+    place = tmp_path_factory.mktemp("reproduce")
+    study = tiny_study(place, rungs=(0, 64))
+    context = begin_run(study, place / "run", cache_dir=place / "cache")
+    run_queued(context, "window", 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FOLDSEARCH_CACHE", str(place / "cache"))
+        form = api.ExportForm(compares=False)
+        api.export_trial(RunView.open(place / "run"), 0, place / "first", form=form)
+        for _ in recover_further(0, context, FurtherTraining(FURTHER)):
+            pass
+        api.export_trial(RunView.open(place / "run"), 0, place / "further", form=form)
+    shutil.rmtree(place / "run")
+    return place
+
+
+@pytest.fixture(autouse=True)
+def _cache(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOLDSEARCH_CACHE", str(place / "cache"))
+
+
+@pytest.mark.parametrize("name", ["first", "further"])
+def test_what_is_made_again_has_the_same_bits(
+    place: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = read_card(place / name)
+    assert card.recipe is not None
+    trained = (
+        FURTHER if name == "further" else 0
+    )  # where 64 tokens made it worse, and healing is what is kept
+    assert (card.recipe.further_tokens, card.recipe.trial.last.kept_tokens) == (trained, trained)
+    again = tmp_path / "again"
+    assert main(["reproduce", str(place / name / "card.json"), "--out", str(again)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "made again on the same kind of machine, with as many threads" in out
+    assert "Files with another hash: none" in out
+    (weights,) = again.glob("*.safetensors")
+    assert weights.read_bytes() == (place / name / weights.name).read_bytes()
+    assert read_card(again).recipe is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["again"]
+
+
+def changed(place: Path, tmp_path: Path, change: Any) -> Path:
+    """The first card, changed."""
+    folder = tmp_path / "changed"
+    folder.mkdir()
+    card = read_card(place / "first")
+    assert card.recipe is not None
+    write_card(change(card), folder)
+    return folder / "card.json"
+
+
+def of_recipe(**more: Any) -> Any:
+    return lambda card: replace(card, recipe=replace(card.recipe, **more))
+
+
+def test_figures_that_are_others_are_told(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A card that claims half the KL."""
+
+    def boast(card: Any) -> Any:
+        last = card.recipe.trial.last
+        report = replace(last.report, kl=last.report.kl / 2)
+        trial = card.recipe.trial
+        trial = replace(trial, results=(*trial.results[:-1], replace(last, report=report)))
+        return of_recipe(trial=trial)(card)
+
+    path = changed(place, tmp_path, boast)
+    assert main(["reproduce", str(path), "--out", str(tmp_path / "again")]) == 1
+    assert "what was made again is not what the card says: KL to dense, nats is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda card: replace(card, recipe=None), "exported from Python without a recipe"),
+        (lambda card: of_recipe(study={**card.recipe.study, "data": "nowhere"})(card), "nowhere"),
+        (
+            lambda card: of_recipe(identity=replace(card.recipe.identity, tokens={"search": "0" * 64}))(card),
+            "from the same text only, but its search tokens are others",
+        ),
+        (
+            lambda card: of_recipe(
+                identity=replace(
+                    card.recipe.identity, content=replace(card.recipe.identity.content, config="0" * 64)
+                )
+            )(card),
+            "from the same model only, but its config is another one",
+        ),
+    ],
+)
+def test_a_card_that_cannot_be_followed_is_told_and_leaves_nothing(
+    place: Path, tmp_path: Path, change: Any, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = changed(place, tmp_path, change)
+    assert main(["reproduce", str(path), "--out", str(tmp_path / "again")]) == 2
+    assert words in capsys.readouterr().err
+    assert [one.name for one in tmp_path.iterdir()] == ["changed"]
+
+
+def test_the_folder_of_the_card_and_one_that_is_there_are_left_alone(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = place / "first"
+    before = {path.name: path.stat().st_mtime_ns for path in first.iterdir()}
+    assert main(["reproduce", str(first), "--out", str(first), "--force"]) == 2
+    assert "another folder than that of the card" in capsys.readouterr().err
+    assert main(["reproduce", str(first), "--out", str(place / "further")]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert {path.name: path.stat().st_mtime_ns for path in first.iterdir()} == before
+
+
+def test_what_has_moved_is_found_where_it_is_said_to_be(place: Path, tmp_path: Path) -> None:
+    card = read_card(place / "first")
+    assert card.recipe is not None
+    old = card.recipe.study["data"]
+    study = reproduce._study(card.recipe, {old: str(tmp_path)})
+    assert study.data == str(tmp_path)
+    assert study.precision == card.recipe.identity.dtype
+    listed = replace(card.recipe, study={**card.recipe.study, "data": [{"source": "a", "kind": "b"}, "c"]})
+    found = json.loads(
+        json.dumps(reproduce._study(listed, {"a": "z", "c": "y"}).model_dump(mode="json")["data"])
+    )
+    assert [one if isinstance(one, str) else one["source"] for one in found] == ["z", "y"]
+    with pytest.raises(ValueError, match=r"the card does not know \['elsewhere'\]"):
+        reproduce._study(card.recipe, {"elsewhere": "here"})
