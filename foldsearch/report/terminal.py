@@ -601,6 +601,7 @@ def price_table(plan: FoldPlan, table: CostTable, target: Target) -> Group:
         words = f"{name}, {unit}FLOPs per token"
         shown.add_row(words, f"{mine / size:.1f}", f"{full / size:.1f}", f"{mine / full:.1%}")
     words = f"{target.dtype}, a context of {target.context:,} tokens, batch {target.batch}, {target.runtime} weights"
+    words += f" in {target.weights}" if target.weights else ""
     return Group(Text(strip_ruler(plan)), strip_text(plan), Text(), shown, Text(), Text(words, style="dim"))
 
 
