@@ -28,8 +28,9 @@ ROUNDING = 1e-4
 def in_executorch(test):
     """A test that needs it, and takes minutes."""
     skipped = pytest.mark.skipif(NOT_INSTALLED, reason="executorch is not installed: make runtimes")
+    patient = pytest.mark.timeout(1800)(pytest.mark.runtimes(skipped(test)))
     # what it brings warns of things to come when it is imported
-    return pytest.mark.filterwarnings("ignore")(pytest.mark.runtimes(skipped(test)))
+    return pytest.mark.filterwarnings("ignore")(patient)
 
 
 @in_executorch
