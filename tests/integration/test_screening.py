@@ -160,7 +160,7 @@ def test_a_damaged_entry_is_begun_again(context: TrialContext, tmp_path: Path) -
     fresh._path.parent.mkdir(parents=True)
     fresh._path.write_text('[{"plan": {"pl')
     fresh._keep()
-    assert [one["plan"]["plan"] for one in json.loads(fresh._path.read_text())] == ["0-3"]
+    assert [one["plan"]["plan"] for one in json.loads(fresh._path.read_text())["value"]] == ["0-3"]
 
 
 def test_two_runs_add_to_what_is_known(screened: Screening, context: TrialContext) -> None:
@@ -172,7 +172,7 @@ def test_two_runs_add_to_what_is_known(screened: Screening, context: TrialContex
         one._measure({plan: "move"})
     first._keep()
     second._keep()
-    kept = {one["plan"]["plan"] for one in json.loads(path.read_text())}
+    kept = {one["plan"]["plan"] for one in json.loads(path.read_text())["value"]}
     assert {str(plan) for plan in plans} <= kept
     assert len(kept) >= len(screened.found) + 2
 
