@@ -152,6 +152,7 @@ class Healer:
         num_led: int = 0,
         most_bytes: int = 0,
         stored: Stored | None = None,
+        states_only: bool = False,
     ) -> None:
         """See `heal` for the others.
 
@@ -161,6 +162,8 @@ class Healer:
             num_led: so many of the last sequences go along only: nothing is fitted to them or chosen on them.
             most_bytes: of the states and parameters that are kept; what was used longest ago goes first.
             stored: see `heal`.
+            states_only: parameters are not kept, which take most of the memory: only the states of a model are right,
+                it is not healed itself.
 
         Raises:
             InputError: there is only one sequence to fit to.
@@ -169,7 +172,7 @@ class Healer:
         num, length = self._ids_NT.shape
         self._num_text = num - num_led
         self._num_fitted = num_fitted(self._num_text, length)
-        self._num_led, self._most_bytes = num_led, most_bytes
+        self._most_bytes, self._states_only = most_bytes, states_only
         self._kept: OrderedDict[tuple[str, ...], _Step] = OrderedDict()
         self._kept_bytes = 0
         self.num_steps = 0  # positions that were computed, not taken from what is kept
@@ -222,7 +225,8 @@ class Healer:
             text.advance(run)
             return _Step(text.own_NTD, {}, None, ridge)
         block, ridge = _heal_one(place, place.writer, text, run, ridge, self._stored)
-        values = place.writer.parameters() if block.ridge is not None else {}
+        is_told = block.ridge is not None and not self._states_only
+        values = place.writer.parameters() if is_told else {}
         return _Step(text.own_NTD, values, block, ridge)
 
     def _known(self, key: tuple[str, ...]) -> _Step | None:

@@ -24,6 +24,9 @@ LEAST_SQUARE = (
     1e-6  # of the mean square: a column that reads next to nothing counts as one that reads so much
 )
 BIAS_RIDGE = 1e-9  # a bias is free
+# What is factored in float32 where a ridge is only tried: the least eigenvalue is 1, and the largest one at most the
+# number of features over the ridge, as each feature adds 1 over the ridge to the trace.
+MOST_FLOAT32 = 2e4
 
 
 class RidgeSums(Protocol):
@@ -142,13 +145,15 @@ class Tokens:
     def error(self, ridge: float, share: float) -> float:
         """In the size of the tokens: with k the products of rows, held-out ones are foretold as k_hf (k_ff + 1)⁻¹ Y."""
         kernel = self._kernel("fitted")
-        factor_MM = kernel.factor(ridge)
+        exact = self._writer.has_bias or self._writer.device.type == "mps"
+        exact = exact or kernel.scaled_MF.shape[1] / ridge > MOST_FLOAT32
+        factor_MM = kernel.factor(ridge, exact=exact)
         if factor_MM is None:
             return math.inf
         held_out_MF, wanted_MD = self._joined("held out")
         if kernel.others_MH is None:
             kernel.others_MH = kernel.products_with(held_out_MF)
-        others_MH = in_float64(kernel.others_MH) / ridge
+        others_MH = (in_float64(kernel.others_MH) if exact else kernel.others_MH) / ridge
         if self._writer.has_bias:
             others_MH += kernel.scaled_bias_1M.T @ in_float64(held_out_MF[:, -1:].T)
         shares_MH = torch.cholesky_solve(others_MH, factor_MM).to(kernel.wanted_MD)
@@ -158,7 +163,7 @@ class Tokens:
 
     def _joined(self, *parts: str) -> tuple[Tensor, Tensor]:
         features, wanted = zip(*(row for part in parts for row in self._rows[part]), strict=True)
-        return torch.cat(features), torch.cat(wanted)
+        return (features[0], wanted[0]) if len(features) == 1 else (torch.cat(features), torch.cat(wanted))
 
     def _kernel(self, *parts: str) -> _Kernel:
         if parts not in self._kernels:
@@ -172,7 +177,7 @@ class _Kernel:
 
     Attributes:
         scaled_MF: features over the squares that their penalty goes by, float32.
-        products_MM: of features and scaled features, float64.
+        products_MM: of features and scaled features, float32.
         wanted_MD: float32.
         scaled_bias_1M, bias_products_MM: of the bias, its ridge in them, float64; 0 without one.
         others_MH: of scaled features and those of held-out tokens, float32; when it was asked for.
@@ -192,8 +197,8 @@ class _Kernel:
         square_F = own_MF.square().sum(0)
         mean = float(square_F.mean())
         scaled_MF = own_MF / square_F.clamp_min(LEAST_SQUARE * mean)
-        products_MM = in_float64(scaled_MF @ own_MF.T)
-        bias_1M = in_float64(features_MF[:, size:].T) if has_bias else products_MM.new_zeros(1, 1)
+        products_MM = scaled_MF @ own_MF.T
+        bias_1M = in_float64(features_MF[:, size:].T if has_bias else products_MM.new_zeros(1, 1))
         scaled_1M = bias_1M / (BIAS_RIDGE * mean) if has_bias else bias_1M
         return cls(scaled_MF, products_MM, wanted_MD, scaled_1M, bias_1M.T @ scaled_1M)
 
@@ -201,10 +206,11 @@ class _Kernel:
         """With the features of other tokens, without the bias."""
         return self.scaled_MF @ features_HF[:, : self.scaled_MF.shape[1]].T
 
-    def factor(self, ridge: float) -> Tensor | None:
-        """Of F R⁻¹ Fᵀ + 1, by Cholesky; None where rounding leaves none."""
-        regular_MM = self.products_MM / ridge
-        regular_MM += self.bias_products_MM
+    def factor(self, ridge: float, *, exact: bool = True) -> Tensor | None:
+        """Of F R⁻¹ Fᵀ + 1, by Cholesky; None where rounding leaves none. `exact`: in float64, else in float32."""
+        regular_MM = (in_float64(self.products_MM) if exact else self.products_MM) / ridge
+        if exact:
+            regular_MM += self.bias_products_MM
         regular_MM.diagonal().add_(1.0)
         factor_MM, failed = torch.linalg.cholesky_ex(regular_MM)
         return None if failed else factor_MM

@@ -65,7 +65,9 @@ class Screen:
                 f"sequences of {every.ids_NT.shape[1]} tokens do not, {states.shape[1]} do. Lower screen.healed_tokens "
                 "and screen.judged_tokens, or set screen.plans to 0."
             )
-        self._healer = Healer(states, every.ids_NT, num_led=len(tokens.ids_NT), most_bytes=SCREEN_BYTES)
+        self._healer = Healer(
+            states, every.ids_NT, num_led=len(tokens.ids_NT), most_bytes=SCREEN_BYTES, states_only=True
+        )
 
     @property
     def num_steps(self) -> int:

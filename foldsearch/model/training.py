@@ -13,7 +13,7 @@ HEALED_TOKENS = 8192  # of a text, that a folded model is healed on
 HealMethod = Literal["ridge", "fused", "fused-cosine", "rescale"]  # see `foldsearch.model.healing`
 Trained = Literal["deltas", "last", "healed"]  # see `foldsearch.model.recover.attach`
 LinearStart = Literal["ridge", "patch"]  # see `foldsearch.model.replacements.FitSettings`
-SCREEN_BYTES = 2 * 10**9  # of states and solved matrices that screened plans have in common, which are kept
+SCREEN_BYTES = 2 * 10**9  # of states that screened plans have in common, which are kept
 
 
 @dataclass(frozen=True, slots=True)
