@@ -5,6 +5,7 @@ Oracle: the same search with its study in the run folder; and the password, look
 
 from __future__ import annotations
 
+import gc
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,7 @@ pytestmark = [
 def server() -> Iterator[Server]:
     with postgres_server() as found:
         yield found
+        gc.collect()  # those connections end here, where they are ignored, and not in a test of another file
 
 
 def begin_there(path: Path, url: str) -> Run:

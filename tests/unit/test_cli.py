@@ -42,6 +42,8 @@ VERBS = (
     "recover",
     "dashboard",
     "cache",
+    "verify",
+    "reproduce",
 )
 
 
