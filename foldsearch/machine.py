@@ -75,8 +75,14 @@ def choose_precision(wanted: str, device: str) -> str:
         return wanted
     import torch
 
-    fast = device == "cuda" or (device == "cpu" and torch.cpu._is_amx_tile_supported())
+    fast = device == "cuda" or (device == "cpu" and torch.cpu._is_amx_tile_supported() and _may_use_amx())
     return "bfloat16" if fast else "float32"
+
+
+def _may_use_amx() -> bool:
+    """Whether oneDNN, which multiplies for torch, is not held to older instructions: bfloat16 takes forever then."""
+    held = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL"
+    return held.upper() in ("ALL", "DEFAULT") or "AMX" in held.upper()
 
 
 @dataclass(frozen=True, slots=True)

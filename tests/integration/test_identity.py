@@ -299,6 +299,7 @@ def test_auto_is_chosen_once(project: Path, monkeypatch: pytest.MonkeyPatch) -> 
     study = STUDY.model_copy(update={"precision": "auto"})
     with monkeypatch.context() as patch:
         patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+        patch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
         make_run(study, Path("runs/auto"))
     made = RunFolder(Path("runs/auto")).identity()
     assert made is not None

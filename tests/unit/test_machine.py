@@ -1,0 +1,30 @@
+"""What "auto" stands for: the law is that of the processor as oneDNN may use it, not of what its flags say."""
+
+import pytest
+import torch
+
+from foldsearch.machine import choose_precision
+
+
+@pytest.mark.parametrize(
+    ("tiles", "held", "precision"),
+    [
+        (True, None, "bfloat16"),
+        (True, "ALL", "bfloat16"),
+        (True, "avx10_1_512_amx", "bfloat16"),
+        (True, "AVX512_CORE_AMX", "bfloat16"),
+        (True, "AVX512_CORE_BF16", "float32"),
+        (True, "AVX2", "float32"),
+        (False, None, "float32"),
+    ],
+)
+def test_auto_is_what_is_multiplied_fast(
+    tiles: bool, held: str | None, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    if held is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", held)
+    assert choose_precision("auto", "cpu") == precision
+    assert choose_precision("bfloat16", "cpu") == "bfloat16"  # who names one gets it
