@@ -37,7 +37,7 @@ from foldsearch.trial import run_trial
 
 NUMBER = 0  # of the only trial
 # Of the KL and the mean loss, in nats, after training, where another processor or another number of threads sums in
-# another order: each step of training carries the differences on. Measured, see docs/decisions/0023.
+# another order: each step of training carries the differences on. Chosen, not measured: see docs/decisions/0023.
 TRAINED_ROUNDING = {"float32": 1e-2, "bfloat16": 5e-2}
 
 

@@ -86,7 +86,12 @@ def folded_model_class(family_name: str) -> "type[PreTrainedModel]":
             )
         if stored := (config.fold or {}).get("stored"):
             kwargs["key_mapping"] = {f"^{re.escape(name)}$": own for name, own in stored.items()}
-        return stock.from_pretrained.__func__(cls, path, *args, config=config, **kwargs)
+        loaded = stock.from_pretrained.__func__(cls, path, *args, config=config, **kwargs)
+        if stored:  # from here on it is a model like any other, which is saved by its own names
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            model._weight_conversions = None
+            model.config.fold = {key: value for key, value in model.config.fold.items() if key != "stored"}
+        return loaded
 
     return type(
         f"Folded{stock.__name__}",
