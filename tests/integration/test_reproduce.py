@@ -55,10 +55,8 @@ def test_what_is_made_again_has_the_same_bits(
 ) -> None:
     card = read_card(place / name)
     assert card.recipe is not None
-    trained = (
-        FURTHER if name == "further" else 0
-    )  # where 64 tokens made it worse, and healing is what is kept
-    assert (card.recipe.further_tokens, card.recipe.trial.last.kept_tokens) == (trained, trained)
+    assert card.recipe.further_tokens == (FURTHER if name == "further" else 0)
+    assert name == "first" or card.recipe.trial.last.kept_tokens == FURTHER  # so trained weights are in it
     again = tmp_path / "again"
     assert main(["reproduce", str(place / name / "card.json"), "--out", str(again)]) == 0
     out = " ".join(capsys.readouterr().out.split())
