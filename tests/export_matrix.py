@@ -48,11 +48,13 @@ compared, on tiny random models in float32. A plan is held by a runtime if all o
 `{SAME}` the same logits to the bit; `{ROUNDED}` but for rounding: an adapter merged into a weight, and for llama.cpp
 the scale of attention of these tiny Gemmas, which is put into their weights, and the GELU of GPT-NeoX by tanh.
 `{REFUSED}` refused, with what to do instead.
+Which blocks of SmolLM3 do not turn by position goes by position in llama.cpp, every fourth: plans that keep these in
+their places are held there, such as `0-3 8-35`.
 Where a runtime does not share weights, a child and a repeat are written out: the same
 model, and no smaller. What llama.cpp itself computes from such files is compared in
 `tests/integration/test_gguf_export.py`. `--to onnx` holds every plan, but for rounding: `make runtimes` runs one
 with all kinds of slots in onnxruntime, of every family; and `--to executorch` such a plan, and dropped blocks of every
-family without windows.
+family without windows that it has been tried with: SmolLM3, Granite and StableLM are refused there.
 """
 
 

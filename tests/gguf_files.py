@@ -188,6 +188,25 @@ def _phi3_keys(config: Any) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if not key.endswith(("key_length", "value_length"))}
 
 
+def _granite_keys(config: Any) -> dict[str, Any]:
+    return _rms_keys(config) | {
+        "embedding_scale": config.embedding_multiplier,
+        "residual_scale": config.residual_multiplier,
+        "logit_scale": config.logits_scaling,
+        "attention.scale": config.attention_multiplier,
+    }
+
+
+def _stablelm_keys(config: Any) -> dict[str, Any]:
+    head_dim = config.hidden_size // config.num_attention_heads
+    return _base_keys(config) | {
+        "attention.head_count_kv": config.num_key_value_heads,
+        "rope.dimension_count": int(head_dim * config.rope_parameters["partial_rotary_factor"]),
+        "attention.layer_norm_epsilon": config.layer_norm_eps,
+        "use_parallel_residual": True,  # of every model, in what early configs were converted to
+    }
+
+
 def _neox_keys(config: Any) -> dict[str, Any]:
     head_dim = config.hidden_size // config.num_attention_heads
     return _base_keys(config) | {
@@ -200,6 +219,9 @@ def _neox_keys(config: Any) -> dict[str, Any]:
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", _llama_rows, keys=_rms_keys),
     "mistral": Family("llama", _llama_rows, keys=_rms_keys),
+    "smollm3": Family("smollm3", _llama_rows, keys=_rms_keys),
+    "granite": Family("granite", _llama_rows, keys=_granite_keys),
+    "stablelm": Family("stablelm", keys=_stablelm_keys),
     "qwen2": Family("qwen2", keys=_rms_keys),
     "qwen3": Family("qwen3", keys=_rms_keys),
     "gemma": Family("gemma", _gemma_norms, keys=_rms_keys),

@@ -35,6 +35,16 @@ CONFIGS = {
     "mistral": partial(tf.MistralConfig, **LLAMA, sliding_window=WINDOW),
     "qwen2": partial(tf.Qwen2Config, **MIXED_LLAMA, use_sliding_window=True),
     "qwen3": partial(tf.Qwen3Config, **MIXED_LLAMA, head_dim=12, use_sliding_window=True),
+    "smollm3": partial(tf.SmolLM3Config, **LLAMA),  # the fourth block does not turn by position
+    "granite": partial(
+        tf.GraniteConfig,
+        **LLAMA,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.6,
+        attention_multiplier=0.3,
+        logits_scaling=1.3,
+    ),
+    "stablelm": partial(tf.StableLmConfig, **LLAMA, partial_rotary_factor=0.5, use_qkv_bias=True),
     "gemma": partial(tf.GemmaConfig, **LLAMA, head_dim=8),
     "gemma2": partial(tf.Gemma2Config, **MIXED_LLAMA, head_dim=8, final_logit_softcapping=3.0),
     "gemma3_text": partial(tf.Gemma3TextConfig, **MIXED_LLAMA, head_dim=12),

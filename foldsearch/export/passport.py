@@ -7,19 +7,18 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from foldsearch.model.blocks import BY_BLOCK
 from foldsearch.model.fold import layer_map
 from foldsearch.model.folded import place_slots
 from foldsearch.plan.plan import FoldPlan, Slot
+from foldsearch.runtimes import runtime_named
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 SCHEMA = 1
-_BY_BLOCK = (
-    "num_hidden_layers",
-    "layer_types",
-    "max_window_layers",
-)  # settings that go by block or count blocks
+# settings that go by block or count blocks
+_BY_BLOCK = ("num_hidden_layers", "max_window_layers", *BY_BLOCK)
 
 
 def passport(
@@ -71,13 +70,17 @@ def _lacks(plan: FoldPlan, config: PretrainedConfig) -> dict[str, str]:
     whole = len(slots) == len(plan.slots) and all(slot.attention == slot.mlp == slot.home for slot in slots)
     plain = not any(slot.rank or slot.norm for slot in slots)
     once = len(set(homes)) == len(homes)
+    moved = runtime_named("gguf").misplaces(plan, str(config.model_type))
     what = "" if whole else "share, halve or replace blocks"
     carried = "" if plain else "give a block an adapter or an output norm"
     return {
         "transformers": what
         or carried
         or ("" if once else "run a block's weights twice without storing them twice"),
-        "llama_quantize": what or carried or ("" if once else "run a block twice"),
+        "llama_quantize": what
+        or carried
+        or ("" if once else "run a block twice")
+        or ("move blocks that do not turn by position" if moved else ""),
         # mergekit 0.1.5 counts the blocks again and leaves the list as it was, which transformers then refuses
         "mergekit": what
         or carried

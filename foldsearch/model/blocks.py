@@ -5,7 +5,7 @@ A *unit* is the attention or the MLP of a block. Its linears (weights and biases
 block; its norms always stay with the block they belong to.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -30,6 +30,7 @@ class Family:
     final_norm: str
     attention: Unit
     mlp: Unit
+    shared_norms: tuple[str, ...] = ()  # of a block, run for both units
 
 
 def _pre_norm(stock: str) -> Family:
@@ -63,6 +64,9 @@ FAMILIES: dict[str, Family] = {
     "mistral": _pre_norm("MistralForCausalLM"),
     "qwen2": _pre_norm("Qwen2ForCausalLM"),
     "qwen3": _pre_norm("Qwen3ForCausalLM"),
+    "smollm3": _pre_norm("SmolLM3ForCausalLM"),
+    "granite": _pre_norm("GraniteForCausalLM"),
+    "stablelm": _pre_norm("StableLmForCausalLM"),
     "gemma": _pre_norm("GemmaForCausalLM"),
     "phi3": _pre_norm("Phi3ForCausalLM"),
     "gemma2": _sandwich("Gemma2ForCausalLM"),
@@ -97,6 +101,9 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+# Lists of a config with an entry for each block, which say what the block at that position is.
+BY_BLOCK = ("layer_types", "no_rope_layers")
+
 FOLDED_PREFIX = "foldsearch_"  # the model_type of a folded model is this and the family's
 
 
@@ -118,7 +125,21 @@ def family_of(config: Any) -> Family:
             "foldsearch folds blocks that add to the residual stream, but those of this model normalise the stream "
             "itself (do_layer_norm_before is false, as in OPT-350m). Take another size of the family."
         )
-    return FAMILIES[model_type]
+    family = FAMILIES[model_type]
+    if model_type == "stablelm" and config.use_parallel_residual:
+        # one norm, whose output both units read
+        return replace(
+            family,
+            attention=replace(family.attention, norms=()),
+            mlp=replace(family.mlp, norms=()),
+            shared_norms=family.attention.norms,
+        )
+    return family
+
+
+def residual_multiplier(config: Any) -> float:
+    """What the output of a unit is multiplied by before it is added to the residual stream: 1 but for Granite."""
+    return float(getattr(config, "residual_multiplier", 1.0))
 
 
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foldsearch.errors import InputError
-from foldsearch.model.blocks import decoder_blocks, family_of
+from foldsearch.model.blocks import decoder_blocks, family_of, residual_multiplier
 from foldsearch.model.head import POSITIONS_AT_ONCE, head_logits, last_hidden
 from foldsearch.model.tokens import TokenSet
 from foldsearch.progress import CountProgress
@@ -92,7 +92,7 @@ def measure_evidence(
     states_BTD: list[Tensor] = []
     added_BTD: list[Tensor] = []
     attention = torch.zeros(len(blocks), dtype=torch.float64)
-    output = family_of(dense.config).attention.output
+    output, multiplier = family_of(dense.config).attention.output, residual_multiplier(dense.config)
     handles = [block.register_forward_pre_hook(_keep_input(states_BTD), with_kwargs=True) for block in blocks]
     handles.append(
         blocks[-1].register_forward_hook(lambda _module, _args, out: states_BTD.append(hidden_of(out)))
@@ -115,9 +115,9 @@ def measure_evidence(
             attention += (
                 torch.stack(
                     [
-                        nn.functional.cosine_similarity(state.float(), (state + added).float(), dim=-1)[
-                            of_text_BT
-                        ].sum()
+                        nn.functional.cosine_similarity(
+                            state.float(), (state + multiplier * added).float(), dim=-1
+                        )[of_text_BT].sum()
                         for state, added in zip(states_BTD, added_BTD, strict=False)  # one state more
                     ]
                 )

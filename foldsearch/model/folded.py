@@ -27,7 +27,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .blocks import FAMILIES, FOLDED_PREFIX, Unit, decoder_blocks, family_of
+from .blocks import (
+    BY_BLOCK,
+    FAMILIES,
+    FOLDED_PREFIX,
+    Unit,
+    decoder_blocks,
+    family_of,
+    residual_multiplier,
+)
 from .networks import NETWORKS
 from .parts import AbsentAttention, AbsentMLP, Borrowed, OutputNorm
 
@@ -122,13 +130,15 @@ def place_slots(config: Any, slots: list[dict[str, Any]]) -> None:
     """Make the fields of a config that go by position follow the slots, in place.
 
     The config is the dense model's when it comes in. Attention types are looked up by position in the forward pass, so
-    they are listed by each slot's home; Qwen also counts the first ones that have no window, which other programs read.
+    they are listed by each slot's home, and so are SmolLM3's blocks that do not turn by position; Qwen also counts the
+    first ones that have no window, which other programs read.
     A position without attention gets no cache layer ("reuse" makes transformers' caches put a dummy there, and read
     lengths from the first real one).
     """
-    types = getattr(config, "layer_types", None)
-    if types is not None:
-        config.layer_types = [types[slot["home"]] for slot in slots]
+    for name in BY_BLOCK:
+        entries = getattr(config, name, None)
+        if entries is not None:
+            setattr(config, name, [entries[slot["home"]] for slot in slots])
     whole = getattr(config, "max_window_layers", None)
     if whole is not None:
         config.max_window_layers = sum(slot["home"] < whole for slot in slots)
@@ -159,6 +169,10 @@ def assemble(model: "PreTrainedModel") -> None:
             "a position without attention needs a KV cache that can skip it, which this version of transformers does "
             "not have: decoding would be wrong. Use transformers 5.23 or later."
         )
+    for block, slot in zip(blocks, slots, strict=True):
+        if "replaced" in slot and slot["mlp"] is None:  # a network reads the stream itself
+            for path in family.shared_norms:
+                block.set_submodule(path, nn.Identity())
     # One unit after the other: a position may own its attention and borrow its MLP.
     for unit_name, unit in (("attention", family.attention), ("mlp", family.mlp)):
         owners: dict[int, nn.Module] = {}
@@ -215,7 +229,9 @@ def _in_place(slot: dict[str, Any], config: Any) -> nn.Module:
     replaced = slot.get("replaced")
     if replaced is None:
         return AbsentMLP()
-    return NETWORKS[replaced["kind"]](config.hidden_size, replaced["hidden"])
+    network = NETWORKS[replaced["kind"]](config.hidden_size, replaced["hidden"])
+    network.divisor = residual_multiplier(config)
+    return network
 
 
 def _remove(block: nn.Module, unit: Unit, absent: nn.Module) -> None:

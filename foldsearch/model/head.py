@@ -22,15 +22,22 @@ def last_hidden(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
     return hidden_BTD
 
 
+def logits_divisor(model: PreTrainedModel) -> float:
+    """What the products of hidden states and the head are divided by: 1 but for Granite."""
+    return float(getattr(model.config, "logits_scaling", 1.0))
+
+
 def head_logits(model: PreTrainedModel, hidden_MD: Tensor) -> Tensor:
     """Logits in float32, (M, V)."""
     logits_MV: Tensor = model.get_output_embeddings()(hidden_MD).float()
+    if (divisor := logits_divisor(model)) != 1:
+        logits_MV = logits_MV / divisor
     softcap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2
     return logits_MV if softcap is None else softcap * torch.tanh(logits_MV / softcap)
 
 
 def has_linear_head(model: PreTrainedModel) -> bool:
-    """Whether logits are a matrix product of hidden states and nothing else."""
+    """Whether logits are a matrix product of hidden states, over a number at most (`logits_divisor`)."""
     capped = getattr(model.config, "final_logit_softcapping", None) is not None
     return not capped and model.get_output_embeddings().bias is None
 
@@ -48,7 +55,7 @@ def judged_logits(
         log Σ_v exp(logit); the logit of `next_M`; whether no logit is above that of `likeliest_M`. Each (M).
     """
     softcap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2
-    head = model.get_output_embeddings()
+    head, divisor = model.get_output_embeddings(), logits_divisor(model)
     asked_M2 = torch.stack((next_M, likeliest_M), 1)
     # Two buffers for all chunks. Fresh pages for 50 MB of logits a chunk cost as much as the product itself, and
     # float32 copies made and freed between small tensors that stay would each leave a hole that the next does not
@@ -71,11 +78,14 @@ def judged_logits(
             logits_CV.split(rows), highest_M[here].split(rows), normaliser_M[here].split(rows), strict=True
         ):
             exact_RV = scratch_RV[: len(part_RV)].copy_(part_RV)
+            if divisor != 1:
+                exact_RV.div_(divisor)
             if softcap is not None:
                 exact_RV.div_(softcap).tanh_().mul_(softcap)
             torch.amax(exact_RV, -1, out=highest_R)
             exact_RV.sub_(highest_R[:, None]).exp_()
             torch.sum(exact_RV, -1, out=normaliser_R).log_().add_(highest_R)
+    found_M2.div_(divisor)
     if softcap is not None:
         found_M2.div_(softcap).tanh_().mul_(softcap)
     return normaliser_M, found_M2[:, 0], found_M2[:, 1] >= highest_M

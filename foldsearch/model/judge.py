@@ -30,6 +30,7 @@ from foldsearch.model.head import (
     judged_logits,
     last_hidden,
     log_normaliser,
+    logits_divisor,
 )
 from foldsearch.model.tokens import Over, TokenSet
 from foldsearch.plan.result import KindQuality, Quality
@@ -118,7 +119,7 @@ def ask_dense(
                 # The product runs in the head's dtype, over what sums to 1 again.
                 rounded_MV = p_MV.to(rows_VD.dtype)
                 total_M1 = rounded_MV.sum(-1, keepdim=True, dtype=torch.float32)
-                mean_row_MD = (rounded_MV @ rows_VD).float() / total_M1
+                mean_row_MD = (rounded_MV @ rows_VD).float() / (total_M1 * logits_divisor(dense))
                 found["mean_row_NPD"][here] = mean_row_MD
                 cross_M = (hidden_MD.float() * mean_row_MD).sum(-1)
             else:

@@ -107,10 +107,14 @@ class Replaced(nn.Module, ABC):
     Parameters: down (D, H) and, in some kinds, bias (D), both found in closed form; the others make the features. They
     may be float32 in a bfloat16 model; products are taken in x's dtype. That the network adds to the stream, and so
     starts as nothing, is ours.
+
+    Attributes:
+        divisor: what the block multiplies the output by before it adds it (Granite), which is undone here.
     """
 
     down: nn.Parameter
     bias: nn.Parameter | None
+    divisor: float = 1.0
 
     def __init__(self, **shapes: tuple[int, ...]) -> None:
         super().__init__()
@@ -138,9 +142,10 @@ class Replaced(nn.Module, ABC):
         """Set the features to some of which every linear map is a sum, if the kind has such; else leave them."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """From hidden_states (..., D) to what is added to them, (..., D)."""
+        """From hidden_states (..., D) to what is added to them, (..., D); over the divisor."""
         bias = None if self.bias is None else self.bias.to(hidden_states.dtype)
-        return functional.linear(self.features(hidden_states), self.down.to(hidden_states.dtype), bias)
+        added = functional.linear(self.features(hidden_states), self.down.to(hidden_states.dtype), bias)
+        return added if self.divisor == 1 else added / self.divisor
 
     def extra_repr(self) -> str:
         """What print(model) shows."""

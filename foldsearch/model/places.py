@@ -7,6 +7,8 @@ A position writes to the stream through a linear map: `down_proj` in a Llama. Wh
 the stream (Gemma 2 and 3, OLMo 2), what it adds is D h · gain / size. A change is computed with each token's size held
 as it was, which makes it linear again: it reads h / size, and what is found is divided by the gain.
 
+Granite multiplies what a unit writes before it is added. What a matrix reads counts with that factor.
+
 Shapes: N sequences, T positions, M tokens of a batch, D width of the stream, F what the matrix reads.
 """
 
@@ -24,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from foldsearch.errors import InputError, ModelError
-from foldsearch.model.blocks import Family, Unit, decoder_blocks, family_of
+from foldsearch.model.blocks import Family, Unit, decoder_blocks, family_of, residual_multiplier
 from foldsearch.model.folded import linears
 from foldsearch.model.parts import Borrowed, Replaced
 from foldsearch.model.states import DepthStates
@@ -97,7 +99,7 @@ def places_of(model: PreTrainedModel) -> list[Place]:
                 covered,
                 meets,
                 not is_dense or meets != home + 1,
-                writer_of(block, slot, family, shared),
+                writer_of(block, slot, family, shared, residual_multiplier(model.config)),
             )
         )
     return places
@@ -121,7 +123,7 @@ def shared_parameters(model: PreTrainedModel) -> set[int]:
 
 
 def writer_of(
-    block: nn.Module, slot: dict[str, Any], family: Family, shared: set[int]
+    block: nn.Module, slot: dict[str, Any], family: Family, shared: set[int], multiplier: float = 1.0
 ) -> StreamWriter | None:
     """What a position writes to the stream last; None where it is not the position's alone, or nothing is there.
 
@@ -130,22 +132,29 @@ def writer_of(
         slot: of the position, from the model's config.
         family: of the model.
         shared: the ids of parameters that others run too.
+        multiplier: of what a unit writes.
     """
     if isinstance(block.get_submodule(family.mlp.modules[-1]), Replaced):
         path = family.mlp.modules[-1]
         return StreamWriter.alone(block, path, path, shared)
     if slot["mlp"] is None and slot["attention"] is None:
         return None
-    return unit_writer(block, family.attention if slot["mlp"] is None else family.mlp, shared)
+    unit = family.attention if slot["mlp"] is None else family.mlp
+    return unit_writer(block, unit, shared, multiplier)
 
 
-def unit_writer(block: nn.Module, unit: Unit, shared: set[int]) -> StreamWriter | None:
+def unit_writer(
+    block: nn.Module, unit: Unit, shared: set[int], multiplier: float = 1.0
+) -> StreamWriter | None:
     """What a unit that is there writes to the stream; None where it is not this block's alone."""
     # Where a norm stands after a unit, its last linear comes last in the block too (a test looks).
     # Phi-3's attention, without such a norm, ends in another one.
     norm = unit.output
     path = norm if norm in linears(block, unit) else linears(block, unit)[-1]
-    return StreamWriter.alone(block, path, norm, shared)
+    writer = StreamWriter.alone(block, path, norm, shared)
+    if writer is not None:
+        writer.multiplier = multiplier
+    return writer
 
 
 # ---- what writes to the stream
@@ -160,7 +169,10 @@ class StreamWriter:
         norm: that stands between the module and the stream, or None.
         has_bias: whether the module adds one.
         device: of its weights.
+        multiplier: of what it writes, before it is added; a network's is undone by the network.
     """
+
+    multiplier: float = 1.0
 
     def __init__(self, path: str, module: nn.Module, norm: nn.Module | None) -> None:
         self.path, self.module, self.norm = path, module, norm
@@ -186,7 +198,9 @@ class StreamWriter:
         h_MF = h_MF.float()
         if self.has_bias:
             h_MF = torch.cat((h_MF, torch.ones_like(h_MF[:, :1])), 1)
-        return h_MF if self.norm is None else h_MF / rms(self._written(h_MF))
+        if self.norm is not None:
+            h_MF = h_MF / rms(self._written(h_MF))
+        return h_MF if self.multiplier == 1 else h_MF * self.multiplier
 
     def change(self, h_MF: Tensor, solution_FD: Tensor) -> Tensor:
         """What a solution adds to the stream, (M, D), float32."""
@@ -199,7 +213,8 @@ class StreamWriter:
         new_MD = old_MD + h_MF @ (solution_FD * self._per_gain())
         dtype = next(self.norm.parameters()).dtype
         new, old = self.norm(new_MD.to(dtype)), self.norm(old_MD.to(dtype))
-        return new.float() - old.float()  # type: ignore[no-any-return]
+        change_MD: Tensor = new.float() - old.float()
+        return change_MD * self.multiplier
 
     def add(self, solution_FD: Tensor) -> None:
         """Take up a solution: new parameters, not the old ones' memory."""

@@ -58,7 +58,7 @@ def rescale(
             of the family read the stream without a norm (OLMo 2).
     """
     reads = family_of(model.config).attention
-    if reads.norms[0] == reads.output:
+    if reads.output in reads.norms[:1]:
         raise InputError(
             "rescaling must have blocks that read the stream through a norm, but those of "
             f"{str(model.config.model_type).removeprefix(FOLDED_PREFIX)} read it as it is. Heal by ridge."

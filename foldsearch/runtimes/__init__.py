@@ -17,7 +17,7 @@ from foldsearch.errors import InputError, PlanError, find_named
 from foldsearch.plan.cost import CostTable, Target, price
 from foldsearch.plan.plan import UNITS, FoldPlan
 from foldsearch.plan.stored import DTYPE_TYPES, TYPES
-from foldsearch.runtimes.needs import WORDS, Need, needs
+from foldsearch.runtimes.needs import WORDS, Need, homes_of, needs
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -149,6 +149,7 @@ class Runtime:
     types: in which weights can be stored, and own_types: which of them is a dtype's own. Empty where weights are stored
     in the dtype that ships. other_types: how one gets others, in the words of a message.
     families: the model types of transformers that it runs; empty for all.
+    periods: the families of which it takes the last of each so many positions for a block of another kind.
     lacks: dtypes that it does not compute in: what is in these is stored in float32.
     own_kernels: whether a loaded export is computed by others than torch's, which sum in another order.
     engine: the program itself, where it is not transformers.
@@ -168,6 +169,7 @@ class Runtime:
     own_types: Mapping[str, str] = field(default_factory=dict)
     other_types: str = ""
     families: frozenset[str] = frozenset()
+    periods: Mapping[str, int] = field(default_factory=dict)
     lacks: frozenset[str] = frozenset()
     own_kernels: bool = False
     engine: Engine | None = None
@@ -203,6 +205,12 @@ class Runtime:
             )
         return weights
 
+    def misplaces(self, plan: FoldPlan, family: str) -> bool:
+        """Whether a block comes to a position that the runtime takes for one of a block of another kind (`periods`)."""
+        period = self.periods.get(family, 1)
+        is_last = [(home + 1) % period == 0 for home in homes_of(plan)]
+        return is_last != [(position + 1) % period == 0 for position in range(plan.depth)]
+
     def refusal(
         self, plan: FoldPlan, *, by_position: bool = False, family: str = ""
     ) -> tuple[str, str] | None:
@@ -215,6 +223,12 @@ class Runtime:
         """
         if family and self.families and family not in self.families:
             return f"blocks of a {family} model", "take another runtime"
+        if self.misplaces(plan, family):
+            return (
+                f"blocks moved in or out of each {self.periods[family]}th position, where this model has blocks of "
+                "another kind",
+                f"drop {self.periods[family]} blocks that follow each other, or blocks at the end",
+            )
         found = (need for need in needs(plan, by_position=by_position) if need in self.cannot)
         return next((WORDS[need] for need in found), None)
 
@@ -344,8 +358,10 @@ RUNTIMES: tuple[Runtime, ...] = (
         own_types=DTYPE_TYPES,
         other_types=", or export it in f16 and run: llama-quantize model.gguf Q4_K_M",
         families=frozenset(
-            "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 olmo2 gpt2 gpt_neox".split()
+            "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 olmo2 gpt2 gpt_neox smollm3 granite "
+            "stablelm".split()
         ),
+        periods={"smollm3": 4},
         engine=LLAMA_CPP,
     ),
     Runtime(

@@ -36,6 +36,11 @@ def needs(plan: FoldPlan, *, by_position: bool) -> Iterator[Need]:
         yield "norm"
     if any(slot.attention is None or slot.mlp is None for slot in slots):
         yield "half block"
-    homes = [slot.home if isinstance(slot, Slot) else slot.first for slot in plan.slots]
+    homes = homes_of(plan)
     if by_position and homes != list(range(len(homes))):
         yield "moved block"
+
+
+def homes_of(plan: FoldPlan) -> list[int]:
+    """The block whose place in the model each position has."""
+    return [slot.home if isinstance(slot, Slot) else slot.first for slot in plan.slots]

@@ -43,6 +43,7 @@ from tests.tolerances import OTHER_WAY, REORDERED, RUNTIME, RUNTIME_GELU, RUNTIM
 
 GGUF = runtime_named("gguf")
 DROPPED, CHILDREN = "0 2-4", "0 1=3+r4 2-4 2=2"
+HELD = {"smollm3": "0-3"}  # the plans of families that cannot have DROPPED here
 NO_WINDOW: dict[str, Any] = {"layer_types": None, "use_sliding_window": False, "sliding_window": None}
 THETA = {"rope_theta": 10_000.0}
 LLAMA3 = THETA | {
@@ -112,6 +113,15 @@ CASES = {
         lengths=(301, 400), context=512,
     ),
     "olmo2": Case("olmo2"),
+    # which blocks do not turn by position goes by position in llama.cpp
+    "smollm3": Case("smollm3", plan="0-3"),
+    "smollm3-children": Case("smollm3", {"tie_word_embeddings": False}, plan="0 1=3+r4 2-4"),
+    "granite": Case("granite"),
+    "granite-biases-tied": Case(
+        "granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}, plan=CHILDREN
+    ),
+    "stablelm": Case("stablelm", plan=CHILDREN),
+    "stablelm-parallel": Case("stablelm", {"use_parallel_residual": True, "use_qkv_bias": False}),
     "gpt2": Case("gpt2", plan=CHILDREN, tolerance=RUNTIME_GELU),
     "gpt2-untied": Case("gpt2", {"tie_word_embeddings": False, "n_inner": 48}, tolerance=RUNTIME_GELU),
     "gpt-neox": Case("gpt_neox", tolerance=RUNTIME_GELU),
@@ -179,7 +189,7 @@ def test_the_families_are_those_that_llama_cpp_has() -> None:
 
 @pytest.mark.parametrize("name", sorted(GGUF.families))
 def test_a_file_in_32_bits_is_read_back_to_the_bit(name: str, words, tmp_path: Path) -> None:
-    model = folded(dense(name), DROPPED)
+    model = folded(dense(name), HELD.get(name, DROPPED))
     held = write(model, tmp_path, "f32", words)
     back, wrong = runtime.load(str(tmp_path), "float32", model.config._attn_implementation)
     assert wrong == []
@@ -429,6 +439,9 @@ def test_a_tokenizer_that_cannot_be_converted_leaves_nothing(base, tmp_path: Pat
         ("llama", {"rope_parameters": THETA | {"rope_type": "dynamic", "factor": 2.0}}, "got rope_type 'dynamic'"),
         ("qwen2", NO_WINDOW | {"rope_parameters": LLAMA3}, "default, linear, yarn RoPE only; got rope_type 'llama3'"),
         ("llama", {"rope_parameters": YARN | {"truncate": False}}, "'truncate' false"),
+        ("smollm3", {}, "every 4th block of a smollm3 model does not turn by position .* those are 2"),
+        ("stablelm", {"qk_layernorm": True}, "with qk_layernorm False only; got True"),
+        ("granite", {"embedding_multiplier": 0.0}, "with embedding_multiplier above 0 only; got 0"),
         ("qwen2", {}, r"window, 9 tokens; the target's context is 64\. Lower target\.context"),
         ("mistral", {}, r"window, 9 tokens; the target's context is 64"),
     ],
@@ -443,6 +456,24 @@ def test_a_model_that_llama_cpp_does_not_run_is_refused(
         export(model, None, tmp_path / "out", given)
     assert "stock" in str(caught.value) or name == "opt"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_a_block_may_move_goes_by_the_family() -> None:
+    """SmolLM3: positions 3, 7, ... are for blocks 3, 7, ..., whichever of them."""
+    for text, held in [
+        ("0-7", True),
+        ("4-11", True),
+        ("0-2 7-11", True),
+        ("0 2-11", False),
+        ("0-2 4-11", False),
+    ]:
+        plan = FoldPlan.parse(text, 12)
+        assert GGUF.refusal(plan, family="llama") is None
+        assert (GGUF.refusal(plan, family="smollm3") is None) == held, text
+    with pytest.raises(
+        PlanError, match="moved in or out of each 4th position, where this model has blocks of another"
+    ):
+        GGUF.check(FoldPlan.parse("0 2-11", 12), family="smollm3")
 
 
 def test_what_llama_cpp_does_in_another_way_is_told() -> None:

@@ -23,7 +23,7 @@ from tests.tiny import CONFIGS, NUM_BLOCKS, WINDOW, dense_model
 IDS = torch.randint(3, 96, (2, 40), generator=torch.Generator().manual_seed(1))
 DROPPING = ["0 2-4", "1 3", "0-3"]
 # Nothing else may have an entry for each block: what transformers knows of a family is asked for below.
-BY_BLOCK = {"layer_types"}
+BY_BLOCK = {"layer_types", "no_rope_layers"}
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from foldsearch.codec import from_json, to_json
 from foldsearch.errors import InputError
+from foldsearch.model.blocks import decoder_blocks
 from foldsearch.model.evidence import (
     BlockRun,
     Evidence,
@@ -17,7 +18,7 @@ from foldsearch.model.evidence import (
     next_token_losses,
 )
 from foldsearch.model.head import head_logits, last_hidden
-from tests.tiny import as_tokens
+from tests.tiny import as_tokens, dense_model
 
 NUM_BLOCKS = 5
 
@@ -99,6 +100,24 @@ def test_cosines_equal_those_of_the_states_before_the_final_norm(
         )
     assert evidence.tokens == ids_NT[:, front:].numel()
     assert seen == [(2, 3), (3, 3)]
+
+
+def test_what_attention_adds_counts_with_granites_multiplier(ids_NT: Tensor) -> None:
+    """Oracle: the norm of the MLP reads the stream after the attention."""
+    granite = dense_model("granite")
+    evidence = measure_evidence(granite, as_tokens(ids_NT))
+    for i, block in enumerate(decoder_blocks(granite)):
+        states: list[Tensor] = []
+        hooks = [
+            block.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, states=states: states.append(args[0])
+            )
+            for name in ("input_layernorm", "post_attention_layernorm")
+        ]
+        granite.model(ids_NT)
+        for hook in hooks:
+            hook.remove()
+        assert evidence.attention_cosine[i] == pytest.approx(cosine(*states), abs=1e-5)
 
 
 def test_measuring_leaves_no_hook_behind(dense: LlamaForCausalLM, ids_NT: Tensor) -> None:

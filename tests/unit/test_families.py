@@ -14,7 +14,7 @@ import transformers as tf
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from foldsearch.model.blocks import FAMILIES, decoder_blocks, family_of
+from foldsearch.model.blocks import BY_BLOCK, FAMILIES, decoder_blocks, family_of, residual_multiplier
 from foldsearch.model.fold import fold
 from foldsearch.model.folded import folded_model_class
 from foldsearch.model.parts import Borrowed, OutputNorm, Replaced
@@ -30,6 +30,8 @@ CHANGES = {  # to the tiny models, so that all that a family can have is there o
     "llama": {"attention_bias": True, "mlp_bias": True},
     "gpt2": {"scale_attn_by_inverse_layer_idx": True},
     "phi3": {"sliding_window": 7},
+    "smollm3": {"no_rope_layers": [1, 1, 0, 1, 0, 0]},
+    "stablelm": {"use_parallel_residual": True, "qk_layernorm": True},
 }
 
 
@@ -152,7 +154,7 @@ def test_a_units_output_is_what_is_added_to_the_residual_stream(name):
         for hook in hooks:
             hook.remove()
     (before_BTD, *_), after_BTD = seen
-    torch.testing.assert_close(before_BTD + sum(added_BTD), after_BTD)
+    torch.testing.assert_close(before_BTD + residual_multiplier(dense.config) * sum(added_BTD), after_BTD)
 
 
 @families
@@ -203,8 +205,9 @@ def test_a_repeat_is_the_block_once_more(name):
     blocks = decoder_blocks(expected)
     blocks.insert(5, copy.deepcopy(blocks[2]))
     expected.config.num_hidden_layers = NUM_BLOCKS + 1
-    if getattr(expected.config, "layer_types", None) is not None:
-        expected.config.layer_types = [*TYPES[:5], TYPES[2], *TYPES[5:]]
+    for key in BY_BLOCK:
+        if (entries := getattr(expected.config, key, None)) is not None:
+            setattr(expected.config, key, [*entries[:5], entries[2], *entries[5:]])
     model = folded(name, "0-4 2=2 5")
     assert torch.equal(logits(model), logits(expected))
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in expected.parameters())

@@ -303,6 +303,19 @@ def test_llama_3_scaling_is_recognised(head_dim: int, original: int, base: float
         ("llama", {"a.new.key": 1.0}, {}, r"llama\.a\.new\.key is 1\.0: foldsearch does not know this key"),
         ("llama", {"expert_count": 8}, {}, "a mixture of experts"),
         (
+            "granite",
+            {"rope.scaling.finetuned": False},
+            {},
+            "blocks that do not turn by position are not known here",
+        ),
+        ("granite", {"head_count": 3}, {}, r"granite\.head_count is 3"),
+        (
+            "stablelm",
+            {},
+            {"blk.0.attn_q_norm.weight": np.ones((4, 8), np.float32)},
+            r"attn_q_norm\.weight would be left out: no part of a stablelm model",
+        ),
+        (
             "llama",
             {"attention.scale": 0.3},
             {},

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from foldsearch.errors import InputError, ModelError
 from foldsearch.model import heal as healing
 from foldsearch.model import places as positions
-from foldsearch.model.blocks import decoder_blocks, family_of
+from foldsearch.model.blocks import decoder_blocks, family_of, residual_multiplier
 from foldsearch.model.evidence import hidden_of
 from foldsearch.model.fold import cast, fold
 from foldsearch.model.heal import RIDGES, TAKEN, heal
@@ -94,7 +94,7 @@ def test_each_matrix_takes_a_share_of_the_weighted_ridge_solution_on_the_models_
         weight = 1 / size.clamp_min(0.1 * size.mean())
         bias = module.bias is not None
         inputs = h.shape[1]
-        h = torch.cat((h, torch.ones(len(h), bias)), 1)
+        h = torch.cat((h, torch.ones(len(h), bias)), 1) * residual_multiplier(dense.config)
 
         def solved(rows: slice, h=h, x=x, y=y, weight=weight, ridge=block.ridge, inputs=inputs) -> Tensor:
             features = h[rows] * weight[rows, None].sqrt()

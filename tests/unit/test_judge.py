@@ -25,8 +25,8 @@ from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import KindQuality
 from tests.tiny import NUM_BLOCKS, VOCABULARY, WIDTH, LogitRows, dense_model, token_set
 
-# Gemma 2 has a soft-capped head, GPT-2 a tied one, OPT learned positions
-NAMES = ("llama", "gemma2", "gpt2", "opt")
+# Gemma 2 has a soft-capped head, Granite one whose products are divided, GPT-2 a tied one, OPT learned positions
+NAMES = ("llama", "gemma2", "granite", "gpt2", "opt")
 TEXT = "0 1=3 3-4"
 TOKENS = token_set(sequences=7, length=30)  # 203 predicting positions: three chunks and a rest
 # Two tokens in front of each sequence, and others here and there that are of no text: documents differ in their number.

@@ -24,7 +24,7 @@ from foldsearch.model.starts import new_values
 from foldsearch.plan.cost import CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan
 from tests.strategies import plans
-from tests.tiny import CONFIGS, LLAMA, NUM_BLOCKS, VOCABULARY, WINDOW, dense_model
+from tests.tiny import CONFIGS, LLAMA, NUM_BLOCKS, VOCABULARY, WIDTH, WINDOW, dense_model
 
 CONTEXT = 23  # longer than the windows, and neither of the lengths that measure() traces
 TARGET = Target("float32", context=CONTEXT, batch=1, prefill_chunk=CONTEXT)
@@ -170,6 +170,46 @@ def test_depth_and_weights_are_not_needed():
     assert cost.kv_bytes == 2 * 32 * 2 * 4096 * 2048
 
 
+def test_phi_4_is_a_phi_3():
+    """The settings of microsoft/phi-4's config.json, as transformers reads them; its parameters, and its cache."""
+    said = {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "vocab_size": 100352,
+        "hidden_size": 5120,
+        "intermediate_size": 17920,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 10,
+        "max_position_embeddings": 16384,
+        "original_max_position_embeddings": 16384,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 250000,
+        "rope_scaling": None,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "bos_token_id": 100257,
+        "eos_token_id": 100265,
+        "pad_token_id": 100349,
+    }
+    config = tf.AutoConfig.for_model(said.pop("model_type"), **said)
+    cost = price(FoldPlan.identity(40), measure(config), Target())
+    of_a_block = 5120 * (5120 + 2 * 1280) + 5120 * 5120 + 3 * 5120 * 17920 + 2 * 5120
+    assert cost.weight_bytes == 2 * (40 * of_a_block + 2 * 100352 * 5120 + 5120)
+    assert cost.kv_bytes == 2 * 40 * 2 * 1280 * 2048
+
+
+@pytest.mark.parametrize("text", PLANS.values())
+def test_where_both_units_read_one_norm_it_stays_with_the_position(text):
+    """StableLM with a parallel residual: it is the units' together, and gone only where a network takes the place."""
+    config = CONFIGS["stablelm"](use_parallel_residual=True, qk_layernorm=True)
+    dense = tf.AutoModelForCausalLM.from_config(config).eval()
+    found = measure(config)
+    assert {block.other for block in found.blocks} == {2 * WIDTH}
+    model = fold(dense, parse(text))
+    assert price(parse(text), found, TARGET).stored_bytes == 4 * unique_parameters(model)
+
+
 # ---- what cannot be counted is an error
 
 
@@ -201,7 +241,7 @@ def test_attention_in_plain_products_is_counted_too():
 
 def test_an_unknown_family_is_an_error():
     with pytest.raises(
-        ModelError, match=r"'bloom'. Known: gemma, gemma2, gemma3_text, gpt2, gpt_neox, llama"
+        ModelError, match=r"'bloom'. Known: gemma, gemma2, gemma3_text, gpt2, gpt_neox, granite, llama"
     ):
         measure(tf.BloomConfig(hidden_size=16, n_layer=2, n_head=2))
 

@@ -627,6 +627,99 @@ def _describe_gpt_neox(found: _Describing) -> None:
     found.keys["use_parallel_residual"] = bool(found.config.use_parallel_residual)
 
 
+# llama.cpp knows by heart which blocks of SmolLM3 do not turn by position: the last of each so many.
+SMOLLM3_PERIOD = 4
+
+
+def _smollm3(reading: _Reading) -> tuple[str, dict[str, Any]]:
+    reading.must_have_usual_heads()
+    _scale_is(reading, reading.common["head_dim"])
+    settings = _rms(reading, "silu") | {"rope_parameters": reading.rope()}
+    del settings["head_dim"]
+    return "smollm3", settings | {
+        "attention_bias": reading.has_any("attn_q.bias", "attn_qkv.bias", "attn_output.bias"),
+        "mlp_bias": reading.has_any("ffn_gate.bias", "ffn_up.bias", "ffn_down.bias"),
+        "no_rope_layer_interval": SMOLLM3_PERIOD,
+    }
+
+
+def _describe_smollm3(found: _Describing) -> None:
+    config = found.config
+    turns = [bool(turns) for turns in config.no_rope_layers[: config.num_hidden_layers]]
+    if turns != [(block + 1) % SMOLLM3_PERIOD != 0 for block in range(len(turns))]:
+        still = ", ".join(str(block) for block, does in enumerate(turns) if not does) or "none"
+        raise ModelError(
+            f"llama.cpp knows by heart that every {SMOLLM3_PERIOD}th block of a smollm3 model does not turn by "
+            f"position (no_rope_layers); of this model those are {still}. Drop blocks so that these keep their places "
+            "in the period, or export it to stock."
+        )
+    found.must_be("use_sliding_window", False)
+    found.rms(hidden_act="silu")
+    found.rope("default", "linear", "yarn")
+
+
+_GRANITE_SCALES = {  # by the key, the setting
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+
+
+def _granite(reading: _Reading) -> tuple[str, dict[str, Any]]:
+    reading.must_have_usual_heads()
+    settings = _rms(reading, "silu") | {"rope_parameters": reading.rope()}
+    usual = settings.pop("head_dim") ** -0.5
+    if reading.keys.anything("rope.scaling.finetuned") is False:  # a switch of all rotation in Granite 4
+        raise reading.keys.error(
+            "rope.scaling.finetuned", "blocks that do not turn by position are not known here"
+        )
+    scales = {
+        setting: reading.keys.number(key, 0.0) or 1.0  # 0 says: none
+        for key, setting in _GRANITE_SCALES.items()
+    }
+    return "granite", settings | scales | {
+        "attention_multiplier": reading.keys.number("attention.scale", 0.0) or usual,
+        "attention_bias": reading.has_any("attn_q.bias", "attn_qkv.bias", "attn_output.bias"),
+        "mlp_bias": reading.has_any("ffn_gate.bias", "ffn_up.bias", "ffn_down.bias"),
+    }
+
+
+def _describe_granite(found: _Describing) -> None:
+    found.rms(hidden_act="silu")
+    found.rope("default", "linear", "yarn")
+    for key, setting in (_GRANITE_SCALES | {"attention.scale": "attention_multiplier"}).items():
+        if not (scale := float(getattr(found.config, setting))) > 0:
+            raise ModelError(
+                f"llama.cpp runs a granite model with {setting} above 0 only; got {scale:g}. Export it to stock."
+            )
+        found.keys[key] = scale
+
+
+def _stablelm(reading: _Reading) -> tuple[str, dict[str, Any]]:
+    reading.must_have_usual_heads()
+    _scale_is(reading, reading.common["head_dim"])
+    reading.keys.anything(
+        "use_parallel_residual"
+    )  # llama.cpp goes by the tensors, and converters wrote it wrong
+    settings = reading.common | {
+        "hidden_act": "silu",
+        "rope_parameters": reading.rope(partial=True),
+        "layer_norm_eps": reading.keys.number("attention.layer_norm_epsilon"),
+        "use_qkv_bias": reading.has_any("attn_q.bias", "attn_qkv.bias"),
+        "use_parallel_residual": not reading.has_any("ffn_norm.weight"),
+    }
+    del settings["head_dim"]
+    return "stablelm", settings
+
+
+def _describe_stablelm(found: _Describing) -> None:
+    found.must_be("hidden_act", "silu")
+    found.must_be("qk_layernorm", False)  # a tensor a head here, one for all of them there
+    found.rope("default", "linear", "yarn", partial=True)
+    found.keys["attention.layer_norm_epsilon"] = float(found.config.layer_norm_eps)
+    found.keys["use_parallel_residual"] = bool(found.config.use_parallel_residual)
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(_llama, {"llama": _describe_llama, "mistral": _describe_mistral}),  # and SmolLM2
     "qwen2": Architecture(_qwen2, {"qwen2": _describe_qwen}),
@@ -638,4 +731,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "olmo2": Architecture(_olmo2, {"olmo2": _describe_olmo2}),
     "gpt2": Architecture(_gpt2, {"gpt2": _describe_gpt2}),
     "gptneox": Architecture(_gpt_neox, {"gpt_neox": _describe_gpt_neox}),
+    "smollm3": Architecture(_smollm3, {"smollm3": _describe_smollm3}),
+    "granite": Architecture(_granite, {"granite": _describe_granite}),
+    "stablelm": Architecture(_stablelm, {"stablelm": _describe_stablelm}),
 }

@@ -180,6 +180,9 @@ _GPT_NEOX_NAMES = _renames(
 # By the architecture's name in llama.cpp.
 NAMES: dict[str, Mapping[str, Rename]] = {
     "llama": _named(attn_q=_QUERIES, attn_k=_KEYS),
+    "smollm3": _named(attn_q=_QUERIES, attn_k=_KEYS),
+    "granite": _named(attn_q=_QUERIES, attn_k=_KEYS),
+    "stablelm": _named(),
     "qwen2": _named(),
     "qwen3": _named(),
     "gemma": _named(**_GEMMA_NORMS),
