@@ -188,6 +188,7 @@ def _run(parser: argparse.ArgumentParser) -> None:
     warm = "begin with the best plans of an earlier run of the same model and text"
     parser.add_argument("--warm-from", metavar="RUN", help=warm)
     _add_storage(parser)
+    _add_cluster(parser)
     _add_out(parser, "the run's folder, new (default: runs/STUDY)")
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would be searched, its time and disk, and stop"
@@ -202,6 +203,7 @@ def _resume(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trial-time", type=_seconds, metavar="T", help=f"time of one trial, {instead}")
     parser.add_argument("--jobs", type=_positive, metavar="N", help=f"trials at a time, {instead}")
     _add_storage(parser)
+    _add_cluster(parser)
 
 
 def _check(parser: argparse.ArgumentParser) -> None:
@@ -426,6 +428,15 @@ def _add_trains(parser: argparse.ArgumentParser, default: str) -> None:
 def _add_storage(parser: argparse.ArgumentParser) -> None:
     where = "URL of a database for the trials, such as postgresql://user@host/db (default: a file in the run folder)"
     parser.add_argument("--storage", metavar="URL", help=where)
+
+
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    where = "run trials on the Ray cluster there, host:port or auto (default: RAY_ADDRESS, else this machine alone)"
+    parser.add_argument("--address", metavar="HOST:PORT", help=where)
+    seen = "a path or URL that all nodes of the cluster see: weights and states go through it"
+    parser.add_argument("--run-storage", metavar="PLACE", help=seen)
+    parser.add_argument("--cpus-per-trial", type=_positive, metavar="N", help="cores that a trial takes")
+    parser.add_argument("--gpus-per-trial", type=_number, metavar="X", help="GPUs that it takes: 0.5, 1, 2")
 
 
 def _add_out(

@@ -21,13 +21,26 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from foldsearch.errors import InputError
 from foldsearch.files import alone, write_json
 from foldsearch.paths import local, printable
 
 Value = TypeVar("Value")
+
+
+class Behind(Protocol):
+    """What is asked for an entry that is not in the cache, before it is made: other machines may have it."""
+
+    def fetch(self, path: Path) -> bool:
+        """Put the entry at a path, whole or not at all, if it is to be had; whether it was."""
+
+    def offer(self, path: Path) -> None:
+        """Let others have the entry at a path; it may have been offered before."""
+
+
+behind: Behind | None = None  # set while a search runs on several machines
 # That a run leaves behind at most: a model of 7e9 parameters in float32 (28 GB), with what was computed of it, stays.
 MOST_BYTES = 50 * 10**9
 SUMMED_BYTES = (
@@ -88,18 +101,20 @@ def once(
         if not is_whole(path):
             with alone(_lock(path)):
                 if not is_whole(path):
-                    make(path)
+                    known = behind is not None and behind.fetch(path)
+                    if not known:
+                        make(path)
                     _note_sum(path)
-                    known = False
                     assert is_whole(path), f"{path} was made, and is not there"
         with _used(path, keep=keep) as is_there:
             if is_there and is_whole(path):
                 with suppress(OSError):  # a cache of somebody else may be read only
                     os.utime(path)
-                if not known:
-                    return read(path), known
                 with suppress(_Damaged):
-                    return _read_whole(path, read), known
+                    found = _read_whole(path, read) if known else read(path)
+                    if behind is not None:
+                        behind.offer(path)
+                    return found, known
         if is_there:
             _remove_damaged(path)
 
@@ -246,6 +261,17 @@ def _used(path: Path, *, keep: bool) -> Iterator[bool]:
 def _lock(path: Path) -> Path:
     """What a process holds while it makes or removes an entry."""
     return path.with_name(f".{path.name}.lock")
+
+
+@contextmanager
+def held_folder(path: Path) -> Iterator[None]:
+    """A folder of the cache that is made where it is not there, and that nobody removes meanwhile."""
+    while True:
+        path.mkdir(parents=True, exist_ok=True)
+        with _used(path, keep=False) as is_there:
+            if is_there:
+                yield
+                return
 
 
 # ---- listed and removed

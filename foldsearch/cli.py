@@ -163,6 +163,8 @@ _OVERRIDES = {
     "jobs": "jobs", "seed": "seed", "device": "device", "budget_gb": "budget.gb", "budget_flops": "budget.flops",
     "dtype": "target.dtype", "context": "target.context", "batch": "target.batch", "runtime": "target.runtime",
     "weights": "target.weights",
+    "address": "cluster.address", "run_storage": "cluster.run_storage",
+    "cpus_per_trial": "cluster.cpus_per_trial", "gpus_per_trial": "cluster.gpus_per_trial",
 }  # fmt: skip
 
 
@@ -200,6 +202,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _resume(args: argparse.Namespace) -> int:
     from foldsearch.run import Run
+    from foldsearch.spec.load import cluster_settings
 
     study = Run.open(args.run).study  # what cannot be resumed is told at once
     limits = {
@@ -208,7 +211,15 @@ def _resume(args: argparse.Namespace) -> int:
         "trial_seconds": args.trial_time,
         "jobs": args.jobs,
     }
-    given = {name: value for name, value in limits.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
+    given["cluster"] = cluster_settings(
+        study,
+        {
+            key.partition(".")[2]: vars(args)[option]
+            for option, key in _OVERRIDES.items()
+            if key.startswith("cluster.")
+        },
+    )
     return _search(study.model_copy(update=given), args.run, resume=True, storage=args.storage)
 
 

@@ -23,6 +23,7 @@ from foldsearch.model.workbench import Workbench
 from foldsearch.paths import printable
 from foldsearch.plan.cost import Budget, CostTable, Target
 from foldsearch.progress import StageProgress, silent
+from foldsearch.record import Peers
 from foldsearch.run import Run, RunFolder
 from foldsearch.spec.study import Study
 
@@ -32,8 +33,8 @@ class TrialContext:
     """All that trials of a run share: paths and plain values, so that it can be sent to another process.
 
     run: whose study they are of. files: of the dense model. threads: torch threads of a trial; 0 leaves them alone.
-    asking_seconds: how long it took to ask the dense model. token_seconds: one token of that, with all threads; 0 where
-    the cache had the answers.
+    peers: the other trials; None where all of them are in the run's folder. asking_seconds: how long it took to ask the
+    dense model. token_seconds: one token of that, with all threads; 0 where the cache had the answers.
     """
 
     run: Run
@@ -41,6 +42,7 @@ class TrialContext:
     cache_dir: Path
     device: str
     threads: int = 0
+    peers: Peers | None = field(default=None, compare=False)
     asking_seconds: float = field(default=0.0, compare=False)
     token_seconds: float = field(default=0.0, compare=False)
 

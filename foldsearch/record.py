@@ -13,16 +13,18 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from foldsearch.codec import from_json, to_json
 from foldsearch.errors import FoldsearchError, RunError, quote_error
-from foldsearch.files import write_json
+from foldsearch.files import replace_atomically, write_json
 from foldsearch.machine import Machine
 from foldsearch.model.content import file_hash
 from foldsearch.paths import printable
@@ -302,6 +304,55 @@ def plan_path(run: Run, trial: Trial) -> Path:
     """
     parts = (trial.plan.id, trial.fold.adapter_start or "", trial.weights)
     return run.plan("-".join(part for part in parts if part))
+
+
+class Peers(Protocol):
+    """The other trials of a run, as one of them sees them."""
+
+    def hold(self, trial: Trial) -> AbstractContextManager[tuple[bool, Trial | None]]:
+        """Hold the plan of a trial, so that no two running trials measure it.
+
+        Where another trial has begun to measure it, this waits for that one's first result.
+
+        Yields:
+            Whether the plan is held here, and the other trial that measures, or has measured, it.
+        """
+
+    def take(self, trial: Trial) -> None:
+        """Note that a trial measures its plan, which it holds."""
+
+    def copy(self, number: int, folder: TrialFolder, names: Sequence[str]) -> None:
+        """Copy those of another trial's files that are there into a folder, whole or not at all."""
+
+
+class FolderPeers:
+    """The other trials where all of them are in one run folder, on one machine."""
+
+    def __init__(self, run: Run) -> None:
+        """`run`: whose trials they are."""
+        self._run = run
+
+    @contextmanager
+    def hold(self, trial: Trial) -> Iterator[tuple[bool, Trial | None]]:
+        """See `Peers`; the lock is the system's."""
+        with hold_plan(plan_path(self._run, trial), self._run) as (free, owner):
+            is_other = owner is not None and owner != trial.number
+            yield free, read_trial(self._run.trial(owner)) if is_other and owner is not None else None
+
+    def take(self, trial: Trial) -> None:
+        """See `Peers`."""
+        note_owner(self._run, trial)
+
+    def copy(self, number: int, folder: TrialFolder, names: Sequence[str]) -> None:
+        """See `Peers`."""
+        for name in names:
+            if (file := self._run.trial(number).path / name).exists():
+                replace_atomically(folder.path / name, partial(shutil.copyfile, file))
+
+
+def note_owner(run: Run, trial: Trial) -> None:
+    """Write down that a trial measures its plan."""
+    write_json(plan_path(run, trial), {"trial": trial.number, "plan": str(trial.plan)})
 
 
 @contextmanager

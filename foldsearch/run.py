@@ -7,7 +7,7 @@ storage.json        where the study is, if not in storage.db          lock      
 plans/              which trial measures a plan                       trials/      what each trial learnt
 report/             pictures and the final table                      evaluations/ what `evaluate` found
 pick.json           the trial that was chosen                         screened.json plans measured before any trial
-rivals.json         the dense model in fewer bits
+rivals.json         the dense model in fewer bits        shipping.json  where workers of other machines put theirs
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from foldsearch.spec.study import Study
 from foldsearch.version import __version__
 
 SCHEMA = 9
-LIMITS = ("trials", "seconds", "trial_seconds", "jobs")  # what a resumed run may change
+LIMITS = ("trials", "seconds", "trial_seconds", "jobs", "cluster")  # what a resumed run may change
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +140,11 @@ class RunFolder:
     def storage_file(self) -> Path:
         """Says in which database the study is; absent where it is in `storage`."""
         return self.path / "storage.json"
+
+    @property
+    def shipping_file(self) -> Path:
+        """Where on a run storage what workers put is; absent where trials run in this folder, or have ended."""
+        return self.path / "shipping.json"
 
     @property
     def screened(self) -> Path:
@@ -337,7 +342,7 @@ class Run(RunFolder):
         return cls(path, study, table, value["note"])
 
     def with_limits(self, study: Study) -> Run:
-        """The same run with the trials, seconds and jobs of `study`; `keep_limits` writes them down.
+        """The same run with the limits of `study`; `keep_limits` writes them down.
 
         Raises:
             RunError: `study` differs in anything else.

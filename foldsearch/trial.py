@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import math
 import random
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -22,7 +20,6 @@ from transformers import PreTrainedModel
 from foldsearch.context import TrialContext, open_workbench
 from foldsearch.draft import draft
 from foldsearch.errors import InputError, bytes_asked, describe_error, is_out_of_memory
-from foldsearch.files import replace_atomically, write_json
 from foldsearch.machine import Machine
 from foldsearch.model.recover import Diverged, Recovery, load_trained, merge
 from foldsearch.model.training import RecoveryTraining
@@ -38,7 +35,7 @@ from foldsearch.rebuild import (
     kept_model,
     trained_before,
 )
-from foldsearch.record import Trial, hold_plan, plan_path, read_trial
+from foldsearch.record import FolderPeers, Trial, read_trial
 from foldsearch.run import TrialFolder
 from foldsearch.shipped import judged
 
@@ -73,25 +70,23 @@ def run_trial(
         if trial.ended:
             yield trial
             return
-    with hold_plan(plan_path(context.run, trial), context.run) as (free, owner):
-        if owner is not None and owner != number:
-            known = read_trial(context.run.trial(owner))
-            if known is not None and known.results:
-                taken = list(_take(trial, known, all_of_them=not free))
-                yield from taken
-                trial = taken[-1] if taken else trial
-                if not free or trial.ended:
-                    return
-                trained = bool(trial.results) and trial.last.recovery_tokens > 0
-                _copy_state(context.run.trial(owner), folder, trained=trained)
-                # What the owner has let go of is made again here, and kept: it is this trial's from now on.
-                files = {
-                    name: digest for name, digest in known.files.items() if (folder.path / name).exists()
-                }
-                trial = replace(trial, files=files)
+    peers = context.peers or FolderPeers(context.run)
+    with peers.hold(trial) as (free, known):
+        if known is not None and known.results:
+            taken = list(_take(trial, known, all_of_them=not free))
+            yield from taken
+            trial = taken[-1] if taken else trial
+            if not free or trial.ended:
+                return
+            trained = bool(trial.results) and trial.last.recovery_tokens > 0
+            state = (folder.start, folder.recovered, folder.optimizer) if trained else (folder.start,)
+            peers.copy(known.number, folder, [path.name for path in state])
+            # What the owner has let go of is made again here, and kept: it is this trial's from now on.
+            files = {name: digest for name, digest in known.files.items() if (folder.path / name).exists()}
+            trial = replace(trial, files=files)
         # The plan is this trial's from here on, also where another one began it and was stopped.
         if free:
-            write_json(plan_path(context.run, trial), {"trial": number, "plan": str(trial.plan)})
+            peers.take(trial)
         if trial.ended:
             return  # nothing is left to do
         yield from go_on(trial, context, folder, progress, began)
@@ -143,13 +138,6 @@ def _take(trial: Trial, known: Trial, *, all_of_them: bool) -> Iterator[Trial]:
             state="finished" if whole and count == len(told) else "running",
             reason=known.reason if whole and count == len(told) else "",
         )
-
-
-def _copy_state(owner: TrialFolder, folder: TrialFolder, *, trained: bool) -> None:
-    """Copy the start of another trial of the same plan and, if asked, what that one trained."""
-    for file in (owner.start, owner.recovered, owner.optimizer) if trained else (owner.start,):
-        if file.exists():  # not every plan has a start of its own
-            replace_atomically(folder.path / file.name, partial(shutil.copyfile, file))
 
 
 def _reason(error: BaseException) -> str:

@@ -34,7 +34,9 @@ def recipe_of(context: TrialContext, number: int, trial: Trial, weights: str, *,
     assert of_run is not None, "a trial that is exported was measured"
     is_further = trial.last.recovery_tokens > of_run.last.recovery_tokens
     return Recipe(
-        study=context.study.model_dump(mode="json"),
+        study=context.study.model_dump(
+            mode="json", exclude={"cluster"}
+        ),  # whose machines it ran on: nor is that
         identity=replace(identity, places=()),  # where it lay is nobody else's business
         trial=trial,
         recovery=of_run.recovery,

@@ -126,7 +126,7 @@ def check_unchanged(files: DenseFiles) -> None:
     Raises:
         ModelError: one was written since.
     """
-    now = {name: (size, written) for name, size, written in _stamps(files.folder)}
+    now = {name: (size, written) for name, size, written in stamps_of(files.folder)}
     changed = [name for name, *stamp in files.stamps if now.get(name) != tuple(stamp)]
     if changed:
         raise ModelError(
@@ -135,7 +135,8 @@ def check_unchanged(files: DenseFiles) -> None:
         )
 
 
-def _stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
+def stamps_of(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, size in bytes and time of writing of each file of a folder that is mapped."""
     found = ((path.name, path.stat()) for path in sorted(folder.glob("*.safetensors")))
     return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)
 
@@ -272,7 +273,7 @@ def prepare(
             say("looking at the weights")
             checked = (cache_dir or default_cache_dir()) / "checked" / content_hash
             check_stored(reference, source.weights, checked)
-            stamps = _stamps(source.folder)
+            stamps = stamps_of(source.folder)
             return DenseFiles(
                 reference, source.folder, dtype, content_hash, "", trust_remote_code, stamps=stamps
             )
@@ -294,7 +295,9 @@ def prepare(
         target, make, note_of, is_whole=lambda target: (target / RECORD).is_file(), keep=True
     )
     gguf = source.weights if source.gguf_file else ()
-    return DenseFiles(reference, target, dtype, content_hash, note, trust_remote_code, gguf, _stamps(target))
+    return DenseFiles(
+        reference, target, dtype, content_hash, note, trust_remote_code, gguf, stamps_of(target)
+    )
 
 
 def open_dense(files: DenseFiles, *, device: str | torch.device = "cpu") -> PreTrainedModel:

@@ -32,6 +32,13 @@ class DiskIsFull:
 
 
 @dataclass(frozen=True, slots=True)
+class StorageLost:
+    """What the trial learnt could not be put where the search would find it."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The trial raised an error."""
 
@@ -45,9 +52,9 @@ class EndedEarly:
     reason: str = "it ended before the last rung"
 
 
-Message = Measured | TimeIsUp | DiskIsFull | Failed | EndedEarly
+Message = Measured | TimeIsUp | DiskIsFull | StorageLost | Failed | EndedEarly
 _KINDS: dict[str, type[Message]] = {
-    kind.__name__: kind for kind in (Measured, TimeIsUp, DiskIsFull, Failed, EndedEarly)
+    kind.__name__: kind for kind in (Measured, TimeIsUp, DiskIsFull, StorageLost, Failed, EndedEarly)
 }
 
 

@@ -1,5 +1,7 @@
 """Ray of our own on this machine: whether it can begin here, its start, and an end that leaves nothing of it.
 
+What a search needs of Ray in any case (its quiet, its watch) is here too; a cluster is joined by `cluster`.
+
 Ray keeps its sockets, its logs and Tune's state in a folder of ours that goes with it. Nothing in there is needed
 again, so no path of a person's ever reaches Ray, which would read some of them as URLs.
 """
@@ -66,10 +68,20 @@ def check_machine() -> None:
         RunError: it cannot, with what is missing and how to give it.
         InputError: the current folder's path is no text.
     """
+    check_process()
+    choose_place()
+    _choose_store()
+
+
+def check_process() -> None:
+    """Whether this process may do what any search does; takes milliseconds.
+
+    Raises:
+        RunError: it may not, with the limit and how to raise it.
+        InputError: the current folder's path is no text.
+    """
     check_path(_current_folder(), "the current folder's path")
     _check_limits()
-    _choose_place()
-    _choose_store()
 
 
 def _current_folder() -> Path:
@@ -138,7 +150,7 @@ def _raised(limit: _Limit) -> int | None:
     return None if soft == resource.RLIM_INFINITY else soft
 
 
-def _choose_place() -> Path:
+def choose_place() -> Path:
     """A folder for temporary ones in which a socket's path is short enough, and that can be written to."""
     refused = []
     for place in _places():
@@ -174,7 +186,7 @@ def _choose_store() -> Path | None:
     """Where Ray's object store can be: in shared memory where it has room, else (None) in Ray's own folder."""
     if _free_bytes(_SHM) >= 2 * STORE_BYTES:
         return _SHM
-    place = _choose_place()
+    place = choose_place()
     if (free := _free_bytes(place)) < 2 * STORE_BYTES:
         raise RunError(
             f"Ray needs {2 * STORE_BYTES / 1e6:.0f} MB for its object store, but {_SHM} has "
@@ -209,14 +221,14 @@ def own_ray(cpus: int, gpus: int, again: str = "") -> Iterator[Path]:
     Raises:
         RunError: Ray cannot begin here.
     """
-    with _quiet(), _folder(_choose_place()) as folder:
+    with quiet(), temporary_folder(choose_place()) as folder:
         if ray.is_initialized():
             yield folder
             return
         others = set(psutil.Process().children())
         try:
             _start(cpus, gpus, folder)
-            with _watched([child for child in psutil.Process().children() if child not in others], again):
+            with watched([child for child in psutil.Process().children() if child not in others], again):
                 yield folder
         finally:
             with uninterrupted():
@@ -232,7 +244,7 @@ _again = ""
 
 
 def check_ray() -> None:
-    """Whether the processes of our own Ray live.
+    """Whether the processes of Ray on this machine live.
 
     Raises:
         RunError: one is gone: it was killed, by a person or for its memory.
@@ -254,7 +266,7 @@ def _lost_words() -> str:
 
 
 @contextmanager
-def _watched(children: list[psutil.Process], again: str) -> Iterator[None]:
+def watched(children: list[psutil.Process], again: str) -> Iterator[None]:
     """While entered, `check_ray` looks at Ray's processes, and a thread does where the main thread does not.
 
     Ray itself would end our process within a minute, in C++ and without a word on how to go on.
@@ -377,13 +389,13 @@ def _leave_alone(handler: Callable[..., Any]) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Ray's settings and its voice; all is put back."""
+def quiet(*, joins: bool = False) -> Iterator[None]:
+    """Ray's settings and its voice; all is put back. `joins`: a cluster of somebody's, whose token is theirs too."""
     changed: dict[str, str | None] = {
         **_QUIET,
         "RAY_ADDRESS": None,
-    }  # a cluster of somebody's: we use our own
-    if not _home_takes_a_token():
+    }  # where to join is said by who calls
+    if not joins and not _home_takes_a_token():
         changed["RAY_AUTH_TOKEN"] = _token()
     before = {name: os.environ.get(name) for name in changed}
     logger = logging.getLogger("ray")
@@ -448,7 +460,7 @@ def _token() -> str:
 
 
 @contextmanager
-def _folder(place: Path) -> Iterator[Path]:
+def temporary_folder(place: Path) -> Iterator[Path]:
     """A new folder in `place` that goes at the end; those that killed processes left go first."""
     for left in place.glob(f"{_PREFIX}*"):
         _remove_abandoned(left)

@@ -21,12 +21,13 @@ from ray import tune
 from foldsearch import cache
 from foldsearch.errors import RunError, SpecError, describe_error, quote_error
 from foldsearch.files import disk_is_full
-from foldsearch.machine import gpu_share, num_cpus, num_gpus
+from foldsearch.machine import num_cpus
 from foldsearch.paths import command, printable
 from foldsearch.plan.cost import GB
 from foldsearch.record import Trial, point
 from foldsearch.run import Run, RunFolder
 from foldsearch.search.check import mend_for_resume
+from foldsearch.search.cluster import Workplace, on_device, workplace
 from foldsearch.search.dry_run import dense_fits, lacks_memory
 from foldsearch.search.events import (
     Event,
@@ -45,11 +46,21 @@ from foldsearch.search.events import (
     ignore,
 )
 from foldsearch.search.halving import Halving, decide
-from foldsearch.search.messages import DiskIsFull, EndedEarly, Failed, Measured, Message, TimeIsUp, decode
-from foldsearch.search.own_ray import check_machine, check_ray, own_ray
+from foldsearch.search.messages import (
+    DiskIsFull,
+    EndedEarly,
+    Failed,
+    Measured,
+    Message,
+    StorageLost,
+    TimeIsUp,
+    decode,
+)
+from foldsearch.search.own_ray import check_ray, own_ray
 from foldsearch.search.proposer import Line, Proposer
-from foldsearch.search.records import Records, read_trials
+from foldsearch.search.records import Records, read_rows, read_trials
 from foldsearch.search.screened import Promoted, is_screened, write_screened
+from foldsearch.search.shipping import Shipping, fetch_interrupted, shared_cache
 from foldsearch.search.storage import network_words, place_of, storage_errors, use_storage
 from foldsearch.search.warm import (
     Trained,
@@ -63,6 +74,7 @@ from foldsearch.search.worker import PROGRESS_SECONDS, TrialRunner, load_functio
 from foldsearch.signals import check_stopped, stops_raise, uninterrupted
 from foldsearch.spec.study import OBJECTIVES, Study
 from foldsearch.spec.unused import unused_settings
+from foldsearch.store import StoreError
 
 TRIAL = "foldsearch.trial:run_trial"
 PREPARE = "foldsearch.prepare:prepare_context"
@@ -85,8 +97,8 @@ def run_search(
     """Run a study into a new folder, or go on with the run in `folder`.
 
     Args:
-        study: what to run. With `resume`, None takes the folder's; another one may differ in trials, seconds and
-            jobs only.
+        study: what to run. With `resume`, None takes the folder's; another one may differ in its limits
+            (`foldsearch.run.LIMITS`) only.
         folder: of the run; it appears when everything that can be refused was not refused.
         resume: go on with a run: interrupted trials first, from their last rung.
         storage: URL of the database that holds the study; None for a SQLite file in the folder, or where the run that
@@ -117,15 +129,21 @@ def run_search(
             tell(Notice(words))
 
         run: Run
+        again = command("resume", folder)
         if resume:
             run = Run.open(folder)
-            check_machine()
-            with _resumable(run, on_event):
+            limited = run.with_limits(study or run.study)
+            with (
+                workplace(limited.study, again) as place,
+                _resumable(run, on_event),
+                shared_cache(place.storage),
+            ):
                 if storage is not None:
                     use_storage(run, storage)
                 for words in mend_for_resume(run):
                     note(words)
-                run = run.with_limits(study or run.study)
+                fetch_interrupted(run, [row.trial.number for row in read_rows(run) if row.is_open])
+                run = limited
                 context = load_function(prepare)(
                     run.study, folder, check=run.study.narrowed, progress=say, notice=note
                 )
@@ -134,23 +152,26 @@ def run_search(
                         f"the model of '{printable(folder)}' is not the one it was started with. Start a new run."
                     )
                 run.keep_limits()  # not before: what is refused changes nothing
-                _search(replace(context, run=run), trial, tell)
+                _search(replace(context, run=run), trial, tell, place)
             return run
         if study is None:
             raise ValueError("a new run needs a study.")
-        check_machine()
-        for words in unused_settings(study):
-            note(words)
-        with Run.draft(folder) as draft:
-            if storage is not None:
-                use_storage(RunFolder(draft), storage)
-            elif words := network_words(folder):
+        Run.check_new(folder)
+        with workplace(study, again) as place, shared_cache(place.storage):
+            for words in unused_settings(study):
                 note(words)
-            context = load_function(prepare)(study, draft, check=study.narrowed, progress=say, notice=note)
-            warm_plans(context.run)  # refused before there is a run
-            run = context.run.begin(folder)
-        with _resumable(run, on_event):
-            _search(replace(context, run=run), trial, tell)
+            with Run.draft(folder) as draft:
+                if storage is not None:
+                    use_storage(RunFolder(draft), storage)
+                elif words := network_words(folder):
+                    note(words)
+                context = load_function(prepare)(
+                    study, draft, check=study.narrowed, progress=say, notice=note
+                )
+                warm_plans(context.run)  # refused before there is a run
+                run = context.run.begin(folder)
+            with _resumable(run, on_event):
+                _search(replace(context, run=run), trial, tell, place)
         return run
 
 
@@ -189,7 +210,7 @@ class _Asking:
 def _resumable(run: Run, on_event: OnEvent) -> Iterator[None]:
     """Alone at work in a run's folder; from here on it can be resumed, and Ctrl-C says how."""
     try:
-        with run.held(), _disk_full_is_an_error(run), _storage_told(run):
+        with run.held(), _disk_full_is_an_error(run), _storage_told(run), _store_told(run):
             yield
     except KeyboardInterrupt:
         with uninterrupted():
@@ -199,10 +220,10 @@ def _resumable(run: Run, on_event: OnEvent) -> Iterator[None]:
         raise
 
 
-def _search(context: Any, trial: str, on_event: OnEvent) -> None:
+def _search(context: Any, trial: str, on_event: OnEvent, place: Workplace) -> None:
     run: Run = context.run
     notices = [dense_fits(run)]
-    if _is_real(context) and context.device == "cpu":
+    if _is_real(context) and context.device == "cpu" and place.joined is None:
         notices.append(lacks_memory(run, context.files.dtype))
     for notice in filter(None, notices):
         on_event(Notice(notice))
@@ -215,20 +236,37 @@ def _search(context: Any, trial: str, on_event: OnEvent) -> None:
         from foldsearch.context import close_workbench
 
         close_workbench()  # the workers open their own: the driver's copy would take their room
-    threads = max(1, num_cpus() // run.study.jobs)
+    place = on_device(place, run.study, context.device)
+    threads = min(place.share.cpus, num_cpus()) if place.joined is None else place.share.cpus
+    # Trials have fewer cores than the asking had, and those of one machine share its processor.
+    slower = max(num_cpus() / threads, run.study.jobs if place.joined is None else 1)
     line = Line(
         records,
         promoted=promoted,
         spent=asking + time.monotonic() - began,
-        token_seconds=getattr(context, "token_seconds", 0.0) * run.study.jobs,  # they share the processor
+        token_seconds=getattr(context, "token_seconds", 0.0) * slower,
     )
     if words := line.begin_words():
         on_event(Notice(words))
     try:
-        Search(records, line, on_event).run_trials(replace(context, threads=threads), trial)
+        device = context.device
+        if place.joined is not None:  # not what this machine has counts, but what a trial takes
+            device = "cuda" if place.share.gpus else device.replace("cuda", "cpu")
+        of_trials = replace(context, threads=threads, device=device)
+        Search(records, line, on_event).run_trials(of_trials, trial, place)
     finally:
         if _is_real(context):
             keep_trained(run, records.all(), context.cache_dir)
+
+
+@contextmanager
+def _ray_of(place: Workplace, again: str) -> Iterator[Path]:
+    """Ray, and a folder for Tune's state: where a cluster was joined, that one."""
+    if place.joined is not None:
+        yield place.joined
+        return
+    with own_ray(place.cpus, place.gpus, again) as folder:
+        yield folder
 
 
 def _is_real(context: Any) -> bool:
@@ -287,31 +325,32 @@ class Search:
         self.run = records.run
         self._tell = on_event
         self._error: BaseException | None = None
+        self._shipping: Shipping | None = None  # where workers may not see the run's folder
 
-    def run_trials(self, context: Any, trial: str) -> None:
+    def run_trials(self, context: Any, trial: str, place: Workplace) -> None:
         """Run trials until the line is empty."""
         known = self.records.all()
         ended_before = sum(trial.ended for trial in known)
         self._tell(SearchStarted(self.run, ended_before, self.line.planned()))
-        study = self.run.study
-        cpus = max(num_cpus(), study.jobs)
-        gpus = num_gpus() if context.device == "cuda" else 0
         try:
-            with own_ray(cpus, gpus, command("resume", self.run.path)) as workplace:
+            with _ray_of(place, command("resume", self.run.path)) as folder:
+                if place.storage:
+                    self._shipping = Shipping(context, place.storage, place.home, self.line.deadline)
                 tune.run(
                     tune.with_parameters(
                         TrialRunner,
                         context=context,
                         trial=trial,
                         deadline=self.line.deadline,
+                        cargo=None if self._shipping is None else self._shipping.cargo,
                     ),
                     name=time.strftime("%Y%m%d-%H%M%S"),
-                    storage_path=str(workplace),
+                    storage_path=str(folder),
                     search_alg=Proposer(self.line),
                     scheduler=Halving(self.judge),
                     callbacks=[Watcher(self)],
                     num_samples=-1,
-                    resources_per_trial={"cpu": cpus // study.jobs, "gpu": gpu_share(gpus, study.jobs)},
+                    resources_per_trial=place.resources(),
                     max_failures=MAX_CRASHES,
                     reuse_actors=True,
                     raise_on_failed_trial=False,
@@ -327,6 +366,8 @@ class Search:
                 raise self._error from None  # Tune wraps what `judge` raises into text
             raise
         self.records.note_elapsed(self.line.elapsed())
+        if self._shipping is not None:
+            self._shipping.end()
         if _is_real(context) and self.records.front():
             from foldsearch.shipped import measure_rivals
 
@@ -369,6 +410,8 @@ class Search:
             raise
 
     def _judge(self, number: int, message: Message) -> bool:
+        if self._shipping is not None and not isinstance(message, StorageLost):
+            self._shipping.fetch(number)  # before the study is told: what it says is in the folder
         match message:
             case Measured(told, again):
                 return self._take(told, again=again)
@@ -381,6 +424,8 @@ class Search:
                     f"trial {number} could not be written: {reason}\nFree some space; nothing that was finished is "
                     f"lost. Go on with: {command('resume', self.run.path)}"
                 )
+            case StorageLost(reason):
+                raise StoreError(f"trial {number} could not hand in what it learnt: {reason}")
             case EndedEarly(reason):
                 self._end_early(number, reason)
             case Failed(reason):
@@ -397,6 +442,8 @@ class Search:
         self.records.record(
             told
         )  # with what halving says of it: else a run that is killed here would go on with it
+        if self._shipping is not None and told.results:
+            self._shipping.note(told)
         self.line.began(number)
         self._tell(RungDone(told))
         if not told.ended:
@@ -444,6 +491,8 @@ class Search:
 
     def retried(self, number: int, reason: str) -> None:
         """The worker died, another one takes over."""
+        if self._shipping is not None:
+            self._shipping.release(number)
         self._tell(TrialRetried(number, reason))
 
     def lost(self, number: int, reason: str) -> None:
@@ -452,7 +501,11 @@ class Search:
         self._ended(number)
 
     def progress(self, number: int) -> None:
-        """Pass on what the worker wrote about where it is."""
+        """Pass on what the worker said about where it is."""
+        if self._shipping is not None:
+            if (told := self._shipping.progress(number)) is not None:
+                self._tell(TrialProgress(number, *told))
+            return
         try:
             value = json.loads(self.run.trial(number).progress.read_text())
         except (OSError, ValueError):
@@ -460,6 +513,8 @@ class Search:
         self._tell(TrialProgress(number, value["phase"], value["share"]))
 
     def _ended(self, number: int, *, on_front: bool = False) -> None:
+        if self._shipping is not None:
+            self._shipping.release(number)
         self._tell(TrialEnded(self.records.get(number), on_front))
         self.records.note_elapsed(self.line.elapsed())
         self.tell_progress()
@@ -519,6 +574,16 @@ def _storage_told(run: Run) -> Iterator[None]:
     """Tell of a database that goes away while the run goes on."""
     with storage_errors(place_of(run)):
         yield
+
+
+@contextmanager
+def _store_told(run: Run) -> Iterator[None]:
+    """Tell of a run storage that goes away while the run goes on."""
+    try:
+        yield
+    except StoreError as error:
+        again = command("resume", run.path)
+        raise RunError(f"{error} Nothing that was finished is lost. Go on with: {again}") from error
 
 
 @contextmanager

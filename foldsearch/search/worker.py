@@ -12,7 +12,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -23,9 +22,21 @@ from foldsearch.progress import TimeUp, TrialTimeUp
 from foldsearch.proposal import Proposal
 from foldsearch.record import Trial, read_trial
 from foldsearch.run import TrialFolder
-from foldsearch.search.messages import DiskIsFull, EndedEarly, Failed, Measured, Message, TimeIsUp, encode
+from foldsearch.search.messages import (
+    DiskIsFull,
+    EndedEarly,
+    Failed,
+    Measured,
+    Message,
+    StorageLost,
+    TimeIsUp,
+    encode,
+)
+from foldsearch.search.shipping import Cargo, NodeSite
+from foldsearch.store import StoreError
 
 PROGRESS_SECONDS = 1.0
+HAND_IN_SECONDS = 10.0  # that a worker which ends itself has to say so to other nodes
 LEAST_GRACE = 30.0  # seconds that an overdue trial has to say where it is, before its worker ends itself
 
 
@@ -44,17 +55,20 @@ class TrialRunner(tune.Trainable):
     """
 
     def setup(  # type: ignore[override]  # tune.with_parameters adds the others
-        self, config: dict[str, Any], context: Any, trial: str, deadline: float | None
+        self, config: dict[str, Any], context: Any, trial: str, deadline: float | None, cargo: Cargo | None
     ) -> None:
         """`config`: number and proposal of the trial; the others are the same for all trials of a run.
 
-        deadline: when the time of the run is up, by the monotonic clock of this machine; None: never.
+        deadline: when the time of the run is up, by the monotonic clock of this machine; None: never, or `cargo` says.
+        cargo: what this worker needs where it may not see the run's folder; None where it does.
         """
         # Ray sets 1, and torch reads it when it is first imported.
         os.environ["OMP_NUM_THREADS"] = str(context.threads)
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(context.threads)
-        self._context, self._trial = context, load_function(trial)
+        self._site = None if cargo is None else NodeSite(cargo)
+        self._context = context if self._site is None else self._site.open(context)
+        self._trial = load_function(trial)
         self._deadline = deadline
         self._held = ExitStack()
         self._begin(config)
@@ -65,12 +79,16 @@ class TrialRunner(tune.Trainable):
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # others may share the device
+        if self._site is not None:
+            self._site.put_away(self._number)
         self._begin(new_config)
         return True
 
     def cleanup(self) -> None:
         """Close the trial that runs, if one does."""
         self._held.close()
+        if self._site is not None:
+            self._site.close()
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """Which trial folder holds the state."""
@@ -91,7 +109,13 @@ class TrialRunner(tune.Trainable):
         Errors are told, not raised: raised ones would be tried again, and most would only happen again. Only a
         worker that dies is worth another try, or one whose GPU is in a state that no later trial could use.
         """
-        return {"result": encode(self._next())}
+        message = self._next()
+        if self._site is not None:
+            try:
+                self._site.hand_in(self._number)
+            except StoreError as error:
+                message = StorageLost(str(error))
+        return {"result": encode(message)}
 
     def _next(self) -> Message:
         try:
@@ -105,6 +129,8 @@ class TrialRunner(tune.Trainable):
             return Failed(str(stop))
         except TimeUp as stop:
             return TimeIsUp(str(stop))
+        except StoreError as error:
+            return StorageLost(str(error))
         except StopIteration:
             return EndedEarly()
         except (Exception, SystemExit) as error:  # a plug-in may call sys.exit
@@ -118,6 +144,11 @@ class TrialRunner(tune.Trainable):
     def _start(self) -> Iterator[Trial]:
         # The worker of a driver that was killed may live a moment longer: wait until it let go.
         self._held.enter_context(alone(self._place.lock))
+        deadline = self._deadline
+        if self._site is not None:
+            self._site.take_up(self._number)
+            left = self._site.left()
+            deadline = None if left is None else time.monotonic() + left
         if (known := read_trial(self._place)) is not None and known.proposal != self._proposal:
             # Of a study that was begun again: what this proposal comes to is not there.
             aside = self._place.path.with_name(f"{self._place.path.name}.aside")
@@ -125,7 +156,7 @@ class TrialRunner(tune.Trainable):
             shutil.copytree(self._place.path, aside)
             for path in self._place.kept:
                 path.unlink(missing_ok=True)
-        progress = _ProgressFile(self._place.progress, self._deadline)
+        progress = _Progress(self._tell, deadline)
         if (seconds := self._context.run.study.trial_seconds) is not None:
             self._limit(seconds, known, progress)
         steps: Iterator[Trial] = self._trial(
@@ -135,7 +166,14 @@ class TrialRunner(tune.Trainable):
             self._held.callback(steps.close)
         return steps
 
-    def _limit(self, seconds: float, known: Trial | None, progress: _ProgressFile) -> None:
+    def _tell(self, phase: str, share: float) -> None:
+        """Say where the trial is, for the search to read."""
+        if self._site is None:
+            write_json(self._place.progress, {"phase": phase, "share": share})
+        else:
+            self._site.tell(self._number, phase, share)
+
+    def _limit(self, seconds: float, known: Trial | None, progress: _Progress) -> None:
         """Let the trial fail when it has taken longer than it may, and the worker end if it does not hear of that.
 
         Raises:
@@ -156,18 +194,22 @@ class TrialRunner(tune.Trainable):
     def _end_overdue(self) -> None:
         """End this worker, whatever it is at: it may hang in a library. The next one says why."""
         self._place.overdue.touch()
+        if self._site is not None:  # the next worker may be on another node
+            told = threading.Thread(target=self._site.hand_in, args=(self._number,), daemon=True)
+            told.start()
+            told.join(HAND_IN_SECONDS)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class _ProgressFile:
-    """Where a trial is, for the driver to read; written about once a second. It ends a trial whose time is up.
+class _Progress:
+    """Where a trial is, for the search to read; told about once a second. It ends a trial whose time is up.
 
     A trial says where it is after every step, so it ends within a step. What measures is let finish: a result is what
     the time was spent for.
     """
 
-    def __init__(self, path: Path, deadline: float | None) -> None:
-        self._path = path
+    def __init__(self, tell: Callable[[str, float], None], deadline: float | None) -> None:
+        self._tell = tell
         self._deadline = deadline
         self._last = ("", -1.0)
         self._called = ("", time.monotonic())
@@ -182,7 +224,7 @@ class _ProgressFile:
         now = time.monotonic()
         if phase != self._last[0] or now - self._last[1] >= PROGRESS_SECONDS:
             self._last = (phase, now)
-            write_json(self._path, {"phase": phase, "share": share})
+            self._tell(phase, share)
 
     def _check_time(self, phase: str, share: float) -> None:
         """The time is up where the next step, if it takes as long as this one, would end after it."""

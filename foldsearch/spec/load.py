@@ -18,7 +18,17 @@ from pydantic import BaseModel, ValidationError
 from foldsearch.errors import SpecError, nearest
 from foldsearch.paths import printable
 from foldsearch.spec.space import Space
-from foldsearch.spec.study import EACH, NAME, SEVERAL, SOURCE, FaultOf, Sources, SourceSettings, Study
+from foldsearch.spec.study import (
+    EACH,
+    NAME,
+    SEVERAL,
+    SOURCE,
+    ClusterSettings,
+    FaultOf,
+    Sources,
+    SourceSettings,
+    Study,
+)
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -91,6 +101,16 @@ def study_from_json(value: dict[str, Any]) -> Study:
         SpecError: written by another version, or edited.
     """
     return _validate(Study, value, "the study of a run folder")
+
+
+def cluster_settings(study: Study, given: Mapping[str, Any]) -> ClusterSettings:
+    """Where the trials of a study run, with what was typed over it; None as a value means not given.
+
+    Raises:
+        SpecError: what was typed cannot be.
+    """
+    typed = {key: value for key, value in given.items() if value is not None}
+    return _validate(ClusterSettings, study.cluster.model_dump(mode="json") | typed, "the command line")
 
 
 def shipped(folder: str) -> dict[str, Path]:

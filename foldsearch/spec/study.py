@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -213,6 +214,34 @@ class HalvingSettings(TomlTable):
     band: Share01 = 0.25
 
 
+def _gpus(value: float) -> float:
+    if value > 1 and not value.is_integer():
+        raise ValueError(f"a trial takes a part of one GPU, or whole ones; got {value:g}")
+    return value
+
+
+def _run_storage(value: str) -> str:
+    if "@" in urlsplit(value).netloc:  # not repeated: what stands before it may be a password
+        raise ValueError(
+            "a run storage is a path or a URL without user and password; give these to its library"
+        )
+    return value
+
+
+class ClusterSettings(TomlTable):
+    """Where trials run, and what one of them takes (see `foldsearch.search.cluster`).
+
+    address: of a running Ray cluster, host:port or "auto"; absent is what RAY_ADDRESS says, else "local": a Ray of our
+    own on this machine. run_storage: a path or a URL that all nodes see. cpus_per_trial, gpus_per_trial: absent is an
+    equal share for as many as run at a time, of a cluster with GPUs a whole one.
+    """
+
+    address: str | None = None
+    run_storage: Annotated[str, AfterValidator(_run_storage)] | None = None
+    cpus_per_trial: Positive | None = None
+    gpus_per_trial: Annotated[float, Field(ge=0, le=MOST), AfterValidator(_gpus)] | None = None
+
+
 class FaultOf(ValueError):
     """A fault that only the whole study shows, and the keys that lead to what is to be mended."""
 
@@ -351,6 +380,7 @@ class Study(TomlTable):
     recovery: RecoverySettings = RecoverySettings()
     screen: ScreenSettings = ScreenSettings()
     halving: HalvingSettings = HalvingSettings()
+    cluster: ClusterSettings = ClusterSettings()
 
     @field_validator("objectives")
     @classmethod

@@ -18,6 +18,7 @@ SAID = (
     messages.Measured(trial_at(FoldPlan.dropping([3], NUM_BLOCKS), STUDY, 2), again=True),
     messages.TimeIsUp("the time was up in its recovery"),
     messages.DiskIsFull("No space left on device"),
+    messages.StorageLost("the run storage 's3://x' cannot be used"),
     messages.Failed('RuntimeError: "é"\n'),
     messages.EndedEarly(),
 )

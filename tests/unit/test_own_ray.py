@@ -75,7 +75,7 @@ def test_a_containers_limit_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("tmpdir", ["/" + "x" * 30, "/tmp/a b", "/tmp/a?b", "relative", "/proc", "/dev/null"])
 def test_sockets_go_where_a_path_is_short_and_plain(tmpdir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", tmpdir)
-    place = own_ray._choose_place()
+    place = own_ray.choose_place()
     assert str(place) != tmpdir
     # a path of 108 bytes with its end is what the kernel takes; Ray checks it too
     from ray._private.utils import validate_socket_filepath
@@ -114,7 +114,7 @@ def test_a_cluster_of_somebodys_is_left_alone(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setenv("HOME", str(tmp_path))
     before = dict(os.environ)
-    with own_ray._quiet():
+    with own_ray.quiet():
         assert "RAY_ADDRESS" not in os.environ
         assert "RAY_AUTH_TOKEN" not in os.environ  # Ray keeps its own in the home folder
     assert dict(os.environ) == before
@@ -123,10 +123,10 @@ def test_a_cluster_of_somebodys_is_left_alone(monkeypatch: pytest.MonkeyPatch, t
 @pytest.mark.parametrize("home", ["/proc", "/dev/null"])
 def test_without_a_home_ray_gets_its_token_from_us(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", home)
-    with own_ray._quiet():
+    with own_ray.quiet():
         token = os.environ["RAY_AUTH_TOKEN"]
     assert len(token) == 64
-    with own_ray._quiet():
+    with own_ray.quiet():
         assert os.environ["RAY_AUTH_TOKEN"] == token  # Ray reads it once a process
 
 
@@ -141,7 +141,7 @@ def test_what_killed_processes_left_goes_and_no_other(tmp_path: Path) -> None:
             os.utime(folder, (old, old))
     with (tmp_path / f"{own_ray._PREFIX}held" / "lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with own_ray._folder(tmp_path) as ours:
+        with own_ray.temporary_folder(tmp_path) as ours:
             assert ours.is_dir()
     left = {path.name.removeprefix(own_ray._PREFIX) for path in tmp_path.iterdir()}
     assert left == {"young", "held", "another's"}
