@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from foldsearch.errors import InputError, RunError, quote_error
 from foldsearch.files import check_writable, replace_atomically, write_json
 from foldsearch.paths import check_path, command, printable
-from foldsearch.plan.cost import CostTable, Target
+from foldsearch.plan.cost import CostTable, Target, price
 from foldsearch.plan.plan import MOST_BLOCKS, FoldPlan, check_ranks
 from foldsearch.progress import Notice, StageProgress, silent, unheard
 from foldsearch.record import Trial
@@ -22,7 +22,7 @@ from foldsearch.runtimes import ALL_CAN, STOCK, Runtime, exported_bytes, runtime
 if TYPE_CHECKING:
     from foldsearch.context import TrialContext
     from foldsearch.export.family import Family
-    from foldsearch.export.figures import ExportReport
+    from foldsearch.export.figures import ExportReport, Predicted
     from foldsearch.export.recheck import Rechecked
     from foldsearch.export.reproduce import Reproduced
     from foldsearch.model.evidence import Evidence
@@ -114,8 +114,15 @@ def dry_run(study: Study, progress: StageProgress = silent, notice: Notice = unh
     """
     from foldsearch.machine import choose_device
     from foldsearch.model.measure import measure
-    from foldsearch.model.source import open_config, open_tokenizer
-    from foldsearch.prepare import check_data, check_study_lengths, make_study_splits, open_source, say_unused
+    from foldsearch.model.source import check_cache, default_cache_dir, open_config, open_tokenizer
+    from foldsearch.prepare import (
+        check_data,
+        check_study_lengths,
+        make_study_splits,
+        open_source,
+        say_unused,
+        with_times,
+    )
     from foldsearch.search.dry_run import plan_search
     from foldsearch.spec.unused import unused_settings
 
@@ -130,6 +137,11 @@ def dry_run(study: Study, progress: StageProgress = silent, notice: Notice = unh
         notice(words)
     table = measure(config)
     study.narrowed(table)  # refused before the text is read
+    if study.has_times:
+        cache_dir = default_cache_dir()
+        check_cache(cache_dir)
+        table = with_times(study, found, config, table, cache_dir, (progress, notice))
+        study.narrowed(table)
     make_study_splits(study, open_tokenizer(found), progress, notice=notice)
     progress("counting proposals", 0.0)
     return plan_search(study, table)
@@ -559,6 +571,7 @@ def _export(
         licences=licences_of(context),
         recipe=recipe_of(context, number, trial, form.weights, shows_text=form.shows_text),
         shows_text=form.shows_text,
+        predicted=_predicted(context, trial, runtime, form),
         details={
             "base_model": context.study.model,
             "note": context.files.note,
@@ -568,6 +581,21 @@ def _export(
     )
     tokenizer = open_tokenizer(context.files)
     return export(model, tokenizer, out, shipment, overwrite=form.overwrite)
+
+
+def _predicted(context: TrialContext, trial: Trial, runtime: Runtime, form: ExportForm) -> Predicted | None:
+    """The times that were reckoned of a trial, where it is exported to what they are of; else None."""
+    from foldsearch.export.figures import Predicted
+
+    target = context.target.storing(trial.weights)
+    latency, cost = context.table.latency_on(target), price(trial.plan, context.table, target)
+    priced, stored = runtime_named(target.runtime), form.stored(runtime, target)
+    is_same = runtime.engine == priced.engine and runtime.stored_as(target.dtype, stored) == priced.stored_as(
+        target.dtype, target.weights if priced.types else ""
+    )
+    if latency is None or cost.prompt_ms is None or cost.decode_ms is None or not is_same:
+        return None
+    return Predicted(latency.tokens, cost.prompt_ms, cost.decode_ms)
 
 
 def verify_export(folder: Path, progress: StageProgress = silent) -> Iterator[tuple[Path, Rechecked]]:

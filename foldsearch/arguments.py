@@ -172,6 +172,12 @@ def _run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget-flops", metavar="F", help="FLOPs per token at decode: 2.5e8, or 0.8x of dense"
     )
+    prompt = (
+        "milliseconds to read a prompt of 256 tokens ([target] prompt_tokens) where it ships, on this machine"
+    )
+    parser.add_argument("--max-prompt-ms", type=_number, metavar="MS", help=prompt)
+    token = "milliseconds to write a token after it; both are measured before the search"
+    parser.add_argument("--max-decode-ms", type=_number, metavar="MS", help=token)
     parser.add_argument(
         "--space", metavar="S", help="what may be proposed: a TOML file, or a name such as foldgpt"
     )

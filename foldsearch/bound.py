@@ -8,6 +8,7 @@ from typing import NamedTuple
 from foldsearch.errors import PlanError
 from foldsearch.fates import Bound
 from foldsearch.plan.cost import DTYPE_BYTES, Cost, CostTable, Target, in_stored_units, price
+from foldsearch.plan.latency import Latency, Work
 from foldsearch.proposal import Given, Proposal, check_attention_left
 
 
@@ -100,32 +101,51 @@ def lower_bound(proposal: Proposal, table: CostTable, target: Target) -> Cost:
     if kept < 1:
         raise PlanError(f"a plan runs at least one block, but {count} of {num_blocks} are dropped. Keep one.")
     check_attention_left(fold, kept)
+    latency = table.latency_on(target)
     table, unit_bytes = in_stored_units(table, target)
     sums = _sums(table, target.context)
     instead = fold.removed.fate.bound(count, table) if fold.removed is not None else Bound()
     grouped = 0 if fold.groups is None else sum(last - first - 1 for first, last in fold.groups.spans(kept))
     children, running = grouped + instead.children, kept + instead.children
     thinned = min(fold.attention_removed, kept - grouped)
-    weights = table.fixed_weights + sums.weights[kept - grouped] + sums.norms[running]
-    weights -= sums.most_attention[thinned]
+    weights = sums.weights[kept - grouped] + sums.norms[running] - sums.most_attention[thinned]
+    again = (
+        children * sums.smallest_weights
+    )  # that children borrow: read again, and stored again by who cannot share
     carried = children * sums.smallest_norm + instead.parameters
-    macs = table.fixed_macs + instead.macs
+    new_macs = instead.macs
     if target.shares_weights:
         ranks = instead.children * instead.rank + (grouped * fold.groups.rank if fold.groups else 0)
         carried += ranks * sums.smallest_adapter
-        macs += ranks * sums.smallest_adapter
-    else:  # each child stores its weights again, adapters merged
-        weights += children * sums.smallest_weights
+        new_macs += ranks * sums.smallest_adapter
     size = DTYPE_BYTES[target.dtype]
     activations = table.activation_fixed + table.activation_width * min(target.prefill_chunk, target.context)
+    kv = max(0, sums.kv[running] - sums.most_kv[thinned])
+    macs = table.fixed_macs + new_macs
+    prompt_ms, decode_ms = None, None
+    if latency is not None:
+        read_bytes = max(0, weights + again + carried) * unit_bytes
+        prompt_ms, decode_ms = _times(latency, table, running, thinned, (new_macs, read_bytes, size))
     return Cost(
-        weight_bytes=weights * unit_bytes,
+        weight_bytes=(table.fixed_weights + weights + (0 if target.shares_weights else again)) * unit_bytes,
         adapter_bytes=carried * unit_bytes,
-        kv_bytes=max(0, sums.kv[running] - sums.most_kv[thinned]) * target.batch * size,
+        kv_bytes=kv * target.batch * size,
         activation_bytes=(activations + table.vocabulary) * target.batch * size,
         prefill_macs=macs
         + sums.prefill_macs[running]
         - sums.most_attention_prefill[thinned]
         + table.head_macs / target.context,
         decode_macs=macs + sums.decode_macs[running] - sums.most_attention_decode[thinned] + table.head_macs,
+        prompt_ms=prompt_ms,
+        decode_ms=decode_ms,
     )
+
+
+def _times(
+    latency: Latency, table: CostTable, running: int, thinned: int, new: tuple[int, int, int]
+) -> tuple[float, float]:
+    """Milliseconds that no plan is below; new: MACs of what is new, bytes that are read, bytes of a cached number."""
+    sums, (new_macs, read_bytes, size) = _sums(table, latency.tokens), new
+    macs = new_macs + max(0, sums.prefill_macs[running] - sums.most_attention_prefill[thinned])
+    cached = max(0, sums.kv[running] - sums.most_kv[thinned])
+    return latency.times(Work(macs * latency.tokens, read_bytes + cached * size))

@@ -161,6 +161,7 @@ _OVERRIDES = {
     "sampler": "sampler", "trials": "trials", "time": "seconds",
     "trial_time": "trial_seconds",
     "jobs": "jobs", "seed": "seed", "device": "device", "budget_gb": "budget.gb", "budget_flops": "budget.flops",
+    "max_prompt_ms": "budget.prompt_ms", "max_decode_ms": "budget.decode_ms",
     "dtype": "target.dtype", "context": "target.context", "batch": "target.batch", "runtime": "target.runtime",
     "weights": "target.weights",
     "address": "cluster.address", "run_storage": "cluster.run_storage",
@@ -427,11 +428,14 @@ def _front(args: argparse.Namespace) -> int:
 
 def _pick(args: argparse.Namespace) -> int:
     from foldsearch.api import open_run, pick
-    from foldsearch.report.terminal import runtimes_words
+    from foldsearch.report.terminal import latency_words, runtimes_words, times_words
 
     view = open_run(args.run)
     trial = pick(view, number=args.trial, max_gb=args.max_gb)
     _say(f"trial {trial.number}: {trial.plan}")
+    latency = view.folder.table.latency_on(view.folder.target.storing(trial.weights))
+    if latency is not None:
+        _say(f"{times_words(trial.cost)} {latency_words(latency)}")
     _say(runtimes_words(view, trial.plan, trial.weights))
     print(trial.number)
     return 0

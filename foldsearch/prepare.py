@@ -12,6 +12,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from foldsearch.calibrate import Subject, calibrated
 from foldsearch.context import TrialContext, open_workbench, read_splits, write_splits
 from foldsearch.errors import ModelError
 from foldsearch.identity import Identity, Location
@@ -145,6 +146,9 @@ def prepare_context(
     progress("pricing the dense model", 0.0)
     table = measure(config)
     check(table)
+    if study.has_times:  # before the text is read: a budget that no plan keeps is refused here
+        table = with_times(study, found, config, table, cache_dir, (progress, notice), run_folder=run_folder)
+        check(table)
     splits = _splits_of(study, run_folder, found, progress, notice)
     writes = study.own_text()[1] > 0 and not RunFolder(run_folder).tokens.exists()
     if not writes:
@@ -162,7 +166,7 @@ def prepare_context(
     opened = AutoConfig.from_pretrained(files.folder, trust_remote_code=files.trust_remote_code)
     if opened.tie_word_embeddings != config.tie_word_embeddings:
         # The config says tied, but the checkpoint holds two matrices that differ: only the weights could tell.
-        table = measure(opened)
+        table = replace(measure(opened), latencies=table.latencies)
         check(table)
     context = TrialContext(Run(run_folder, study, table, files.note), files, cache_dir, device)
     if made is None:
@@ -186,6 +190,46 @@ def _asked(context: TrialContext, progress: StageProgress) -> TrialContext:
     sets = (splits.search, splits.report, *([splits.recovery] if bench.recovery else []))
     tokens = sum(one.ids_NT.numel() for one in sets)
     return replace(context, asking_seconds=seconds, token_seconds=seconds / tokens if asked else 0.0)
+
+
+def with_times(
+    study: Study,
+    found: source.ModelSource,
+    config: PretrainedConfig,
+    table: CostTable,
+    cache_dir: Path,
+    told: tuple[StageProgress, Notice],
+    *,
+    run_folder: Path | None = None,
+) -> CostTable:
+    """The costs of a model with its times on this machine, for each type of weights that the study allows.
+
+    Args:
+        study: whose target, and how long a prompt.
+        found: the model, for its tokenizer.
+        config: of the model.
+        table: its costs.
+        cache_dir: where times are kept.
+        told: of progress, and what a person should know.
+        run_folder: of a run that has times already: these stay, wherever it goes on.
+
+    Raises:
+        InputError: the program of the target's runtime is not installed, or memory is short.
+        ModelError: the model could not be run there.
+        BudgetError: its time does not grow with the blocks that run.
+    """
+    if run_folder is not None and RunFolder(run_folder).table_file.exists():
+        return replace(table, latencies=RunFolder(run_folder).read_table().latencies)
+    progress, notice = told
+    gguf = found.weights if found.gguf_file else ()
+    latencies = []
+    for target in study.targets():
+        tokens = study.target.prompt_tokens
+        subject = Subject(config, table, target, tokens, lambda: source.open_tokenizer(found), gguf)
+        latencies.append(calibrated(subject, cache_dir, progress))
+        if words := latencies[-1].unsteady:
+            notice(words)
+    return replace(table, latencies=tuple(latencies))
 
 
 def check_study_lengths(study: Study, config: PretrainedConfig) -> str:

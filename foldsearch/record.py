@@ -265,10 +265,22 @@ def read_rivals(path: Path) -> tuple[DenseRival, ...]:
 
 
 def point(trial: Trial, objectives: Sequence[Objective], rung: int = -1) -> tuple[float, ...]:
-    """A trial's objectives at a rung, in the given order: KL in nats per token, memory in GB, FLOPs per token."""
-    kl, cost = trial.results[rung].quality.kl, trial.cost
-    values = {"kl": kl, "memory": cost.memory_bytes / GB, "flops": float(cost.flops)}
-    return tuple(values[name] for name in objectives)
+    """A trial's objectives at a rung, in the given order (see `point_of`)."""
+    return point_of(trial.results[rung].quality.kl, trial.cost, objectives)
+
+
+def point_of(kl: float, cost: Cost, objectives: Sequence[Objective]) -> tuple[float, ...]:
+    """Objectives in the given order: KL in nats per token, memory in GB, FLOPs per token, milliseconds."""
+    values = {
+        "kl": kl,
+        "memory": cost.memory_bytes / GB,
+        "flops": float(cost.flops),
+        "prompt_ms": cost.prompt_ms,
+        "decode_ms": cost.decode_ms,
+    }
+    found = [value for name in objectives if (value := values[name]) is not None]
+    assert len(found) == len(objectives), "what is an objective was measured before the search"
+    return tuple(found)
 
 
 def best_of_plans(trials: Sequence[Trial]) -> list[Trial]:

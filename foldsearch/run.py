@@ -201,6 +201,14 @@ class RunFolder:
             what = f"'{printable(self.identity_file)}' cannot be read"
             raise RunError(quote_error(what, error, remedy)) from error
 
+    def read_table(self) -> CostTable:
+        """The dense model's costs, as the run began with them.
+
+        Raises:
+            OSError, ValueError, KeyError, TypeError: they cannot be read.
+        """
+        return from_json(CostTable, json.loads(self.table_file.read_text()))
+
     def write_identity(self, identity: Identity) -> None:
         """Keep what the run is made of."""
         write_json(self.identity_file, {"schema": SCHEMA, **to_json(identity)})
@@ -253,8 +261,13 @@ class Run(RunFolder):
         return price(FoldPlan.identity(self.num_blocks), self.table, self.study.target.stored_in(""))
 
     @property
+    def timed_dense(self) -> Cost:
+        """What the dense model costs with weights as the target has them: its times are of these."""
+        return price(FoldPlan.identity(self.num_blocks), self.table, self.target)
+
+    @property
     def budget(self) -> Budget:
-        """Bounds in bytes and FLOPs."""
+        """Bounds in bytes, FLOPs and milliseconds."""
         return self.study.budget.value(self.dense)
 
     # ---- its life
@@ -334,7 +347,7 @@ class Run(RunFolder):
             )
         try:
             study = study_from_json(value["study"])
-            table = from_json(CostTable, json.loads(RunFolder(path).table_file.read_text()))
+            table = RunFolder(path).read_table()
         except (OSError, ValueError, KeyError, TypeError, RecursionError, FoldsearchError) as error:
             raise RunError(
                 quote_error(f"the run folder '{printable(path)}' is incomplete", error, "Start a new run.")

@@ -14,13 +14,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from transformers import AutoModelForCausalLM
 
-from foldsearch.export.verify import relative_rms, wrong_keys
 from foldsearch.model.fold import fold
 from foldsearch.model.parts import Borrowed, OutputNorm, Replaced
 from foldsearch.model.register import register
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.runtimes import RUNTIMES, Beside, Runtime
 from foldsearch.runtimes import gguf as gguf_file
+from foldsearch.runtimes.verify import relative_rms, wrong_keys
 from tests.tiny import CONFIGS, NUM_BLOCKS, WINDOW, dense_model
 
 FILE = Path(__file__).parents[1] / "docs" / "exports.md"

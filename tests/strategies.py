@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from foldsearch.plan.cost import DTYPE_BYTES, BlockCost, CostTable, Target, UnitCost
 from foldsearch.plan.kinds import kind_named, kind_names
+from foldsearch.plan.latency import Latency, Line
 from foldsearch.plan.plan import FoldPlan, Replacement, Slot
 
 small = st.integers(0, 1000)
@@ -76,7 +77,9 @@ def tables(draw: st.DrawFn, num_blocks: int, *, alike: bool = False) -> CostTabl
     mlp = st.builds(UnitCost, small, small, small, small, st.just(0), small)
     block = st.builds(BlockCost, attention, mlp, small)
     blocks = (draw(block),) * num_blocks if alike else tuple(draw(block) for _ in range(num_blocks))
-    return CostTable(*(draw(small) for _ in range(7)), blocks)
+    line = st.builds(Line, small, small)
+    times = Latency("folded", "", draw(st.integers(1, 300)), draw(line), draw(line), (), "")
+    return CostTable(*(draw(small) for _ in range(7)), blocks, latencies=(times,))
 
 
 targets = st.builds(

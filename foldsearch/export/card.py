@@ -130,7 +130,7 @@ class Probe:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """As a process of `foldsearch.export.verify` is given them."""
+        """As a process of `foldsearch.runtimes.verify` is given them."""
         names = ("ids_NT", "text_NT", "log_probabilities_NP")
         return {name: getattr(self, name).contiguous() for name in names}
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from foldsearch.export import verify
 from foldsearch.export.checks import raise_for
 from foldsearch.export.figures import ChatReport
-from foldsearch.export.process import ModelProcess
 from foldsearch.export.shipment import Job
+from foldsearch.runtimes import verify
+from foldsearch.runtimes.process import ModelProcess
 
 QUESTION = ({"role": "user", "content": "What is the capital of France?"},)
 ANSWER_TOKENS = 24  # at most: a few lines say whether a model answers at all

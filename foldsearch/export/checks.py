@@ -10,8 +10,8 @@ from typing import Any
 
 from foldsearch.errors import VerificationError, quote_error
 from foldsearch.export.figures import ModelFigures
-from foldsearch.export.process import ModelProcess, ProcessError
 from foldsearch.export.shipment import Job
+from foldsearch.runtimes.process import ModelProcess, ProcessError
 
 # What rounding alone may change, as a share of the logits' RMS. Equal weights in equal kernels give equal logits;
 # merging an adapter rounds a weight once more, and decoding with a cache sums in another order.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -20,12 +19,12 @@ from foldsearch.export.checks import raise_for, while_loading
 from foldsearch.export.engine import TOLERANCES, EngineJob, compare, expected, fault_of, running
 from foldsearch.export.figures import ChatReport, EngineReport, ModelFigures, Speed
 from foldsearch.export.folder import ROOM
-from foldsearch.export.process import ModelProcess, ProcessError
 from foldsearch.export.shipment import Job, file_bytes, on_cpu
 from foldsearch.model.fold import cast as in_dtype
 from foldsearch.paths import beside
 from foldsearch.plan.cost import DTYPE_BYTES, GB
 from foldsearch.runtimes import Engine
+from foldsearch.runtimes.process import ModelProcess, ProcessError, in_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,7 +99,7 @@ def compare_in_engine(job: Job, engine: Engine, dense: PreTrainedModel | None, w
         why = f"not checked in {engine.name}, which needs a tokenizer: the model was exported without one"
     if why:
         return Compared(None, "", {"prompt": NO_SPEED, "decode": NO_SPEED}, engine_note=why)
-    asked = EngineJob(engine, torch.get_num_threads(), **job.tokens)
+    asked = EngineJob(engine, torch.get_num_threads(), **job.tokens, prompt_tokens=job.prompt_tokens)
     theirs = expected(in_dtype(job.measured, torch.float32), asked)
     with _dense_beside(job) as place, ExitStack() as stack:
         with while_loading(f" of {engine.name}"):
@@ -190,12 +189,7 @@ def take_turns(*processes: ModelProcess, is_warm: bool = False) -> dict[str, Spe
     """
     for process in () if is_warm else processes:
         process.ask("turn")
-    rounds: list[list[dict[str, float]]] = []
-    began = time.monotonic()
-    while len(rounds) < FEWEST_ROUNDS or (
-        len(rounds) < MOST_ROUNDS and time.monotonic() - began < TIMED_SECONDS
-    ):
-        rounds.append([process.ask("turn") for process in processes])
+    rounds = in_turns(processes, fewest=FEWEST_ROUNDS, most=MOST_ROUNDS, seconds=TIMED_SECONDS)
     return {
         what: Speed(
             exported=tuple(turns[0][what] for turns in rounds),

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from foldsearch.export.figures import EngineFigures, EngineReport
-from foldsearch.export.process import ModelProcess, ProcessError
 from foldsearch.runtimes import Engine
+from foldsearch.runtimes.process import LOADING_SECONDS, TRIES, ModelProcess, ProcessError, room_for
+from foldsearch.runtimes.verify import PROMPT_TOKENS, prompt_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,18 +35,28 @@ TOLERANCES = {
     "bf16": 0.05,
     **dict.fromkeys(("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4"), 0.2),
 }
-LOADING_SECONDS, ANSWER_SECONDS = 600.0, 600.0  # a server that has not answered by then has stopped
-TRIES = 3  # its threads stop once in a while; another process goes on then
+ANSWER_SECONDS = 600.0  # a server that has not answered by then has stopped
 
 
 @dataclass(frozen=True, slots=True)
 class EngineJob:
-    """What the program is asked about. threads: of it. ids_NT, text_NT: tokens, and which are of the text."""
+    """What the program is asked about.
+
+    threads: of it. ids_NT, text_NT: tokens, and which are of the text. prompt_tokens: that are read in a turn; 0
+    for the first sequence, or as much of it as a turn reads.
+    """
 
     engine: Engine
     threads: int
     ids_NT: Tensor
     text_NT: Tensor
+    prompt_tokens: int = 0
+
+    @property
+    def prompt(self) -> list[int]:
+        """Of the first tokens, what is read in a turn."""
+        length = self.prompt_tokens or min(PROMPT_TOKENS, self.ids_NT.shape[1])
+        return prompt_of(self.ids_NT.flatten().tolist(), length)
 
     @property
     def scored(self) -> list[tuple[list[int], int]]:
@@ -73,7 +84,7 @@ class EngineJob:
     @property
     def context(self) -> int:
         """Tokens that memory is taken for: of the longest text, and what is written after it."""
-        return -(-(self.ids_NT.shape[1] + 64) // 256) * 256
+        return room_for(max(self.ids_NT.shape[1], self.prompt_tokens))
 
 
 @torch.no_grad()
@@ -113,7 +124,7 @@ def _scored(job: EngineJob, process: ModelProcess, folder: Path) -> EngineFigure
         folder=str(folder.resolve()),
         threads=job.threads,
         context=job.context,
-        tokens=job.ids_NT[0].tolist(),
+        tokens=job.prompt,
     )
     found: list[float | None] = []
     for tokens, first in job.scored:

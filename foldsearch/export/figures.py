@@ -12,6 +12,7 @@ from foldsearch.runtimes import runtime_named
 # Rounds that differ by more tell of the machine, not of the model: dropping a third of the blocks, which is a lot,
 # makes a model 1.5 times as fast.
 MOST_BUSY = 1.5
+PREDICTED_WITHIN = 0.1  # of a predicted time, that a measured one should be
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,41 @@ class Speed:
             return ours, "—", ""
         low, median, high = self.ratio
         return ours, _three_digits(statistics.median(self.dense)), f"{median:.2f} ({low:.2f}–{high:.2f})"
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """The times of an export as its search reckoned them (see `foldsearch.plan.latency`).
+
+    tokens: of the prompt. prompt_ms: to read all of it. decode_ms: to write a token after it.
+    """
+
+    tokens: int
+    prompt_ms: float
+    decode_ms: float
+
+    def words(self, prompt: Speed, decode: Speed) -> str:
+        """Predicted beside measured, in a sentence; where they are far from each other, it says so."""
+        if not prompt.exported or prompt.unsteady or decode.unsteady:
+            return f"{self._predicted}; its speed was not measured."
+        prompt_ms = 1000 * self.tokens / statistics.median(prompt.exported)
+        decode_ms = 1000 / statistics.median(decode.exported)
+        apart = (prompt_ms / self.prompt_ms - 1, decode_ms / self.decode_ms - 1)
+        words = (
+            f"{self._predicted}; measured {prompt_ms:,.3g} ms ({apart[0]:+.0%}) and {decode_ms:,.3g} ms "
+            f"({apart[1]:+.0%})."
+        )
+        if max(map(abs, apart)) > PREDICTED_WITHIN:
+            words += (
+                f" That is more than {PREDICTED_WITHIN:.0%} apart: the machine was busy at one of the two times, or "
+                "the plan has parts whose cost the lines do not know."
+            )
+        return words
+
+    @property
+    def _predicted(self) -> str:
+        prompt = f"{self.prompt_ms:,.3g} ms for a prompt of {self.tokens:,} tokens"
+        return f"Predicted {prompt} and {self.decode_ms:,.3g} ms for a token after it"
 
 
 def _three_digits(value: float) -> str:
@@ -183,7 +219,8 @@ class ExportReport:
     has_tokenizer: whether the folder holds one. threads: of the processor, for all timings.
     engine: what the program of the runtime found; None where that is transformers, or, as engine_note says, where it is
     not installed: then there are no speeds. notes: what the runtime does in another way than transformers. chat: a
-    question through the chat template; None where the model has none.
+    question through the chat template; None where the model has none. predicted: its times as the search reckoned
+    them; None where it did not.
     """
 
     runtime: str
@@ -216,6 +253,12 @@ class ExportReport:
     engine_note: str = ""
     notes: tuple[str, ...] = ()
     chat: ChatReport | None = None
+    predicted: Predicted | None = None
+
+    @property
+    def latency_words(self) -> str:
+        """Predicted beside measured times; empty where nothing was predicted."""
+        return self.predicted.words(self.prompt, self.decode) if self.predicted else ""
 
     @property
     def perplexity(self) -> float:

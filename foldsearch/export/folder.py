@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any, cast
 from safetensors import SafetensorError
 
 from foldsearch.errors import InputError, ModelError, quote_error
-from foldsearch.export import verify
 from foldsearch.export.card import CARD, read_card
 from foldsearch.files import ABANDONED_SECONDS
 from foldsearch.paths import beside, printable, stem_beside
 from foldsearch.plan.cost import GB
-from foldsearch.runtimes import Loader, Runtime, runtime_named
+from foldsearch.runtimes import Loader, Runtime, runtime_named, verify
 from foldsearch.signals import uninterrupted
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ def model_card(card: Card, folder: Path) -> str:
     report = card.report
     runtime = runtime_named(report.runtime)
     table = "\n".join(f"| {' | '.join(row)} |" for row in report.rows)
-    notes = "\n\n".join([*(f"Speed of {words}." for words in report.unsteady), report.how_measured])
+    told = [*(f"Speed of {words}." for words in report.unsteady), report.how_measured, report.latency_words]
+    notes = "\n\n".join(filter(None, told))
     details = ""
     if report.details:
         details = f"\n## Details\n\n```json\n{json.dumps(report.details, indent=1)}\n```\n"

@@ -21,11 +21,11 @@ from foldsearch.errors import InputError, quote_error
 from foldsearch.export.card import CARD, UNHASHED, Card, Probe, hashes_of, read_card
 from foldsearch.export.chat import ANSWER_TOKENS, QUESTION, SECONDS, stop_faults
 from foldsearch.export.engine import TOLERANCES, EngineJob, compare, fault_of, running
-from foldsearch.export.process import ModelProcess, ProcessError
 from foldsearch.paths import printable
 from foldsearch.progress import StageProgress, silent
 from foldsearch.runtimes import Runtime, runtime_named
 from foldsearch.runtimes.folded import SHIPPED_CODE
+from foldsearch.runtimes.process import ModelProcess, ProcessError
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,7 +174,14 @@ def _study(recipe: Recipe, moved: Mapping[str, str]) -> Study:
         choose_device(device)
     except InputError:
         device = "auto"
-    return study.model_copy(update={"precision": recipe.identity.dtype, "device": device, "warm_from": None})
+    changes: dict[str, Any] = {"precision": recipe.identity.dtype, "device": device, "warm_from": None}
+    if (
+        study.has_times
+    ):  # of another machine, where the program may not be installed; the plan is chosen already
+        untimed = {"prompt_ms": None, "decode_ms": None}
+        objectives = Study.model_fields["objectives"].default
+        changes |= {"budget": study.budget.model_copy(update=untimed), "objectives": objectives}
+    return study.model_copy(update=changes)
 
 
 _PLACES = ("source", "search", "recovery", "report")

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from foldsearch.errors import InputError, ModelError, PlanError
-from foldsearch.export import verify
 from foldsearch.export.card import (
     RANDOM,
     README,
@@ -33,7 +32,6 @@ from foldsearch.export.checks import ELSEWHERE, LOSS_ROUNDING, ROUNDING, check_a
 from foldsearch.export.dense import compare_in_engine, compare_in_torch
 from foldsearch.export.figures import ExportReport
 from foldsearch.export.folder import check_new, make_room, whole_or_absent
-from foldsearch.export.process import ModelProcess
 from foldsearch.export.readme import checked, loading_lines, model_card, not_checked
 from foldsearch.export.shipment import Job, Shipment, few_of, on_cpu
 from foldsearch.files import check_writable
@@ -41,7 +39,8 @@ from foldsearch.model.fold import cast as in_dtype
 from foldsearch.paths import check_path
 from foldsearch.plan.cost import DTYPE_BYTES, CostTable
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.runtimes import Beside, runtime_named
+from foldsearch.runtimes import Beside, runtime_named, verify
+from foldsearch.runtimes.process import ModelProcess
 from foldsearch.version import __version__
 
 if TYPE_CHECKING:
@@ -116,6 +115,7 @@ def export(
             weight_bytes=weight_bytes,
             num_parameters=sum(parameter.numel() for parameter in shipped.parameters()),
             beside=extras,
+            prompt_tokens=shipment.prompt_tokens,
         )
         del written, shipped, measured
         probe = _asked(job.measured, tokens)
@@ -250,7 +250,7 @@ def _report(job: Job, shipment: Shipment, probe: Probe) -> ExportReport:
         dense=compared.dense,
         dense_note=compared.note,
         file_bytes=job.file_bytes,
-        prompt_tokens=min(verify.PROMPT_TOKENS, job.tokens["ids_NT"].shape[1]),
+        prompt_tokens=job.prompt_tokens,
         prompt=compared.speeds["prompt"],
         decode=compared.speeds["decode"],
         measured_perplexity=measured_perplexity,
@@ -269,6 +269,7 @@ def _report(job: Job, shipment: Shipment, probe: Probe) -> ExportReport:
         versions=_versions(),
         details=details,
         chat=compared.chat,
+        predicted=shipment.predicted,
     )
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from foldsearch.export.card import Licences, Recipe
-from foldsearch.export.figures import ModelFigures
-from foldsearch.export.verify import as_stops
+from foldsearch.export.figures import ModelFigures, Predicted
 from foldsearch.plan.cost import DTYPE_BYTES
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.runtimes import Beside, Runtime
+from foldsearch.runtimes.verify import PROMPT_TOKENS, as_stops
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,6 +36,7 @@ class Shipment:
     dense: the model it was folded from. Where it was loaded from a folder, its figures are taken too.
     details: goes into the card, as it is (JSON); "base_model" names the base model.
     gguf: the files of the GGUF that the dense model was read from; none where it was no GGUF.
+    predicted: its times as they were reckoned, for the same runtime and type of weights; None where nothing was.
     licences: of the model and the text. recipe: how the model is made again; None where that is not known.
     shows_text: whether the tokens of ids_NT go into the export, so that its figures can be taken again anywhere; else
     tokens at random stand in for them.
@@ -54,6 +55,7 @@ class Shipment:
     licences: Licences = Licences()  # noqa: RUF009  # it is frozen
     recipe: Recipe | None = None
     shows_text: bool = True
+    predicted: Predicted | None = None
 
     @property
     def base_model(self) -> str:
@@ -62,6 +64,11 @@ class Shipment:
         if named or self.dense is None:
             return named or "unknown"
         return Path(str(self.dense.config.name_or_path)).name or "unknown"
+
+    @property
+    def prompt_tokens(self) -> int:
+        """That are read when the speed of a model is taken: as many as the prediction is of."""
+        return self.predicted.tokens if self.predicted else min(PROMPT_TOKENS, self.ids_NT.shape[1])
 
     @property
     def tokens(self) -> dict[str, Tensor]:
@@ -79,7 +86,7 @@ class Job:
 
     measured: what it is held against. tokens: ids_NT and text_NT. weights: how they are stored; dtype: in which torch
     holds them. tolerance: of the logits, as a share of their RMS. weight_bytes, num_parameters: that
-    were written. beside: what went into it with the model.
+    were written. beside: what went into it with the model. prompt_tokens: that are read when its speed is taken.
     """
 
     folder: Path
@@ -92,6 +99,7 @@ class Job:
     weight_bytes: int
     num_parameters: int
     beside: Beside
+    prompt_tokens: int
 
     def loading(self, folder: Path, tensors: Path, *, how: str = "") -> dict[str, Any]:
         """How every process loads a folder: the same for all of them."""
@@ -102,6 +110,7 @@ class Job:
             "threads": torch.get_num_threads(),
             "tensors": str(tensors),
             "how": how,
+            "prompt_tokens": self.prompt_tokens,
         }
 
     @property

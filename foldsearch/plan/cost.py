@@ -1,7 +1,8 @@
 """What a plan costs on a device: arithmetic over a table that fvcore measured once on the dense model.
 
-Units: sizes in bytes, compute in MACs (one multiply and add; 1 MAC = 2 FLOPs) per token, gigabytes decimal.
-A gigabyte budget bounds weights + adapters + KV cache + activations, for one target.
+Units: sizes in bytes, compute in MACs (one multiply and add; 1 MAC = 2 FLOPs) per token, gigabytes decimal, times in
+milliseconds. A gigabyte budget bounds weights + adapters + KV cache + activations, for one target. Times are there
+where they were measured (see `foldsearch.plan.latency`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from foldsearch.errors import BudgetError
 from foldsearch.plan.kinds import kind_named
+from foldsearch.plan.latency import Latency, Work
 from foldsearch.plan.plan import FoldPlan, Replacement
 from foldsearch.plan.stored import DTYPE_TYPES, VECTOR_BYTES, Matrix
 
@@ -90,6 +92,7 @@ class CostTable:
     by_position: whether attention is scaled by a block's position (GPT-2's scale_attn_by_inverse_layer_idx).
     family: the model type of transformers.
     fixed_matrices: outside the blocks; the rest of `fixed_weights` are norms and biases.
+    latencies: how fast it is on this machine, in each type of weights that was asked for (see `foldsearch.calibrate`).
     """
 
     width: int
@@ -103,6 +106,14 @@ class CostTable:
     by_position: bool = False
     family: str = ""
     fixed_matrices: tuple[Matrix, ...] = ()
+    latencies: tuple[Latency, ...] = ()
+
+    def latency_on(self, target: Target) -> Latency | None:
+        """What was measured for a target; None where nothing was."""
+        for latency in self.latencies:
+            if latency.weights == target.weights and latency.runtime == target.runtime:
+                return latency
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +124,8 @@ class Cost:
     kv_bytes: at the target's context and batch. activation_bytes: peak working set of one prefill chunk.
     prefill_macs: per token of a prompt of `context` tokens, logits for its last token only.
     decode_macs: for one more token when the cache is full.
+    prompt_ms, decode_ms: milliseconds to read a prompt of as many tokens as `CostTable.latencies` says, and to write
+    one token after it, on the machine that was measured; None where none was.
     """
 
     weight_bytes: int
@@ -121,6 +134,8 @@ class Cost:
     activation_bytes: int
     prefill_macs: float
     decode_macs: int
+    prompt_ms: float | None = None
+    decode_ms: float | None = None
 
     @property
     def memory_bytes(self) -> int:
@@ -140,7 +155,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Upper bounds; None is no bound.
+    """Upper bounds; None is no bound. A time that was not measured keeps every bound.
 
     Raises:
         BudgetError: a bound is not positive.
@@ -148,11 +163,23 @@ class Budget:
 
     memory_bytes: int | None = None
     flops: int | None = None
+    prompt_ms: float | None = None
+    decode_ms: float | None = None
 
     def __post_init__(self) -> None:
         for name, bound in (("memory", self.memory_bytes), ("FLOPs per token", self.flops)):
             if bound is not None and bound < 1:
                 raise BudgetError(f"a budget's {name} is at least 1, got {bound}. Raise it.")
+        for name, ms in (("prompt", self.prompt_ms), ("token", self.decode_ms)):
+            if ms is not None and not ms > 0:
+                raise BudgetError(
+                    f"a budget's milliseconds for a {name} must be above 0, got {ms:g}. Raise it."
+                )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nothing is bounded."""
+        return self == Budget()
 
     def violations(self, cost: Cost) -> dict[str, float]:
         """For each bound, how far the cost is above it as a share of the bound; feasible where all are <= 0."""
@@ -161,6 +188,10 @@ class Budget:
             found["memory"] = cost.memory_bytes / self.memory_bytes - 1
         if self.flops is not None:
             found["flops"] = cost.flops / self.flops - 1
+        if self.prompt_ms is not None and cost.prompt_ms is not None:
+            found["prompt_ms"] = cost.prompt_ms / self.prompt_ms - 1
+        if self.decode_ms is not None and cost.decode_ms is not None:
+            found["decode_ms"] = cost.decode_ms / self.decode_ms - 1
         return found
 
     def excess(self, cost: Cost) -> str:
@@ -170,8 +201,11 @@ class Budget:
 
     def admits(self, cost: Cost) -> bool:
         """Whether the cost keeps every bound."""
-        return (self.memory_bytes is None or cost.memory_bytes <= self.memory_bytes) and (
-            self.flops is None or cost.flops <= self.flops
+        return (
+            (self.memory_bytes is None or cost.memory_bytes <= self.memory_bytes)
+            and (self.flops is None or cost.flops <= self.flops)
+            and (self.prompt_ms is None or cost.prompt_ms is None or cost.prompt_ms <= self.prompt_ms)
+            and (self.decode_ms is None or cost.decode_ms is None or cost.decode_ms <= self.decode_ms)
         )
 
 
@@ -242,28 +276,37 @@ def price(plan: FoldPlan, table: CostTable, target: Target) -> Cost:
     """
     if plan.num_blocks != len(table.blocks):
         raise BudgetError(f"the plan is for {plan.num_blocks} blocks, the model has {len(table.blocks)}.")
-    context = target.context
+    latency = table.latency_on(target)
     table, unit_bytes = in_stored_units(table, target)
-    weights, carried, kv_width_tokens = table.fixed_weights, 0, 0
-    macs, prefill_context_macs, decode_context_macs = table.fixed_macs, 0, 0
+    sums = _sum(plan, table, target, latency.tokens if latency else 0)
+    return sums.cost(target, unit_bytes, latency)
+
+
+def work(plan: FoldPlan, table: CostTable, target: Target, tokens: int) -> Work:
+    """What the blocks of a plan do for a prompt of so many tokens, and for a token after it."""
+    table, unit_bytes = in_stored_units(table, target)
+    return _sum(plan, table, target, tokens).work(unit_bytes, DTYPE_BYTES[target.dtype])
+
+
+def _sum(plan: FoldPlan, table: CostTable, target: Target, tokens: int) -> _Sums:
+    """What the positions of a plan add up to, by a table in stored units."""
+    sums = _Sums(table, target.context, tokens)
     seen: set[int] = set()
     for slot in plan.slots:
         if isinstance(slot, Replacement):
             parameters, slot_macs = replacement_cost(slot, table)
-            carried += parameters
-            macs += slot_macs
+            sums.carried += parameters
+            sums.macs += slot_macs
             if slot.is_block:  # it attends, as the block that it copies does
-                attention = table.blocks[slot.first].attention
-                seen_tokens = min(context, attention.window) if attention.window else context
-                prefill_context_macs += attention.context_macs
-                decode_context_macs += attention.context_macs * seen_tokens
-                kv_width_tokens += attention.kv_width * seen_tokens
+                sums.attend(table.blocks[slot.first].attention)
             continue
         home = slot.home
         block = table.blocks[home]
         repeat = home in seen  # it runs again, with the weights of its first run
         seen.add(home)
-        weights += block.other  # a position has what is of the block and of neither unit, whatever it borrows
+        sums.weights += (
+            block.other
+        )  # a position has what is of the block and of neither unit, whatever it borrows
         for source, unit, own_unit in (
             (slot.attention, block.attention, True),
             (slot.mlp, block.mlp, False),
@@ -271,38 +314,82 @@ def price(plan: FoldPlan, table: CostTable, target: Target) -> Cost:
             if source is None:
                 continue
             # Norms, and the work of a run, are its own: borrowed weights are multiplied again.
-            weights += unit.norms
-            macs += unit.macs
-            if unit.context_macs:
-                prefill_context_macs += unit.context_macs
-                decode_context_macs += unit.context_macs * (
-                    min(context, unit.window) if unit.window else context
-                )
-            if unit.kv_width:
-                kv_width_tokens += unit.kv_width * (min(context, unit.window) if unit.window else context)
+            sums.weights += unit.norms
+            sums.macs += unit.macs
+            sums.attend(unit)
             if source == home and not repeat:
-                weights += unit.weights
+                sums.weights += unit.weights
                 continue
             # From here on the weights are another position's.
-            if not target.shares_weights:  # stored again, the adapter summed into them
-                owner = table.blocks[source]
-                weights += owner.attention.weights if own_unit else owner.mlp.weights
-            elif slot.rank:
-                carried += slot.rank * unit.adapter_width
-                macs += slot.rank * unit.adapter_width
+            owner = table.blocks[source]
+            sums.borrowed += owner.attention.weights if own_unit else owner.mlp.weights
+            if target.shares_weights and slot.rank:
+                sums.carried += slot.rank * unit.adapter_width
+                sums.macs += slot.rank * unit.adapter_width
             if slot.norm:
-                carried += unit.output_norm
-    size = DTYPE_BYTES[target.dtype]
-    activations = table.activation_fixed + table.activation_width * min(target.prefill_chunk, context)
-    return Cost(
-        weight_bytes=weights * unit_bytes,
-        adapter_bytes=carried * unit_bytes,
-        kv_bytes=kv_width_tokens * target.batch * size,
-        activation_bytes=(activations + table.vocabulary) * target.batch * size,
-        # At prefill the head runs for the last token only: its share of one token.
-        prefill_macs=macs + prefill_context_macs * context + table.head_macs / context,
-        decode_macs=macs + decode_context_macs + table.head_macs,
-    )
+                sums.carried += unit.output_norm
+    return sums
+
+
+@dataclass(slots=True)
+class _Sums:
+    """What the positions of a plan add up to.
+
+    table: in stored units. context: of the target. tokens: of the prompt whose time was measured, 0 where none was.
+    """
+
+    table: CostTable
+    context: int
+    tokens: int
+    weights: int = 0
+    borrowed: int = 0
+    carried: int = 0
+    macs: int = 0
+    context_macs: int = 0
+    decode_context_macs: int = 0
+    kv_width_tokens: int = 0
+    timed_kv_width_tokens: int = 0
+
+    def attend(self, unit: UnitCost) -> None:
+        """What grows with the tokens that are seen; nothing for an MLP."""
+        if not (unit.context_macs or unit.kv_width):
+            return
+        context = min(self.context, unit.window) if unit.window else self.context
+        self.context_macs += unit.context_macs
+        self.decode_context_macs += unit.context_macs * context
+        self.kv_width_tokens += unit.kv_width * context
+        if self.tokens:
+            self.timed_kv_width_tokens += unit.kv_width * (
+                min(self.tokens, unit.window) if unit.window else self.tokens
+            )
+
+    def work(self, unit_bytes: int, size: int) -> Work:
+        """What the positions do; size: bytes of a cached number."""
+        read = (self.weights + self.borrowed + self.carried) * unit_bytes
+        macs = (self.macs + self.context_macs * self.tokens) * self.tokens
+        return Work(macs, read + self.timed_kv_width_tokens * size)
+
+    def cost(self, target: Target, unit_bytes: int, latency: Latency | None) -> Cost:
+        """The sums as a price."""
+        table, context, size = self.table, self.context, DTYPE_BYTES[target.dtype]
+        activations = table.activation_fixed + table.activation_width * min(target.prefill_chunk, context)
+        # Who cannot share stores what is borrowed again, the adapter summed into it.
+        stored = self.weights if target.shares_weights else self.weights + self.borrowed
+        macs = table.fixed_macs + self.macs
+        prompt_ms, decode_ms = None, None
+        if latency is not None:
+            prompt_ms, decode_ms = latency.times(self.work(unit_bytes, size))
+        return Cost(
+            weight_bytes=(table.fixed_weights + stored) * unit_bytes,
+            adapter_bytes=self.carried * unit_bytes,
+            kv_bytes=self.kv_width_tokens * target.batch * size,
+            activation_bytes=(activations + table.vocabulary) * target.batch * size,
+            # At prefill the head runs for the last token only: its share of one token.
+            prefill_macs=macs + self.context_macs * context + table.head_macs / context,
+            decode_macs=macs + self.decode_context_macs + table.head_macs,
+            prompt_ms=prompt_ms,
+            decode_ms=decode_ms,
+        )
 
 
 def replacement_cost(slot: Replacement, table: CostTable) -> tuple[int, int]:

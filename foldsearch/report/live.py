@@ -21,7 +21,7 @@ from rich.text import Text
 from foldsearch.paths import printable
 from foldsearch.plan.result import rounded
 from foldsearch.record import Trial
-from foldsearch.report.terminal import budget_words, ruler, strip_text
+from foldsearch.report.terminal import budget_words, ruler, strip_text, times_words
 from foldsearch.report.view import author, counted, gb
 from foldsearch.search.events import (
     Event,
@@ -217,12 +217,13 @@ class RunDisplay:
         self._dense = run.dense
         planned = counted(event.planned, "trial") if event.planned is not None else "trials"
         limit = f" in at most {duration(study.seconds)}" if study.seconds is not None else ""
+        times = f", {times_words(run.timed_dense)}" if run.timed_dense.prompt_ms is not None else ""
         before = f", {event.num_ended} of them ended before" if event.num_ended else ""
         self._print(
             Text.assemble(
                 (printable(run.path), "bold"),
                 f": {planned}{limit}{before}; {budget_words(run)}, dense needs "
-                f"{gb(run.dense.memory_bytes, run.dense)} GB and {run.dense.flops:.3g} FLOPs per token",
+                f"{gb(run.dense.memory_bytes, run.dense)} GB and {run.dense.flops:.3g} FLOPs per token{times}",
             )
         )
         rungs = ", ".join(f"{tokens:,}" for tokens in study.rungs)

@@ -14,8 +14,18 @@ from foldsearch.plan.result import Quality, rounded
 from foldsearch.record import Trial
 from foldsearch.report.colours import DROPPED, FAINT, INK, REPLACED, paint
 from foldsearch.report.health import health
-from foldsearch.report.terminal import budget_words
-from foldsearch.report.view import FURTHER, NO_ERROR, RunView, author, flops_unit, gb, has_errors, with_error
+from foldsearch.report.terminal import budget_words, latency_note
+from foldsearch.report.view import (
+    FURTHER,
+    NO_ERROR,
+    RunView,
+    author,
+    flops_unit,
+    gb,
+    has_errors,
+    milliseconds,
+    with_error,
+)
 
 
 def write_page(view: RunView, path: Path, picture: bytes = b"") -> None:
@@ -78,7 +88,7 @@ def _page(view: RunView, picture: bytes = b"") -> str:
         "<p>KL to dense in nats per token, ± one standard error by document: on the search texts, and on the report "
         "texts, which no choice was made on. Perplexity and ΔKL are of the report texts. ΔKL: against the best "
         "baseline of about the same cost or less. GB are decimal; FLOPs per token. "
-        f"Models: {esc(view.tokens_words)}.</p>",
+        f"{esc(latency_note(view))}Models: {esc(view.tokens_words)}.</p>",
         _trial_table(view),
     ]
     if any(view.further_words(trial) for trial in view.front_and_baselines):
@@ -128,17 +138,20 @@ def _trial_table(view: RunView) -> str:
         + "".join(f"<th>{html.escape(kind)}" for kind in kinds)
         + "<th>perplexity<th>ΔKL<th class=l>chosen by"
         "<th>weights<th>adapters<th>KV<th>activations<th>GB<th>prefill<th>decode"
+        + ("<th>prompt, ms<th>token, ms" if _time_cells(view, view.folder.dense) else "")
     ]
     dense, perplexity = view.folder.dense, view.dense_perplexity
     rows.append(
         f"<tr class=dense><td>dense<td class=l>{_svg(FoldPlan.identity(view.folder.num_blocks))}<td>0<td>0"
         + "<td>0" * len(kinds)
         + f"<td>{'' if perplexity is None else f'{perplexity:.2f}'}<td><td class=l>{_cost_cells(dense, dense)}"
+        + _time_cells(view, view.folder.timed_dense)
     )
     for rival in view.rivals:
         rows.append(
             f"<tr class=dense><td>dense {rival.weights}<td class=l>{_svg(FoldPlan.identity(view.folder.num_blocks))}"
             f"{_figure_cells(rival.search, rival.report, kinds)}<td><td class=l>{_cost_cells(rival.cost, dense)}"
+            f"{_time_cells(view, rival.cost)}"
         )
     for trial in view.front_and_baselines:
         gain = view.gain(trial)
@@ -156,7 +169,7 @@ def _trial_table(view: RunView) -> str:
         rows.append(
             f"<tr{' class=front' if trial.number in front else ''}><td>{trial.number}<td class=l>{_svg(trial.plan)}"
             f"{_figure_cells(trial.quality, trial.final, kinds)}<td{shade}>{change}"
-            f"<td class=l>{by}{_cost_cells(trial.cost, dense)}"
+            f"<td class=l>{by}{_cost_cells(trial.cost, dense)}{_time_cells(view, trial.cost)}"
         )
     return f"<div class=wide><table>{''.join(rows)}</table></div>"
 
@@ -180,6 +193,13 @@ def _cost_cells(cost: Cost, dense: Cost) -> str:
     cells.append(f"<b>{gb(cost.memory_bytes, dense)}</b>")
     cells += [f"{2 * cost.prefill_macs / size:.1f} {unit}", f"{cost.flops / size:.1f} {unit}"]
     return "<td>" + "<td>".join(cells)
+
+
+def _time_cells(view: RunView, cost: Cost) -> str:
+    """Milliseconds; no cells where the run has none, and empty ones where this cost has none."""
+    if view.folder.table.latency_on(view.folder.target) is None:
+        return ""
+    return "".join(f"<td>{'' if ms is None else milliseconds(ms)}" for ms in (cost.prompt_ms, cost.decode_ms))
 
 
 def _criteria(counts: dict[int, dict[str, Trial]]) -> str:

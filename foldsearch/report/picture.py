@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from foldsearch.criteria import criterion_of
 from foldsearch.files import replace_atomically
 from foldsearch.paths import printable
-from foldsearch.plan.cost import GB
+from foldsearch.plan.cost import GB, Cost
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import rounded
 from foldsearch.record import Trial
@@ -231,10 +231,10 @@ def _gigabytes(trial: Trial) -> float:
 
 def _draw_points(view: RunView, figure: Figure, axes: Axes, drawn: Sequence[Trial]) -> None:
     frame = _Frame(view, axes)
-    dense = view.folder.dense
-    unit, size = flops_unit(dense)
-    flops = [trial.cost.flops / size for trial in view.finished]
-    low, high = shown_range([*flops, dense.flops / size], max(1, len(flops) // 10) + 1)
+    dense, (value, words) = view.folder.dense, _shade(view)
+    values = [value(trial.cost) for trial in view.finished]
+    of_dense = value(view.folder.timed_dense)
+    low, high = shown_range([*values, of_dense], max(1, len(values) // 10) + 1)
     scale: dict[str, Any] = {"cmap": "viridis", "vmin": low, "vmax": high}
     places = {trial.number: frame.place(_gigabytes(trial), trial.quality.kl) for trial in view.finished}
     _draw_errors(view, axes, places)
@@ -247,7 +247,7 @@ def _draw_points(view: RunView, figure: Figure, axes: Axes, drawn: Sequence[Tria
         )
     star = frame.place(dense.memory_bytes / GB, 0.0)
     coloured = axes.scatter(
-        star.x, star.y, marker="*", s=170, c=[dense.flops / size], edgecolors=INK, linewidths=0.9, zorder=5,
+        star.x, star.y, marker="*", s=170, c=[of_dense], edgecolors=INK, linewidths=0.9, zorder=5,
         label="dense", **scale,
     )  # fmt: skip
     _write_beyond(axes, star)
@@ -259,13 +259,23 @@ def _draw_points(view: RunView, figure: Figure, axes: Axes, drawn: Sequence[Tria
         axes.scatter([], [], marker=marker, c="white", edgecolors=INK, s=42, label=f"{name} (baseline)")
     axes.scatter([], [], marker=FOUND, c="white", edgecolors=INK, s=42, label="found by the search")
     bar = figure.colorbar(coloured, ax=axes, location="bottom", shrink=0.5, aspect=40, pad=0.02)
-    bar.set_label(f"{unit}FLOPs per token at decode", fontsize=8, color=INK)
+    bar.set_label(words, fontsize=8, color=INK)
     bar.ax.tick_params(labelsize=8, colors=INK)
     bar.outline.set_visible(False)
     # Quality falls with memory: where there is much of both, there is no point to hide.
     axes.legend(
         fontsize=8, frameon=True, facecolor="white", edgecolor="none", framealpha=0.85, loc="center right"
     )
+
+
+def _shade(view: RunView) -> tuple[Callable[[Cost], float], str]:
+    """What points are coloured by, and its name: milliseconds for a token where they were measured, else FLOPs."""
+    latency = view.folder.table.latency_on(view.folder.target)
+    if latency is not None:
+        words = f"milliseconds for a token after a prompt of {latency.tokens:,}, in {latency.where}"
+        return (lambda cost: cost.decode_ms or 0.0), words
+    unit, size = flops_unit(view.folder.dense)
+    return (lambda cost: cost.flops / size), f"{unit}FLOPs per token at decode"
 
 
 def _draw_errors(view: RunView, axes: Axes, places: Mapping[int, _Place]) -> None:
@@ -284,7 +294,7 @@ def _draw_errors(view: RunView, axes: Axes, places: Mapping[int, _Place]) -> Non
 def _draw_trials(view: RunView, axes: Axes, places: Mapping[int, _Place], scale: Mapping[str, Any]) -> None:
     """One call for all trials that look alike: a call each would take seconds for a long run."""
     front = {trial.number for trial in view.front}
-    _, size = flops_unit(view.folder.dense)
+    value, _ = _shade(view)
     alike: dict[tuple[str, bool], list[Trial]] = {}
     for trial in view.finished:
         baseline = view.baseline(trial)
@@ -293,7 +303,7 @@ def _draw_trials(view: RunView, axes: Axes, places: Mapping[int, _Place], scale:
     for (marker, on_front), entries in alike.items():
         at = [places[trial.number] for trial in entries]
         axes.scatter(
-            [place.x for place in at], [place.y for place in at], c=[e.cost.flops / size for e in entries],
+            [place.x for place in at], [place.y for place in at], c=[value(e.cost) for e in entries],
             marker=marker, s=72 if on_front else 38, alpha=1.0 if on_front else 0.75,
             linewidths=1.1 if on_front else 0.4, edgecolors=INK if on_front else "white",
             zorder=4 if on_front else 3, **scale,

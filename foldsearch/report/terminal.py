@@ -18,6 +18,7 @@ from rich.text import Text
 from foldsearch.criteria import criterion_names
 from foldsearch.paths import command, printable
 from foldsearch.plan.cost import GB, Cost, CostTable, Target, price
+from foldsearch.plan.latency import Latency
 from foldsearch.plan.plan import FoldPlan, Slot
 from foldsearch.plan.result import Quality, rounded
 from foldsearch.plan.strip import LEGEND, Cell, cells
@@ -34,6 +35,7 @@ from foldsearch.report.view import (
     flops_unit,
     gb,
     has_errors,
+    milliseconds,
     with_error,
 )
 from foldsearch.run import Run
@@ -162,7 +164,7 @@ _PLAN = ("plan", "chosen by")
 _KL = ("search KL", "report KL")
 _GAIN = ("perplexity", "Δ KL")
 _MEMORY = ("weights", "adapters", "KV", "activ.", "total GB")
-_SPEED = ("prefill", "decode")
+_SPEED = ("prefill", "decode", "prompt ms", "token ms")  # the latter two where they were measured
 _FILES = tuple(f"{name} MB" for name in names())  # what each runtime's file takes
 _QUALITY = (_PLAN[0], *_KL, *_GAIN, _PLAN[1])
 # The columns of each table, for narrower and narrower lines.
@@ -207,7 +209,7 @@ def _front_tables(view: RunView, every: bool, width: int) -> list[Grid]:
         tables = [
             _plans_table(key, columns, width)
             if names == _PLAN
-            else Grid((*key, *(columns[name] for name in names)))
+            else Grid((*key, *(columns[name] for name in names if name in columns)))
             for names in layout
         ]
         if all(table.width <= width for table in tables):
@@ -246,7 +248,8 @@ def _front_rows(view: RunView, every: bool) -> list[dict[str, str | Text]]:
     dense |= dict.fromkeys(_KL, "0") | {"perplexity": "" if perplexity is None else f"{perplexity:.2f}"}
     kinds = dict.fromkeys(f"{_KIND}{kind.title}" for trial in shown for kind in trial.final.shown_kinds)
     dense |= dict.fromkeys(kinds, "0")
-    rows = [dense | _price(folder.dense, folder.dense) | _files(view, FoldPlan.identity(folder.num_blocks))]
+    dense |= _price(folder.dense, folder.dense) | _times(folder.timed_dense)
+    rows = [dense | _files(view, FoldPlan.identity(folder.num_blocks))]
     for rival in view.rivals:
         cost = _price(rival.cost, folder.dense)
         named = {"trial": f"dense {rival.weights}", "plan": dense["plan"]}
@@ -310,7 +313,14 @@ def _price(cost: Cost, dense: Cost) -> dict[str, str | Text]:
         "total GB": Text(gb(cost.memory_bytes, dense), style="bold"),
         "prefill": f"{2 * cost.prefill_macs / size:.1f}",
         "decode": f"{cost.flops / size:.1f}",
+        **_times(cost),
     }
+
+
+def _times(cost: Cost) -> dict[str, str | Text]:
+    """Milliseconds; no columns where none were measured."""
+    times = {"prompt ms": cost.prompt_ms, "token ms": cost.decode_ms}
+    return {name: milliseconds(ms) for name, ms in times.items() if ms is not None}
 
 
 def _files(view: RunView, plan: FoldPlan, weights: str = "") -> dict[str, str | Text]:
@@ -432,6 +442,22 @@ def _heading(view: RunView) -> Text:
     return text
 
 
+def times_words(cost: Cost) -> str:
+    """The times of a plan, where they were measured."""
+    assert cost.prompt_ms is not None
+    assert cost.decode_ms is not None
+    return f"{milliseconds(cost.prompt_ms)} ms and {milliseconds(cost.decode_ms)} ms"
+
+
+def latency_words(latency: Latency) -> str:
+    """What the times are of, and what they are reckoned from."""
+    counts = ", ".join(str(one.blocks) for one in latency.timed)
+    return (
+        f"to read a prompt of {latency.tokens:,} tokens, and to write a token after it: lines through {counts} blocks, "
+        f"measured in {latency.where} (rounds differ by {latency.spread:.0%})"
+    )
+
+
 def budget_words(folder: Run) -> str:
     """The budget in words."""
     budget, bounds = folder.budget, []
@@ -441,6 +467,10 @@ def budget_words(folder: Run) -> str:
         bounds.append(
             f"{budget.flops:.3g} FLOPs per token ({budget.flops / folder.dense.flops:.2g}x of dense)"
         )
+    if budget.prompt_ms is not None:
+        bounds.append(f"{budget.prompt_ms:g} ms for a prompt")
+    if budget.decode_ms is not None:
+        bounds.append(f"{budget.decode_ms:g} ms for a token")
     return "budget " + " and ".join(bounds) if bounds else "no budget"
 
 
@@ -454,10 +484,19 @@ def _footnote(view: RunView) -> Text:
         f"the search looked at, and over {first.final.tokens:,} of the report texts, which it did not; perplexity and "
         "Δ KL are of the latter. Δ KL: against the best baseline of about the same cost or less. GB decimal: weights + "
         "adapters + KV cache + activations. F: FLOPs per token. MB: of weights in an export to a runtime; — where it "
-        "cannot hold the plan.\n"
+        f"cannot hold the plan. {latency_note(view)}\n"
         f"Models: {view.tokens_words}." + _kinds_words(view.folder.study, first.final) + no_error,
         style="dim",
     )
+
+
+def latency_note(view: RunView) -> str:
+    """What the milliseconds of the table are; empty where there are none."""
+    latency = view.folder.table.latency_on(view.folder.target)
+    if latency is None:
+        return ""
+    dense = f" Dense is timed in {latency.weights} too." if latency.weights else ""
+    return f"ms: {latency_words(latency)}.{dense} "
 
 
 def _kinds_words(study: Study, final: Quality) -> str:
@@ -543,6 +582,9 @@ def results_table(trial: Trial, rungs: int | None = None) -> Group:
             f"{result.seconds:.0f}",
         )
     words = f"{trial.cost.memory_bytes / GB:.4f} GB, {trial.cost.flops:.4g} FLOPs per token at decode"
+    if trial.cost.prompt_ms is not None and trial.cost.decode_ms is not None:
+        prompt, token = milliseconds(trial.cost.prompt_ms), milliseconds(trial.cost.decode_ms)
+        words += f", {prompt} ms for a prompt, {token} ms for a token"
     if trial.results:
         words += f"; dense has perplexity {trial.quality.dense_perplexity:.2f} on the same texts"
         if not has_errors(trial.quality, trial.last.report):
@@ -652,6 +694,12 @@ def dry_run_table(study: Study, found: DryRun) -> Group:
         f"{gb(found.smallest_cost.memory_bytes, found.dense)} GB, {found.smallest_cost.flops:.4g} FLOPs per token",
     )
     table.add_row("", Text(str(found.smallest), style="dim"))
+    if found.latency is not None and found.timed is not None:
+        of = f"dense{f' in {found.latency.weights}' if found.latency.weights else ''}"
+        table.add_row(
+            "latency", f"{of} {times_words(found.timed)}, smallest {times_words(found.smallest_cost)}"
+        )
+        table.add_row("", Text(latency_words(found.latency), style="dim"))
     table.add_row("time", f"about {minutes} at most, {trials}, {study.jobs} at a time")
     table.add_row("disk", f"about {found.disk_bytes / GB:.2f} GB")
     table.add_row("memory", f"about {found.memory_bytes / GB:.2f} GB")
@@ -684,6 +732,7 @@ def export_table(report: ExportReport, folder: Path) -> Group:
         first_is_dim=False,
     )
     notes = [*(f"speed of {words}" for words in report.unsteady), report.how_measured]
+    notes += filter(None, [report.latency_words])
     tolerance = f"at most {report.logits_tolerance:g} allowed" if report.logits_tolerance else "none allowed"
     checks = [
         "no weight missing or unexpected",

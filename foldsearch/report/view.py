@@ -329,6 +329,11 @@ def by_cost(trial: Trial) -> tuple[int, int, int]:
     return -trial.cost.memory_bytes, -trial.cost.flops, trial.number
 
 
+def milliseconds(value: float) -> str:
+    """Three digits, and whole from a thousand on."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def flops_unit(dense: Cost) -> tuple[str, float]:
     """The unit that FLOPs per token read well in, and how many FLOPs it is."""
     return ("G", 1e9) if dense.flops >= 1e10 else ("M", 1e6) if dense.flops >= 1e7 else ("k", 1e3)

@@ -13,7 +13,7 @@ import torch
 
 from foldsearch.runtimes.executorch import DECODER, quiet
 
-PROMPT_TOKENS, TURN_TOKENS = 256, 24  # that are read and written in a turn
+TURN_TOKENS = 24  # that are written in a turn
 
 
 class Answers:
@@ -28,7 +28,7 @@ class Answers:
     def load(self, folder: str, threads: int, context: int, tokens: list[int]) -> dict[str, Any]:
         """Open the program and read some tokens; how much memory that took.
 
-        context: the program has room for its own. tokens: of a text, to read.
+        context: the program has room for its own. tokens: of a prompt, which is read in every turn.
         """
         import psutil
 
@@ -39,7 +39,7 @@ class Answers:
         with quiet():
             self._folder, self._decoder = folder, decoder.Decoder(folder, threads=threads)
         room = max(1, self._decoder.context - TURN_TOKENS)
-        self._prompt_BT = torch.tensor([tokens[: min(PROMPT_TOKENS, room)]])
+        self._prompt_BT = torch.tensor([tokens[:room]])
         self._decoder.read(self._prompt_BT)
         return {
             "resident_bytes": process.memory_info().rss - before,
@@ -74,7 +74,7 @@ class Answers:
         return {"text": tokenizer.decode(written)}
 
     def chat(self, messages: list[dict[str, str]], num_tokens: int) -> dict[str, Any]:
-        """A chat through the tokenizer's template, and the likeliest answer (see `foldsearch.export.verify`)."""
+        """A chat through the tokenizer's template, and the likeliest answer (see `foldsearch.runtimes.verify`)."""
         from transformers import AutoTokenizer
 
         tokenizer: Any = AutoTokenizer.from_pretrained(self._folder)

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-PROMPT_TOKENS, TURN_TOKENS = 256, 24  # that are read and written in a turn
+TURN_TOKENS = 24  # that are written in a turn
 _WINS = 1e6  # added to a logit
 _STOPS = ("eos", "eot", "eom")  # of a text, a turn, a message: each ends an answer
 
@@ -40,7 +40,8 @@ class Answers:
     def load(self, folder: str, threads: int, context: int, tokens: list[int]) -> dict[str, Any]:
         """Load the file and read some tokens; how much memory that took.
 
-        context: tokens that memory is taken for, in one sequence. tokens: of a text, to read.
+        context: tokens that memory is taken for, in one sequence. tokens: of a prompt, which is read in
+        every turn.
         """
         import psutil
         import xllamacpp
@@ -56,7 +57,7 @@ class Answers:
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
         self._stops = stop_tokens(file)
         self._server = xllamacpp.Server(settings)
-        self._prompt = tokens[:PROMPT_TOKENS]
+        self._prompt = tokens
         self._complete(self._prompt, n_predict=1)
         return {
             "resident_bytes": process.memory_info().rss - before,
@@ -96,7 +97,7 @@ class Answers:
         return {"text": answer["choices"][0]["text"]}
 
     def chat(self, messages: list[dict[str, str]], num_tokens: int) -> dict[str, Any]:
-        """A chat through the file's template, and the likeliest answer (see `foldsearch.export.verify`)."""
+        """A chat through the file's template, and the likeliest answer (see `foldsearch.runtimes.verify`)."""
         request = {"messages": messages, "temperature": 0, "max_tokens": num_tokens, "cache_prompt": False}
         answer = self._checked(self._server.handle_chat_completions(request))
         return {

@@ -12,7 +12,7 @@ import numpy as np
 
 from foldsearch.runtimes.onnx_decoder import Decoder
 
-PROMPT_TOKENS, TURN_TOKENS = 256, 24  # that are read and written in a turn
+TURN_TOKENS = 24  # that are written in a turn
 
 
 class Answers:
@@ -27,14 +27,15 @@ class Answers:
     def load(self, folder: str, threads: int, context: int, tokens: list[int]) -> dict[str, Any]:
         """Open the graph and read some tokens; how much memory that took.
 
-        context: its cache grows with what is read, so it is not asked. tokens: of a text, to read.
+        context: its cache grows with what is read, so it is not asked. tokens: of a prompt, which is read in
+        every turn.
         """
         import psutil
 
         process = psutil.Process()
         before = process.memory_info().rss
         self._folder, self._decoder = folder, Decoder(folder, threads=threads)
-        self._prompt_BT = np.asarray([tokens[:PROMPT_TOKENS]], dtype=np.int64)
+        self._prompt_BT = np.asarray([tokens], dtype=np.int64)
         self._decoder.read(self._prompt_BT)
         return {
             "resident_bytes": process.memory_info().rss - before,
@@ -71,7 +72,7 @@ class Answers:
         return {"text": tokenizer.decode(written)}
 
     def chat(self, messages: list[dict[str, str]], num_tokens: int) -> dict[str, Any]:
-        """A chat through the tokenizer's template, and the likeliest answer (see `foldsearch.export.verify`)."""
+        """A chat through the tokenizer's template, and the likeliest answer (see `foldsearch.runtimes.verify`)."""
         from transformers import AutoTokenizer
 
         tokenizer: Any = AutoTokenizer.from_pretrained(self._folder)

@@ -14,6 +14,7 @@ from foldsearch.machine import (
 )
 from foldsearch.model.training import SCREEN_BYTES
 from foldsearch.plan.cost import GB, Cost, CostTable, Target, price
+from foldsearch.plan.latency import Latency
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.run import Run
 from foldsearch.search.screened import is_screened
@@ -30,10 +31,12 @@ HEALING = (
 def dense_fits(run: Run) -> str:
     """What to say where dense, stored as the target says, keeps the budget already; "" where not, or there is none."""
     budget, dense = run.budget, price(FoldPlan.identity(run.num_blocks), run.table, run.target)
-    if (budget.memory_bytes is None and budget.flops is None) or not budget.admits(dense):
+    if budget.is_open or not budget.admits(dense):
         return ""
     words = [f"{dense.memory_bytes / GB:.4f} GB" if budget.memory_bytes is not None else ""]
     words += [f"{dense.flops:.4g} FLOPs per token" if budget.flops is not None else ""]
+    words += [f"{dense.prompt_ms:.4g} ms for the prompt" if budget.prompt_ms and dense.prompt_ms else ""]
+    words += [f"{dense.decode_ms:.4g} ms for a token" if budget.decode_ms and dense.decode_ms else ""]
     needs = " and ".join(word for word in words if word)
     stored = f" in {run.target.weights}" if run.target.rounds else ""
     return f"the dense model{stored} keeps the budget already (it needs {needs}); searching below it."
@@ -93,7 +96,8 @@ class DryRun:
     feasible_share: of 100,000 random proposals, as they come. counts: blocks to drop, from and to, that can fit.
     smallest: the plan that needs the least memory. trials: as asked for, or those that every run begins with. seconds,
     disk_bytes, memory_bytes: estimates of the whole run; seconds is an upper one (no trial stopped early). notice:
-    where dense keeps the budget already.
+    where dense keeps the budget already. latency: what times are reckoned from, and timed: dense in its type of
+    weights; None where no time is asked for.
     """
 
     size: int
@@ -107,6 +111,8 @@ class DryRun:
     disk_bytes: int
     memory_bytes: int
     notice: str
+    latency: Latency | None = None
+    timed: Cost | None = None
 
 
 def plan_search(
@@ -158,4 +164,6 @@ def plan_search(
         disk_bytes=trials * (4 * _trained_bytes(run) + _healed_bytes(run)) + 10**7,
         memory_bytes=memory_needed(run, choose_precision(study.precision, choose_device(study.device))),
         notice=dense_fits(run),
+        latency=table.latency_on(target),
+        timed=price(FoldPlan.identity(num_blocks), table, target) if table.latency_on(target) else None,
     )

@@ -55,7 +55,13 @@ from foldsearch.spec.propose import Plain, plain_answers, propose, propose_recov
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import Objective
 
-METRIC_NAMES = {"kl": "KL to dense (nats per token)", "memory": "memory (GB)", "flops": "FLOPs per token"}
+METRIC_NAMES = {
+    "kl": "KL to dense (nats per token)",
+    "memory": "memory (GB)",
+    "flops": "FLOPs per token",
+    "prompt_ms": "milliseconds for the prompt",
+    "decode_ms": "milliseconds for a token",
+}
 TYPE_MOVES = 0.25  # of the moves around the front, where there are several types of weights
 _NEIGHBOUR_TRIES = 20
 _REJECTS = 100
@@ -589,6 +595,8 @@ def note(trial: Trial) -> str:
         ("**memory**", f"**{cost.memory_bytes / GB:.4f} GB**"),
         ("prefill", f"{2 * cost.prefill_macs:.4g} FLOPs per token"),
         ("decode", f"{cost.flops:.4g} FLOPs per token"),
+        *([("prompt", f"{cost.prompt_ms:.4g} ms")] if cost.prompt_ms is not None else []),
+        *([("a token", f"{cost.decode_ms:.4g} ms")] if cost.decode_ms is not None else []),
         ("rung", f"{len(trial.results) - 1}, after {last.recovery_tokens} recovery tokens"),
         ("KL to dense", f"{rounded(quality.kl, '.4f')}{_error(quality.kl_se, '.4f')} nats per token"),
         (

@@ -32,12 +32,13 @@ from foldsearch.model.judge import dense_targets
 from foldsearch.model.screen import Screen
 from foldsearch.model.states import FitText
 from foldsearch.model.tokens import TokenSet
-from foldsearch.plan.cost import GB, price
+from foldsearch.plan.cost import price
 from foldsearch.plan.front import knee, non_dominated
 from foldsearch.plan.plan import FoldPlan, Slot
 from foldsearch.plan.result import Quality
 from foldsearch.progress import StageProgress, counting, silent
 from foldsearch.proposal import Fold, Proposal, Removed
+from foldsearch.record import point_of
 from foldsearch.search.chain import (
     DROPPED,
     HALVES,
@@ -53,6 +54,7 @@ from foldsearch.search.chain import (
 from foldsearch.search.screened import Promoted, Screened, compared_criteria, screened_states
 from foldsearch.spec.fit import can_run
 from foldsearch.spec.space import Space
+from foldsearch.spec.study import TIMES
 
 ROUND = 8  # plans between two fits of the chain; sorted, so that they have their beginnings in common
 MOVES = 4  # of so many plans two are asked for at large, and two near the front, one of them with halves of blocks
@@ -357,9 +359,10 @@ class Screening:
         ]
         return Promoted(plans, min(rivals)[2:] if rivals else None)
 
-    def _point(self, one: Screened) -> tuple[float, float, float]:
+    def _point(self, one: Screened) -> tuple[float, ...]:
         cost = price(one.plan, self._context.table, self._context.target)
-        return one.quality.kl, cost.memory_bytes / GB, float(cost.flops)
+        times = [name for name in self._context.study.objectives if name in TIMES]
+        return point_of(one.quality.kl, cost, ("kl", "memory", "flops", *times))
 
 
 def _some(tokens: TokenSet, wanted: int) -> TokenSet:

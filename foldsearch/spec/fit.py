@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from operator import attrgetter
 
 from foldsearch.bound import lower_bound
 from foldsearch.errors import BudgetError, SpecError
@@ -89,8 +90,9 @@ def narrow(space: Space, table: CostTable, target: Target, budget: Budget) -> Sp
         count
         for count in range(fewest, most + 1)
         if any(
-            budget.admits(lower_bound(proposal, table, target))
+            budget.admits(lower_bound(replace(proposal, weights=weights), table, target))
             for proposal in _extremes(space, num_blocks, count)
+            for weights in space.weights or ("",)  # the fewest bytes need not be the fastest
         )
     ]
     if not fitting:
@@ -98,8 +100,10 @@ def narrow(space: Space, table: CostTable, target: Target, budget: Budget) -> Sp
     return space.model_copy(update={"removal": (fitting[0] / num_blocks, fitting[-1] / num_blocks)})
 
 
-def smallest(space: Space, table: CostTable, target: Target) -> tuple[FoldPlan, Cost]:
-    """The plan of the space that needs the least memory, and its price.
+def smallest(
+    space: Space, table: CostTable, target: Target, term: Callable[[Cost], float | None] | None = None
+) -> tuple[FoldPlan, Cost]:
+    """The plan of the space that needs the least memory, or has the least of another term, and its price.
 
     Where all blocks cost the same, which of them it drops is only an example.
     """
@@ -123,7 +127,8 @@ def smallest(space: Space, table: CostTable, target: Target) -> tuple[FoldPlan, 
         for proposal in _extremes(space, num_blocks, count)
     ]
     prices = [price(plan, table, target) for plan in plans]
-    least = min(range(len(plans)), key=lambda i: prices[i].memory_bytes)
+    values = [price.memory_bytes if term is None else term(price) or 0.0 for price in prices]
+    least = min(range(len(plans)), key=values.__getitem__)
     return plans[least], prices[least]
 
 
@@ -240,17 +245,38 @@ def _extremes(space: Space, num_blocks: int, count: int) -> Iterator[Proposal]:
 
 def _unreachable(space: Space, table: CostTable, target: Target, budget: Budget) -> str:
     plan, cost = smallest(space, table, target)
-    words = []
-    load = f"shorten the context ({target.context} tokens)"
-    if target.batch > 1:
-        load += f", serve fewer sequences at once (batch, now {target.batch})"
+    words, remedies = [], ["Raise the budget"]
+    if budget.memory_bytes is not None or budget.flops is not None:
+        remedies.append(f"shorten the context ({target.context} tokens)")
+        if target.batch > 1:
+            remedies.append(f"serve fewer sequences at once (batch, now {target.batch})")
     if budget.memory_bytes is not None:
         words.append(f"{budget.memory_bytes / GB:.6g} GB")
     if budget.flops is not None:
         words.append(f"{budget.flops:.4g} FLOPs per token")
+    fastest = ""
+    for bound, term, what in _times(table, target, budget):
+        words.append(f"{bound:.4g} ms {what}")
+        reached = [
+            (term(found) or 0.0, str(of))
+            for weights in space.weights or ("",)
+            for of, found in (smallest(space, table, target.storing(weights), term),)
+        ]
+        ms, example = min(reached)
+        fastest += f" Its fastest takes {ms:.4g} ms {what}, with a plan such as '{example}'."
     return (
         f"no plan of the space '{space.name}' keeps the budget of {' and '.join(words)}: its smallest reaches "
-        f"{cost.memory_bytes / GB:.4f} GB and {cost.flops:.4g} FLOPs per token with a plan such as '{plan}'. "
-        f"Raise the budget, {load}, or let the space remove more "
-        f"(removal, now up to {space.removal[1]:g})."
+        f"{cost.memory_bytes / GB:.4f} GB and {cost.flops:.4g} FLOPs per token with a plan such as '{plan}'.{fastest} "
+        f"{', '.join(remedies)}, or let the space remove more (removal, now up to {space.removal[1]:g})."
     )
+
+
+def _times(
+    table: CostTable, target: Target, budget: Budget
+) -> Iterator[tuple[float, Callable[[Cost], float | None], str]]:
+    """The times that are bounded and were measured: the bound, the term of a price, and what it is of."""
+    latency = table.latency_on(target)
+    if latency is not None and budget.prompt_ms is not None:
+        yield budget.prompt_ms, attrgetter("prompt_ms"), f"for a prompt of {latency.tokens:,} tokens"
+    if latency is not None and budget.decode_ms is not None:
+        yield budget.decode_ms, attrgetter("decode_ms"), "for a token"

@@ -38,8 +38,9 @@ from foldsearch.toml import Share01, TomlTable, as_toml, one_of
 
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
-Objective = Literal["kl", "memory", "flops"]
+Objective = Literal["kl", "memory", "flops", "prompt_ms", "decode_ms"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+TIMES: tuple[Objective, ...] = ("prompt_ms", "decode_ms")  # that are measured before a search
 RECOVERY = RecoveryTraining()  # the defaults
 
 
@@ -62,7 +63,8 @@ class TargetSettings(TomlTable):
 
     weights: the type that the runtime stores matrices in; absent: as the dtype is. Beside the runtime that is the
     default it means llama.cpp, which has these types. rivals: types that the dense model is measured in too, beside a
-    budget of bytes.
+    budget of bytes. prompt_tokens: of the prompt whose milliseconds are bounded, or an objective; a context that is
+    shorter is read whole.
     """
 
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -72,6 +74,7 @@ class TargetSettings(TomlTable):
     runtime: RuntimeName = "folded"
     weights: WeightType | None = None
     rivals: tuple[WeightType, ...] = ("q8_0", "q5_0", "q4_0")
+    prompt_tokens: Positive = 256
 
     @model_validator(mode="after")
     def _is_stored(self) -> TargetSettings:
@@ -107,11 +110,15 @@ class TargetSettings(TomlTable):
 class BudgetSettings(TomlTable):
     """gb: decimal gigabytes of weights + adapters + KV cache + activations.
 
-    flops: FLOPs per token at decode, or a share of dense as text ("0.8x"). Absent: no bound.
+    flops: FLOPs per token at decode, or a share of dense as text ("0.8x"). prompt_ms: milliseconds to read a prompt of
+    `target.prompt_tokens`; decode_ms: to write a token after it; both in the target's runtime, on this machine. Absent:
+    no bound.
     """
 
     gb: Annotated[float, Field(gt=0, le=MOST)] | None = None
     flops: float | str | None = None
+    prompt_ms: Annotated[float, Field(gt=0, le=MOST)] | None = None
+    decode_ms: Annotated[float, Field(gt=0, le=MOST)] | None = None
 
     @field_validator("flops", mode="before")  # before: one law for numbers and text, so one fault
     @classmethod
@@ -125,7 +132,8 @@ class BudgetSettings(TomlTable):
     def value(self, dense: Cost) -> Budget:
         """As the plan floor knows it; `dense` is what shares are of."""
         memory = None if self.gb is None else round(self.gb * 10**9)
-        return Budget(memory, None if self.flops is None else parse_flops(str(self.flops), dense))
+        flops = None if self.flops is None else parse_flops(str(self.flops), dense)
+        return Budget(memory, flops, self.prompt_ms, self.decode_ms)
 
 
 class SplitSettings(TomlTable):
@@ -363,7 +371,7 @@ class Study(TomlTable):
     space: Space
     target: TargetSettings = TargetSettings()
     budget: BudgetSettings = BudgetSettings()
-    objectives: tuple[Objective, ...] = OBJECTIVES
+    objectives: tuple[Objective, ...] = ("kl", "memory", "flops")
     rungs: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 2048, 8192)
     sampler: Literal["tpe", "nsga2", "random"] = "tpe"
     trials: Positive | None = 24
@@ -386,7 +394,8 @@ class Study(TomlTable):
     @classmethod
     def _a_trade_off(cls, value: tuple[Objective, ...]) -> tuple[Objective, ...]:
         if len(set(value)) < len(value) or "kl" not in value or len(value) < 2:
-            raise ValueError(f"'kl' and at least one of 'memory' and 'flops', each once; got {list(value)}")
+            others = " and ".join((", ".join(map(repr, OBJECTIVES[1:-1])), repr(OBJECTIVES[-1])))
+            raise ValueError(f"'kl' and at least one of {others}, each once; got {list(value)}")
         return value
 
     @field_validator("rungs")
@@ -411,6 +420,18 @@ class Study(TomlTable):
                 f"'{said}'. Leave target.weights and target.runtime out, or space.weights",
             )
         return self
+
+    @property
+    def has_times(self) -> bool:
+        """Whether milliseconds are bounded, or an objective: they are measured then, before anything else is dear."""
+        bounds = (self.budget.prompt_ms, self.budget.decode_ms)
+        return any(bound is not None for bound in bounds) or not set(TIMES).isdisjoint(self.objectives)
+
+    def targets(self) -> tuple[Target, ...]:
+        """The target in every type of weights that the space allows."""
+        return tuple(
+            self.target.stored_in(weights) for weights in self.space.weights or (self.target.weights or "",)
+        )
 
     def narrowest(self) -> Target:
         """The target, with the fewest bytes of weights that the space allows: what bounds what can fit."""

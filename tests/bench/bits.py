@@ -30,7 +30,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from foldsearch.cache import default_cache_dir
-from foldsearch.export.process import ModelProcess
 from foldsearch.model import source
 from foldsearch.model.fold import fold
 from foldsearch.model.gguf.file import read_gguf
@@ -41,6 +40,7 @@ from foldsearch.model.states import residual_states
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.prepare import make_study_splits
 from foldsearch.runtimes import LLAMA_CPP, Beside, gguf
+from foldsearch.runtimes.process import ModelProcess
 from foldsearch.spec.load import load_study
 from foldsearch.spec.study import Study
 

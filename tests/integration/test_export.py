@@ -21,11 +21,12 @@ from foldsearch.errors import InputError, VerificationError
 from foldsearch.export import Shipment, checks, export, load_exported, ship
 from foldsearch.export import dense as beside_dense
 from foldsearch.export.card import read_card
-from foldsearch.export.process import ModelProcess, ProcessError
+from foldsearch.export.figures import Predicted
 from foldsearch.model.fold import cast, fold
 from foldsearch.model.parts import Borrowed
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.runtimes import folded as folded_runtime
+from foldsearch.runtimes.process import ModelProcess, ProcessError
 from tests.tiny import tokenizer
 from tests.tolerances import OTHER_WAY
 
@@ -117,6 +118,7 @@ def test_folded_export(tmp_path, monkeypatch):
             text_NT=torch.arange(24).expand(5, 24) >= 2,
             dense=dense,
             details={"base_model": "tiny", "kl": 0.5},
+            predicted=Predicted(40, 1e-6, 1e9),
         ),
     )
     assert report.logits_max_difference == 0
@@ -141,6 +143,9 @@ def test_folded_export(tmp_path, monkeypatch):
     assert "# tiny, folded" in card
     assert str(plan) in card
     assert '"kl": 0.5' in card
+    assert report.prompt_tokens == 40  # as the prediction has it, longer than the texts
+    assert report.latency_words.startswith("Predicted 1e-06 ms for a prompt of 40 tokens and 1e+09 ms")
+    assert report.latency_words in card
     # the export, the same where foldsearch is not, the dense model: all lie in what they are measured in
     assert loaded == [({torch.bfloat16}, "bfloat16")] * 3
     (line,) = (line for line in card.splitlines() if str(tmp_path) in line)

@@ -24,7 +24,6 @@ from foldsearch import runtimes
 from foldsearch.errors import InputError, ModelError, PlanError, VerificationError
 from foldsearch.export import Shipment, engine, export
 from foldsearch.export.card import read_card
-from foldsearch.export.process import ProcessError
 from foldsearch.export.recheck import recheck
 from foldsearch.model.blocks import FAMILIES
 from foldsearch.model.fold import cast, fold
@@ -35,6 +34,7 @@ from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.stored import TYPES
 from foldsearch.runtimes import Beside, runtime_named
 from foldsearch.runtimes import gguf as runtime
+from foldsearch.runtimes.process import ProcessError
 from tests.gguf_files import build, write_gguf
 from tests.gguf_tokenizers import bytes_tokenizer
 from tests.llama_cpp import ask_llama_cpp

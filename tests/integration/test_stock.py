@@ -12,12 +12,11 @@ import transformers as tf
 from safetensors.torch import save_file
 
 from foldsearch import runtimes
-from foldsearch.export import verify
-from foldsearch.export.process import ModelProcess
 from foldsearch.model.blocks import FAMILIES
 from foldsearch.model.fold import fold
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.runtimes import stock
+from foldsearch.runtimes import stock, verify
+from foldsearch.runtimes.process import ModelProcess
 from tests.tiny import CONFIGS, NUM_BLOCKS, WINDOW, dense_model
 
 IDS = torch.randint(3, 96, (2, 40), generator=torch.Generator().manual_seed(1))

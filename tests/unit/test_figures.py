@@ -14,9 +14,9 @@ from rich.console import Console
 
 from foldsearch.export import dense
 from foldsearch.export.figures import MOST_BUSY, ExportReport, ModelFigures, Speed, spread
-from foldsearch.export.process import ProcessError
 from foldsearch.report.terminal import export_table
-from foldsearch.runtimes import NOTHING, runtime_named
+from foldsearch.runtimes import NOTHING, process, runtime_named
+from foldsearch.runtimes.process import ProcessError
 
 
 class Fake:
@@ -50,7 +50,7 @@ def test_a_slow_machine_ends_the_turns_after_some_seconds_and_three_rounds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = iter(range(0, 10_000, 100))
-    monkeypatch.setattr(dense, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(process, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     _, ours, theirs = fakes([6.0] * 10, [4.0] * 10)
     assert len(dense.take_turns(ours, theirs)["decode"].dense) == dense.FEWEST_ROUNDS  # type: ignore[arg-type]
 

@@ -26,12 +26,22 @@ from foldsearch.fates.replace import runs
 from foldsearch.model.training import Trained
 from foldsearch.plan.cost import BlockCost, Cost, CostTable, Target, UnitCost, price
 from foldsearch.plan.kinds import kind_names
+from foldsearch.plan.latency import Latency, Line
 from foldsearch.plan.neighbour import neighbour
 from foldsearch.plan.plan import FoldPlan, Replacement, Slot
 from foldsearch.proposal import Fold, Given, Groups, Proposal, RecoveryChoice, Removed, fold_plan
 from tests.proposals import changed, count_of, removing
 
 small = st.integers(0, 1000)
+latencies = st.builds(
+    Latency,
+    st.just("folded"),
+    st.just(""),
+    st.integers(1, 300),
+    *[st.builds(Line, small, small)] * 2,
+    st.just(()),
+    st.just("here"),
+)
 NO_UNIT = UnitCost(0, 0, 0, 0, 0, 0)
 
 
@@ -43,7 +53,7 @@ def tables(draw: st.DrawFn, num_blocks: int) -> CostTable:
     )
     mlp = st.builds(UnitCost, small, small, small, small, st.just(0), small)
     blocks = tuple(BlockCost(draw(attention), draw(mlp), draw(small)) for _ in range(num_blocks))
-    return CostTable(8, draw(small), draw(small), draw(small), draw(small), draw(small), draw(small), blocks)
+    return CostTable(8, *(draw(small) for _ in range(6)), blocks, latencies=(draw(latencies),))
 
 
 @st.composite
@@ -118,7 +128,8 @@ def test_a_proposal_gives_a_lawful_plan_and_never_overprices_it(data: st.DataObj
 @given(st.data(), st.integers(1, 12))
 def test_the_bound_is_exact_where_all_blocks_cost_the_same(data: st.DataObject, num_blocks: int) -> None:
     block = BlockCost(UnitCost(90, 9, 7, 80, 3, 5, kv_width=4), UnitCost(120, 8, 6, 110, 0, 4), 2)
-    table = CostTable(8, 1, 2, 3, 4, 5, 6, (block,) * num_blocks)
+    times = data.draw(latencies)
+    table = CostTable(8, 1, 2, 3, 4, 5, 6, (block,) * num_blocks, latencies=(times,))
     proposal = data.draw(proposals(num_blocks))
     proposal = replace(proposal, fold=replace(proposal.fold, attention_removed=0))
     if proposal.removed and proposal.removed.fate == Replace(

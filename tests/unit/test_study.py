@@ -142,7 +142,8 @@ a = 1
         "space.groups.group_sizes[0]: must be at least 2; got 1.",
         "budget.gb: must be above 0; got -1.",
         "budget.flops: FLOPs per token (2.5e8) or a share of dense in quotes (\"0.8x\"); got 'abc'.",
-        "objectives: 'kl' and at least one of 'memory' and 'flops', each once; got ['memory'].",
+        "objectives: 'kl' and at least one of 'memory', 'flops', 'prompt_ms' and 'decode_ms', each once; got "
+        "['memory'].",
         "target.dtype: must be one of 'float32', 'bfloat16' or 'float16'; got \"int8\".",
         "target.context: must be a whole number; got 2048.5.",
         "splitz: unknown key. Did you mean 'splits'?",
@@ -431,6 +432,7 @@ def test_budgets_are_decimal_gigabytes_and_flops_or_a_share_of_dense() -> None:
     assert BudgetSettings().value(dense) == Budget(None, None)
     assert BudgetSettings(gb=0.25, flops="0.5x").value(dense) == Budget(250_000_000, int(dense.flops * 0.5))
     assert BudgetSettings(flops=2.5e8).value(dense) == Budget(None, 250_000_000)
+    assert BudgetSettings(prompt_ms=40, decode_ms=2.5).value(dense) == Budget(None, None, 40.0, 2.5)
 
 
 def test_keys_by_their_old_names_name_the_new(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from torch.nn import functional
 BATCH = 4  # sequences at once; the same on both sides, since kernels may round differently for another shape
 COMPARED_SEQUENCES, COMPARED_TOKENS = 2, 128  # whose logits are compared
 DECODED_TOKENS = 16  # decoded one by one
-PROMPT_TOKENS = 256  # that are read in a turn
+PROMPT_TOKENS = 256  # that are read in a turn, where nobody says another number
 TURN_TOKENS, TURN_SECONDS = 6, 2.0  # that are written in a turn, until either is reached
 
 
@@ -80,13 +80,11 @@ def perplexity(log_probabilities_NP: Tensor, text_NT: Tensor) -> float:
 
 
 @torch.no_grad()
-def turn(model: Any, ids_NT: Tensor) -> tuple[float, float]:
+def turn(model: Any, prompt_BT: Tensor) -> tuple[float, float]:
     """Tokens per second of a moment: reading a prompt, and writing one token after the other (the median token)."""
-    prompt_BT = ids_NT[:1, :PROMPT_TOKENS]
     start = time.perf_counter()
-    model(input_ids=prompt_BT, use_cache=True, logits_to_keep=1)
+    output = model(input_ids=prompt_BT, use_cache=True, logits_to_keep=1)
     prompt = prompt_BT.shape[1] / (time.perf_counter() - start)
-    output = model(input_ids=prompt_BT[:, :DECODED_TOKENS], use_cache=True, logits_to_keep=1)
     seconds: list[float] = []
     while len(seconds) < TURN_TOKENS and sum(seconds) < TURN_SECONDS:
         next_BT = output.logits[:, -1:].argmax(-1)
@@ -94,6 +92,11 @@ def turn(model: Any, ids_NT: Tensor) -> tuple[float, float]:
         output = model(input_ids=next_BT, past_key_values=output.past_key_values, use_cache=True)
         seconds.append(time.perf_counter() - start)
     return prompt, 1 / statistics.median(seconds)
+
+
+def prompt_of(tokens: list[int], length: int) -> list[int]:
+    """A prompt of so many tokens, which begin again where there are fewer."""
+    return (tokens * -(-length // len(tokens)))[:length]
 
 
 def wrong_keys(info: dict[str, Any]) -> list[str]:
@@ -133,6 +136,7 @@ class Answers:
         self._model: Any = None
         self._given: dict[str, Tensor] = {}
         self._folder = ""
+        self._prompt_tokens = 0
         self._runs_code = False
 
     def is_refused(self, folder: str) -> dict[str, Any]:
@@ -147,14 +151,22 @@ class Answers:
         return {"refused": False}
 
     def load(
-        self, folder: str, dtype: str, attention: str, threads: int, tensors: str, how: str = ""
+        self,
+        folder: str,
+        dtype: str,
+        attention: str | None,
+        threads: int,
+        tensors: str,
+        how: str = "",
+        prompt_tokens: int = 0,
     ) -> dict[str, Any]:
         """Load the model, let it read a few tokens, and compare its logits with those in the file `tensors`.
 
         Where that file has none, as of the dense model, there is nothing to compare.
 
         how: by what: "" by transformers, "own code" by transformers with the folder's code, else the name of a module
-        with a `load` (see `foldsearch.runtimes.Loader`).
+        with a `load` (see `foldsearch.runtimes.Loader`). prompt_tokens: that are read in a turn; 0 for the first
+        sequence, or as much of it as a turn reads.
         """
         import transformers
         from safetensors.torch import load_file
@@ -165,6 +177,8 @@ class Answers:
         quiet.disable_progress_bar()
         torch.set_num_threads(threads)
         self._given, self._folder, self._runs_code = load_file(tensors), folder, how == "own code"
+        length = self._given["ids_NT"].shape[1]
+        self._prompt_tokens = prompt_tokens or min(PROMPT_TOKENS, length)
         before = _resident_bytes()
         if how in ("", "own code"):
             auto: Any = transformers.AutoModelForCausalLM
@@ -239,7 +253,8 @@ class Answers:
 
     def turn(self) -> dict[str, Any]:
         """Tokens per second, measured now."""
-        prompt, decode = turn(self._model, self._given["ids_NT"])
+        tokens = self._given["ids_NT"].flatten().tolist()
+        prompt, decode = turn(self._model, torch.tensor([prompt_of(tokens, self._prompt_tokens)]))
         return {"prompt": prompt, "decode": decode}
 
 

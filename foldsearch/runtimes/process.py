@@ -7,13 +7,23 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from foldsearch.errors import FoldsearchError, last_lines
-from foldsearch.export import verify
+from foldsearch.runtimes import verify
+
+LOADING_SECONDS = 600.0  # a process that has not loaded a model by then has stopped
+TRIES = 3  # the threads of llama.cpp stop once in a while; another process goes on then
+
+
+def room_for(tokens: int) -> int:
+    """Tokens that a program takes memory for: of the longest text, and what is written after it."""
+    return -(-(tokens + 64) // 256) * 256
 
 
 class ProcessError(FoldsearchError):
@@ -26,7 +36,7 @@ class ProcessError(FoldsearchError):
 
 
 class ModelProcess:
-    """Runs export/verify.py until it is closed: as a module of foldsearch, or as a file that cannot import it."""
+    """Runs runtimes/verify.py until it is closed: as a module of foldsearch, or as a file that cannot import it."""
 
     def __init__(self, workplace: Path, *, without_foldsearch: bool = False, answers: str = "") -> None:
         """What runs.
@@ -34,7 +44,7 @@ class ModelProcess:
         Args:
             workplace: a folder for what it writes, which is nothing that stays.
             without_foldsearch: it cannot import foldsearch.
-            answers: the module whose class `Answers` is asked; empty for that of export/verify.py.
+            answers: the module whose class `Answers` is asked; empty for that of runtimes/verify.py.
         """
         environment = {
             **os.environ,
@@ -62,7 +72,7 @@ class ModelProcess:
         )
 
     def ask(self, what: str, *, seconds: float | None = None, **arguments: Any) -> dict[str, Any]:
-        """One question and its answer (see `foldsearch.export.verify.Answers`).
+        """One question and its answer (see `foldsearch.runtimes.verify.Answers`).
 
         seconds: after so many without an answer the process is ended; None waits.
 
@@ -115,3 +125,36 @@ class ModelProcess:
             if stream is not None:
                 with suppress(BrokenPipeError):  # a question that the process did not live to read
                     stream.close()
+
+
+def in_turns(
+    processes: Sequence[ModelProcess],
+    *,
+    fewest: int,
+    most: int,
+    seconds: float,
+    progress: Callable[[float], object] = lambda share: None,
+    silence: float | None = None,
+) -> list[list[dict[str, float]]]:
+    """Tokens per second of one or several models in turns: first, second, first, second; by round, then by model.
+
+    What the machine does besides then slows all of a round, and their ratios stay.
+
+    Args:
+        processes: that have loaded a model each.
+        fewest: rounds in any case.
+        most: rounds at most.
+        seconds: after so many no further round begins.
+        progress: told the share that is done.
+        silence: seconds without an answer after which a process is ended; None waits.
+
+    Raises:
+        ProcessError: one failed, or did not answer in time.
+    """
+    rounds: list[list[dict[str, float]]] = []
+    began = time.monotonic()
+    while len(rounds) < fewest or (len(rounds) < most and time.monotonic() - began < seconds):
+        rounds.append([process.ask("turn", seconds=silence) for process in processes])
+        spent = (time.monotonic() - began) / seconds
+        progress(min(len(rounds) / fewest, max(spent, len(rounds) / most), 1.0))
+    return rounds
