@@ -80,11 +80,10 @@ def _faults(job: Job, answer: dict[str, Any], figures: ModelFigures, measured_pe
             f"decoding token by token with the KV cache is {answer['decode_difference']:.3g} of the logits' RMS away "
             f"from one full forward (tolerance {ROUNDING[job.dtype]:g})"
         )
-    bound = LOSS_ROUNDING[job.dtype] if job.tolerance else 0.0
-    if not abs(math.log(answer["perplexity"]) - math.log(measured_perplexity)) <= bound:
+    if not abs(math.log(answer["perplexity"]) - math.log(measured_perplexity)) <= job.loss_tolerance:
         faults.append(
             f"its perplexity is {answer['perplexity']:.6g}, the measured model's is {measured_perplexity:.6g} "
-            f"(tolerance {bound:g} nats of loss)"
+            f"(tolerance {job.loss_tolerance:g} nats of loss)"
         )
     surplus = job.file_bytes - job.weight_bytes
     if job.runtime.types:  # a file of several types: its numbers are counted, and were compared

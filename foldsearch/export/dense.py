@@ -153,8 +153,8 @@ def _dense_beside(job: Job) -> Iterator[Path]:
 def _loaded_dense(
     job: Job, dense: PreTrainedModel, place: Path, workplace: Path
 ) -> Iterator[tuple[ModelProcess, ModelFigures]]:
-    """The dense model as transformers writes it, in a process of its own."""
-    on_cpu(in_dtype(dense, getattr(torch, job.dtype))).save_pretrained(place)
+    """The dense model as transformers writes it, in the dtype that ships, in a process of its own."""
+    on_cpu(in_dtype(dense, getattr(torch, job.weights))).save_pretrained(place)
     if job.beside.tokenizer is not None:  # it is asked in a chat
         job.beside.tokenizer.save_pretrained(place)
     tensors = workplace / "tokens.safetensors"

@@ -206,7 +206,8 @@ class ChatReport:
 class ExportReport:
     """What was shipped, and the checks it passed.
 
-    runtime: its name (see `foldsearch.runtimes`). weights: how they are stored: a dtype, or a type of the runtime.
+    runtime: its name (see `foldsearch.runtimes`). weights: how they are stored: a dtype, or a type of the runtime;
+    dtype: in which torch computes with them.
     dense: the model it was folded from, in the same dtype, loaded in the same way; None where there is none to
     compare with, and `dense_note` says why. file_bytes: of the export's weight files.
     prompt, decode: speed of reading a prompt of `prompt_tokens`, and of writing one token after the other with the KV
@@ -277,7 +278,8 @@ class ExportReport:
             return name, shown[0], shown[1], f"{mine / other:.2f}" if mine and other else ""
 
         where = f" in {self.engine.name}" if self.engine else ""
-        stored = f"weights in {self.dtype}" if self.weights == self.dtype else f"file in {self.weights}"
+        own_type = runtime_named(self.runtime).types and self.weights != self.dtype
+        stored = f"file in {self.weights}" if own_type else f"weights in {self.weights}"
         return [
             row("parameters, millions", "parameters", ",.1f", 1e6),
             row(f"{stored}, MB", "weight_bytes", ",.1f", 1e6),
@@ -291,7 +293,8 @@ class ExportReport:
     @property
     def held_against(self) -> str:
         """What the logits were compared with, in words."""
-        if self.weights in (self.dtype, *runtime_named(self.runtime).own_types.values()):
+        runtime = runtime_named(self.runtime)
+        if not runtime.types or self.weights in (self.dtype, *runtime.own_types.values()):
             return f"the measured model in {self.weights}"
         return f"the measured model rounded to {self.weights}"
 
@@ -308,6 +311,8 @@ class ExportReport:
             return f"Perplexity is of the report texts, in torch. Speed and memory were {self.engine_note}."
         threads = f"{self.threads} thread{'' if self.threads == 1 else 's'}"
         where = f"in a fresh process, {threads}"
+        if not self.engine and self.dtype != self.weights:
+            where += f", computing in {self.dtype}, as the processor has no instructions for {self.weights}"
         if self.engine:
             where = f"by {self.engine.name} ({self.engine.version}) {where}"
         what = (

@@ -240,7 +240,9 @@ def _compared(first: Card, again: Card, trial: Trial, rebuilt: Trial) -> Reprodu
             "perplexity of the export",
             first.report.perplexity,
             again.report.perplexity,
-            (tolerance + first.probe.loss_tolerance) * first.report.perplexity,
+            # one of them may have been computed in 16 bits, the other in 32
+            (tolerance + max(first.probe.loss_tolerance, again.probe.loss_tolerance))
+            * first.report.perplexity,
         ),
         Figure("parameters", stored.parameters, stored_again.parameters, 0.0),
         Figure("bytes of weights", stored.weight_bytes, stored_again.weight_bytes, 0.0),

@@ -35,6 +35,7 @@ from foldsearch.export.folder import check_new, make_room, whole_or_absent
 from foldsearch.export.readme import checked, loading_lines, model_card, not_checked
 from foldsearch.export.shipment import Job, Shipment, few_of, on_cpu
 from foldsearch.files import check_writable
+from foldsearch.machine import computing_dtype
 from foldsearch.model.fold import cast as in_dtype
 from foldsearch.paths import check_path
 from foldsearch.plan.cost import DTYPE_BYTES, CostTable
@@ -98,20 +99,22 @@ def export(
     )
     with whole_or_absent(folder, weight_bytes) as temporary:
         notes += writer.write(shipped, temporary, extras)
-        # processors multiply few types fast: numbers of another type are computed with in 32 bits, as they are
-        other = weights if weights in DTYPE_BYTES else "float32"
-        dtype = shipment.dtype if is_same else other
+        # numbers of a type that is none of torch's are held, as they are, in 32 bits
+        held_in = shipment.dtype if is_same else weights if weights in DTYPE_BYTES else "float32"
+        dtype = held_in if runtime.own_kernels else computing_dtype(held_in)
+        is_rounded = runtime.own_kernels or (is_same and not is_exact)
         tokens = shipment.tokens if runtime.engine is None else few_of(shipment.tokens)
         unrounded = None if is_same else _perplexity_of(measured, tokens)
         job = Job(
             folder=temporary,
             # rounded to another type it is another model: it is held against what the file is to hold
-            measured=measured if is_same else shipped,
+            measured=_computing_in(dtype, measured if is_same else shipped),
             tokens=tokens,
             runtime=runtime,
             weights=weights,
             dtype=dtype,
-            tolerance=ROUNDING[dtype] if runtime.own_kernels or (is_same and not is_exact) else 0.0,
+            tolerance=ROUNDING[held_in] if is_rounded else 0.0,
+            loss_tolerance=LOSS_ROUNDING[held_in] if is_rounded else 0.0,
             weight_bytes=weight_bytes,
             num_parameters=sum(parameter.numel() for parameter in shipped.parameters()),
             beside=extras,
@@ -124,6 +127,12 @@ def export(
             report = replace(report, measured_perplexity=unrounded)
         _write_cards(job, shipment, report, probe, folder)
     return report
+
+
+def _computing_in(dtype: str, model: PreTrainedModel) -> PreTrainedModel:
+    """The model with its numbers in a dtype that has all of them; itself, where they are in it."""
+    wanted = getattr(torch, dtype)
+    return model if next(model.parameters()).dtype == wanted else in_dtype(model, wanted)
 
 
 def _perplexity_of(model: PreTrainedModel, tokens: dict[str, Tensor]) -> float:

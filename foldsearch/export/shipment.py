@@ -85,8 +85,9 @@ class Job:
     """An export that is written and not yet verified.
 
     measured: what it is held against. tokens: ids_NT and text_NT. weights: how they are stored; dtype: in which torch
-    holds them. tolerance: of the logits, as a share of their RMS. weight_bytes, num_parameters: that
-    were written. beside: what went into it with the model. prompt_tokens: that are read when its speed is taken.
+    computes with them (see `foldsearch.machine.computing_dtype`). tolerance: of the logits, as a share of their RMS;
+    loss_tolerance: of the mean next-token loss, in nats. weight_bytes, num_parameters: that were written. beside: what
+    went into it with the model. prompt_tokens: that are read when its speed is taken.
     """
 
     folder: Path
@@ -96,6 +97,7 @@ class Job:
     weights: str
     dtype: str
     tolerance: float
+    loss_tolerance: float
     weight_bytes: int
     num_parameters: int
     beside: Beside
@@ -133,7 +135,7 @@ class Job:
         in_file = file_bytes(self.runtime, folder)
         return ModelFigures(
             parameters=answer["parameters"],
-            weight_bytes=in_file if self.runtime.types else answer["parameters"] * DTYPE_BYTES[self.dtype],
+            weight_bytes=in_file if self.runtime.types else answer["parameters"] * DTYPE_BYTES[self.weights],
             resident_bytes=answer["resident_bytes"],
             perplexity=answer["perplexity"],
         )

@@ -292,8 +292,9 @@ def _heal_one(
             sums.add(part, writer.features(h_MF), text.missing(place, here), weight_M1)
 
     def missed(number: int, share: float = 1.0) -> float:
-        if sums.tells_errors:
-            return sums.error(RIDGES[number], share)
+        known = sums.error(RIDGES[number], share)
+        if known is not None:
+            return known
         return text.missed(place, read, weight_NT1, share * sums.solved(RIDGES[number], ("fitted",)))
 
     before = text.missed(place, read, weight_NT1)

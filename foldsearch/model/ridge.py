@@ -34,11 +34,9 @@ class RidgeSums(Protocol):
 
     Attributes:
         square: of what the fitted tokens lack; no finite number where a state is none.
-        tells_errors: whether `error` is asked.
     """
 
     square: float
-    tells_errors: bool
 
     def add(self, part: str, features_MF: Tensor, wanted_MD: Tensor, weight_M1: Tensor) -> None:
         """Take up the tokens of a batch, all of one part."""
@@ -46,9 +44,9 @@ class RidgeSums(Protocol):
     def solved(self, ridge: float, parts: Sequence[str]) -> Tensor:
         """The solution on these parts, (F, D), float32, on the writer's device; NaN where rounding leaves none."""
 
-    def error(self, ridge: float, share: float) -> float:
+    def error(self, ridge: float, share: float) -> float | None:
         """Mean relative squared error on the held-out tokens of a share of the solution on the fitted ones, which is
-        not made.
+        not made; None where it is faster to make it and to run the tokens, or the sums do not tell.
         """
 
 
@@ -59,8 +57,6 @@ def sums_for(writer: StreamWriter, num_tokens: int) -> RidgeSums:
 
 class Moments:
     """Weighted sums over tokens of each part, float64: FᵀF (F, F), FᵀR (F, D) and ‖R‖²."""
-
-    tells_errors = False  # a product of two such sums would take longer than the tokens themselves
 
     def __init__(self, writer: StreamWriter) -> None:
         self._writer = writer
@@ -96,9 +92,8 @@ class Moments:
             return torch.full_like(cross_FD, math.nan, device=self._writer.device, dtype=torch.float32)
         return torch.cholesky_solve(cross_FD, factor_FF).to(self._writer.device, torch.float32)
 
-    def error(self, ridge: float, share: float) -> float:
-        """Never asked."""
-        raise NotImplementedError
+    def error(self, ridge: float, share: float) -> None:
+        """None: a product of two such sums takes longer than the tokens themselves."""
 
     @staticmethod
     def _over(sums: dict[str, Tensor], parts: Sequence[str]) -> Tensor:
@@ -116,8 +111,6 @@ class Tokens:
 
     def __init__(self, writer: StreamWriter) -> None:
         self._writer = writer
-        # Through a norm the error of a change is no linear function of what it adds.
-        self.tells_errors = writer.norm is None
         self._rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._kernels: dict[tuple[str, ...], _Kernel] = {}  # once, for all ridges
         self.square = 0.0
@@ -142,8 +135,13 @@ class Tokens:
             solution_FD = torch.cat((solution_FD, (kernel.scaled_bias_1M @ dual_MD).to(solution_FD)))
         return solution_FD
 
-    def error(self, ridge: float, share: float) -> float:
-        """In the size of the tokens: with k the products of rows, held-out ones are foretold as k_hf (k_ff + 1)⁻¹ Y."""
+    def error(self, ridge: float, share: float) -> float | None:
+        """In the size of the tokens: with k the products of rows, held-out ones are foretold as k_hf (k_ff + 1)⁻¹ Y.
+
+        None through a norm, where what a token lacks is no linear function of what is added.
+        """
+        if self._writer.norm is not None:
+            return None
         kernel = self._kernel("fitted")
         exact = self._writer.has_bias or self._writer.device.type == "mps"
         exact = exact or kernel.scaled_MF.shape[1] / ridge > MOST_FLOAT32

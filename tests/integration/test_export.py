@@ -90,8 +90,15 @@ def run_card(out, tmp_path):
     return done.stdout
 
 
-def test_folded_export(tmp_path, monkeypatch):
-    """bfloat16, with everything a plan can have; the dense model's figures beside."""
+@pytest.mark.parametrize("tiles", [True, False])
+def test_folded_export(tmp_path, monkeypatch, tiles):
+    """bfloat16, with everything a plan can have; the dense model's figures beside.
+
+    Files are in bfloat16 on every processor; one without instructions for it computes with the same numbers in float32.
+    """
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    computing = "bfloat16" if tiles else "float32"
     loaded = []
 
     class Watched(ModelProcess):
@@ -126,9 +133,8 @@ def test_folded_export(tmp_path, monkeypatch):
     assert report.loads_without_foldsearch
     assert report.refused_without_code
     assert report.exported.perplexity == report.measured_perplexity
-    loss = functional.cross_entropy(
-        logits(cast(model, torch.bfloat16))[:, 1:-1].flatten(0, 1).float(), IDS[:, 2:].flatten()
-    )
+    rounded = cast(cast(model, torch.bfloat16), getattr(torch, computing))
+    loss = functional.cross_entropy(logits(rounded)[:, 1:-1].flatten(0, 1).float(), IDS[:, 2:].flatten())
     # the first two tokens are no text: the second is not scored, the first of the text is
     assert report.exported.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
     assert report.exported.weight_bytes == 2 * sum(p.numel() for p in model.parameters())
@@ -147,7 +153,9 @@ def test_folded_export(tmp_path, monkeypatch):
     assert report.latency_words.startswith("Predicted 1e-06 ms for a prompt of 40 tokens and 1e+09 ms")
     assert report.latency_words in card
     # the export, the same where foldsearch is not, the dense model: all lie in what they are measured in
-    assert loaded == [({torch.bfloat16}, "bfloat16")] * 3
+    assert loaded == [({torch.bfloat16}, computing)] * 3
+    assert ("computing in float32, as the processor has no instructions" in card) == (not tiles)
+    assert "weights in bfloat16" in card
     (line,) = (line for line in card.splitlines() if str(tmp_path) in line)
     assert line.startswith("FOLDER = ")
     assert str(tmp_path) not in (out / "config.json").read_text()

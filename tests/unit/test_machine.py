@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from foldsearch.machine import choose_precision
+from foldsearch.machine import choose_precision, computing_dtype
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,5 @@ def test_auto_is_what_is_multiplied_fast(
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", held)
     assert choose_precision("auto", "cpu") == precision
     assert choose_precision("bfloat16", "cpu") == "bfloat16"  # who names one gets it
+    assert computing_dtype("bfloat16") == precision
+    assert computing_dtype("float16") == computing_dtype("float32") == "float32"
