@@ -38,17 +38,20 @@ class Server:
         return f"postgresql://{USER}@127.0.0.1:{self.port}/postgres"
 
     def start(self) -> None:
+        psycopg = pytest.importorskip("psycopg")
         self.process = subprocess.Popen(
             self.words, user=self.user, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         until = time.monotonic() + 60
         while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
-            assert self.process.poll() is None, "the server ended"
-            assert time.monotonic() < until
-            time.sleep(0.05)
+            try:
+                psycopg.connect(self.url).close()
+            except psycopg.OperationalError:  # while it recovers from being killed, it listens and refuses
+                assert self.process.poll() is None, "the server ended"
+                assert time.monotonic() < until
+                time.sleep(0.05)
+            else:
+                return
 
     def stop(self) -> None:
         """At once: what is connected is cut off."""

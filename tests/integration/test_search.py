@@ -290,7 +290,8 @@ def driver(run: Path, verb: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 300) -> None:
+    """A busy machine takes a minute to start Ray alone."""
     until = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[0]
