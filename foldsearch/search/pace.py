@@ -51,6 +51,11 @@ class Pace:
     token_seconds: float
     _rungs: dict[int, _Observed] = field(default_factory=dict)
     _gates: list[float] = field(default_factory=list)
+    _dense_macs: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """The dense model is priced once: its share is asked for every rung of every trial."""
+        self._dense_macs = self.run.dense.prefill_macs + self.run.table.head_macs
 
     def look_at(self, trials: list[Trial]) -> None:
         """Learn from the results so far."""
@@ -99,5 +104,4 @@ class Pace:
         return seconds / work if work else self.token_seconds
 
     def _share(self, cost: Cost) -> float:
-        head, dense = self.run.table.head_macs, self.run.dense
-        return (cost.prefill_macs + head) / (dense.prefill_macs + head)
+        return (cost.prefill_macs + self.run.table.head_macs) / self._dense_macs

@@ -90,15 +90,33 @@ def run_card(out, tmp_path):
     return done.stdout
 
 
-@pytest.mark.parametrize("tiles", [True, False])
-def test_folded_export(tmp_path, monkeypatch, tiles):
-    """bfloat16, with everything a plan can have; the dense model's figures beside.
+def test_a_processor_without_instructions_for_16_bits_computes_in_32_with_the_same_numbers(
+    tmp_path, monkeypatch
+):
+    class Written(Exception):
+        pass
 
-    Files are in bfloat16 on every processor; one without instructions for it computes with the same numbers in float32.
-    """
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    def look(job, shipment, probe):
+        weights = load_file(next(job.folder.glob("*.safetensors")))
+        assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+        assert {parameter.dtype for parameter in job.measured.parameters()} == {torch.float32}
+        assert (job.weights, job.dtype, job.tolerance) == ("bfloat16", "float32", 0.0)
+        assert torch.equal(logits(job.measured), logits(cast(rounded, torch.float32)))
+        raise Written
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(ship, "_report", look)
+    model, plan = folded(dense_model(), "0 1=3 2a 3 4")
+    rounded = cast(model, torch.bfloat16)
+    with pytest.raises(Written):
+        export(model, tokenizer(), tmp_path / "out", Shipment(plan, "folded", "bfloat16", IDS))
+    assert not (tmp_path / "out").exists()
+
+
+def test_folded_export(tmp_path, monkeypatch):
+    """bfloat16, with everything a plan can have; the dense model's figures beside."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    computing = "bfloat16" if tiles else "float32"
     loaded = []
 
     class Watched(ModelProcess):
@@ -133,8 +151,9 @@ def test_folded_export(tmp_path, monkeypatch, tiles):
     assert report.loads_without_foldsearch
     assert report.refused_without_code
     assert report.exported.perplexity == report.measured_perplexity
-    rounded = cast(cast(model, torch.bfloat16), getattr(torch, computing))
-    loss = functional.cross_entropy(logits(rounded)[:, 1:-1].flatten(0, 1).float(), IDS[:, 2:].flatten())
+    loss = functional.cross_entropy(
+        logits(cast(model, torch.bfloat16))[:, 1:-1].flatten(0, 1).float(), IDS[:, 2:].flatten()
+    )
     # the first two tokens are no text: the second is not scored, the first of the text is
     assert report.exported.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
     assert report.exported.weight_bytes == 2 * sum(p.numel() for p in model.parameters())
@@ -153,9 +172,7 @@ def test_folded_export(tmp_path, monkeypatch, tiles):
     assert report.latency_words.startswith("Predicted 1e-06 ms for a prompt of 40 tokens and 1e+09 ms")
     assert report.latency_words in card
     # the export, the same where foldsearch is not, the dense model: all lie in what they are measured in
-    assert loaded == [({torch.bfloat16}, computing)] * 3
-    assert ("computing in float32, as the processor has no instructions" in card) == (not tiles)
-    assert "weights in bfloat16" in card
+    assert loaded == [({torch.bfloat16}, "bfloat16")] * 3
     (line,) = (line for line in card.splitlines() if str(tmp_path) in line)
     assert line.startswith("FOLDER = ")
     assert str(tmp_path) not in (out / "config.json").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -111,6 +112,8 @@ def test_no_figure_of_the_table_is_cut_whatever_the_width(width: int, ours: tupl
     assert max(map(len, lines)) <= width
     words = " ".join(" ".join(lines).split())
     assert "weights in bfloat16, MB 226.6 269.0 0.84" in words  # the ratio of the parameters
+    assert "computing in" not in words
+    assert "computing in float32, as the processor has no" in replace(report, dtype="float32").how_measured
     if speed.unsteady:
         assert "speed of reading: not measured: the machine was busy (0.089–1.2)" in words
         assert "reading, tokens/s — —" in words
@@ -131,7 +134,11 @@ def test_where_there_is_no_room_for_the_dense_model_the_export_is_measured_alone
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=memory))
     _, ours, _ = fakes([6.0] * 10, [])
     job = SimpleNamespace(
-        folder=tmp_path / "out", dtype="bfloat16", runtime=runtime_named("stock"), beside=NOTHING
+        folder=tmp_path / "out",
+        dtype="bfloat16",
+        weights="bfloat16",
+        runtime=runtime_named("stock"),
+        beside=NOTHING,
     )
     found = dense.compare_in_torch(job, ours, _Weights(), tmp_path)  # type: ignore[arg-type]
     assert found.dense is None
@@ -149,7 +156,11 @@ def test_a_dense_model_that_cannot_be_measured_is_no_fault_of_the_export(
     monkeypatch.setattr(dense, "in_dtype", fail)
     _, ours, _ = fakes([6.0] * 10, [])
     job = SimpleNamespace(
-        folder=tmp_path / "out", dtype="bfloat16", runtime=runtime_named("stock"), beside=NOTHING
+        folder=tmp_path / "out",
+        dtype="bfloat16",
+        weights="bfloat16",
+        runtime=runtime_named("stock"),
+        beside=NOTHING,
     )
     found = dense.compare_in_torch(job, ours, _Weights(), tmp_path)  # type: ignore[arg-type]
     assert found.dense is None
