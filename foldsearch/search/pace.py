@@ -51,7 +51,7 @@ class Pace:
     token_seconds: float
     _rungs: dict[int, _Observed] = field(default_factory=dict)
     _gates: list[float] = field(default_factory=list)
-    _dense_macs: int = field(init=False)
+    _dense_macs: float = field(init=False)
 
     def __post_init__(self) -> None:
         """The dense model is priced once: its share is asked for every rung of every trial."""
