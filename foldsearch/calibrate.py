@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from foldsearch import cache
 from foldsearch.codec import from_json, to_json
 from foldsearch.errors import InputError, ModelError, quote_error
-from foldsearch.machine import Machine, free_memory
+from foldsearch.machine import Machine, computing_dtype, free_memory
 from foldsearch.model.convert import quiet
 from foldsearch.model.fold import cast, folded_config, stock_config
 from foldsearch.plan.cost import DTYPE_BYTES, GB, CostTable, Target, price, work
@@ -203,7 +203,10 @@ def _key(subject: Subject) -> str:
         if name not in ("_name_or_path", "transformers_version", "architectures", "dtype")
     }
     what = (subject.runtime.name, subject.weights, subject.target.dtype, subject.target.shares_weights)
-    return cache.key(SCHEMA, shape, *what, subject.tokens, subject.program, to_json(Machine.here("cpu")))
+    computing = computing_dtype(subject.dtype)
+    return cache.key(
+        SCHEMA, shape, *what, computing, subject.tokens, subject.program, to_json(Machine.here("cpu"))
+    )
 
 
 # ---- in processes of their own
@@ -284,7 +287,7 @@ def _loading(subject: Subject, folder: Path, workplace: Path) -> dict[str, Any]:
     tensors = workplace / "tokens.safetensors"
     save_file({"ids_NT": torch.tensor([ids[:FEW_TOKENS]])}, tensors)
     return shared | {
-        "dtype": subject.dtype,
+        "dtype": computing_dtype(subject.dtype),  # as an export is measured
         "attention": None,  # what transformers chooses
         "tensors": str(tensors),
         "prompt_tokens": subject.tokens,
