@@ -200,25 +200,33 @@ def read_card(path: Path) -> Card:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
         schema = value["schema"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        made_by = value.get("foldsearch", UNKNOWN)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(quote_error(f"{printable(file)} is no card of an export", error, remedy)) from error
+    if schema != SCHEMA and made_by == __version__:  # another file of ours, such as study.json of a run
+        raise InputError(
+            f"{printable(file)} is no card of an export: its schema is {schema!r}, not {SCHEMA}. {remedy}"
+        )
     if schema != SCHEMA:
         raise InputError(
             f"{printable(file)} must be a card of schema {SCHEMA}, which foldsearch {__version__} reads; got schema "
-            f"{schema!r}, written by foldsearch {value.get('foldsearch', UNKNOWN)}. Install that version."
+            f"{schema!r}, written by foldsearch {made_by}. Install that version."
         )
     try:
         return from_json(Card, value)
-    except (ValueError, KeyError, TypeError, FoldsearchError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, FoldsearchError) as error:
         raise InputError(quote_error(f"{printable(file)} is no card of an export", error, remedy)) from error
 
 
-def hashes_of(folder: Path, names: Iterable[str] | None = None) -> dict[str, StoredFile]:
-    """Size and sha256 of files by their names in a folder; of all that the card vouches for where none are named."""
-    if names is None:
-        files = (path for path in folder.rglob("*") if path.is_file())
-        names = sorted(path.relative_to(folder).as_posix() for path in files)
-        names = [name for name in names if name not in UNHASHED]
+def files_of(folder: Path) -> list[str]:
+    """Names of the files in a folder that its card vouches for, sorted."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    names = sorted(path.relative_to(folder).as_posix() for path in files)
+    return [name for name in names if name not in UNHASHED]
+
+
+def hashes_of(folder: Path, names: Iterable[str]) -> dict[str, StoredFile]:
+    """Size and sha256 of files by their names in a folder; each is read whole."""
     return {name: StoredFile((folder / name).stat().st_size, _sha256(folder / name)) for name in names}
 
 

@@ -27,16 +27,16 @@ from torch import Tensor
 
 from foldsearch.codec import from_json, to_json
 from foldsearch.errors import InputError, VerificationError, quote_error
-from foldsearch.export.card import README, hashes_of, read_card, write_card
+from foldsearch.export.card import README, files_of, hashes_of, read_card, write_card
 from foldsearch.export.readme import loading_lines, model_card
 from foldsearch.export.recheck import recheck
+from foldsearch.model.checks import SHARED
 from foldsearch.paths import printable
 from foldsearch.progress import StageProgress, silent
 from foldsearch.runtimes import runtime_named
 
 SCHEMA = 1
 FAMILY = "family.json"
-SHARED = "shared"
 OWN = "model-own.safetensors"  # what no other point has
 INDEX = "model.safetensors.index.json"
 _METADATA = {"format": "pt"}  # as transformers writes it
@@ -157,7 +157,7 @@ def pool(folder: Path, trials: Sequence[int], final: Path, progress: StageProgre
             path.unlink()
     for place, card in zip(places, cards, strict=True):
         shards = json.loads((place / INDEX).read_text())["weight_map"].values()
-        named = {*hashes_of(place), *shards}
+        named = {*files_of(place), *shards}
         where = final / place.name
         card = replace(card, files=hashes_of(place, sorted(named)), loading=loading_lines(card.report, where))
         (place / README).write_text(model_card(card, where), encoding="utf-8")

@@ -7,6 +7,7 @@ only what this foldsearch would have written itself is run.
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 from collections.abc import Iterator
@@ -18,9 +19,10 @@ import torch
 from safetensors.torch import save_file
 
 from foldsearch.errors import InputError, quote_error
-from foldsearch.export.card import CARD, UNHASHED, Card, Probe, hashes_of, read_card
+from foldsearch.export.card import CARD, Card, Probe, files_of, hashes_of, read_card
 from foldsearch.export.chat import ANSWER_TOKENS, QUESTION, SECONDS, stop_faults
 from foldsearch.export.engine import TOLERANCES, EngineJob, compare, fault_of, running
+from foldsearch.model.checks import SHARED
 from foldsearch.paths import printable
 from foldsearch.progress import StageProgress, silent
 from foldsearch.runtimes import Runtime, runtime_named
@@ -101,7 +103,7 @@ def _check_files(folder: Path, found: Rechecked) -> None:
     faults += [f"the file {printable(name)} is not the one that was exported" for name in changed]
     size = sum(one.num_bytes for one in named.values())
     found.note(f"{len(named)} files, {size / 1e6:,.1f} MB, have the hashes of the card", faults)
-    further = sorted(set(hashes_of(folder)) - set(named) - set(UNHASHED))
+    further = sorted(set(files_of(folder)) - set(named))
     if further:
         found.skipped.append(f"files that the card does not name: {', '.join(map(printable, further))}")
 
@@ -109,7 +111,7 @@ def _check_files(folder: Path, found: Rechecked) -> None:
 def _is_of(name: str) -> bool:
     """Whether a name of a card is of a file in the folder, or in that which a family of exports shares."""
     parts = name.split("/")
-    inner = parts[2:] if parts[:2] == ["..", "shared"] else parts
+    inner = parts[2:] if parts[:2] == ["..", SHARED] else parts
     return bool(inner) and not name.startswith("/") and not {"", ".", ".."} & set(inner)
 
 
@@ -122,13 +124,37 @@ def _ways(folder: Path, runtime: Runtime, found: Rechecked) -> Iterator[tuple[st
     yield f"loaded {by}", False, runtime.loader
     if not runtime.carries_code:
         return
-    others = [file.name for file in SHIPPED_CODE if (folder / file.name).read_bytes() != file.read_bytes()]
-    if others:
+    if others := _other_code(folder):
         found.skipped.append(
-            f"its own code was not run, as this foldsearch ships other code: {', '.join(others)}"
+            f"its own code was not run, as this foldsearch ships other code: {', '.join(map(printable, others))}"
         )
     else:
         yield "loaded with its own code, where foldsearch cannot be imported", True, "own code"
+
+
+def _other_code(folder: Path) -> list[str]:
+    """What transformers may run, once it may run the code of a folder, that this foldsearch does not ship.
+
+    config.json and the tokenizer's settings name the file and class to load, `custom_generate/generate.py` is run
+    without being named, a name with "--" is of another model's folder, and so is the base model of an adapter.
+    """
+    shipped = {file.name: file.read_bytes() for file in SHIPPED_CODE}
+    code = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.py")}
+    others = {name for name in {*shipped, *code} if shipped.get(name) != code.get(name)}
+    if (folder / "adapter_config.json").exists():
+        others.add("adapter_config.json")
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).exists() and "--" in _named_classes(folder / name):
+            others.add(name)
+    return sorted(others)
+
+
+def _named_classes(path: Path) -> str:
+    """Which classes a file of settings says to load from code, as JSON; "--" where it cannot be read."""
+    try:
+        return json.dumps(json.loads(path.read_text(encoding="utf-8")).get("auto_map"))
+    except (ValueError, AttributeError, RecursionError):
+        return "--"
 
 
 def _loading(card: Card, folder: Path, tensors: Path, how: str) -> dict[str, Any]:

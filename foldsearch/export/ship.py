@@ -23,6 +23,7 @@ from foldsearch.export.card import (
     Probe,
     ProbeFigures,
     commands_for,
+    files_of,
     hashes_of,
     random_tokens,
     write_card,
@@ -157,7 +158,7 @@ def _write_cards(job: Job, shipment: Shipment, report: ExportReport, probe: Prob
         foldsearch=__version__,
         plan=shipment.plan,
         report=report,
-        files=hashes_of(job.folder),
+        files=hashes_of(job.folder, files_of(job.folder)),
         probe=ProbeFigures(
             of=TEXT if shipment.shows_text else RANDOM,
             tokens=int(probe.text_NT[:, 1:].sum()),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 __all__ = [
+    "SHARED",
     "check_finite",
     "check_lengths",
     "check_no_adapter",
@@ -27,9 +28,12 @@ __all__ = [
     "check_tokenizer",
     "check_tokens",
     "find_missing_shards",
+    "is_shard_name",
+    "shared_shards",
     "unfold_config",
 ]
 
+_INDEX = "model.safetensors.index.json"
 _LEARNED_POSITIONS = {"gpt2", "opt"}  # a position beyond the last has no embedding
 
 
@@ -57,15 +61,32 @@ def check_no_adapter(reference: str, folder: Path, *, has_model: bool) -> None:
     )
 
 
+SHARED = "shared"  # the folder beside exports of one front, which share weight files that lie there
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether an index may name a weight file so: it lies beside the index, or in `shared` beside that folder."""
+    parts = name.split("/")
+    inner = parts[2:] if parts[:2] == ["..", SHARED] else parts
+    return len(inner) == 1 and inner[0] not in ("", ".", "..")
+
+
+def shared_shards(folder: Path) -> list[Path]:
+    """Weight files in `shared` beside a folder that the index in the folder names, and that are there."""
+    listed = _listed_shards(folder / _INDEX)
+    shared = sorted(name for name in listed if name.startswith("..") and is_shard_name(name))
+    return [folder / name for name in shared if (folder / name).is_file()]
+
+
 def find_missing_shards(folder: Path) -> list[str]:
-    """Weight files that an index lists and the folder does not hold.
+    """Weight files that an index lists and that are not there.
 
     Raises:
         ModelError: the index names files of another folder.
     """
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+    for index in (_INDEX, "pytorch_model.bin.index.json"):
         listed = _listed_shards(folder / index)
-        if strange := sorted(name for name in listed if Path(name).name != name or name == ".."):
+        if strange := sorted(name for name in listed if not is_shard_name(name)):
             raise ModelError(
                 f"{printable(folder / index)}: an index names weight files beside it, but this one names "
                 f"'{printable(strange[0])}'. Fetch the model again, from somebody you trust."

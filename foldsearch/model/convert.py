@@ -19,6 +19,7 @@ from foldsearch.errors import ModelError, quote_error
 from foldsearch.files import disk_is_full
 from foldsearch.model.blocks import family_of
 from foldsearch.model.checks import check_finite
+from foldsearch.model.folded import key_mapping
 from foldsearch.model.gguf.config import build_config
 from foldsearch.model.gguf.file import GgufFile, read_gguf
 from foldsearch.model.gguf.names import NAMES
@@ -149,6 +150,7 @@ def _read_checkpoint(
                 dtype=DTYPES[dtype],
                 trust_remote_code=source.trust_remote_code,
                 output_loading_info=True,
+                key_mapping=key_mapping(_stored_names(source.folder)) or None,
             )
     except Exception as error:
         what = f"{source.reference}: its weights cannot be read"
@@ -174,6 +176,12 @@ def _read_checkpoint(
     model.config.architectures = [type(model).__name__]
     tensors = {name: value for name, value in model.state_dict().items() if name not in tied}
     return model.config, tensors
+
+
+def _stored_names(folder: Path) -> dict[str, str]:
+    """The names of tensors in the files of a folded export that shares them with others, each with the model's own."""
+    fold = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("fold") or {}
+    return dict(fold.get("stored") or {})
 
 
 # ---------------------------------------------------------------------------------------------------------- writing

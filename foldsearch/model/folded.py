@@ -93,7 +93,7 @@ def folded_model_class(family_name: str) -> "type[PreTrainedModel]":
                 path, **{key: kwargs[key] for key in where if key in kwargs}
             )
         if stored := (config.fold or {}).get("stored"):
-            kwargs["key_mapping"] = {f"^{re.escape(name)}$": own for name, own in stored.items()}
+            kwargs["key_mapping"] = key_mapping(stored)
         loaded = stock.from_pretrained.__func__(cls, path, *args, config=config, **kwargs)
         if stored:  # from here on it is a model like any other, which is saved by its own names
             model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -112,6 +112,11 @@ def folded_model_class(family_name: str) -> "type[PreTrainedModel]":
             "from_pretrained": classmethod(from_pretrained),
         },
     )
+
+
+def key_mapping(stored: dict[str, str]) -> dict[str, str]:
+    """The names of `config.fold["stored"]` as transformers takes them: each as a pattern."""
+    return {f"^{re.escape(name)}$": own for name, own in stored.items()}
 
 
 def __getattr__(name: str) -> Any:

@@ -43,6 +43,7 @@ from foldsearch.model.checks import (
     check_stored,
     check_tokenizer,
     find_missing_shards,
+    shared_shards,
     unfold_config,
 )
 from foldsearch.model.content import ContentHashes, content_of
@@ -428,7 +429,7 @@ def _find_local(reference: str, path: Path) -> ModelSource:
         for file in sorted(path.glob("*.safetensors"))
         if not file.name.startswith(("consolidated", "adapter_model"))
     ]
-    weights = tensors or sorted(path.glob("pytorch_model*.bin"))
+    weights = [*tensors, *shared_shards(path)] or sorted(path.glob("pytorch_model*.bin"))
     has_config = (path / "config.json").is_file()
     check_no_adapter(reference, path, has_model=bool(weights or ggufs))
     if weights and (missing := find_missing_shards(path)):

@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 
 from foldsearch import api
 from foldsearch.cli import main
-from foldsearch.errors import VerificationError
+from foldsearch.errors import ModelError, VerificationError
 from foldsearch.export import load_exported
 from foldsearch.export.family import FAMILY, read_family
 from foldsearch.model.fold import cast, fold
+from foldsearch.model.source import identify, locate, open_dense, prepare
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.report.view import RunView
 from foldsearch.runtimes import stock
@@ -102,6 +103,28 @@ def check_alone(folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def check_as_model(folder: Path, tmp_path: Path) -> None:
+    """A point that only drops blocks is a dense model, which can be named by --model and folded further."""
+    cache_dir = tmp_path / "models"
+    found = open_dense(prepare(str(folder), dtype="bfloat16", cache_dir=cache_dir))
+    expected = model_of(int(folder.name[-1])).state_dict()
+    assert {name: value.shape for name, value in found.state_dict().items()} == {
+        name: value.shape for name, value in expected.items()
+    }
+    assert all(torch.equal(value, expected[name]) for name, value in found.state_dict().items())
+    weights = identify(locate(str(folder)), cache_dir=cache_dir).weights
+    (shard, *_) = sorted((folder.parent / "shared").iterdir())
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert (
+        identify(locate(str(folder)), cache_dir=cache_dir).weights != weights
+    )  # shared files are a part of it
+    shard.unlink()
+    with pytest.raises(ModelError, match=rf"missing \.\./shared/{shard.name}|holds no weights"):
+        locate(str(folder))
+    shard.write_bytes(data)
+
+
 def test_stock_points_share_what_has_the_same_name_and_load_in_another_place(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,6 +143,7 @@ def test_stock_points_share_what_has_the_same_name_and_load_in_another_place(
     shutil.copytree(tmp_path / "made", elsewhere)  # as `cp -r` and an unpacked archive
     shutil.rmtree(tmp_path / "made")
     check_alone(elsewhere, tmp_path)
+    check_as_model(elsewhere / "trial-00001", tmp_path)
     assert main(["verify", str(elsewhere / "trial-00001")]) == 0
     (shard, *_) = (elsewhere / "shared").iterdir()  # that of all points
     data = shard.read_bytes()
@@ -138,6 +162,7 @@ def test_folded_points_store_every_tensor_once(place: Path, tmp_path: Path) -> N
         most |= Counter(value for _, value in tensors(number))
     assert stored(made) == sum(len(value) * count for value, count in most.items())
     check_alone(made, tmp_path)
+    check_as_model(made / "trial-00001", tmp_path)
     model, words = load_exported(made / "trial-00001")
     assert words is not None
     again = tmp_path / "again"
@@ -167,6 +192,8 @@ def test_a_point_that_fails_leaves_nothing(
         (("--front", "DIR", "--to", "plan"), "takes no --to plan"),
         (("--front", "DIR", "--max-gb", "0.0000001"), "GB"),
         (("--out", "DIR", "--trial", "0", "--trial", "1"), "--trial is given once"),
+        (("--out", "DIR", "--trial", "0", "--to", "plan", "--type", "q8_0"), "takes no --type"),
+        (("--out", "DIR", "--trial", "0", "--to", "plan", "--no-text"), "takes no --no-text"),
         (("--front", "run"), "exists already. Choose another folder"),
         (("--front", "run", "--force"), f"holds no {FAMILY}"),
     ],

@@ -21,11 +21,14 @@ from safetensors.torch import load_file, save_file
 from foldsearch.cli import main
 from foldsearch.errors import InputError, VerificationError
 from foldsearch.export import Shipment, export, verify
-from foldsearch.export.card import Probe, hashes_of, read_card, write_card
-from foldsearch.export.recheck import recheck
+from foldsearch.export import card as card_module
+from foldsearch.export.card import Probe, files_of, hashes_of, read_card, write_card
+from foldsearch.export.recheck import Rechecked, _ways, recheck
 from foldsearch.model.fold import fold
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.runtimes import stock
+from foldsearch.runtimes import runtime_named, stock
+from foldsearch.runtimes.folded import SHIPPED_CODE
+from foldsearch.version import __version__
 from tests.tiny import NUM_BLOCKS, dense_model, tokenizer
 
 IDS = torch.randint(3, 96, (3, 20), generator=torch.Generator().manual_seed(1))
@@ -154,7 +157,7 @@ def test_another_model_with_a_card_that_fits_its_files_is_told_by_its_figures(co
     weights = load_file(copied / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"].mul_(1.2)
     save_file(weights, copied / "model.safetensors", {"format": "pt"})
-    write_card(replace(read_card(copied), files=hashes_of(copied)), copied)
+    write_card(replace(read_card(copied), files=hashes_of(copied, files_of(copied))), copied)
     found = recheck(copied)
     assert len(found.faults) >= 1
     assert "nats away on average (tolerance 0.001)" in found.faults[0]
@@ -167,6 +170,13 @@ def test_another_model_with_a_card_that_fits_its_files_is_told_by_its_figures(co
         (lambda folder: (folder / "card.json").write_text("{"), "is no card of an export"),
         (lambda folder: (folder / "card.json").write_text('{"schema": 99}'), "must be a card of schema 1"),
         (lambda folder: (folder / "card.json").write_text('{"schema": 1}'), "is no card of an export"),
+        (
+            lambda folder: (folder / "card.json").write_text(
+                json.dumps({"schema": 9, "foldsearch": __version__})
+            ),
+            "is no card of an export: its schema is 9, not 1. Name another export",
+        ),
+        (lambda folder: (folder / "card.json").write_text("[" * 100_000), "is no card of an export"),
     ],
 )
 def test_what_is_no_export_is_told(
@@ -211,3 +221,49 @@ def test_a_lost_stop_token_is_no_export(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(VerificationError, match=r"that end an answer, \[2, 7\], it lost \[7\]"):
         export(model, None, tmp_path / "out", Shipment(plan, "stock", "float32", IDS))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_each_file_is_read_once(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights may have many gigabytes."""
+    read: list[str] = []
+    hashed = card_module._sha256
+    monkeypatch.setattr(card_module, "_sha256", lambda path: [read.append(path.name), hashed(path)][1])
+    (copied / "config.json").write_text("{}")  # so that nothing is loaded
+    assert recheck(copied).faults
+    assert sorted(read) == sorted(path.name for path in copied.iterdir() if path.name in read)
+    assert "model.safetensors" in read
+
+
+OWN = {"AutoConfig": "folded.FoldedLlamaConfig", "AutoModelForCausalLM": "folded.FoldedLlamaForCausalLM"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("config.json", json.dumps({"auto_map": OWN}), ""),
+        ("evil.py", "raise SystemExit", "evil.py"),
+        ("custom_generate/generate.py", "raise SystemExit", "custom_generate/generate.py"),
+        ("folded.py", "raise SystemExit", "folded.py"),
+        ("folded.py", None, "folded.py"),
+        ("config.json", json.dumps({"auto_map": {"AutoConfig": "me/evil--folded.Config"}}), "config.json"),
+        ("config.json", "[", "config.json"),
+        ("tokenizer_config.json", json.dumps({"auto_map": ["me/evil--x.T", None]}), "tokenizer_config.json"),
+        ("adapter_config.json", json.dumps({"base_model_name_or_path": "me/evil"}), "adapter_config.json"),
+    ],
+)
+def test_code_of_an_export_is_run_only_where_this_foldsearch_ships_it(
+    exported: Path, tmp_path: Path, name: str, content: str | None, told: str
+) -> None:
+    """A card vouches for what came with it, so nothing that it says of code is believed."""
+    for file in SHIPPED_CODE:
+        shutil.copyfile(file, tmp_path / file.name)
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": OWN}))
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    if content is not None:
+        path.write_text(content)
+    found = Rechecked(read_card(exported))
+    ways = [how for _, _, how in _ways(tmp_path, runtime_named("folded"), found)]
+    assert ways == (["", "own code"] if not told else [""])
+    assert [words.partition("ships other code: ")[2] for words in found.skipped] == ([told] if told else [])
