@@ -149,9 +149,11 @@ def reproduce(
 
 def _study(recipe: Recipe, moved: Mapping[str, str]) -> Study:
     """The study of the run, with what has moved where it is now, in the precision that the run computed in."""
+    named: set[str] = set()
 
     def now(value: Any) -> Any:
         if isinstance(value, str):
+            named.add(value)
             return moved.get(value, value)
         if isinstance(value, list):
             return [now(one) for one in value]
@@ -161,9 +163,7 @@ def _study(recipe: Recipe, moved: Mapping[str, str]) -> Study:
 
     value = dict(recipe.study)
     value |= {key: now(value[key]) for key in ("model", "data")}
-    told = json.dumps([value["model"], value["data"]])
-    unknown = [old for old, new in moved.items() if json.dumps(new) not in told]
-    if unknown:
+    if unknown := sorted(set(moved) - named):
         raise InputError(
             f"--moved OLD=NEW names the model or a text as the card calls it; the card does not know {unknown}. Its "
             f"model is {recipe.study['model']}, its texts {json.dumps(recipe.study['data'])}."

@@ -153,3 +153,5 @@ def test_what_has_moved_is_found_where_it_is_said_to_be(place: Path, tmp_path: P
     assert [one if isinstance(one, str) else one["source"] for one in found] == ["z", "y"]
     with pytest.raises(ValueError, match=r"the card does not know \['elsewhere'\]"):
         reproduce._study(card.recipe, {"elsewhere": "here"})
+    with pytest.raises(ValueError, match=r"does not know \['here'\]"):  # the wrong way round
+        reproduce._study(card.recipe, {"here": old})
