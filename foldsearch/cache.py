@@ -43,9 +43,8 @@ class Behind(Protocol):
 behind: Behind | None = None  # set while a search runs on several machines
 # That a run leaves behind at most: a model of 7e9 parameters in float32 (28 GB), with what was computed of it, stays.
 MOST_BYTES = 50 * 10**9
-SUMMED_BYTES = (
-    2 * 10**9
-)  # of a larger file only the size is looked at: a model is not read whole to be opened
+# Of a larger file only the size is looked at: a model is not read whole to be opened.
+SUMMED_BYTES = 2 * 10**9
 
 _ENTRY = re.compile(r"[0-9a-f]{16,64}(-float32|-bfloat16|\.json|\.bin|\.safetensors)?")
 
@@ -106,8 +105,10 @@ def once(
                         make(path)
                     _note_sum(path)
                     assert is_whole(path), f"{path} was made, and is not there"
-        with _used(path, keep=keep) as is_there:
-            if is_there and is_whole(path):
+        with _used(path, keep=keep) as inode:
+            if inode is None:
+                continue
+            if is_whole(path):
                 with suppress(OSError):  # a cache of somebody else may be read only
                     os.utime(path)
                 with suppress(_Damaged):
@@ -115,8 +116,8 @@ def once(
                     if behind is not None:
                         behind.offer(path)
                     return found, known
-        if is_there:
-            _remove_damaged(path)
+            # While it is held open, no other file has its inode.
+            _remove_damaged(path, inode)
 
 
 class _Damaged(Exception):
@@ -139,8 +140,11 @@ def _read_whole(path: Path, read: Callable[[Path], Value]) -> Value:
         raise _Damaged from error
 
 
-def _remove_damaged(path: Path) -> None:
+def _remove_damaged(path: Path, inode: int) -> None:
+    """Remove an entry that was found damaged, unless another process has done so and made it again."""
     with alone(_lock(path)), suppress(FileNotFoundError):
+        if path.stat().st_ino != inode:
+            return
         if (kept := _kept.pop(path, None)) is not None:
             os.close(kept)
         _remove(path)
@@ -239,18 +243,19 @@ def let_go() -> None:
 
 
 @contextmanager
-def _used(path: Path, *, keep: bool) -> Iterator[bool]:
-    """Share the lock on an entry; whether the entry is there."""
+def _used(path: Path, *, keep: bool) -> Iterator[int | None]:
+    """Share the lock on an entry; its inode, or None where it is not there."""
     try:
         entry = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
-        yield False
+        yield None
         return
     with ExitStack() as held:
         held.callback(os.close, entry)
         fcntl.flock(entry, fcntl.LOCK_SH)  # waits while it is removed
-        is_there = path.exists() and path.stat().st_ino == os.fstat(entry).st_ino
-        yield is_there
+        inode = os.fstat(entry).st_ino
+        is_there = path.exists() and path.stat().st_ino == inode
+        yield inode if is_there else None
         if keep and is_there:
             if (before := _kept.get(path)) is not None:
                 os.close(before)

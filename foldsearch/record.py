@@ -255,10 +255,19 @@ class DenseRival:
 
 
 def read_rivals(path: Path) -> tuple[DenseRival, ...]:
-    """What `measure_rivals` kept; nothing where nothing was measured."""
+    """What `measure_rivals` kept; nothing where nothing was measured.
+
+    Raises:
+        RunError: the file is damaged.
+    """
     if not path.exists():
         return ()
-    return tuple(from_json(DenseRival, value) for value in json.loads(path.read_text()))
+    try:
+        return tuple(from_json(DenseRival, value) for value in json.loads(path.read_text()))
+    except (ValueError, KeyError, TypeError, RecursionError, FoldsearchError) as error:
+        what = f"the dense model in fewer bits, '{printable(path)}', cannot be read"
+        remedy = "Put back a copy of it, or remove it: `foldsearch resume` measures it again."
+        raise RunError(quote_error(what, error, remedy)) from error
 
 
 # ---- of several trials

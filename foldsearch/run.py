@@ -153,7 +153,7 @@ class RunFolder:
 
     @property
     def rivals(self) -> Path:
-        """The dense model with weights of fewer bits (`foldsearch.rivals`); absent where none was measured."""
+        """The dense model in fewer bits (`foldsearch.record.DenseRival`); absent where none was measured."""
         return self.path / "rivals.json"
 
     @property

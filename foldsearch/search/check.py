@@ -102,18 +102,12 @@ def mend_for_resume(run: Run) -> Iterator[str]:
 
 
 def _faults_of_study(run: Run) -> Iterator[Fault]:
-    """At most one: whether the study can be read, every row of it."""
-    if place_of(run) is not None or not run.storage.exists():
+    """At most one: whether the study is there and can be read, every row of it."""
+    if place_of(run) is not None or not (run.storage.exists() or run.storage_copy.exists()):
         return
-    reason = _damage(run.storage)
-    if not reason:
-        try:
-            read_rows(run)
-        except RunError as error:
-            reason = str(error)
-    if not reason:
+    if not (reason := _why_unreadable(run)):
         return
-    words = f"'{printable(run.storage)}', which holds the trials, is damaged: {reason}"
+    words = f"'{printable(run.storage)}', which holds the trials, {reason}"
     if run.storage_copy.exists() and not _damage(run.storage_copy):
         remedy = "Its copy, made when the last trial ended, takes its place"
         yield Fault("the study", words, remedy, lambda: _restore(run))
@@ -121,7 +115,21 @@ def _faults_of_study(run: Run) -> Iterator[Fault]:
         remedy = (
             "There is no copy of it: it is put aside, and the search begins again with what the folders hold"
         )
-        yield Fault("the study", words, remedy, lambda: _put_aside(run))
+        yield Fault("the study", words, remedy, lambda: _put_aside(run, run.storage_copy))
+
+
+def _why_unreadable(run: Run) -> str:
+    """What is wrong with the file of the study, in words; empty where nothing is."""
+    if not run.storage.exists():
+        return "is gone"
+    if damage := _damage(run.storage):
+        return f"is damaged: {damage}"
+    try:
+        rows = read_rows(run)
+    except RunError as error:
+        return f"is damaged: {error}"
+    # A file of no bytes is an empty database. The copy was made when a trial ended, which had a row.
+    return "holds no trial, but a trial had ended" if not rows and run.storage_copy.exists() else ""
 
 
 def _damage(path: Path) -> str:
@@ -136,9 +144,10 @@ def _damage(path: Path) -> str:
     return "" if said == "ok" else str(said)
 
 
-def _put_aside(run: Run) -> None:
-    for ending in ("", "-wal", "-shm"):
-        file = run.storage.with_name(run.storage.name + ending)
+def _put_aside(run: Run, *others: Path) -> None:
+    """Put the file of the study aside with those beside it, and others."""
+    beside = (run.storage.with_name(run.storage.name + ending) for ending in ("", "-wal", "-shm"))
+    for file in (*beside, *others):
         if file.exists():
             file.replace(file.with_name(f"{file.name}.damaged"))
 

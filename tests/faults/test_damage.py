@@ -11,6 +11,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,8 @@ def test_a_whole_run_is_whole(whole: Run, tmp_path: Path, capsys: pytest.Capture
         (the_last_record, lambda path, rng: path.unlink()),
         (a_plan, truncate),
         (the_study, truncate),
+        (the_study, lambda path, rng: path.write_bytes(b"")),
+        (the_study, lambda path, rng: path.unlink()),
     ],
 )
 def test_what_has_a_second_source_is_mended(
@@ -264,6 +267,36 @@ def test_a_damaged_entry_of_the_cache_is_made_again(tmp_path: Path) -> None:
         cache._summed.clear()
         assert cache.once(path, make, Path.read_bytes)[0] == whole
     assert [entry.kind for entry in cache.entries(tmp_path)] == ["evidence", "states"]
+
+
+def test_an_entry_that_another_process_made_again_meanwhile_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes find the same damage; the slower one must not remove what the faster one uses already."""
+    path = tmp_path / "states" / f"{1:016x}.bin"
+    made: list[bytes] = []
+
+    def make(path: Path) -> None:
+        path.parent.mkdir(exist_ok=True)
+        made.append(b"whole")
+        path.write_bytes(b"whole")
+
+    cache.once(path, make, Path.read_bytes)
+    path.write_bytes(b"hurt!")
+    cache._summed.clear()
+    hold = cache.alone
+
+    @contextmanager
+    def hold_later(lock: Path) -> Iterator[None]:
+        monkeypatch.setattr(cache, "alone", hold)
+        path.unlink()
+        path.write_bytes(b"whole")  # by the other process
+        with hold(lock):
+            yield
+
+    monkeypatch.setattr(cache, "alone", hold_later)
+    assert cache.once(path, make, Path.read_bytes) == (b"whole", True)
+    assert len(made) == 1
 
 
 def test_an_entry_that_cannot_be_read_however_often_is_told(tmp_path: Path) -> None:

@@ -228,6 +228,7 @@ JSON_FILES = (
     "identity.json",
     "trials/00000/trial.json",
     "screened.json",
+    "rivals.json",
     "pick.json",
 )
 
@@ -239,6 +240,7 @@ def run_folder(_recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     from foldsearch.files import write_json
     from foldsearch.identity import Identity
     from foldsearch.model.content import ContentHashes
+    from foldsearch.record import DenseRival
     from foldsearch.search.screened import Screened, write_screened
 
     path = Path(shutil.copytree(_recorded, tmp_path_factory.mktemp("fuzzed") / "run"))
@@ -246,6 +248,7 @@ def run_folder(_recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     trial = read_trials(run)[0]
     write_json(run.trial(0).record, to_json(trial))
     write_screened(run.screened, [Screened(trial.plan, ("alone",), trial.quality)])
+    write_json(run.rivals, [to_json(DenseRival("q8_0", trial.cost, trial.quality, trial.quality))])
     hashes = ContentHashes(**dict.fromkeys(("weights", "config", "tokenizer", "code", "other"), "0" * 64))
     run.write_identity(Identity("m", hashes, "", "float32", "cpu", {"search": "1"}, ()))
     write_json(run.pick, {"trial": 0, "plan": str(trial.plan)})
@@ -260,6 +263,7 @@ def look(path: Path) -> None:
     view = RunView.open(path)
     view.folder.identity()
     assert isinstance(view.screened, list)
+    assert isinstance(view.rivals, tuple)
     read_trial(view.folder.trial(0))
     picked(view)
     assert view.folder.dense.memory_bytes
@@ -303,7 +307,9 @@ def test_a_run_folder_without_end(run_folder: Path, name: str) -> None:
 # ---- paths, names and secrets
 
 
-@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", ".."])
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "..", "../shared/..", "../shared/a/b"]
+)
 def test_an_index_names_files_beside_it(tmp_path: Path, name: str) -> None:
     index = {"weight_map": {"w": name, "v": "model.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
