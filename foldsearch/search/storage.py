@@ -24,13 +24,14 @@ import psutil
 import sqlalchemy
 
 from foldsearch.codec import from_json, to_json
-from foldsearch.errors import InputError, RunError, quote_error
+from foldsearch.errors import InputError, RunError, nearest, quote_error
 from foldsearch.files import replace_atomically, write_json
 from foldsearch.paths import printable
 from foldsearch.run import RunFolder
 
 STUDY_NAME = "foldsearch"  # in the file of a run folder
 VARIABLE = "FOLDSEARCH_STORAGE"
+KINDS = ("postgresql", "sqlite", "mysql")  # of databases that Optuna is tried with
 _WAIT_SECONDS = 60  # for another writer of the same file
 _SECRET = ("passw", "secret", "token")  # in the name of a part of a URL's query
 _NETWORK = {
@@ -176,13 +177,20 @@ def storage_errors(place: StudyPlace | None) -> Iterator[None]:
     kind = place.url.partition(":")[0]
     try:
         yield
-    except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
+    except sqlalchemy.exc.NoSuchModuleError as error:
+        raise InputError(
+            f"a storage is of a kind that SQLAlchemy knows, such as postgresql or sqlite; got '{printable(kind)}'."
+            f"{nearest(kind, KINDS) or ' Write postgresql://user@host/database.'}"
+        ) from error
+    except ImportError as error:
         raise InputError(
             f"a storage of the kind '{printable(kind)}' needs a driver that is not installed. "
             "For PostgreSQL: pip install 'foldsearch[postgres]'"
         ) from error
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         remedy = f"Look whether it runs, and whether the password is known ({VARIABLE}, ~/.pgpass)."
+        if kind == "sqlite":
+            remedy = "Look whether the folder of that file is there, and can be written to."
         message = quote_error(f"the storage '{printable(place.url)}' cannot be used", error, remedy)
         raise RunError(_scrubbed(message, place)) from None  # what it came from may hold the URL
 

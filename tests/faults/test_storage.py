@@ -156,6 +156,21 @@ def test_what_is_no_url_is_refused_and_not_repeated(tmp_path: Path, url: str) ->
     assert "secret" not in "".join(traceback.format_exception_only(told.value))
 
 
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("postgres://me:secret@h/db", r"got 'postgres'\. Did you mean 'postgresql'\?"),
+        ("http://me:secret@h/db", r"got 'http'\. Write postgresql://user@host/database\."),
+        ("sqlite:////nowhere/at/all.db", r"whether the folder of that file is there"),
+    ],
+)
+def test_a_url_of_another_kind_is_told_with_what_helps(tmp_path: Path, url: str, said: str) -> None:
+    with pytest.raises(InputError, match=said) as told:
+        use_storage(RunFolder(tmp_path), url)
+    assert "secret" not in "".join(traceback.format_exception(told.value))
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("url", ["sqlite://", "postgresql://me:secret@h:5/"])
 def test_a_storage_names_a_database(tmp_path: Path, url: str) -> None:
     with pytest.raises(InputError, match="names none") as told:
