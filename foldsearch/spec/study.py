@@ -81,9 +81,10 @@ class TargetSettings(TomlTable):
         if self.weights and self.runtime == ALL_CAN:
             object.__setattr__(self, "runtime", TYPED)
         if self.weights and self.weights not in runtime_named(self.runtime).types:
-            raise ValueError(
+            raise FaultOf(
+                ("weights",),
                 f"weights of a type are those of the {TYPED} runtime, and so are their bytes; got '{self.weights}' for "
-                f"the runtime '{self.runtime}'. Write runtime = \"{TYPED}\", or leave weights out"
+                f"the runtime '{self.runtime}'. Take the runtime '{TYPED}', or leave the weights out",
             )
         return self
 
@@ -94,10 +95,11 @@ class TargetSettings(TomlTable):
     def stored_in(self, weights: str, runtime: str = "") -> Target:
         """The same with weights of another type, or for another runtime."""
         known = runtime_named(runtime or self.runtime)
+        dtype = "float32" if self.dtype in known.lacks else self.dtype  # in which it stores and computes then
         if not weights and known.name == TYPED:
-            weights = DTYPE_TYPES[self.dtype]
+            weights = DTYPE_TYPES[dtype]
         return Target(
-            self.dtype,
+            dtype,
             self.context,
             self.batch,
             self.prefill_chunk,
@@ -251,7 +253,7 @@ class ClusterSettings(TomlTable):
 
 
 class FaultOf(ValueError):
-    """A fault that only the whole study shows, and the keys that lead to what is to be mended."""
+    """A fault that only several settings together show, and the keys that lead to what is to be mended."""
 
     def __init__(self, keys: tuple[str, ...], words: str) -> None:
         super().__init__(words)

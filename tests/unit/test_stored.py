@@ -25,6 +25,7 @@ from foldsearch.model.states import StatesInOrder
 from foldsearch.plan.cost import Target, price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.stored import TYPES
+from foldsearch.runtimes import exported_bytes
 from foldsearch.runtimes import gguf as runtime
 from foldsearch.spec.load import load_study
 from tests.proposals import given, removing
@@ -123,6 +124,36 @@ def test_who_names_a_type_means_llama_cpp() -> None:
     plain = load_study("default", {"target.runtime": "gguf"}).target.value()
     assert (plain.weights, plain.rounds) == ("bf16", False)
     assert load_study("default").target.value().weights == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "stored"),
+    [
+        ("onnx", "bfloat16", "float32"),
+        ("onnx", "float16", "float16"),
+        ("executorch", "bfloat16", "float32"),
+        ("executorch", "float16", "float32"),
+        ("stock", "bfloat16", "bfloat16"),
+    ],
+)
+def test_a_runtime_without_a_dtype_is_priced_in_that_which_it_stores(
+    name: str, dtype: str, stored: str
+) -> None:
+    """Oracle: numbers of the model times bytes of a number; and what an export to the runtime says that it takes."""
+    target = load_study("default", {"target.runtime": name, "target.dtype": dtype}).target.value()
+    table, plan = measure(dense_model().config), FoldPlan.identity(NUM_BLOCKS)
+    numbers = sum(parameter.numel() for parameter in dense_model().parameters())
+    size = 4 if stored == "float32" else 2
+    assert price(plan, table, target).weight_bytes == numbers * size
+    assert exported_bytes(plan, table, target)[name] == numbers * size
+
+
+def test_a_type_beside_a_runtime_without_it_is_told_by_its_option() -> None:
+    typed = {"target.weights": "q4_0", "target.runtime": "stock"}
+    with pytest.raises(
+        SpecError, match=r"the command line: 1 fault\n  --weights: weights of a type are those of"
+    ):
+        load_study("default", typed, options={"target.weights": "--weights", "target.runtime": "--runtime"})
 
 
 @pytest.mark.parametrize(
