@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from foldsearch.arguments import PLAN, command_line
-from foldsearch.errors import InputError, VerificationError
+from foldsearch.errors import InputError, VerificationError, is_out_of_memory
 from foldsearch.files import check_writable, disk_is_full
 from foldsearch.paths import check_path, command, printable, stem_beside
 from foldsearch.plan.extend import extended, rank_of
@@ -102,7 +102,7 @@ def _of_the_machine(error: Exception, out: Path | None) -> str | None:
         return f"the disk is full{of}. Nothing half-written was kept. Make room, then run it again."
     if isinstance(error, OSError) and error.errno in _REFUSED:
         return f"a file or folder{where} cannot be used: {error.strerror}. {_remedy(named)}"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return "the machine's memory is full. Nothing half-written was kept. Free some of it, or take a smaller model."
     if isinstance(error, BlockingIOError) or "can't start new thread" in str(error):
         return "the machine lets no further process or thread begin. End some, or raise the limit: ulimit -u 4096"
@@ -486,6 +486,8 @@ def _export(args: argparse.Namespace) -> int:
     if len(args.trial or ()) > 1:
         raise InputError("--trial is given once, unless --front DIR takes several. Name one trial.")
     args.trial = args.trial[0] if args.trial else None
+    if args.to == PLAN:
+        _refuse(f"--to {PLAN} writes no model", args, "--type", "--prompt", "--no-text")
     trial = _chosen(args, view)
     if args.to == PLAN:
         with _status() as progress:
@@ -512,16 +514,10 @@ def _export_front(args: argparse.Namespace, view: RunView) -> int:
     from foldsearch.plan.cost import GB
     from foldsearch.report.terminal import console, family_table
 
-    unusable = [
-        option
-        for option, given in (("--type", args.type), ("--prompt", args.prompt), ("--knee", args.knee))
-        if given
-    ]
-    if unusable or args.to == PLAN:
-        raise InputError(
-            f"--front writes whole models, several of them, and takes no {unusable[0] if unusable else '--to plan'}. "
-            "Leave that out."
-        )
+    what = "--front writes whole models, several of them"
+    _refuse(what, args, "--type", "--prompt", "--knee")
+    if args.to == PLAN:
+        raise InputError(f"{what}, and takes no --to {PLAN}. Leave that out.")
     within = (one for one in view.front if args.max_gb is None or one.cost.memory_bytes <= args.max_gb * GB)
     numbers = args.trial or [one.number for one in within]
     if not numbers:
@@ -532,6 +528,13 @@ def _export_front(args: argparse.Namespace, view: RunView) -> int:
         family = export_front(view, numbers, args.front, form=form, progress=progress, notice=_say)
     console().print(family_table(family, args.front))
     return 0
+
+
+def _refuse(what: str, args: argparse.Namespace, *options: str) -> None:
+    """Refuse options that would do nothing beside others, which `what` tells of."""
+    for option in options:
+        if getattr(args, option.removeprefix("--").replace("-", "_")):
+            raise InputError(f"{what}, and takes no {option}. Leave that out.")
 
 
 def _verify(args: argparse.Namespace) -> int:

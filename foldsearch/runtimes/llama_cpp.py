@@ -13,7 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-TURN_TOKENS = 24  # that are written in a turn
+from foldsearch.runtimes.decoder_answers import TURN_TOKENS
+
 _WINS = 1e6  # added to a logit
 _STOPS = ("eos", "eot", "eom")  # of a text, a turn, a message: each ends an answer
 

@@ -204,6 +204,7 @@ def test_a_tilde_is_a_home_unless_something_is_called_so(
         (BlockingIOError(11, "Resource temporarily unavailable"), "ulimit -u 4096"),
         (RuntimeError("can't start new thread"), "ulimit -u 4096"),
         (MemoryError(), "the machine's memory is full."),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "the machine's memory is full."),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
             "the machine's memory is full.",
