@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from foldsearch.context import TrialContext
-from foldsearch.errors import InputError
+from foldsearch.errors import DataError, InputError, ModelError
 from foldsearch.export.card import CARD, PROBE, Card, Recipe, read_card
 from foldsearch.further import recover_further
 from foldsearch.identity import Identity
@@ -121,22 +122,22 @@ def reproduce(
     card = read_card(path)
     recipe = recipe_in(card, path)
     study = _study(recipe, moved)
-    _check_parts(
-        recipe.identity.content, source.identify(open_source(study, progress), of_weights=False), whole=False
-    )
+    with _remedy_told():
+        found = source.identify(open_source(study, progress), of_weights=False)
+    _check_parts(recipe.identity.content, found, whole=False)
     workplace = beside(out, "rebuilt")
     threads = torch.get_num_threads()
     try:
         workplace.parent.mkdir(parents=True, exist_ok=True)
-        context = prepare_context(study, workplace, progress=progress, notice=notice)
+        with _remedy_told():
+            context = prepare_context(study, workplace, progress=progress, notice=notice)
         identity = context.run.identity()
         assert identity is not None, "it was written just now"
         _check_parts(recipe.identity.content, identity.content, whole=True)
         _check_tokens(recipe.identity, identity)
         if recipe.trial.machine is not None:
-            torch.set_num_threads(
-                recipe.trial.machine.threads
-            )  # other numbers of threads sum in other orders
+            # other numbers of threads sum in other orders
+            torch.set_num_threads(recipe.trial.machine.threads)
         again = _rebuilt(context, recipe, progress)
         torch.set_num_threads(threads)
         write(context, recipe)
@@ -145,6 +146,15 @@ def reproduce(
         with uninterrupted():
             shutil.rmtree(workplace, ignore_errors=True)
     return _compared(card, read_card(out), recipe.trial, again)
+
+
+@contextmanager
+def _remedy_told() -> Iterator[None]:
+    """Say of a model or a text that cannot be read what helps where it was moved."""
+    try:
+        yield
+    except (ModelError, DataError) as error:
+        raise InputError(f"{error} What lies elsewhere now is named by --moved OLD=NEW.") from error
 
 
 def _study(recipe: Recipe, moved: Mapping[str, str]) -> Study:
@@ -175,9 +185,10 @@ def _study(recipe: Recipe, moved: Mapping[str, str]) -> Study:
     except InputError:
         device = "auto"
     changes: dict[str, Any] = {"precision": recipe.identity.dtype, "device": device, "warm_from": None}
-    if (
-        study.has_times
-    ):  # of another machine, where the program may not be installed; the plan is chosen already
+    if recipe.identity.commit and recipe.study["model"] not in moved:  # on the hub another one may follow it
+        changes |= {"model": study.model.partition("@")[0], "revision": recipe.identity.commit}
+    # Times are of another machine, where the program may not be installed; the plan is chosen already.
+    if study.has_times:
         untimed = {"prompt_ms": None, "decode_ms": None}
         objectives = Study.model_fields["objectives"].default
         changes |= {"budget": study.budget.model_copy(update=untimed), "objectives": objectives}

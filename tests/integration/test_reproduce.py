@@ -103,7 +103,11 @@ def test_figures_that_are_others_are_told(
     ("change", "words"),
     [
         (lambda card: replace(card, recipe=None), "exported from Python without a recipe"),
-        (lambda card: of_recipe(study={**card.recipe.study, "data": "nowhere"})(card), "nowhere"),
+        (
+            lambda card: of_recipe(study={**card.recipe.study, "data": "nowhere"})(card),
+            "What lies elsewhere now is named by --moved OLD=NEW.",
+        ),
+        (lambda card: of_recipe(study={**card.recipe.study, "model": "./nowhere"})(card), "--moved OLD=NEW."),
         (
             lambda card: of_recipe(identity=replace(card.recipe.identity, tokens={"search": "0" * 64}))(card),
             "from the same text only, but its search tokens are others",
@@ -146,6 +150,14 @@ def test_what_has_moved_is_found_where_it_is_said_to_be(place: Path, tmp_path: P
     study = reproduce._study(card.recipe, {old: str(tmp_path)})
     assert study.data == str(tmp_path)
     assert study.precision == card.recipe.identity.dtype
+    of_hub = replace(
+        card.recipe,
+        study={**card.recipe.study, "model": "me/model@main"},
+        identity=replace(card.recipe.identity, commit="0123abc"),
+    )
+    pinned, here = reproduce._study(of_hub, {}), reproduce._study(of_hub, {"me/model@main": "copy"})
+    assert (pinned.model, pinned.revision) == ("me/model", "0123abc")  # whatever `main` is by now
+    assert (here.model, here.revision) == ("copy", None)
     listed = replace(card.recipe, study={**card.recipe.study, "data": [{"source": "a", "kind": "b"}, "c"]})
     found = json.loads(
         json.dumps(reproduce._study(listed, {"a": "z", "c": "y"}).model_dump(mode="json")["data"])
