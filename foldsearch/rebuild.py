@@ -25,7 +25,7 @@ from foldsearch.model.replacements import FitSettings
 from foldsearch.model.starts import folded_start, new_values
 from foldsearch.model.training import LinearStart
 from foldsearch.paths import printable
-from foldsearch.plan.result import Healing, Quality
+from foldsearch.plan.result import Healing
 from foldsearch.progress import StageProgress, counting, silent
 from foldsearch.record import Trial, read_trial
 from foldsearch.run import Run, TrialFolder
@@ -270,9 +270,3 @@ def check_rebuilt(
             "torch and transformers are the versions that the run was made with, please report it with the plan."
         )
     return rebuilt
-
-
-def quality_of(context: TrialContext, model: PreTrainedModel) -> tuple[Quality, Quality]:
-    """Quality of a model on the search and on the report tokens of a run."""
-    search, report = (judged(model, context, split, context.target) for split in ("search", "report"))
-    return search, report

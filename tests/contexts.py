@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from foldsearch.context import TrialContext
+from foldsearch.plan.result import Quality
 from foldsearch.prepare import prepare_context
 from foldsearch.run import Run
 from foldsearch.search.records import Records
+from foldsearch.shipped import judged
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import GateSettings, SplitSettings, Study
 from foldsearch.trial import run_trial
@@ -55,6 +58,11 @@ def run_queued(context: TrialContext, criterion: str, count: int) -> int:
         records.record(trial)
     records.finish(number)
     return number
+
+
+def quality_of(context: TrialContext, model: PreTrainedModel) -> tuple[Quality, Quality]:
+    """Quality of a model on the search and on the report texts of a run, with the weights of its target."""
+    return judged(model, context, "search", context.target), judged(model, context, "report", context.target)
 
 
 def of_run(context: Any, **changes: Any) -> Any:

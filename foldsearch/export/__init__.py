@@ -16,11 +16,18 @@ if TYPE_CHECKING:
     from foldsearch.export.shipment import Shipment
 
 __all__ = ["ExportReport", "ModelFigures", "Shipment", "check_export", "export", "load_exported"]
-_FILES = ("figures", "folder", "ship", "shipment")  # in which these are
+# The file in which each of these is.
+_FILES = {
+    "ExportReport": "figures",
+    "ModelFigures": "figures",
+    "Shipment": "shipment",
+    "check_export": "ship",
+    "export": "ship",
+    "load_exported": "folder",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        files = (import_module(f"{__name__}.{file}") for file in _FILES)
-        return next(getattr(file, name) for file in files if hasattr(file, name))
+    if name in _FILES:
+        return getattr(import_module(f"{__name__}.{_FILES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

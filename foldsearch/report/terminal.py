@@ -775,7 +775,9 @@ def family_table(family: Family, folder: Path) -> Group:
     stored, separate = family.stored_bytes / 1e6, family.separate_bytes / 1e6
     return Group(
         Text(f"{printable(folder)}", style="bold"),
-        Text(f"{len(family.members)} {family.runtime} models; each loads alone, as its README.md says."),
+        Text(
+            f"{counted(len(family.members), f'{family.runtime} model')}; each loads alone, as its README.md says."
+        ),
         Text(),
         table,
         Text(),

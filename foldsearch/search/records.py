@@ -1,4 +1,4 @@
-"""The book of record: one Optuna study in the run folder's SQLite file.
+"""The book of record: one Optuna study, in the run folder's SQLite file or in a database (see storage.py).
 
 Every trial is a row. Its user attribute `trial` is the whole value (`foldsearch.record.Trial`); rows that were put in
 line also have `origin` and `given`, which say what they are to propose. Samplers and the dashboard read what Optuna was
@@ -80,7 +80,7 @@ def read_trials(run: Run) -> list[Trial]:
     """Every trial of a run so far, by number; safe while the run goes on.
 
     Raises:
-        RunError: the file that holds them is damaged.
+        RunError: the study is damaged, or cannot be reached.
     """
     return [row.trial for row in read_rows(run)]
 

@@ -27,12 +27,12 @@ from foldsearch.errors import InputError, RunError
 from foldsearch.model.recover import Recovery
 from foldsearch.model.training import FurtherTraining, Trained
 from foldsearch.progress import TimeUp
-from foldsearch.rebuild import check_rebuilt, quality_of, recovered_model
+from foldsearch.rebuild import check_rebuilt, recovered_model
 from foldsearch.record import Trial, read_trial
 from foldsearch.report import page, terminal
 from foldsearch.spec.space import Recover, Space
 from foldsearch.spec.study import SplitSettings
-from tests.contexts import begin_run, run_queued, tiny_study
+from tests.contexts import begin_run, quality_of, run_queued, tiny_study
 
 STEP = 2 * 16  # tokens
 BEGIN, MARK, END = 64, 256, 384  # trained by the run; measured after; asked for

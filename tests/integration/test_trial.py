@@ -39,11 +39,11 @@ from foldsearch.plan.result import RungResult
 from foldsearch.prepare import prepare_context
 from foldsearch.progress import TimeUp
 from foldsearch.proposal import Groups, Proposal
-from foldsearch.rebuild import quality_of, recovered_model
+from foldsearch.rebuild import recovered_model
 from foldsearch.record import Trial, point, read_trial
 from foldsearch.spec.study import BudgetSettings, HealingSettings, SplitSettings
 from foldsearch.trial import run_trial
-from tests.contexts import of_run, of_study, tiny_context
+from tests.contexts import of_run, of_study, quality_of, tiny_context
 from tests.proposals import changed, given, removing, retrained
 from tests.tiny import NUM_BLOCKS
 
