@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from foldsearch.model.measure import measure
 from foldsearch.model.tokens import TokenSet
+from foldsearch.plan.plan import FoldPlan
 
 VOCABULARY, WIDTH, NUM_BLOCKS, WINDOW = 96, 32, 5, 9
 # dropping a block shifts this list against itself
@@ -49,11 +51,36 @@ CONFIGS = {
     "gemma2": partial(tf.Gemma2Config, **MIXED_LLAMA, head_dim=8, final_logit_softcapping=3.0),
     "gemma3_text": partial(tf.Gemma3TextConfig, **MIXED_LLAMA, head_dim=12),
     "phi3": partial(tf.Phi3Config, **LLAMA, sliding_window=None),
+    "lfm2": partial(
+        tf.Lfm2Config,
+        **LLAMA,
+        block_auto_adjust_ff_dim=False,
+        layer_types=["conv", "full_attention", "full_attention", "full_attention", "conv"],
+    ),
+    "qwen3_moe": partial(
+        tf.Qwen3MoeConfig,
+        **LLAMA,
+        head_dim=12,
+        moe_intermediate_size=16,
+        num_experts=6,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+    ),
     "olmo2": partial(tf.Olmo2Config, **LLAMA),
     "gpt2": partial(tf.GPT2Config, **COMMON),
     "gpt_neox": partial(tf.GPTNeoXConfig, **COMMON, intermediate_size=40),
     "opt": partial(tf.OPTConfig, **COMMON, ffn_dim=40, word_embed_proj_dim=WIDTH),
 }
+
+EXPERTS = ("qwen3_moe",)  # whose MLPs run at no other position
+SHARING = [name for name in CONFIGS if name not in EXPERTS]
+
+
+@cache
+def can_fold(name: str, text: str) -> bool:
+    """Whether a family's blocks can do what a plan asks of them, by the price's table."""
+    return measure(CONFIGS[name]()).can_fold(FoldPlan.parse(text, NUM_BLOCKS))
 
 
 @cache

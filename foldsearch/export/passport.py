@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 # settings that go by block or count blocks
-_BY_BLOCK = ("num_hidden_layers", "max_window_layers", *BY_BLOCK)
+_BY_BLOCK = (
+    *("num_hidden_layers", "max_window_layers", "full_attn_idxs", "mlp_only_layers", "decoder_sparse_step"),
+    *BY_BLOCK,
+)
 
 
 def passport(
@@ -70,6 +73,7 @@ def _lacks(plan: FoldPlan, config: PretrainedConfig) -> dict[str, str]:
     whole = len(slots) == len(plan.slots) and all(slot.attention == slot.mlp == slot.home for slot in slots)
     plain = not any(slot.rank or slot.norm for slot in slots)
     once = len(set(homes)) == len(homes)
+    lists = [name for name in (*BY_BLOCK, "mlp_only_layers") if getattr(config, name, None)]
     moved = runtime_named("gguf").misplaces(plan, str(config.model_type))
     what = "" if whole else "share, halve or replace blocks"
     carried = "" if plain else "give a block an adapter or an output norm"
@@ -82,9 +86,7 @@ def _lacks(plan: FoldPlan, config: PretrainedConfig) -> dict[str, str]:
         or ("" if once else "run a block twice")
         or ("move blocks that do not turn by position" if moved else ""),
         # mergekit 0.1.5 counts the blocks again and leaves the list as it was, which transformers then refuses
-        "mergekit": what
-        or carried
-        or ("cut layer_types, which the config has" if getattr(config, "layer_types", None) else ""),
+        "mergekit": what or carried or (f"cut {lists[0]}, which the config has" if lists else ""),
     }
 
 

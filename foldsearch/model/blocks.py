@@ -19,6 +19,9 @@ class Unit:
     norms: tuple[str, ...]  # run only for this unit
     output: str  # the module whose output is added to the residual stream
     between: tuple[str, ...] = ()  # modules outside them that run between the linears
+    gives_one: bool = (
+        False  # in place of an attention: its module gives no weights of attention beside its output
+    )
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,22 @@ class Family:
     attention: Unit
     mlp: Unit
     shared_norms: tuple[str, ...] = ()  # of a block, run for both units
+    mixer: Unit | None = None  # what some blocks have in place of an attention
+    experts: str = ""  # what a mixture of experts has, in its unit; empty where no block is one
+
+    def attention_of(self, block: nn.Module) -> Unit:
+        """What mixes tokens in a block: its attention, or what it has in place of one."""
+        has_mixer = self.mixer is not None and not hasattr(block, self.attention.modules[0])
+        return self.mixer if self.mixer is not None and has_mixer else self.attention
+
+    def units_of(self, block: nn.Module) -> tuple[tuple[str, Unit], tuple[str, Unit]]:
+        """Both units of a block, by their names in a plan."""
+        return ("attention", self.attention_of(block)), ("mlp", self.mlp)
+
+    def has_experts(self, block: nn.Module) -> bool:
+        """Whether the MLP of a block is a mixture of experts, which is left as it is: neither shared nor solved."""
+        mlp = block.get_submodule(self.mlp.modules[-1])
+        return bool(self.experts) and hasattr(mlp, self.experts)
 
 
 def _pre_norm(stock: str) -> Family:
@@ -77,6 +96,19 @@ FAMILIES: dict[str, Family] = {
         "model.norm",
         Unit(("self_attn",), ("post_attention_layernorm",), "post_attention_layernorm"),
         Unit(("mlp",), ("post_feedforward_layernorm",), "post_feedforward_layernorm"),
+    ),
+    "lfm2": Family(
+        "Lfm2ForCausalLM",
+        "model.layers",
+        "model.embedding_norm",
+        Unit(("self_attn",), ("operator_norm",), "self_attn.out_proj"),
+        Unit(("feed_forward",), ("ffn_norm",), "feed_forward.w2"),
+        mixer=Unit(("conv",), ("operator_norm",), "conv.out_proj", gives_one=True),
+    ),
+    "qwen3_moe": replace(
+        _pre_norm("Qwen3MoeForCausalLM"),
+        mlp=Unit(("mlp",), ("post_attention_layernorm",), "mlp"),
+        experts="experts",
     ),
     "gpt2": Family(
         "GPT2LMHeadModel",

@@ -56,9 +56,13 @@ def base_distances(dense: PreTrainedModel, rank: int, metric: Metric = "low_rank
             choose the one of smallest norm (FlexiGPT, section 3, says so of block 0; tests show it).
 
     Raises:
-        PlanError: the rank is not between 1 and half the smallest side of the linears.
+        PlanError: the rank is not between 1 and half the smallest side of the linears; or blocks are of several kinds.
     """
     of_blocks = [_linears(dense, block) for block in decoder_blocks(dense)]
+    if len({tuple(_matrix(linear).shape for linear in of_block) for of_block in of_blocks}) != 1:
+        raise PlanError(
+            "a base block stands in for any other, but blocks of this model are of several kinds. Drop or replace them."
+        )
     smallest = min(side for linear in of_blocks[0] for side in _matrix(linear).shape)
     if metric == "low_rank" and not 1 <= rank <= smallest // 2:
         raise PlanError(
@@ -99,10 +103,8 @@ def base_blocks(distance_LL: Tensor | Sequence[Sequence[float]], pruned: Sequenc
 
 def _linears(dense: PreTrainedModel, block: nn.Module) -> list[nn.Module]:
     """Those of both units."""
-    family = family_of(dense.config)
-    return [
-        block.get_submodule(path) for unit in (family.attention, family.mlp) for path in linears(block, unit)
-    ]
+    units = family_of(dense.config).units_of(block)
+    return [block.get_submodule(path) for _, unit in units for path in linears(block, unit)]
 
 
 def _matrix(linear: nn.Module) -> Tensor:

@@ -92,13 +92,15 @@ def measure_evidence(
     states_BTD: list[Tensor] = []
     added_BTD: list[Tensor] = []
     attention = torch.zeros(len(blocks), dtype=torch.float64)
-    output, multiplier = family_of(dense.config).attention.output, residual_multiplier(dense.config)
+    family, multiplier = family_of(dense.config), residual_multiplier(dense.config)
     handles = [block.register_forward_pre_hook(_keep_input(states_BTD), with_kwargs=True) for block in blocks]
     handles.append(
         blocks[-1].register_forward_hook(lambda _module, _args, out: states_BTD.append(hidden_of(out)))
     )
     handles += [
-        block.get_submodule(output).register_forward_hook(lambda _module, _args, out: added_BTD.append(out))
+        block.get_submodule(family.attention_of(block).output).register_forward_hook(
+            lambda _module, _args, out: added_BTD.append(out)
+        )
         for block in blocks
     ]
     try:

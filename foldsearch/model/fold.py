@@ -10,9 +10,15 @@ from torch import nn
 
 from foldsearch.errors import ModelError, PlanError
 from foldsearch.model.blocks import FOLDED_PREFIX, Family, decoder_blocks, family_of
-from foldsearch.model.folded import FOLD_SCHEMA, folded_config_class, folded_model_class, place_slots
+from foldsearch.model.folded import (
+    FOLD_SCHEMA,
+    folded_config_class,
+    folded_model_class,
+    linears,
+    place_slots,
+)
 from foldsearch.model.parts import Borrowed, OutputNorm, Replaced
-from foldsearch.plan.plan import FoldPlan, Replacement, Slot, check_ranks
+from foldsearch.plan.plan import UNITS, FoldPlan, Replacement, Slot, check_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,6 +52,7 @@ def fold(
     """
     family = _family(dense)
     _check_plan(plan, decoder_blocks(dense), dense.config)
+    _check_kinds(plan, decoder_blocks(dense), family)
     model_class = folded_model_class(dense.config.model_type)
     with torch.device("meta"):
         model = model_class(folded_config(dense.config, plan))
@@ -86,6 +93,7 @@ def folded_config(dense: PretrainedConfig, plan: FoldPlan) -> PretrainedConfig:
         values.pop(key, None)
     config: Any = folded_config_class(dense.model_type)(**values)
     config._attn_implementation = dense._attn_implementation
+    config._experts_implementation = dense._experts_implementation
     place_slots(config, slots)
     config.fold = {"schema": FOLD_SCHEMA, "plan": str(plan), "num_blocks": plan.num_blocks, "slots": slots}
     folded: PretrainedConfig = config
@@ -155,6 +163,47 @@ def _check_plan(plan: FoldPlan, blocks: nn.ModuleList, config: Any) -> None:
             f"the plan is for a model of {plan.num_blocks} blocks, but this one has {len(blocks)}."
         )
     check_ranks(plan, config.hidden_size)
+
+
+def _check_kinds(plan: FoldPlan, blocks: nn.ModuleList, family: Family) -> None:
+    """Weights are shared among blocks of one kind, those of experts not at all; and some block attends.
+
+    Raises:
+        PlanError: the plan does otherwise.
+    """
+    for name in UNITS:
+        for _, slot, source, own in plan.runs(name):
+            if own:
+                continue
+            if name == "mlp" and family.experts:
+                raise PlanError(
+                    f"block {slot.home} runs the MLP of block {source}, but in a model with experts no MLP runs at "
+                    f"another position. Share its attention only ({slot.home}={source}a), or drop the block."
+                )
+            here, there = (_kind(blocks[block], family, name) for block in (slot.home, source))
+            if here != there:
+                raise PlanError(
+                    f"weights are shared among blocks of one kind, but block {slot.home} has {here[0]} and block "
+                    f"{source} has {there[0]}. Share with a block of the same kind, or only the MLP "
+                    f"({slot.home}={source}m)."
+                )
+    if family.mixer is None:
+        return
+    attends = [source for _, _, source, _ in plan.runs("attention")]
+    attends += [slot.first for slot in plan.slots if isinstance(slot, Replacement) and slot.is_block]
+    if not any(hasattr(blocks[block], family.attention.modules[0]) for block in attends):
+        first = next(i for i, block in enumerate(blocks) if hasattr(block, family.attention.modules[0]))
+        raise PlanError(
+            f"some block attends, else no position is known when a text goes on, but '{plan}' keeps none that does. "
+            f"Keep block {first}."
+        )
+
+
+def _kind(block: nn.Module, family: Family, name: str) -> tuple[Any, ...]:
+    """Of a unit: what it is called, and its linears with their shapes."""
+    unit = dict(family.units_of(block))[name]
+    weights = [block.get_parameter(f"{path}.weight") for path in linears(block, unit)]
+    return f"'{unit.modules[0]}'", *(tuple(weight.shape) for weight in weights)
 
 
 def _assign(model: PreTrainedModel, dense: PreTrainedModel, family: Family, plan: FoldPlan) -> None:

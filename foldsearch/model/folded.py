@@ -147,6 +147,15 @@ def place_slots(config: Any, slots: list[dict[str, Any]]) -> None:
     whole = getattr(config, "max_window_layers", None)
     if whole is not None:
         config.max_window_layers = sum(slot["home"] < whole for slot in slots)
+    if getattr(config, "full_attn_idxs", None) is not None:  # LFM2 says its list so too
+        config.full_attn_idxs = [i for i, kind in enumerate(config.layer_types) if kind == "full_attention"]
+    if (
+        getattr(config, "mlp_only_layers", None) is not None
+    ):  # Qwen's blocks without experts, listed and counted off
+        step, listed = config.decoder_sparse_step, config.mlp_only_layers
+        plain = [slot["home"] in listed or (slot["home"] + 1) % step != 0 for slot in slots]
+        config.mlp_only_layers = [position for position, is_plain in enumerate(plain) if is_plain]
+        config.decoder_sparse_step = 1
     config.num_hidden_layers = len(slots)
     if any(slot["attention"] is None for slot in slots):
         config.kv_sharing_modes = ["reuse" if slot["attention"] is None else None for slot in slots]
@@ -179,22 +188,22 @@ def assemble(model: "PreTrainedModel") -> None:
             for path in family.shared_norms:
                 block.set_submodule(path, nn.Identity())
     # One unit after the other: a position may own its attention and borrow its MLP.
-    for unit_name, unit in (("attention", family.attention), ("mlp", family.mlp)):
+    for unit_name in ("attention", "mlp"):
         owners: dict[int, nn.Module] = {}
         borrowers: list[tuple[nn.Module, dict[str, Any]]] = []
         seen: set[int] = set()  # to tell a repeat, which borrows from the first occurrence of its block
         for block, slot in zip(blocks, slots, strict=True):
             home, source = slot["home"], slot[unit_name]
+            unit = dict(family.units_of(block))[unit_name]
             if source is None:  # what replaces a run of blocks stands in the place of the MLP
-                _remove(
-                    block, unit, AbsentAttention() if unit_name == "attention" else _in_place(slot, config)
-                )
+                _remove(block, unit, _absent(unit) if unit_name == "attention" else _in_place(slot, config))
             elif source == home and home not in seen:
                 owners[home] = block
             else:
                 borrowers.append((block, slot))  # bound below, when all owners are known: one may stand later
             seen.add(home)
         for block, slot in borrowers:
+            unit = dict(family.units_of(block))[unit_name]
             _borrow(block, owners[slot[unit_name]], unit, slot["rank"])
             if slot["norm"]:
                 holder, name = _holder(block, unit.output)
@@ -227,6 +236,10 @@ def _borrow(block: nn.Module, owner: nn.Module, unit: Unit, rank: int) -> None:
         weight = getattr(holder, name).weight
         outputs, inputs = weight.shape if isinstance(getattr(holder, name), nn.Linear) else weight.shape[::-1]
         setattr(holder, name, Borrowed(*_holder(owner, path), inputs, outputs, rank))
+
+
+def _absent(unit: Unit) -> nn.Module:
+    return AbsentMLP() if unit.gives_one else AbsentAttention()
 
 
 def _in_place(slot: dict[str, Any], config: Any) -> nn.Module:

@@ -53,7 +53,12 @@ def fuse_by_cosine(
 
 def is_fusible(model: PreTrainedModel) -> bool:
     """Whether a position that stands before a gap has an output matrix of its own."""
-    return any(place.is_before_gap and place.writer for place in places_of(model))
+    return any(_is_fused(place) for place in places_of(model))
+
+
+def _is_fused(place: Place) -> bool:
+    """Before a gap, with a matrix of its own that nothing of the position reads from."""
+    return place.is_before_gap and place.writer is not None and place.writer.is_last
 
 
 @torch.no_grad()
@@ -66,7 +71,7 @@ def _fuse(
     values: dict[str, Tensor] = {}
     blocks: list[HealedBlock] = []
     for place, run in list(zip(places, runs, strict=True))[begin:]:
-        if place.is_before_gap and place.writer is not None:
+        if place.writer is not None and _is_fused(place):
             blocks.append(_fuse_one(place, place.writer, text, run, solve))
             values |= {f"{place.path}.{name}": value for name, value in place.writer.parameters().items()}
         else:

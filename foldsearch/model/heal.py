@@ -107,7 +107,10 @@ def heal(
 
     Matrices that more than one position runs stay as they are, as do those of children: a change that is good at one
     depth would be made at others too. A block without MLP is solved in what its attention writes, a network in place of
-    blocks in its last matrix. What stands before the first change runs on the dense model's states, and is not solved.
+    blocks in its last matrix. Experts are not solved, which would take each one's own tokens: a block that has some is
+    solved in what its attention writes, as if that were added to the output of the block, and keeps the solution only
+    where the block with its experts is nearer for it. What stands before the first change runs on the dense model's
+    states, and is not solved.
 
     Args:
         model: of `foldsearch.model.fold.fold`, before `attach`.
@@ -285,6 +288,7 @@ def _heal_one(
     """Solve one position, and let the text go through it; also the ridge that served, by its number."""
     weight_NT1 = text.weights(place)
     sums = sums_for(writer, text.num_tokens)
+    reads_NTD = text.own_NTD if writer.is_last else text.own_NTD.clone()
     read = text.read(run, writer)
     for here, h_MF in read:
         if (part := text.part(here)) != "led":
@@ -296,6 +300,11 @@ def _heal_one(
         if known is not None:
             return known
         return text.missed(place, read, weight_NT1, share * sums.solved(RIDGES[number], ("fitted",)))
+
+    def rerun() -> float:
+        text.own_NTD = reads_NTD.clone()
+        text.advance(run)
+        return text.missed(place, read, weight_NT1)
 
     before = text.missed(place, read, weight_NT1)
     if not math.isfinite(before + sums.square):
@@ -312,10 +321,42 @@ def _heal_one(
                 fitted_FD = writer.as_stored(TAKEN * sums.solved(RIDGES[number], ("fitted",)), stored)
                 after = text.missed(place, read, weight_NT1, fitted_FD)
                 solution_FD = writer.as_stored(solution_FD, stored)
+            if not writer.is_last:
+                fitted_FD = TAKEN * sums.solved(RIDGES[number], ("fitted",))
+                after = _change_before_experts(writer, rerun, before, (fitted_FD, solution_FD))
+                ridge = RIDGES[number] if after < before else None
+                return HealedBlock(place.position, ridge, before, after), number
             if after < before:
                 text.take(place, read, solution_FD)
                 return HealedBlock(place.position, RIDGES[number], before, after), number
     return HealedBlock(place.position, None, before, before), number
+
+
+def _change_before_experts(
+    writer: StreamWriter, rerun: Callable[[], float], before: float, changes: tuple[Tensor, Tensor]
+) -> float:
+    """Change a matrix that experts read the output of, if its position is better with it.
+
+    What experts make of a change is no linear function of it, so the position runs with it.
+
+    Args:
+        writer: of the position, whose `is_last` is false.
+        rerun: lets the position run as it is now; its error on held-out tokens.
+        before: that error, as it was.
+        changes: what the fitted tokens ask for, and what all do.
+
+    Returns:
+        The error with what the fitted tokens ask for; `before` where that is no less, and nothing has changed.
+    """
+    old, (fitted_FD, change_FD) = writer.parameters(), changes
+    writer.add(fitted_FD)
+    after = rerun()
+    for name, value in old.items():
+        writer.take(name, value)
+    if after < before:
+        writer.add(change_FD)
+    rerun()
+    return min(after, before)
 
 
 def _best_ridge(error: Callable[[int], float], first: int) -> int:

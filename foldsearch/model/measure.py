@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from fvcore.nn import FlopCountAnalysis, parameter_count
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
@@ -29,7 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from foldsearch.errors import ModelError
 from foldsearch.model.blocks import Unit, decoder_blocks, family_of
 from foldsearch.model.folded import linears
-from foldsearch.plan.cost import BlockCost, CostTable, UnitCost
+from foldsearch.plan.cost import EXPERTS, BlockCost, CostTable, UnitCost
 from foldsearch.plan.stored import Matrix, Role
 
 TRACED_TOKENS = (32, 64)  # two lengths tell a linear term from a quadratic one
@@ -39,12 +41,12 @@ _FREE = {
     f"aten::{name}"
     for name in (
         "abs add add_ all any arange argmax bitwise_and bitwise_not bitwise_or cat ceil clamp clone "
-        "contiguous copy_ cos cumsum detach diff div div_ dropout embedding empty eq erf exp expand "
+        "chunk contiguous copy_ cos cumsum detach diff div div_ dropout embedding empty eq erf exp expand "
         "expand_as feature_dropout fill_ floor floor_divide full full_like ge gelu gt index index_select "
         "layer_norm le lift_fresh logical_and logical_not logical_or lt masked_fill masked_fill_ max "
         "mean min mul mul_ ne neg new_ones ones ones_like permute pow reciprocal relu remainder repeat "
-        "reshape rms_norm rsqrt rsub scalar_tensor select sigmoid silu sin slice softmax split sqrt square "
-        "squeeze stack sub sub_ sum t tanh to transpose type_as unbind unflatten unsqueeze view where "
+        "repeat_interleave reshape rms_norm rsqrt rsub scalar_tensor select sigmoid silu sin slice softmax split sqrt "
+        "square squeeze stack sub sub_ sum t tanh to topk transpose type_as unbind unflatten unsqueeze view where "
         "zeros zeros_like"
     ).split()
 }
@@ -56,6 +58,25 @@ def _sdpa_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     key, value = inputs[1].type().sizes(), inputs[2].type().sizes()
     pairs = math.prod(query[:-1]) * key[-2]
     return Counter(scaled_dot_product_attention=pairs * (query[-1] + value[-1]))
+
+
+class _ConvolutionsInProducts(TorchFunctionMode):
+    """Convolutions over the tokens, a channel by itself, as products: torch cannot trace them without values.
+
+    What padding makes beyond the tokens is cut off again by who asks for it, and so is not made or counted.
+    Shapes: B sequences, D channels, T tokens, L tokens of a window.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func is not nn.functional.conv1d or "weight" not in given or given.get("groups", 1) == 1:
+            return func(*args, **given)
+        hidden_BDT, weight_D1L, bias_D = args[0], given["weight"], given.get("bias")
+        tokens, window = hidden_BDT.shape[-1], int(weight_D1L.shape[-1])
+        padded = torch.cat((torch.zeros_like(hidden_BDT)[..., : window - 1], hidden_BDT), -1)
+        windows_BDTL = torch.stack([padded[..., at : at + tokens] for at in range(window)], -1)
+        out_BDT = (windows_BDTL @ weight_D1L.transpose(1, 2)).squeeze(-1)
+        return out_BDT if bias_D is None else out_BDT + bias_D[:, None]
 
 
 def _no_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
@@ -72,7 +93,7 @@ def count_macs(model: nn.Module, inputs: tuple[Any, ...]) -> FlopCountAnalysis:
     analysis.set_op_handle("aten::scaled_dot_product_attention", _sdpa_macs)
     analysis.set_op_handle("aten::layer_norm", _no_macs)  # fvcore counts this kind of norm and no other
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-    with warnings.catch_warnings(), _quiet():
+    with warnings.catch_warnings(), _quiet(), _ConvolutionsInProducts():
         warnings.simplefilter("ignore")
         analysis.total()  # the trace happens here
         unknown = set(analysis.unsupported_ops()) - _FREE
@@ -112,7 +133,19 @@ class _LastLogits(nn.Module):
 def last_logits_macs(model: PreTrainedModel, tokens: int) -> FlopCountAnalysis:
     """fvcore's count for reading `tokens` tokens at once, logits for the last one only."""
     ids_BT = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
-    return count_macs(_LastLogits(model).eval(), (ids_BT,))
+    with _experts_in_products(model):
+        return count_macs(_LastLogits(model).eval(), (ids_BT,))
+
+
+@contextmanager
+def _experts_in_products(model: PreTrainedModel) -> Iterator[None]:
+    """Experts as plain products of those that a token goes to, which can be counted, and need no values."""
+    before = model.config._experts_implementation
+    model.config._experts_implementation = "batched_mm"
+    try:
+        yield
+    finally:
+        model.config._experts_implementation = before
 
 
 def measure(config: PretrainedConfig) -> CostTable:
@@ -131,9 +164,10 @@ def measure(config: PretrainedConfig) -> CostTable:
         windows = [_window(layer) for layer in DynamicCache(config=config).layers]
         kinds = [_kind(block, window) for block, window in zip(decoder_blocks(model), windows, strict=True)]
         first_of_kind = {kind: kinds.index(kind) for kind in kinds}
-        # Blocks of one kind cost the same, so only as many blocks are traced as show every kind; two at least,
-        # because a second block runs while the embeddings, the first one's input, are still alive.
-        depth = min(max(2, max(first_of_kind.values()) + 1), len(kinds))
+        # Blocks of one kind cost the same, so only as many blocks are traced as show every kind, and each of them
+        # behind the first block if it stands there at all: a later one runs while the embeddings are still alive.
+        later = [kinds.index(kind, 1) for kind in first_of_kind if kind in kinds[1:]]
+        depth = min(max(1, *first_of_kind.values(), *later) + 1, len(kinds))
         traced = AutoModelForCausalLM.from_config(_shallow(config, depth)).eval()
     costs = _block_costs(traced, windows)
     blocks = tuple(costs[first_of_kind[kind]] for kind in kinds)
@@ -176,6 +210,8 @@ def _shallow(config: PretrainedConfig, depth: int) -> PretrainedConfig:
 
 
 def _window(layer: Any) -> int:
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        return 1  # a state, of the same size after every token
     return int(layer.sliding_window) if layer.is_sliding else 0
 
 
@@ -204,10 +240,11 @@ def _block_costs(model: PreTrainedModel, windows: list[int]) -> list[BlockCost]:
     result = []
     for index, (block, kv_width) in enumerate(zip(decoder_blocks(model), _kv_widths(model), strict=True)):
         units = []
-        for unit, cached in ((family.attention, (kv_width, windows[index])), (family.mlp, (0, 0))):
+        for unit, cached in ((family.attention_of(block), (kv_width, windows[index])), (family.mlp, (0, 0))):
             names = [f"model.{family.blocks}.{index}.{name}" for name in (*unit.modules, *unit.norms)]
             weights, norms, adapter_width, matrices = _unit_parameters(block, unit)
-            units.append(UnitCost(weights, norms, width, *fit(names), adapter_width, *cached, matrices))
+            kind = EXPERTS if unit is family.mlp and family.has_experts(block) else unit.modules[0]
+            units.append(UnitCost(weights, norms, width, *fit(names), adapter_width, *cached, matrices, kind))
         attention, mlp = units
         known = _block_parameters(BlockCost(attention, mlp))
         result.append(BlockCost(attention, mlp, other=parameter_count(block)[""] - known))
@@ -247,12 +284,25 @@ def _fixed_matrices(model: PreTrainedModel, blocks: str) -> tuple[Matrix, ...]:
 
 
 def _kv_widths(model: PreTrainedModel) -> list[int]:
-    """Numbers cached per token by each block, read off the model's own cache."""
+    """Numbers cached per token by each block, or by a state as a whole, read off the model's own cache."""
     ids_BT = torch.zeros(1, 2, dtype=torch.long, device="meta")
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), _experts_in_products(model):
         cache: Any = model.base_model(input_ids=ids_BT, use_cache=True).past_key_values
-    shapes = [(layer.keys.shape, layer.values.shape) for layer in cache.layers]
-    return [keys[1] * (keys[3] + values[3]) for keys, values in shapes]
+    return [
+        sum(state.numel() for state in kept_by(layer))
+        if isinstance(layer, LinearAttentionCacheLayerMixin)
+        else layer.keys.shape[1] * (layer.keys.shape[3] + layer.values.shape[3])
+        for layer in cache.layers
+    ]
+
+
+def kept_by(layer: Any) -> list[torch.Tensor]:
+    """The tensors of a layer of transformers' cache: keys and values, or states."""
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        found = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+    else:
+        found = [getattr(layer, name, None) for name in ("keys", "values")]
+    return [tensor for tensor in found if tensor is not None]
 
 
 class _LiveNumbers(TorchDispatchMode):
@@ -266,13 +316,15 @@ class _LiveNumbers(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.index.Tensor and isinstance(args[0], nn.Parameter):
+            return outputs  # experts' weights for each token, which only products that can be counted copy
         before = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         for tensor in tree_leaves(outputs):
             if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in before:
                 storage = tensor.untyped_storage()
                 self._sizes[storage] = storage.nbytes() // tensor.element_size()
-        kept = [getattr(layer, name, None) for layer in self._cache.layers for name in ("keys", "values")]
-        cached = {id(tensor.untyped_storage()) for tensor in kept if tensor is not None}
+        kept = [tensor for layer in self._cache.layers for tensor in kept_by(layer)]
+        cached = {id(tensor.untyped_storage()) for tensor in kept}
         self.peak = max(
             self.peak, sum(size for storage, size in self._sizes.items() if id(storage) not in cached)
         )
@@ -293,7 +345,7 @@ def activation_numbers(model: PreTrainedModel, tokens: int) -> int:
     """Peak working set of the blocks when `tokens` tokens are read at once, in numbers, the KV cache aside."""
     ids_BT = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
     cache = DynamicCache(config=model.config)  # given, because without one transformers looks at token values
-    with torch.no_grad(), _quiet(), _LiveNumbers(cache) as live:
+    with torch.no_grad(), _quiet(), _experts_in_products(model), _LiveNumbers(cache) as live:
         model.base_model(input_ids=ids_BT, past_key_values=cache, use_cache=True)
     return int(live.peak)
 

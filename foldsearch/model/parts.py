@@ -161,8 +161,8 @@ class AbsentAttention(nn.Module):
 
 
 class AbsentMLP(nn.Module):
-    """An MLP that is not there: it adds nothing to the residual stream."""
+    """An MLP, or a convolution, that is not there: it adds nothing to the residual stream and caches nothing."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """hidden_states (..., D) to zeros of the same shape."""
         return torch.zeros_like(hidden_states)

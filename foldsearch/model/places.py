@@ -127,6 +127,8 @@ def writer_of(
 ) -> StreamWriter | None:
     """What a position writes to the stream last; None where it is not the position's alone, or nothing is there.
 
+    A mixture of experts has no one matrix that it writes by: there it is what the attention writes before it.
+
     Args:
         block: at the position.
         slot: of the position, from the model's config.
@@ -139,8 +141,14 @@ def writer_of(
         return StreamWriter.alone(block, path, path, shared)
     if slot["mlp"] is None and slot["attention"] is None:
         return None
-    unit = family.attention if slot["mlp"] is None else family.mlp
-    return unit_writer(block, unit, shared, multiplier)
+    if slot["mlp"] is None or family.has_experts(block):
+        if slot["attention"] is None:
+            return None
+        writer = unit_writer(block, family.attention_of(block), shared, multiplier)
+        if writer is not None:
+            writer.is_last = slot["mlp"] is None
+        return writer
+    return unit_writer(block, family.mlp, shared, multiplier)
 
 
 def unit_writer(
@@ -149,8 +157,10 @@ def unit_writer(
     """What a unit that is there writes to the stream; None where it is not this block's alone."""
     # Where a norm stands after a unit, its last linear comes last in the block too (a test looks).
     # Phi-3's attention, without such a norm, ends in another one.
-    norm = unit.output
-    path = norm if norm in linears(block, unit) else linears(block, unit)[-1]
+    norm, names = unit.output, linears(block, unit)
+    if not names:
+        return None  # experts
+    path = norm if norm in names else names[-1]
     writer = StreamWriter.alone(block, path, norm, shared)
     if writer is not None:
         writer.multiplier = multiplier
@@ -170,9 +180,12 @@ class StreamWriter:
         has_bias: whether the module adds one.
         device: of its weights.
         multiplier: of what it writes, before it is added; a network's is undone by the network.
+        is_last: whether nothing of its position reads what it writes; else experts do, and a change of it is a change
+            of theirs too.
     """
 
     multiplier: float = 1.0
+    is_last: bool = True
 
     def __init__(self, path: str, module: nn.Module, norm: nn.Module | None) -> None:
         self.path, self.module, self.norm = path, module, norm

@@ -191,6 +191,8 @@ def _shift_norms(model: PreTrainedModel, blocks: Iterable[nn.Module]) -> None:
         if isinstance(module, nn.Linear | Conv1D | Delta | Borrowed | OutputNorm | Replaced | Shift):
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.dim() > 1:
+                continue  # a short convolution, or experts and what chooses among them: they stay as they are
             parametrize.register_parametrization(module, name, Shift(parameter, parameter.numel()))
 
 

@@ -54,8 +54,8 @@ def rescale(
     the text, as it was and as it is scaled.
 
     Raises:
-        InputError: there is only one sequence; or a position runs weights that others run too, or a network; or blocks
-            of the family read the stream without a norm (OLMo 2).
+        InputError: there is only one sequence; or a position runs weights that others run too, a network or experts; or
+            blocks of the family read the stream without a norm (OLMo 2).
     """
     reads = family_of(model.config).attention
     if reads.output in reads.norms[:1]:
@@ -120,14 +120,14 @@ def _divide(model: PreTrainedModel, place: Place, scale: float) -> dict[str, Ten
     family, slot = family_of(model.config), model.config.fold["slots"][place.position]
     shared = shared_parameters(model)
     values: dict[str, Tensor] = {}
-    for name, unit in (("attention", family.attention), ("mlp", family.mlp)):
+    for name, unit in family.units_of(place.block):
         if slot[name] is None and "replaced" not in slot:
             continue
         writer = unit_writer(place.block, unit, shared) if slot[name] == slot["home"] else None
         if writer is None:
             raise InputError(
                 f"rescaling must divide what each later position writes by itself, but position {place.position} runs "
-                "weights that others run too, or a network. Drop blocks only, or heal by ridge."
+                "weights that others run too, a network or experts. Drop blocks only, or heal by ridge."
             )
         path, module = (writer.path, writer.module) if writer.norm is None else (unit.output, writer.norm)
         for key, value in _divided(module, writer, scale).items():

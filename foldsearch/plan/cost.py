@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from foldsearch.errors import BudgetError
 from foldsearch.plan.kinds import kind_named
 from foldsearch.plan.latency import Latency, Work
-from foldsearch.plan.plan import FoldPlan, Replacement
+from foldsearch.plan.plan import UNITS, FoldPlan, Replacement
 from foldsearch.plan.stored import DTYPE_TYPES, VECTOR_BYTES, Matrix
 
 GB = 10**9
+EXPERTS = "experts"
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -53,12 +54,16 @@ class Target:
 class UnitCost:
     """The attention or the MLP of one block, as measured on the dense model.
 
-    weights: parameters of its linears (they can be borrowed). norms: parameters that stay with the block.
+    weights: parameters of its linears (they can be borrowed). norms: parameters that stay with the block; also experts,
+    all of them, and what chooses among them.
     output_norm: parameters of an output norm γ on this unit.
-    macs: per token, whatever the context. context_macs: per token and per token of context.
+    macs: per token, whatever the context; of experts those that a token goes to. context_macs: per token and per token
+    of context.
     adapter_width: sum over its linears of inputs + outputs (parameters, and MACs per token, of rank 1).
-    kv_width: numbers cached per token. window: tokens its attention can see (0: all of them).
-    matrices: of its linears; the rest of `weights` are biases.
+    kv_width: numbers cached per token. window: tokens its attention can see (0: all of them); 1 where `kv_width` is a
+    state that does not grow (LFM2's short convolution).
+    matrices: of its linears; the rest of `weights` are biases. kind: blocks run the weights of those of the same kind
+    only, and nothing of experts (`EXPERTS`).
     """
 
     weights: int
@@ -70,6 +75,7 @@ class UnitCost:
     kv_width: int = 0
     window: int = 0
     matrices: tuple[Matrix, ...] = ()
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +120,28 @@ class CostTable:
             if latency.weights == target.weights and latency.runtime == target.runtime:
                 return latency
         return None
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether each block could run the weights of each other: not in a hybrid, nor in a mixture of experts."""
+        kinds = {(block.attention.kind, block.mlp.kind) for block in self.blocks}
+        return len(kinds) == 1 and all(mlp != EXPERTS for _, mlp in kinds)
+
+    def can_fold(self, plan: FoldPlan) -> bool:
+        """Whether the blocks that a plan has share weights are of one kind, and one that it runs attends."""
+        for name in UNITS:
+            kinds = [getattr(block, name).kind for block in self.blocks]
+            if name == "attention" and len(set(kinds)) > 1:
+                run = [source for _, _, source, _ in plan.runs(name)]
+                run += [slot.first for slot in plan.slots if isinstance(slot, Replacement) and slot.is_block]
+                if not any(self.blocks[block].attention.context_macs for block in run):
+                    return False
+            if any(
+                not own and (EXPERTS in kinds or kinds[source] != kinds[slot.home])
+                for _, slot, source, own in plan.runs(name)
+            ):
+                return False
+        return True
 
 
 @dataclass(frozen=True, slots=True)

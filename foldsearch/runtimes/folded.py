@@ -10,6 +10,7 @@ from foldsearch.model import blocks as blocks_file
 from foldsearch.model import folded as folded_file
 from foldsearch.model import networks as networks_file
 from foldsearch.model import parts as parts_file
+from foldsearch.model.blocks import family_of
 from foldsearch.runtimes import NOTHING, Beside, stock
 from foldsearch.runtimes.stock import check_model, rounded
 
@@ -24,8 +25,8 @@ SHIPPED_CODE = tuple(
 
 
 def before_rounding(model: PreTrainedModel) -> tuple[PreTrainedModel, bool]:
-    """The model itself."""
-    return model, True
+    """The model itself; how products with experts sum goes by where a file's weights come to lie in memory."""
+    return model, not family_of(model.config).experts
 
 
 def write(model: PreTrainedModel, folder: Path, beside: Beside = NOTHING) -> tuple[str, ...]:

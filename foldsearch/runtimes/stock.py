@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 
 
 def before_rounding(model: PreTrainedModel) -> tuple[PreTrainedModel, bool]:
-    """The stock model; where it merges adapters, it rounds once more than the folded model does."""
+    """The stock model; where it merges adapters, it rounds once more than the folded model does.
+
+    How products with experts sum goes by where their weights come to lie in memory.
+    """
     merges = any(isinstance(part, Borrowed) and part.rank for part in model.modules())
-    return expand(model), not merges
+    return expand(model), not merges and not family_of(model.config).experts
 
 
 def check_model(config: PretrainedConfig, context: int) -> tuple[str, ...]:
@@ -56,6 +59,7 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
     stock_class: Any = getattr(transformers, family_of(model.config).stock)
     config: Any = stock_config(model.config)
     config._attn_implementation = model.config._attn_implementation
+    config._experts_implementation = model.config._experts_implementation
     with torch.device("meta"):
         stock: Any = stock_class(config)
     tied: dict[int, nn.Parameter] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from operator import attrgetter
 
@@ -13,8 +14,8 @@ from foldsearch.fates import fate_named
 from foldsearch.plan.cost import GB, Budget, Cost, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan, is_foldable
 from foldsearch.proposal import Fold, Groups, Proposal, Removed, fold_plan
-from foldsearch.runtimes import ALL_CAN, Runtime, runtime_named
-from foldsearch.runtimes.needs import WORDS
+from foldsearch.runtimes import ALL_CAN, runtime_named
+from foldsearch.runtimes.needs import WORDS, Need
 from foldsearch.spec.propose import RandomSuggest, propose
 from foldsearch.spec.space import Space
 
@@ -31,19 +32,25 @@ def for_runtime(space: Space, table: CostTable, target: Target) -> Space:
             f"the {runtime.name} runtime runs models of {', '.join(sorted(runtime.families))}; this one is of "
             f"{table.family}. Take another runtime."
         )
-    if not runtime.cannot:
+    cannot: frozenset[Need] = runtime.cannot
+    if not table.is_uniform:  # a search shares over all blocks, and every child of its has an output norm
+        cannot |= frozenset[Need]({"norm"})
+    if not cannot:
         return space
-    held = held_part(space, runtime)
+    held = held_part(space, cannot)
     changes = (
         math.floor(space.removal[1] * len(table.blocks) + 1e-9) or held.attention[1] or held.groups.max_groups
     )
     lacks = "" if held.fates and changes else f"the space '{space.name}' has none"
     if table.by_position and "moved block" in runtime.cannot:
         lacks = "this model scales attention by a block's position, so its blocks cannot move either"
+    if lacks and not table.is_uniform and not runtime.cannot:
+        raise SpecError(
+            f"blocks of this model are of several kinds, or have experts, so a search shares no weights among them; "
+            f"but {lacks}. Let the space remove blocks (removal) and drop or replace them (fates)."
+        )
     if lacks:
-        without = [
-            what for need, (what, _) in WORDS.items() if need in runtime.cannot and need != "moved block"
-        ]
+        without = [what for need, (what, _) in WORDS.items() if need in cannot and need != "moved block"]
         raise SpecError(
             f"the {runtime.name} runtime runs {runtime.blocks}, so it can hold plans without {', '.join(without)} "
             f"only; but {lacks}. Let the space remove blocks (removal) and drop them (fates), or take the {ALL_CAN} "
@@ -52,12 +59,11 @@ def for_runtime(space: Space, table: CostTable, target: Target) -> Space:
     return held
 
 
-def held_part(space: Space, runtime: Runtime) -> Space:
-    """The part of the space that the runtime can hold; its fates are empty where that is none.
+def held_part(space: Space, cannot: AbstractSet[str]) -> Space:
+    """The part of the space that can do without what cannot be done; its fates are empty where that is none.
 
     Every child of a group has an output norm: what cannot do that shares nothing.
     """
-    cannot = runtime.cannot
     held = {fate: table for fate in space.fates if (table := space.table(fate).held(cannot)) is not None}
     return space.with_tables(held).model_copy(
         update={
@@ -71,7 +77,7 @@ def held_part(space: Space, runtime: Runtime) -> Space:
 def can_run(plan: FoldPlan, table: CostTable, target: Target) -> bool:
     """Whether a lawful plan can be folded from the model of the table, and held by the runtime."""
     refusal = runtime_named(target.runtime).refusal(plan, by_position=table.by_position, family=table.family)
-    return refusal is None and is_foldable(plan, table.width)
+    return refusal is None and is_foldable(plan, table.width) and table.can_fold(plan)
 
 
 def narrow(space: Space, table: CostTable, target: Target, budget: Budget) -> Space:

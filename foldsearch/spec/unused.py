@@ -158,7 +158,7 @@ def _left_out(study: Study) -> Iterator[str]:
             "trials have in common."
         )
     runtime = runtime_named(study.target.runtime)
-    held = held_part(space, runtime)
+    held = held_part(space, runtime.cannot)
     tables = (space.table(fate) for fate in space.fates)
     lost = [
         *(words for table in tables if (words := table.lost(runtime.cannot))),

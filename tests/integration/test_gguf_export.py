@@ -180,7 +180,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def test_the_families_are_those_that_llama_cpp_has() -> None:
-    assert GGUF.families == held_families() == set(FAMILIES) - {"opt"}
+    assert GGUF.families == held_families() == set(FAMILIES) - {"opt", "lfm2", "qwen3_moe"}
     assert {case.name for case in CASES.values()} == GGUF.families
 
 

@@ -169,6 +169,25 @@ def test_the_command_line_and_studies_know_it(runtime, table, capsys):
     assert told == ([True] if runtime.cannot else [])
 
 
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_moe"])
+def test_a_search_shares_nothing_among_blocks_of_several_kinds(name):
+    table, target = measure(dense_model(name).config), load_study("default").target.value()
+    held = for_runtime(load_space("everything"), table, target)
+    assert set(held.fates) == {"drop", "replace"}
+    assert held.groups.max_groups == 0
+    assert held.attention == load_space("everything").attention
+    with pytest.raises(SpecError, match=r"several kinds, or have experts, so a search shares no weights"):
+        for_runtime(load_space("flexigpt"), table, target)
+    for text, may in [
+        ("0 2-4", True),
+        ("0 1=2a 2-4", True),
+        ("0 1=0a 2-4", name == "qwen3_moe"),
+        ("0 4", name == "qwen3_moe"),
+    ]:
+        assert can_run(FoldPlan.parse(text, NUM_BLOCKS), table, target) == may
+    assert can_run(FoldPlan.parse("0 1=2m 2-4", NUM_BLOCKS), table, target) == (name == "lfm2")
+
+
 def test_what_is_not_in_the_list_is_refused_by_the_names_that_are():
     with pytest.raises(
         SpecError, match=r"must be one of 'folded', 'stock', 'gguf', 'onnx' or 'executorch'; got \"split\""

@@ -17,12 +17,12 @@ from foldsearch.model.fold import fold
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.runtimes import stock, verify
 from foldsearch.runtimes.process import ModelProcess
-from tests.tiny import CONFIGS, NUM_BLOCKS, WINDOW, dense_model
+from tests.tiny import CONFIGS, EXPERTS, NUM_BLOCKS, WINDOW, dense_model
 
 IDS = torch.randint(3, 96, (2, 40), generator=torch.Generator().manual_seed(1))
 DROPPING = ["0 2-4", "1 3", "0-3"]
 # Nothing else may have an entry for each block: what transformers knows of a family is asked for below.
-BY_BLOCK = {"layer_types", "no_rope_layers"}
+BY_BLOCK = {"layer_types", "no_rope_layers"}  # mlp_only_layers lists blocks by number
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_stock_transformers_loads_the_model_that_was_measured(name, text, proces
     model = fold(dense_model(name), plan)
     written, is_exact = stock.before_rounding(model)
     stock.write(written, tmp_path)
-    assert is_exact
+    assert is_exact == (name not in EXPERTS)  # whose products sum by where weights lie, which is alike here
     logits_BTV = verify.compared_logits(model, IDS)
     tensors = tmp_path / "tensors"
     save_file({"ids_NT": IDS, "logits_BTV": logits_BTV.contiguous()}, tensors)

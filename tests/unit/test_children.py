@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from foldsearch.errors import PlanError
-from foldsearch.model.blocks import FAMILIES, decoder_blocks, family_of
+from foldsearch.model.blocks import decoder_blocks, family_of
 from foldsearch.model.children import GAMMA_RIDGE, base_blocks, base_distances, low_rank, start_adapters
 from foldsearch.model.fold import fold
 from foldsearch.model.parts import Borrowed, OutputNorm
 from foldsearch.plan.plan import FoldPlan
-from tests.tiny import NUM_BLOCKS, WIDTH, dense_model, token_set
+from tests.tiny import NUM_BLOCKS, SHARING, WIDTH, dense_model, token_set
 from tests.tolerances import SOLVED
 
 # plain, four norms and windows, norms after units, Conv1D, parallel residual, an MLP of flattened tokens
@@ -269,7 +269,11 @@ def test_the_factors_are_balanced(problem, with_moment):
 
 
 @pytest.mark.parametrize(
-    ("name", "start"), [*((name, "svd") for name in sorted(FAMILIES)), *((name, "data") for name in NAMES)]
+    ("name", "start"),
+    [
+        *((name, "svd") for name in sorted(SHARING)),
+        *((name, "data") for name in NAMES),
+    ],
 )
 def test_at_full_rank_a_child_is_its_home_block(name, start):
     """Owners earlier and later, both units and one; but for biases, which are the owner's."""

@@ -27,7 +27,7 @@ from foldsearch.plan.cost import Target, price
 from foldsearch.plan.extend import DEFAULT_RANK, PATTERNS, extended, rank_of
 from foldsearch.plan.plan import UNITS, AdapterStart, FoldPlan, Replacement, Slot
 from tests.strategies import plans, tables
-from tests.tiny import CONFIGS, NUM_BLOCKS, dense_model, token_set
+from tests.tiny import NUM_BLOCKS, SHARING, dense_model, token_set
 
 # ---- which blocks run again
 
@@ -229,7 +229,7 @@ def test_other_children_beside_repeats_are_still_fitted(start):
         assert all(bool(gamma.eq(GAMMA_START).all()) == small for gamma in gammas)
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("name", sorted(SHARING))
 def test_without_gamma_an_extended_model_is_the_base_model(name):
     model = with_gamma(fold(dense_model(name), FoldPlan.parse(TEXT, NUM_BLOCKS)), 0.0)
     with torch.no_grad():

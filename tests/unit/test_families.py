@@ -14,12 +14,14 @@ import transformers as tf
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from foldsearch.errors import PlanError
 from foldsearch.model.blocks import BY_BLOCK, FAMILIES, decoder_blocks, family_of, residual_multiplier
 from foldsearch.model.fold import fold
 from foldsearch.model.folded import folded_model_class
+from foldsearch.model.measure import kept_by
 from foldsearch.model.parts import Borrowed, OutputNorm, Replaced
 from foldsearch.plan.plan import FoldPlan, Slot
-from tests.tiny import CONFIGS, WIDTH
+from tests.tiny import CONFIGS, SHARING, WIDTH
 from tests.tolerances import OTHER_WAY, REORDERED
 
 NUM_BLOCKS, TOKENS = 6, 20
@@ -35,14 +37,25 @@ CHANGES = {  # to the tiny models, so that all that a family can have is there o
 }
 
 
+CHANGES["lfm2"] = {"layer_types": ["conv", FULL, FULL, FULL, FULL, "conv"]}
+CHANGES["qwen3_moe"] = {"mlp_only_layers": [2, 5], "decoder_sparse_step": 1}
+
+
 def config(name):
     types = {"layer_types": TYPES} if "layer_types" in CONFIGS[name].keywords else {}
-    return CONFIGS[name](num_hidden_layers=NUM_BLOCKS, **types, **CHANGES.get(name, {}))
+    types |= CHANGES.get(name, {})
+    return CONFIGS[name](num_hidden_layers=NUM_BLOCKS, **types)
 
 
 MIXED = "0 1=3+r4+n 2 3 3=3+r2 4=2a0m 5=2m"
 REPLACED = "0 1-2~linear 3 4-5~swiglu8"
 HALVES = "0m 1a 2=3a 3 4a=3+r2 5m"
+LAYER = "0 1-3~layer 4=0 5~ffn"
+INSTEAD = {  # blocks share with those of their kind, and no MLP with experts
+    ("lfm2", LAYER): "0 1-3~layer 4 5~ffn",
+    ("qwen3_moe", MIXED): "0 1=3a+r4+n 2 3 4a=2 5a",
+    ("qwen3_moe", LAYER): "0 1-3~layer 4=0a 5~ffn",
+}
 
 
 @cache
@@ -67,7 +80,7 @@ def logits(model, ids=None):
 
 def folded(name, text):
     """A folded model whose adapters and output norms are random, so that they matter."""
-    model = fold(dense_model(name), FoldPlan.parse(text, NUM_BLOCKS))
+    model = fold(dense_model(name), FoldPlan.parse(INSTEAD.get((name, text), text), NUM_BLOCKS))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for part in model.modules():
@@ -78,6 +91,7 @@ def folded(name, text):
 
 
 families = pytest.mark.parametrize("name", sorted(FAMILIES))
+sharing = pytest.mark.parametrize("name", sorted(SHARING))
 
 
 def test_every_family_is_tested():
@@ -157,7 +171,7 @@ def test_a_units_output_is_what_is_added_to_the_residual_stream(name):
     torch.testing.assert_close(before_BTD + residual_multiplier(dense.config) * sum(added_BTD), after_BTD)
 
 
-@families
+@sharing
 def test_a_child_runs_its_owners_linears_and_its_own_norms(name):
     expected = copy.deepcopy(dense_model(name))
     family = family_of(expected.config)
@@ -170,7 +184,7 @@ def test_a_child_runs_its_owners_linears_and_its_own_norms(name):
     assert torch.equal(logits(model), logits(expected))
 
 
-@families
+@sharing
 def test_adapters_and_output_norms_equal_changed_weights(name):
     """W_child = W_owner + up · down, and (h − mean) / std · γ on what the unit adds."""
     model = folded(name, "0 1=3+r4+n 2 3 4 5")
@@ -193,12 +207,12 @@ def test_adapters_and_output_norms_equal_changed_weights(name):
                 return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * gamma
 
             theirs.get_submodule(path).register_forward_hook(normalise)
-    linears = [m for m in dense_model(name).modules() if isinstance(m, (nn.Linear, Conv1D))]
-    assert num_adapters == (len(linears) - 1) // NUM_BLOCKS
+    of_block = decoder_blocks(dense_model(name))[1].modules()
+    assert num_adapters == len([m for m in of_block if isinstance(m, (nn.Linear, Conv1D))])
     torch.testing.assert_close(logits(model), logits(expected), **OTHER_WAY)
 
 
-@families
+@sharing
 def test_a_repeat_is_the_block_once_more(name):
     """Oracle: the dense model with a copy of block 2 put in its list after block 4."""
     expected = copy.deepcopy(dense_model(name))
@@ -213,6 +227,20 @@ def test_a_repeat_is_the_block_once_more(name):
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in expected.parameters())
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("lfm2", "0 1=0 2-5", r"block 1 has 'self_attn' and block 0 has 'conv'\. .* only the MLP \(1=0m\)"),
+        ("lfm2", "0 1m 5", r"some block attends, .* but '0 1m 5' keeps none that does\. Keep block 1\."),
+        ("qwen3_moe", "0 1=3+r2 2-5", r"no MLP runs at another position\. Share its attention only \(1=3a\)"),
+        ("qwen3_moe", "0-5 5=5", r"block 5 runs the MLP of block 5, but in a model with experts"),
+    ],
+)
+def test_what_blocks_of_several_kinds_cannot_do_is_refused(name, text, words):
+    with pytest.raises(PlanError, match=words):
+        fold(dense_model(name), FoldPlan.parse(text, NUM_BLOCKS))
+
+
 @families
 def test_absent_units_add_nothing(name):
     expected = copy.deepcopy(dense_model(name))
@@ -222,6 +250,8 @@ def test_absent_units_add_nothing(name):
         return torch.zeros_like(output)
 
     for block, unit in ((0, family.attention), (1, family.mlp), (4, family.mlp), (5, family.attention)):
+        if unit is family.attention:
+            unit = family.attention_of(decoder_blocks(expected)[block])
         decoder_blocks(expected)[block].get_submodule(unit.output).register_forward_hook(silence)
     model = folded(name, "0m 1a 2-3 4a 5m")
     torch.testing.assert_close(logits(model), logits(expected), **REORDERED)
@@ -272,7 +302,7 @@ def test_a_new_layer_is_a_copy_of_the_first_block_it_replaces(name):
 
 
 @families
-@pytest.mark.parametrize("text", ["0 2-3 5", MIXED, HALVES, REPLACED, "0 1-3~layer 4=0 5~ffn"])
+@pytest.mark.parametrize("text", ["0 2-3 5", MIXED, HALVES, REPLACED, LAYER])
 def test_cached_decoding_equals_one_full_forward(name, text):
     model = folded(name, text)
     full_BTV = logits(model)
@@ -283,10 +313,10 @@ def test_cached_decoding_equals_one_full_forward(name, text):
             cache = output.past_key_values
             steps.append(output.logits)
     torch.testing.assert_close(torch.cat(steps, 1), full_BTV, **OTHER_WAY)
-    filled = [getattr(layer, "keys", None) is not None for layer in cache.layers]
+    filled = [bool(kept_by(layer)) for layer in cache.layers]
     assert filled == [
         slot.attention is not None if isinstance(slot, Slot) else slot.is_block
-        for slot in FoldPlan.parse(text, NUM_BLOCKS).slots
+        for slot in FoldPlan.parse(INSTEAD.get((name, text), text), NUM_BLOCKS).slots
     ]
 
 

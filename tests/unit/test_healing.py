@@ -22,11 +22,11 @@ from foldsearch.model.healing import METHODS
 from foldsearch.model.states import residual_states
 from foldsearch.model.training import HealMethod
 from foldsearch.plan.plan import FoldPlan
-from tests.tiny import CONFIGS, NUM_BLOCKS, dense_model, token_set
+from tests.tiny import CONFIGS, EXPERTS, NUM_BLOCKS, SHARING, dense_model, token_set
 
 IDS = token_set(sequences=12, length=16).ids_NT
 NORM_AFTER = ("gemma2", "gemma3_text", "olmo2")
-names = pytest.mark.parametrize("name", CONFIGS)
+names = pytest.mark.parametrize("name", SHARING)
 methods = pytest.mark.parametrize("method", METHODS)
 fused = pytest.mark.parametrize("method", ["fused", "fused-cosine"])
 
@@ -72,9 +72,23 @@ def test_where_blocks_read_the_stream_itself_its_scale_cannot_be_mended(states_o
         METHODS["rescale"].heal(folded(dense, "0 2 4"), states_of(dense), IDS, None)
 
 
+def test_other_ways_than_ridge_leave_experts_alone(states_of):
+    dense = dense_model("qwen3_moe")
+    assert not METHODS["fused"].can_heal(folded(dense, "0 2-4"))
+    with pytest.raises(
+        InputError, match=r"position 1 runs weights that others run too, a network or experts"
+    ):
+        METHODS["rescale"].heal(folded(dense, "0 2-4"), states_of(dense), IDS, None)
+
+
 @pytest.mark.parametrize(
     ("name", "method"),
-    [(name, method) for name in CONFIGS for method in METHODS if (name, method) != ("olmo2", "rescale")],
+    [
+        (name, method)
+        for name in CONFIGS
+        for method in METHODS
+        if (name, method) != ("olmo2", "rescale") and (name not in EXPERTS or method == "ridge")
+    ],
 )
 def test_a_healed_model_is_of_the_same_shape_and_is_built_again_from_what_is_told(method, name, states_of):
     dense = dense_model(name)
@@ -138,7 +152,7 @@ def test_only_what_stands_before_a_gap_is_fused(method, text, positions, states_
     assert [block.position for block in healed.blocks] == positions
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in NORM_AFTER])
+@pytest.mark.parametrize("name", [name for name in SHARING if name not in NORM_AFTER])
 def test_the_map_is_the_least_squares_one(name, states_of):
     dense = dense_model(name)
     states = states_of(dense)
@@ -192,7 +206,7 @@ def without_epsilon(dense):
     return twin
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "olmo2"])
+@pytest.mark.parametrize("name", [name for name in SHARING if name != "olmo2"])
 @torch.no_grad()
 def test_to_divide_what_follows_is_to_multiply_the_stream(name, states_of):
     """Oracle: the state that comes across each gap is multiplied by a hook, as the paper has it; the logits agree."""
@@ -220,7 +234,9 @@ def test_to_divide_what_follows_is_to_multiply_the_stream(name, states_of):
     found = model(input_ids=IDS, use_cache=False).logits
     assert len(factors) == 2
     assert max(abs(factor - 1) for factor in factors) > 1e-3
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    # LFM2's convolution multiplies three projections of what it reads, and their rounding with them
+    tolerance = 1e-3 if name == "lfm2" else 1e-4
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_a_gap_at_the_end_leaves_nothing_to_rescale():

@@ -16,7 +16,7 @@ from hypothesis import Phase, given, settings
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from foldsearch.errors import ModelError
+from foldsearch.errors import ModelError, PlanError
 from foldsearch.model.blocks import FAMILIES
 from foldsearch.model.fold import fold
 from foldsearch.model.measure import activation_numbers, last_logits_macs, measure
@@ -42,7 +42,7 @@ PLANS = {
     "layer": "0-1~layer 2-4",
     "replaced": "0~ffn9 1=3+r3+n 2~layer 3 4~swiglu",
 }
-ALL_TRACED = ("gemma2", "gpt2")  # a trace takes a second
+ALL_TRACED = ("gemma2", "gpt2", "lfm2", "qwen3_moe")  # a trace takes a second
 TRACED = ("identity", "everything")
 REPLACED_TRACED = ("llama", "gpt_neox", "opt")  # also where a unit stands elsewhere
 
@@ -69,6 +69,12 @@ def test_prices_are_what_the_real_folded_models_have(name):
     dense = dense_model(name)
     for label, text in PLANS.items():
         plan = parse(text)
+        if not table(name).can_fold(plan):
+            with pytest.raises(
+                PlanError, match=r"runs the MLP of block|shared among blocks of one kind|some block attends"
+            ):
+                fold(dense, plan)
+            continue
         cost, model = price(plan, table(name), TARGET), fold(dense, plan)
         assert cost.stored_bytes == 4 * unique_parameters(model) == 4 * parameter_count(model)[""], label
         traced = label in TRACED or (label == "replaced" and name in REPLACED_TRACED)
@@ -94,6 +100,8 @@ def test_the_cache_is_what_the_model_fills(name):
     price counts the window, so it is one token a sliding block above.
     """
     for text in PLANS.values():
+        if not table(name).can_fold(parse(text)):
+            continue
         model = fold(dense_model(name), parse(text))
         filled = DynamicCache(config=model.config)
         ids_BT = torch.full((2, CONTEXT), 5)
@@ -101,13 +109,36 @@ def test_the_cache_is_what_the_model_fills(name):
             model(input_ids=ids_BT, past_key_values=filled, use_cache=True)
         held, sliding_token = 0, 0
         for layer in filled.layers:
-            if getattr(layer, "keys", None) is not None and layer.keys.numel():
+            if hasattr(layer, "conv_states"):
+                held += 4 * sum(state.numel() for state in layer.conv_states.values())
+            elif getattr(layer, "keys", None) is not None and layer.keys.numel():
                 held += 4 * (layer.keys.numel() + layer.values.numel())
                 if layer.is_sliding:
                     assert layer.keys.shape[2] == WINDOW - 1
                     sliding_token += 4 * (layer.keys.numel() + layer.values.numel()) // (WINDOW - 1)
         target = Target("float32", context=CONTEXT, batch=2)
         assert price(parse(text), table(name), target).kv_bytes == held + sliding_token
+
+
+def test_a_short_convolution_in_closed_form():
+    """LFM2: in and out, the window's products, and a state of as many columns as the window, however long the text."""
+    conv, attention = table("lfm2").blocks[0].attention, table("lfm2").blocks[1].attention
+    assert conv.macs == conv.weights + 3 * WIDTH
+    assert (conv.weights, conv.norms, conv.context_macs) == (4 * WIDTH**2, WIDTH + 3 * WIDTH, 0)
+    assert (conv.kv_width, conv.window, attention.kv_width, attention.window) == (3 * WIDTH, 1, 2 * 2 * 8, 0)
+    assert {block.mlp.kind for block in table("lfm2").blocks} == {"feed_forward"}
+
+
+def test_experts_in_closed_form():
+    """Memory holds all six of them; a token is multiplied by two, and by what chooses them."""
+    experts, plain = table("qwen3_moe").blocks[0].mlp, table("qwen3_moe").blocks[1].mlp
+    of_one = 3 * WIDTH * 16
+    assert (experts.weights, experts.norms) == (0, 6 * of_one + 6 * WIDTH + WIDTH)
+    assert experts.macs == 2 * of_one + 6 * WIDTH
+    assert (plain.weights, plain.norms, plain.macs) == (3 * WIDTH * 40, WIDTH, 3 * WIDTH * 40)
+    assert not table("qwen3_moe").is_uniform
+    assert not table("lfm2").is_uniform
+    assert table("llama").is_uniform
 
 
 def test_windows_are_of_their_blocks():
@@ -241,7 +272,7 @@ def test_attention_in_plain_products_is_counted_too():
 
 def test_an_unknown_family_is_an_error():
     with pytest.raises(
-        ModelError, match=r"'bloom'. Known: gemma, gemma2, gemma3_text, gpt2, gpt_neox, granite, llama"
+        ModelError, match=r"'bloom'. Known: gemma, gemma2, gemma3_text, gpt2, gpt_neox, granite, lfm2, llama"
     ):
         measure(tf.BloomConfig(hidden_size=16, n_layer=2, n_head=2))
 
