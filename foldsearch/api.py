@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foldsearch.errors import InputError, RunError, quote_error
+from foldsearch.errors import InputError, PlanError, RunError, quote_error
 from foldsearch.files import check_writable, replace_atomically, write_json
 from foldsearch.paths import check_path, command, printable
 from foldsearch.plan.cost import CostTable, Target, price
@@ -111,6 +111,7 @@ def dry_run(study: Study, progress: StageProgress = silent, notice: Notice = unh
     Raises:
         BudgetError: no plan of the space can keep the budget.
         ModelError, DataError: the model or the text cannot be used.
+        RunError: there is no run as the study is to begin with.
     """
     from foldsearch.machine import choose_device
     from foldsearch.model.measure import measure
@@ -124,11 +125,13 @@ def dry_run(study: Study, progress: StageProgress = silent, notice: Notice = unh
         with_times,
     )
     from foldsearch.search.dry_run import plan_search
+    from foldsearch.search.warm import check_warm
     from foldsearch.spec.unused import unused_settings
 
     for words in unused_settings(study):
         notice(words)
     choose_device(study.device)
+    check_warm(study)
     check_data(study)
     found = open_source(study, progress)
     say_unused(study, found, notice)
@@ -241,7 +244,7 @@ def try_plan(
         context = prepare_context(  # it makes the folder, once all can be used
             study,
             folder,
-            check=lambda table: check_ranks(FoldPlan.parse(text, len(table.blocks)), table.width),
+            check=lambda table: _check_tried(FoldPlan.parse(text, len(table.blocks)), table, study),
             progress=progress,
             notice=notice,
         )
@@ -249,6 +252,24 @@ def try_plan(
         recovery = propose_recovery(Plain({"delta_rank": study.space.recover.middle_rank}), study.space)
         proposal = Proposal(given, replace(recovery, trains=trains or recovery.trains), "hand")
         yield from run_trial(proposal, context, number=_TRIED, progress=progress)
+
+
+def _check_tried(plan: FoldPlan, table: CostTable, study: Study) -> None:
+    """What can be refused of a plan when the model's shape is known.
+
+    Raises:
+        PlanError: it cannot be folded, or the runtime that is to store its weights in few bits cannot hold it.
+    """
+    check_ranks(plan, table.width)
+    target = study.narrowest()
+    runtime = runtime_named(target.runtime)
+    refusal = runtime.refusal(plan, by_position=table.by_position, family=table.family)
+    if target.rounds and refusal is not None:
+        what, remedy = refusal
+        raise PlanError(
+            f"a model with weights in {target.weights} is measured as the {runtime.name} runtime stores it, which has "
+            f"{runtime.blocks} only, but the plan '{plan}' has {what}. Leave the type of weights out, or {remedy}."
+        )
 
 
 def export_tried(

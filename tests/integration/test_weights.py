@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from foldsearch import shipped
+from foldsearch import api, shipped
 from foldsearch.context import TrialContext, open_workbench
+from foldsearch.errors import PlanError
 from foldsearch.model.judge import judge
 from foldsearch.plan.cost import price
 from foldsearch.plan.plan import FoldPlan
@@ -98,3 +99,20 @@ def test_dense_is_priced_in_its_dtype(context: TrialContext) -> None:
 
 def test_without_a_budget_of_bytes_there_is_no_rival(context: TrialContext) -> None:
     assert measure_rivals(of_study(context, budget=BudgetSettings(flops="0.8x"))) == ()
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ("0 1=0+r2+n 2-4", "an output norm"),
+        ("0 2a 3-4", "a block without attention or without MLP"),
+        ("0 1-3~linear 4", "a network"),
+    ],
+)
+def test_a_plan_that_the_runtime_of_its_type_cannot_hold_is_refused(
+    context: TrialContext, plan: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOLDSEARCH_CACHE", str(context.cache_dir))
+    with pytest.raises(PlanError, match=rf"in q4_0 is measured as the gguf runtime stores it.*({words})"):
+        list(api.try_plan(plan, context.study, folder=tmp_path / "tried"))
+    assert not any(tmp_path.iterdir())
