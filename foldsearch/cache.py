@@ -95,12 +95,12 @@ def once(
         is_whole: whether the entry is there.
         keep: let nobody remove it until `let_go` is called, or this process ends: it may be opened again.
     """
-    known = True
+    known, fetches = True, behind is not None
     while True:
         if not is_whole(path):
             with alone(_lock(path)):
                 if not is_whole(path):
-                    known = behind is not None and behind.fetch(path)
+                    known = fetches and behind is not None and behind.fetch(path)
                     if not known:
                         make(path)
                     _note_sum(path)
@@ -118,6 +118,7 @@ def once(
                     return found, known
             # While it is held open, no other file has its inode.
             _remove_damaged(path, inode)
+            fetches = False  # it may have been damaged where it was fetched from
 
 
 class _Damaged(Exception):

@@ -65,6 +65,7 @@ from foldsearch.search.storage import network_words, place_of, storage_errors, u
 from foldsearch.search.warm import (
     Trained,
     begun_with,
+    check_warm,
     keep_trained,
     known_trained,
     known_words,
@@ -157,6 +158,7 @@ def run_search(
         if study is None:
             raise ValueError("a new run needs a study.")
         Run.check_new(folder)
+        check_warm(study)
         with workplace(study, again) as place, shared_cache(place.storage):
             for words in unused_settings(study):
                 note(words)

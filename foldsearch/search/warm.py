@@ -24,6 +24,7 @@ from foldsearch.run import Run
 from foldsearch.search.records import read_trials
 from foldsearch.search.screened import Promoted, Screened
 from foldsearch.spec.fit import can_run
+from foldsearch.spec.study import Study
 
 SCHEMA = 2  # of what is kept
 LISTED = 5  # plans of each list that are told, at even distances of the front
@@ -67,6 +68,16 @@ def _rounded_to(run: Run, weights: str) -> str:
 
 
 # ---- a run that is named
+
+
+def check_warm(study: Study) -> None:
+    """Whether the run that a study is to begin with is there; whether it fits is known when the text is read.
+
+    Raises:
+        RunError: it is not.
+    """
+    if study.warm_from is not None:
+        Run.open(local(study.warm_from))
 
 
 def warm_plans(run: Run) -> list[Trained]:

@@ -299,6 +299,22 @@ def test_an_entry_that_another_process_made_again_meanwhile_stays(
     assert len(made) == 1
 
 
+def test_an_entry_that_is_damaged_where_it_is_fetched_from_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Other:
+        def fetch(self, path: Path) -> bool:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(b"no JSON")
+            return True
+
+        def offer(self, path: Path) -> None:
+            assert json.loads(path.read_text())["value"] == [1]
+
+    monkeypatch.setattr(cache, "behind", Other())
+    assert cache.json_once(tmp_path / "evidence" / f"{0:016x}.json", lambda: [1]) == ([1], False)
+
+
 def test_an_entry_that_cannot_be_read_however_often_is_told(tmp_path: Path) -> None:
     """What fails on an entry that was just made is no damage."""
 

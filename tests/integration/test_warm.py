@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from foldsearch import api
 from foldsearch.context import TrialContext, close_workbench
 from foldsearch.errors import RunError
 from foldsearch.plan.cost import GB, price
@@ -13,7 +14,7 @@ from foldsearch.plan.plan import FoldPlan
 from foldsearch.record import front
 from foldsearch.search.events import Event, Notice
 from foldsearch.search.records import Records
-from foldsearch.search.run import _screened
+from foldsearch.search.run import _screened, run_search
 from foldsearch.search.screened import Promoted
 from foldsearch.search.warm import (
     Trained,
@@ -155,3 +156,13 @@ def test_only_the_front_is_told(earlier: TrialContext) -> None:
     assert str(plans[1]) in words
     assert str(plans[0]) not in words
     assert known_words(run, (), []) == ""
+
+
+def test_a_run_that_is_not_there_is_told_before_anything_is_read(study: Study, tmp_path: Path) -> None:
+    """`prepare` is given what fails in another way where it is called."""
+    asked = study.model_copy(update={"warm_from": str(tmp_path / "nowhere"), "model": "./no model"})
+    with pytest.raises(RunError, match=r"a run folder holds study\.json, but there is no .*nowhere"):
+        run_search(asked, tmp_path / "run", prepare="json:loads")
+    with pytest.raises(RunError, match=r"a run folder holds study\.json, but there is no .*nowhere"):
+        api.dry_run(asked)
+    assert not any(tmp_path.iterdir())
