@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 
 from foldsearch.cli import main
 from foldsearch.errors import InputError, VerificationError
-from foldsearch.export import Shipment, export, verify
+from foldsearch.export import Shipment, export
 from foldsearch.export import card as card_module
 from foldsearch.export.card import Probe, files_of, hashes_of, read_card, write_card
 from foldsearch.export.recheck import Rechecked, _ways, recheck
 from foldsearch.model.fold import fold
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.runtimes import runtime_named, stock
+from foldsearch.runtimes import runtime_named, stock, verify
 from foldsearch.runtimes.folded import SHIPPED_CODE
 from foldsearch.version import __version__
 from tests.tiny import NUM_BLOCKS, dense_model, tokenizer
