@@ -45,7 +45,7 @@ demo: .venv/installed
 	$(BIN)/foldsearch export runs/demo --to gguf --type q8_0 --out exports/demo-gguf --prompt $(PROMPT)
 
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # ExecuTorch brings torchao, which speaks up wherever torch is imported: it has an environment of its own
 .venv-executorch/installed: constraints.txt pyproject.toml

@@ -43,7 +43,8 @@ def test_the_dashboard_shows_trials_constraints_and_notes_live(board: str, run_p
     (summary,) = get(f"{board}api/studies")["study_summaries"]
     study = get(f"{board}api/studies/{summary['study_id']}")
     records = read_trials(Run.open(run_path))
-    assert study["objective_names"] == list(METRIC_NAMES.values())
+    names = [METRIC_NAMES[name] for name in Run.open(run_path).study.objectives]
+    assert study["objective_names"] == names
 
     states = {record.number: record.state for record in records}
     shown = {trial["number"]: trial for trial in study["trials"]}

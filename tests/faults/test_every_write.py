@@ -115,7 +115,7 @@ def run_process(run: Run, context: Any = None, trial: str = FAKES["trial"]) -> N
     while (asked := line.next(num_running=0)) is not None:
         number, proposal = asked
         worker = TrialRunner.__new__(TrialRunner)
-        worker.setup({"number": number, "proposal": proposal.to_json()}, context, trial, None)
+        worker.setup({"number": number, "proposal": proposal.to_json()}, context, trial, None, None)
         search.started(number)
         try:
             while not search.judge(number, encode(worker._next())):

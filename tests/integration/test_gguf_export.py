@@ -488,10 +488,10 @@ def test_what_llama_cpp_does_in_another_way_is_told() -> None:
 
 
 def test_a_server_that_does_not_answer_is_ended_and_another_one_asked(tmp_path: Path, monkeypatch) -> None:
-    """The first two processes sleep; the third answers."""
+    """The first process sleeps; the second answers."""
     monkeypatch.setenv("SLEEPS", str(tmp_path / "sleeps"))
     monkeypatch.setattr(engine, "LOADING_SECONDS", 20.0)
-    (tmp_path / "sleeps").write_text("2")
+    (tmp_path / "sleeps").write_text("1")
     sleepy = engine.EngineJob(
         replace(runtimes.LLAMA_CPP, module="tests.sleepy"), 1, IDS, torch.ones_like(IDS).bool()
     )
@@ -499,9 +499,9 @@ def test_a_server_that_does_not_answer_is_ended_and_another_one_asked(tmp_path: 
         assert figures.version == "awake"
     assert len(figures.log_probabilities) == 4 * 39
     (tmp_path / "sleeps").write_text("9")
-    monkeypatch.setattr(engine, "LOADING_SECONDS", 5.0)
+    monkeypatch.setattr(engine, "LOADING_SECONDS", 2.0)
     with (
-        pytest.raises(ProcessError, match="did not answer within 5 s"),
+        pytest.raises(ProcessError, match="did not answer within 2 s"),
         engine.running(sleepy, tmp_path, tmp_path),
     ):
         pass

@@ -31,6 +31,11 @@ UNSEEN = token_set(sequences=20, length=LENGTH, seed=9).ids_NT
 NUM_FITTED = 30  # three quarters
 NORM_AFTER = ("gemma2", "gemma3_text", "olmo2")
 names = pytest.mark.parametrize("name", CONFIGS)
+# One of each way to build a block; the others take minutes together.
+QUICK = ("llama", "gemma2", "gpt2", "qwen3_moe")
+slowly = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.runtimes] * (name not in QUICK)) for name in CONFIGS]
+)
 
 
 def folded(dense, text: str):
@@ -182,7 +187,7 @@ PLANS = [
 ]  # fmt: skip
 
 
-@names
+@slowly
 def test_held_out_error_never_grows_and_most_of_it_is_seen_on_other_text(name, states_of):
     dense = dense_model(name)
     states = states_of(dense)

@@ -53,7 +53,8 @@ def test_a_price_is_what_the_tensors_of_a_file_take(name: str, weights: str, tmp
     """Rows of 40 numbers fill no whole blocks, those of 32 do."""
     dense = dense_model(name)
     table, target = measure(dense.config), replace(STOCK, weights=weights)
-    for text in ("0-4", "0 2-4", "0 1=3 2-4"):
+    # llama.cpp knows by heart which blocks of a SmolLM3 do not turn: plans may move none of them
+    for text in ("0-4", "0-3") if name == "smollm3" else ("0-4", "0 2-4", "0 1=3 2-4"):
         plan = FoldPlan.parse(text, NUM_BLOCKS)
         model = runtime.before_rounding(fold(dense, plan))[0]
         write_gguf(tmp_path / "model.gguf", model, weights, {}, {})
