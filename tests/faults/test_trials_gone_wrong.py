@@ -35,7 +35,7 @@ def begin(place: Path, faults: dict[str, Any], **settings: Any) -> Run:
 def worker_of(run: Run, number: int, proposal: Any) -> TrialRunner:
     runner = TrialRunner.__new__(TrialRunner)
     config = {"number": number, "proposal": proposal.to_json()}
-    runner.setup(config, FakeContext(run, run.path.parent / "cache", threads=1), FAKES["trial"], None)
+    runner.setup(config, FakeContext(run, run.path.parent / "cache", threads=1), FAKES["trial"], None, None)
     return runner
 
 
