@@ -95,9 +95,9 @@ def test_the_clock_of_the_wall_may_be_set(tmp_path: Path, monkeypatch: pytest.Mo
         real = time.time()
         monkeypatch.setattr(time, "time", lambda real=real, hours=hours: real + 3600 * hours)
         assert before - 100 < line.left <= before
-        progress = worker._ProgressFile(tmp_path / "progress.json", line.deadline)
+        progress = worker._Progress(lambda phase, share: None, line.deadline)
         progress("recovery", 0.1)
         progress("recovery", 0.2)
-    over = worker._ProgressFile(tmp_path / "progress.json", time.monotonic() - 1)
+    over = worker._Progress(lambda phase, share: None, time.monotonic() - 1)
     with pytest.raises(TimeUp):
         over("recovery", 0.3)
