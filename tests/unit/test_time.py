@@ -158,14 +158,14 @@ def test_a_worker_ends_its_trial_within_a_step(tmp_path: Path, monkeypatch: pyte
     """A step of 3 s that would end after the deadline is not begun."""
     turned = Clock()
     monkeypatch.setattr(worker, "time", turned)
-    progress = worker._ProgressFile(tmp_path / "progress.json", 1010.0)
+    progress = worker._Progress(lambda phase, share: None, 1010.0)
     for turned.now in (1000.0, 1003.0, 1006.0):
         progress("recovery", 0.1)
     turned.now = 1009.0
     with pytest.raises(TimeUp, match="in its recovery"):
         progress("recovery", 0.2)
     turned.now = 1009.5
-    worker._ProgressFile(tmp_path / "progress.json", 1010.0)("measuring", 0.0)
+    worker._Progress(lambda phase, share: None, 1010.0)("measuring", 0.0)
 
 
 def test_asking_for_longer_than_the_run_may_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
