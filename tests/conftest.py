@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +32,15 @@ settings.register_profile(
     "unhurried", deadline=None
 )  # an example's time depends on what else the machine does
 settings.load_profile("unhurried")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _signals_as_found() -> Iterator[None]:
+    """What a library makes of signals, as Ray does in the process that joins it, ends with the file of its tests."""
+    found = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for signum, handler in found.items():
+        signal.signal(signum, handler)
 
 
 @pytest.fixture(scope="session")

@@ -152,6 +152,7 @@ def run_trial(
             if progress is not None:
                 progress("recovery", 0.5)
         trial = trial_at(plan, study, rung, proposal, number)
+        place.path.mkdir(parents=True, exist_ok=True)
         for path in (place.start, *([place.recovered] if study.rungs[rung] else [])):
             path.write_bytes(b"\x02" + bytes(7) + b"{}")  # safetensors with no tensor
         write_json(place.record, to_json(trial))  # last, as a trial does: what it names is there
