@@ -46,6 +46,7 @@ _MOST_PLACE_BYTES = MOST_SOCKET_BYTES - len(_SOCKET) - len(f"/{_PREFIX}12345678"
 _SHM = Path("/dev/shm")
 _YOUNG_SECONDS = 60.0
 _KILL_SECONDS = 5.0  # that Ray's processes have to go by themselves
+_AUTH_MODE = "RAY_AUTH_MODE"
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths stay what they were
@@ -393,8 +394,9 @@ def quiet(*, joins: bool = False) -> Iterator[None]:
     """Ray's settings and its voice; all is put back. `joins`: a cluster of somebody's, whose token is theirs too."""
     changed: dict[str, str | None] = {
         **_QUIET,
-        "RAY_ADDRESS": None,
-    }  # where to join is said by who calls
+        "RAY_ADDRESS": None,  # where to join is said by who calls
+        _AUTH_MODE: os.environ.get(_AUTH_MODE),  # unset, Ray sets it at its start, for all that follows in the process
+    }
     if not joins and not _home_takes_a_token():
         changed["RAY_AUTH_TOKEN"] = _token()
     before = {name: os.environ.get(name) for name in changed}
@@ -439,7 +441,7 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 
 def _home_takes_a_token() -> bool:
     """Whether Ray's processes can prove to each other who they are by a file in the home folder, as is its way."""
-    if any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")):
+    if any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", _AUTH_MODE)):
         return True  # somebody cares for it
     try:
         folder = Path.home() / ".ray"

@@ -117,12 +117,14 @@ def test_a_cluster_of_somebodys_is_left_alone(monkeypatch: pytest.MonkeyPatch, t
     with own_ray.quiet():
         assert "RAY_ADDRESS" not in os.environ
         assert "RAY_AUTH_TOKEN" not in os.environ  # Ray keeps its own in the home folder
+        os.environ["RAY_AUTH_MODE"] = "token"  # as ray.init does
     assert dict(os.environ) == before
 
 
 @pytest.mark.parametrize("home", ["/proc", "/dev/null"])
 def test_without_a_home_ray_gets_its_token_from_us(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", home)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     with own_ray.quiet():
         token = os.environ["RAY_AUTH_TOKEN"]
     assert len(token) == 64
