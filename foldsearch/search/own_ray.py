@@ -395,7 +395,8 @@ def quiet(*, joins: bool = False) -> Iterator[None]:
     changed: dict[str, str | None] = {
         **_QUIET,
         "RAY_ADDRESS": None,  # where to join is said by who calls
-        _AUTH_MODE: os.environ.get(_AUTH_MODE),  # unset, Ray sets it at its start, for all that follows in the process
+        # Where it is not set, Ray sets it at its start, for all that follows in the process.
+        _AUTH_MODE: os.environ.get(_AUTH_MODE),
     }
     if not joins and not _home_takes_a_token():
         changed["RAY_AUTH_TOKEN"] = _token()
