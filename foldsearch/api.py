@@ -60,17 +60,21 @@ def find_model(
     return prepare_model(study, found, run_folder=run_folder, progress=progress)[0]
 
 
-def measure_model(study: Study, progress: StageProgress = silent) -> CostTable:
+def measure_model(study: Study, progress: StageProgress = silent, notice: Notice = unheard) -> CostTable:
     """What the blocks of the study's model cost: parameters, and MACs per token by fvcore. No weight is read.
+
+    `notice` is told where the model is a part of another one.
 
     Raises:
         ModelError: the model cannot be found, or its family is not known.
     """
-    from foldsearch.model.measure import measure
     from foldsearch.model.source import open_config
-    from foldsearch.prepare import open_source
+    from foldsearch.prepare import cost_table, open_source, say_part
 
-    return measure(open_config(open_source(study, progress)))
+    found = open_source(study, progress)
+    table = cost_table(found, open_config(found))
+    say_part(study, found, table, notice)
+    return table
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +118,14 @@ def dry_run(study: Study, progress: StageProgress = silent, notice: Notice = unh
         RunError: there is no run as the study is to begin with.
     """
     from foldsearch.machine import choose_device
-    from foldsearch.model.measure import measure
     from foldsearch.model.source import check_cache, default_cache_dir, open_config, open_tokenizer
     from foldsearch.prepare import (
         check_data,
         check_study_lengths,
+        cost_table,
         make_study_splits,
         open_source,
+        say_part,
         say_unused,
         with_times,
     )
@@ -138,7 +143,8 @@ def dry_run(study: Study, progress: StageProgress = silent, notice: Notice = unh
     config = open_config(found)
     if words := check_study_lengths(study, config):
         notice(words)
-    table = measure(config)
+    table = cost_table(found, config)
+    say_part(study, found, table, notice)
     study.narrowed(table)  # refused before the text is read
     if study.has_times:
         cache_dir = default_cache_dir()
@@ -528,7 +534,8 @@ def write_passport(
         InputError: the file exists, or cannot be written.
     """
     from foldsearch.export.passport import passport
-    from foldsearch.model.source import open_config
+    from foldsearch.model.source import open_config, whole_config
+    from foldsearch.model.whole import class_name
     from foldsearch.prepare import open_source
 
     trial, folder = run.pick(number=number), run.folder
@@ -548,6 +555,7 @@ def write_passport(
         base_model=folder.study.model,
         dtype=folder.target.dtype,
         weights_changed=" and ".join(changes),
+        part_of="" if (whole := whole_config(source)) is None else class_name(whole),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, value)
@@ -584,6 +592,7 @@ def _export(
         runtime=runtime.name,
         weights=form.stored(runtime, context.target.storing(trial.weights)),
         gguf=context.files.gguf,
+        whole=context.files.whole,
         context=context.target.context,
         dtype=context.target.dtype,
         ids_NT=bench.splits.report.ids_NT,

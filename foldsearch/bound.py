@@ -127,7 +127,8 @@ def lower_bound(proposal: Proposal, table: CostTable, target: Target) -> Cost:
         read_bytes = max(0, weights + again + carried) * unit_bytes
         prompt_ms, decode_ms = _times(latency, table, running, thinned, (new_macs, read_bytes, size))
     return Cost(
-        weight_bytes=(table.fixed_weights + weights + (0 if target.shares_weights else again)) * unit_bytes,
+        weight_bytes=(table.outside_weights(target) + weights + (0 if target.shares_weights else again))
+        * unit_bytes,
         adapter_bytes=carried * unit_bytes,
         kv_bytes=kv * target.batch * size,
         activation_bytes=(activations + table.vocabulary) * target.batch * size,

@@ -386,7 +386,7 @@ def _price(args: argparse.Namespace) -> int:
     check_plan_text(args.plan)
     study = _study(args)
     with _status() as progress:
-        table = measure_model(study, progress)
+        table = measure_model(study, progress, _say)
     plan = FoldPlan.parse(args.plan, len(table.blocks))
     check_ranks(plan, table.width)
     out = console()

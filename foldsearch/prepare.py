@@ -20,15 +20,18 @@ from foldsearch.machine import choose_device, choose_precision
 from foldsearch.model import source
 from foldsearch.model.checks import check_lengths, check_tokens
 from foldsearch.model.content import ContentHashes
+from foldsearch.model.convert import quiet
 from foldsearch.model.measure import measure
 from foldsearch.model.own_text import OwnText, first_tokens, kept_text, with_own_text
 from foldsearch.model.splits import SplitRules, make_splits
 from foldsearch.model.text import Source, check_reference, holds, local_path
 from foldsearch.model.tokens import Splits, front_of
+from foldsearch.model.whole import class_name, count_rest
 from foldsearch.paths import printable
-from foldsearch.plan.cost import CostTable
+from foldsearch.plan.cost import DTYPE_BYTES, GB, CostTable
 from foldsearch.progress import Notice, StageProgress, silent, unheard
 from foldsearch.run import Run, RunFolder
+from foldsearch.runtimes import STOCK
 from foldsearch.spec.study import SourceSettings, Study
 
 
@@ -144,7 +147,9 @@ def prepare_context(
     if made is None and (words := check_study_lengths(study, config)):
         notice(words)
     progress("pricing the dense model", 0.0)
-    table = measure(config)
+    table = cost_table(found, config)
+    if made is None:
+        say_part(study, found, table, notice)
     check(table)
     if study.has_times:  # before the text is read: a budget that no plan keeps is refused here
         table = with_times(study, found, config, table, cache_dir, (progress, notice), run_folder=run_folder)
@@ -166,7 +171,7 @@ def prepare_context(
     opened = AutoConfig.from_pretrained(files.folder, trust_remote_code=files.trust_remote_code)
     if opened.tie_word_embeddings != config.tie_word_embeddings:
         # The config says tied, but the checkpoint holds two matrices that differ: only the weights could tell.
-        table = replace(measure(opened), latencies=table.latencies)
+        table = replace(cost_table(found, opened), latencies=table.latencies)
         check(table)
     context = TrialContext(Run(run_folder, study, table, files.note), files, cache_dir, device)
     if made is None:
@@ -190,6 +195,39 @@ def _asked(context: TrialContext, progress: StageProgress) -> TrialContext:
     sets = (splits.search, splits.report, *([splits.recovery] if bench.recovery else []))
     tokens = sum(one.ids_NT.numel() for one in sets)
     return replace(context, asking_seconds=seconds, token_seconds=seconds / tokens if asked else 0.0)
+
+
+def cost_table(found: source.ModelSource, config: PretrainedConfig) -> CostTable:
+    """The costs of a model that was found: of its blocks, and of what a model that also sees has beside its text part.
+
+    Raises:
+        ModelError: the family is unknown, or an operation cannot be counted.
+    """
+    whole = source.whole_config(found)
+    table = measure(config)
+    if whole is None:
+        return table
+    with quiet():
+        return replace(table, rest_weights=count_rest(whole))
+
+
+def say_part(study: Study, found: source.ModelSource, table: CostTable, notice: Notice) -> None:
+    """Tell that a model is one that also sees: what of it is searched, and what is priced."""
+    whole = source.whole_config(found)
+    if whole is None:
+        return
+    target = study.target.value()
+    size = f"{table.rest_weights * DTYPE_BYTES[target.dtype] / GB:.2f} GB in {target.dtype}"
+    priced = (
+        f"The rest, {size}, is priced with it, as an export to {target.runtime} holds both."
+        if target.holds_rest
+        else f"The rest, {size}, is not priced: only exports to {STOCK} hold it, which are the whole model again. Set "
+        f"the target's runtime to {STOCK} to price both."
+    )
+    notice(
+        f"'{printable(study.model)}' is a {class_name(whole)}: its text part, a {table.family} model of "
+        f"{len(table.blocks)} blocks, is folded and measured. {priced}"
+    )
 
 
 def with_times(

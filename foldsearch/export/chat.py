@@ -7,12 +7,20 @@ from typing import Any
 from foldsearch.export.checks import raise_for
 from foldsearch.export.figures import ChatReport
 from foldsearch.export.shipment import Job
+from foldsearch.model.tokens import as_parts, reads_parts
 from foldsearch.runtimes import verify
 from foldsearch.runtimes.process import ModelProcess
 
 QUESTION = ({"role": "user", "content": "What is the capital of France?"},)
 ANSWER_TOKENS = 24  # at most: a few lines say whether a model answers at all
 SECONDS = 600.0  # a program that has not answered by then has stopped
+
+
+def question_to(job: Job) -> list[dict[str, Any]]:
+    """The question in the form that the chat template of an export reads."""
+    tokenizer = job.beside.tokenizer
+    in_parts = tokenizer is not None and reads_parts(tokenizer)
+    return as_parts(QUESTION) if in_parts else list(QUESTION)
 
 
 def ask_chat(job: Job, process: ModelProcess) -> ChatReport | None:
@@ -28,8 +36,9 @@ def ask_chat(job: Job, process: ModelProcess) -> ChatReport | None:
     tokenizer: Any = job.beside.tokenizer
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         return None
-    expected = tokenizer.apply_chat_template(list(QUESTION), tokenize=False, add_generation_prompt=True)
-    answer = process.ask("chat", seconds=SECONDS, messages=QUESTION, num_tokens=ANSWER_TOKENS)
+    question = question_to(job)
+    expected = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    answer = process.ask("chat", seconds=SECONDS, messages=question, num_tokens=ANSWER_TOKENS)
     engine = job.runtime.engine
     is_full = engine is not None and engine.most_stops == len(answer["stops"])  # the runtime has told that
     faults = [] if is_full else stop_faults(job.stops, answer["stops"])

@@ -14,13 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from foldsearch.errors import describe_error
-from foldsearch.export.chat import ANSWER_TOKENS, QUESTION, SECONDS, ask_chat
+from foldsearch.export.chat import ANSWER_TOKENS, SECONDS, ask_chat, question_to
 from foldsearch.export.checks import raise_for, while_loading
 from foldsearch.export.engine import TOLERANCES, EngineJob, compare, expected, fault_of, running
 from foldsearch.export.figures import ChatReport, EngineReport, ModelFigures, Speed
 from foldsearch.export.folder import ROOM
 from foldsearch.export.shipment import Job, file_bytes, on_cpu
+from foldsearch.model.convert import quiet
 from foldsearch.model.fold import cast as in_dtype
+from foldsearch.model.whole import put_back
 from foldsearch.paths import beside
 from foldsearch.plan.cost import DTYPE_BYTES, GB
 from foldsearch.runtimes import Engine
@@ -70,7 +72,7 @@ def compare_in_torch(
                 note = _lacks_room(job, dense)
                 if not note:
                     with _loaded_dense(job, dense, place, workplace) as (process, figures):
-                        chat = _beside_dense(chat, process)
+                        chat = _beside_dense(job, chat, process)
                         return Compared(figures, "", take_turns(exported, process), chat=chat)
             except (ProcessError, OSError, SafetensorError) as error:
                 note = f"The dense model could not be measured: {describe_error(error)}."
@@ -78,11 +80,11 @@ def compare_in_torch(
         return Compared(None, note, take_turns(exported), chat=chat)
 
 
-def _beside_dense(chat: ChatReport | None, process: ModelProcess) -> ChatReport | None:
+def _beside_dense(job: Job, chat: ChatReport | None, process: ModelProcess) -> ChatReport | None:
     """A chat with the dense model's answer beside the export's."""
     if chat is None:
         return None
-    answer = process.ask("chat", seconds=SECONDS, messages=QUESTION, num_tokens=ANSWER_TOKENS)
+    answer = process.ask("chat", seconds=SECONDS, messages=question_to(job), num_tokens=ANSWER_TOKENS)
     return replace(chat, dense=answer["text"])
 
 
@@ -112,7 +114,7 @@ def compare_in_engine(job: Job, engine: Engine, dense: PreTrainedModel | None, w
             try:
                 figures = _write_dense(job, dense, place)
                 other, beside_it = stack.enter_context(running(asked, place, workplace))
-                chat = _beside_dense(chat, other)
+                chat = _beside_dense(job, chat, other)
                 speeds = take_turns(process, other, is_warm=True)
                 return Compared(
                     replace(figures, resident_bytes=beside_it.resident_bytes),
@@ -154,7 +156,11 @@ def _loaded_dense(
     job: Job, dense: PreTrainedModel, place: Path, workplace: Path
 ) -> Iterator[tuple[ModelProcess, ModelFigures]]:
     """The dense model as transformers writes it, in the dtype that ships, in a process of its own."""
-    on_cpu(in_dtype(dense, getattr(torch, job.weights))).save_pretrained(place)
+    written = on_cpu(in_dtype(dense, getattr(torch, job.weights)))
+    if job.beside.whole is not None:
+        with quiet():
+            written = put_back(written, job.beside.whole)
+    written.save_pretrained(place)
     if job.beside.tokenizer is not None:  # it is asked in a chat
         job.beside.tokenizer.save_pretrained(place)
     tensors = workplace / "tokens.safetensors"
@@ -168,7 +174,8 @@ def _lacks_room(job: Job, dense: PreTrainedModel) -> str:
     """Why the dense model cannot be measured beside the export; empty where it can."""
     import psutil
 
-    needed = ROOM * sum(parameter.numel() for parameter in dense.parameters()) * DTYPE_BYTES[job.dtype]
+    numbers = sum(parameter.numel() for parameter in dense.parameters()) + job.rest_parameters
+    needed = ROOM * numbers * DTYPE_BYTES[job.dtype]
     for what, free in (
         ("disk", shutil.disk_usage(job.folder.parent).free),
         ("memory", psutil.virtual_memory().available),

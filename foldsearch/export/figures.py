@@ -221,7 +221,8 @@ class ExportReport:
     engine: what the program of the runtime found; None where that is transformers, or, as engine_note says, where it is
     not installed: then there are no speeds. notes: what the runtime does in another way than transformers. chat: a
     question through the chat template; None where the model has none. predicted: its times as the search reckoned
-    them; None where it did not.
+    them; None where it did not. whole: the class of the model that also sees, where the export is such a model with its
+    text part folded; what is measured is then its text, and the counts and bytes are of the whole.
     """
 
     runtime: str
@@ -255,6 +256,7 @@ class ExportReport:
     notes: tuple[str, ...] = ()
     chat: ChatReport | None = None
     predicted: Predicted | None = None
+    whole: str = ""
 
     @property
     def latency_words(self) -> str:

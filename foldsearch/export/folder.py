@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from safetensors import SafetensorError
 
@@ -131,10 +131,12 @@ def runtime_of(folder: Path) -> Runtime | None:
 def load_exported(folder: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """An exported model, whatever its runtime, in eval mode and its own dtype; and its tokenizer, where it has one.
 
+    Of a text part that was put back into the model that also sees, the whole model.
+
     Raises:
         ModelError: not a model folder, or weights are missing from it.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from foldsearch.model.register import register
 
@@ -149,7 +151,7 @@ def load_exported(folder: Path | str) -> tuple[PreTrainedModel, PreTrainedTokeni
     if loader:
         loaded, wrong = cast("Loader", import_module(loader)).load(str(folder), "auto", None)
     else:
-        auto: Any = AutoModelForCausalLM
+        auto = verify.auto_class(str(folder))
         loaded, info = auto.from_pretrained(folder, dtype="auto", output_loading_info=True)
         wrong = verify.wrong_keys(info)
     if wrong:

@@ -25,7 +25,13 @@ _BY_BLOCK = (
 
 
 def passport(
-    plan: FoldPlan, config: PretrainedConfig, *, base_model: str, dtype: str, weights_changed: str
+    plan: FoldPlan,
+    config: PretrainedConfig,
+    *,
+    base_model: str,
+    dtype: str,
+    weights_changed: str,
+    part_of: str = "",
 ) -> dict[str, Any]:
     """What the file holds, as plain JSON.
 
@@ -36,15 +42,19 @@ def passport(
         dtype: of what a tool is to write.
         weights_changed: how the weights of the folded model became others than the dense model's, in words; empty where
             they did not.
+        part_of: the class of the model that also sees whose text part was folded; empty where it is no part.
 
     Each tool that cannot do what the plan does has `null`, and "why_not" says what it lacks.
     """
     lacks = _lacks(plan, config)
+    if part_of:
+        lacks["mergekit"] = lacks["mergekit"] or f"be told to read the text part of a {part_of}"
     why_not = {name: f"it cannot {what}" for name, what in lacks.items() if what}
     return {
         "foldsearch": SCHEMA,
         "plan": str(plan),
         "base_model": base_model,
+        **({"part_of": part_of} if part_of else {}),
         "num_blocks": plan.num_blocks,
         "kept_blocks": [slot.home for slot in plan.slots if isinstance(slot, Slot)],
         "dropped_blocks": list(plan.dropped),

@@ -40,7 +40,7 @@ def model_card(card: Card, folder: Path) -> str:
     loading = "\n\n".join(parts)
     return f"""---
 library_name: {runtime.engine.library if runtime.engine else "transformers"}
-tags: [foldsearch, text-generation]
+tags: [foldsearch, {"image-text-to-text" if report.whole else "text-generation"}]
 ---
 # {base_model}, folded
 
@@ -96,8 +96,9 @@ def loading_lines(report: ExportReport, folder: Path) -> str:
         where = f"FOLDER = {str(folder)!r}  # where this file lies"
         return runtime.engine.python.format(where=where, prompt=f'"{PROMPT}"') + "\n"
     trust = ", trust_remote_code=True" if runtime.carries_code else ""
+    auto = "AutoModelForImageTextToText" if report.whole else "AutoModelForCausalLM"
     classes = [
-        *([] if runtime.loader else ["AutoModelForCausalLM"]),
+        *([] if runtime.loader else [auto]),
         *(["AutoTokenizer"] if report.has_tokenizer else []),
     ]
     lines = [
@@ -108,7 +109,7 @@ def loading_lines(report: ExportReport, folder: Path) -> str:
         f"FOLDER = {str(folder)!r}  # where this file lies, or the name of the model on the hub",
         'model, _ = load(FOLDER, "auto", None)'
         if runtime.loader
-        else f'model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto"{trust})',
+        else f'model = {auto}.from_pretrained(FOLDER, dtype="auto"{trust})',
     ]
     if report.has_tokenizer:
         lines += [
@@ -116,6 +117,11 @@ def loading_lines(report: ExportReport, folder: Path) -> str:
             f'prompt = tokenizer("{PROMPT}", return_tensors="pt")',
             "written = model.generate(prompt.input_ids, attention_mask=prompt.attention_mask, max_new_tokens=20)",
             "print(tokenizer.decode(written[0], skip_special_tokens=True))",
+            *(
+                ["# images and text go in through AutoProcessor.from_pretrained(FOLDER)"]
+                if report.whole
+                else []
+            ),
         ]
     else:
         lines += [
@@ -154,6 +160,7 @@ def not_checked(report: ExportReport, probe: Probe) -> list[str]:
         *([report.chat.note] if report.chat and report.chat.note else []),
         *([] if report.chat else ["a chat: the tokenizer has no chat template"]),
         f"texts of more than {longest:,} tokens; what the model knows, which `foldsearch evaluate` asks",
+        *(["what it says of images: its text part was measured, on text"] if report.whole else []),
         *(["other programs that read such models, such as vLLM"] if not runtime.engine else []),
         "other devices than the processor",
     ]

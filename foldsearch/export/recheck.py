@@ -23,6 +23,7 @@ from foldsearch.export.card import CARD, Card, Probe, files_of, hashes_of, read_
 from foldsearch.export.chat import ANSWER_TOKENS, QUESTION, SECONDS, stop_faults
 from foldsearch.export.engine import TOLERANCES, EngineJob, compare, fault_of, running
 from foldsearch.model.checks import SHARED
+from foldsearch.model.tokens import as_parts
 from foldsearch.paths import printable
 from foldsearch.progress import StageProgress, silent
 from foldsearch.runtimes import Runtime, runtime_named
@@ -210,7 +211,10 @@ def _check_chat(
     chat = found.card.report.chat
     if chat is None or (runtime.engine is not None) != in_engine:
         return
-    answer = process.ask("chat", seconds=SECONDS, messages=QUESTION, num_tokens=ANSWER_TOKENS)
+    for question in (list(QUESTION), as_parts(QUESTION)):  # in one of these forms it was asked
+        answer = process.ask("chat", seconds=SECONDS, messages=question, num_tokens=ANSWER_TOKENS)
+        if answer["prompt"] == chat.prompt:
+            break
     faults = stop_faults(list(chat.stops), answer["stops"])
     if answer["prompt"] != chat.prompt:
         faults.append(

@@ -37,11 +37,13 @@ from foldsearch.export.readme import checked, loading_lines, model_card, not_che
 from foldsearch.export.shipment import Job, Shipment, few_of, on_cpu
 from foldsearch.files import check_writable
 from foldsearch.machine import computing_dtype
+from foldsearch.model.convert import quiet
 from foldsearch.model.fold import cast as in_dtype
+from foldsearch.model.whole import name_in, put_back
 from foldsearch.paths import check_path
 from foldsearch.plan.cost import DTYPE_BYTES, CostTable
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.runtimes import Beside, runtime_named, verify
+from foldsearch.runtimes import Beside, Runtime, runtime_named, verify
 from foldsearch.runtimes.process import ModelProcess
 from foldsearch.version import __version__
 
@@ -93,10 +95,16 @@ def export(
         shipped = on_cpu(
             in_dtype(written, getattr(torch, shipment.dtype)) if is_same else writer.rounded(written, weights)
         )
-    weight_bytes = _weight_bytes(shipped)
+    whole = shipment.whole if runtime.puts_back else None
+    of_text = _num_parameters(shipped)
+    if whole is not None:
+        with quiet():
+            shipped = put_back(shipped, whole)
+    num_parameters, weight_bytes = _num_parameters(shipped), _weight_bytes(shipped)
+    notes += _part_notes(shipment, runtime, num_parameters - of_text)
     make_room(folder, weight_bytes)
     extras = Beside(
-        tokenizer, weights, shipment.base_model, str(shipment.plan), shipment.gguf, shipment.context
+        tokenizer, weights, shipment.base_model, str(shipment.plan), shipment.gguf, shipment.context, whole
     )
     with whole_or_absent(folder, weight_bytes) as temporary:
         notes += writer.write(shipped, temporary, extras)
@@ -117,17 +125,36 @@ def export(
             tolerance=ROUNDING[held_in] if is_rounded else 0.0,
             loss_tolerance=LOSS_ROUNDING[held_in] if is_rounded else 0.0,
             weight_bytes=weight_bytes,
-            num_parameters=sum(parameter.numel() for parameter in shipped.parameters()),
+            num_parameters=num_parameters,
+            rest_parameters=num_parameters - of_text,
             beside=extras,
             prompt_tokens=shipment.prompt_tokens,
         )
         del written, shipped, measured
         probe = _asked(job.measured, tokens)
-        report = replace(_report(job, shipment, probe), notes=notes, has_tokenizer=tokenizer is not None)
+        report = replace(
+            _report(job, shipment, probe),
+            notes=notes,
+            has_tokenizer=tokenizer is not None,
+            whole=name_in(whole) if whole else "",
+        )
         if unrounded is not None:
             report = replace(report, measured_perplexity=unrounded)
         _write_cards(job, shipment, report, probe, folder)
     return report
+
+
+def _part_notes(shipment: Shipment, runtime: Runtime, rest: int) -> tuple[str, ...]:
+    """What a person should know of the export of a text part: where the rest is, of so many parameters."""
+    if shipment.whole is None:
+        return ()
+    name = name_in(shipment.whole)
+    if not runtime.puts_back:
+        return (f"This is the text part of a {name} alone. {runtime.apart}",)
+    return (
+        f"Of this {name} only the text part was folded, and was measured, on text. The rest, {rest / 1e6:,.1f} million "
+        f"parameters, has the numbers of the base model, in {shipment.dtype}.",
+    )
 
 
 def _computing_in(dtype: str, model: PreTrainedModel) -> PreTrainedModel:
@@ -290,6 +317,10 @@ def _versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
+
+
+def _num_parameters(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _weight_bytes(model: PreTrainedModel) -> int:

@@ -36,6 +36,7 @@ class Shipment:
     dense: the model it was folded from. Where it was loaded from a folder, its figures are taken too.
     details: goes into the card, as it is (JSON); "base_model" names the base model.
     gguf: the files of the GGUF that the dense model was read from; none where it was no GGUF.
+    whole: the folder of the model that also sees whose text part the dense model is; None where it is no part.
     predicted: its times as they were reckoned, for the same runtime and type of weights; None where nothing was.
     licences: of the model and the text. recipe: how the model is made again; None where that is not known.
     shows_text: whether the tokens of ids_NT go into the export, so that its figures can be taken again anywhere; else
@@ -51,6 +52,7 @@ class Shipment:
     details: Mapping[str, Any] = field(default_factory=dict)
     weights: str = ""
     gguf: tuple[Path, ...] = ()
+    whole: Path | None = None
     context: int = 0
     licences: Licences = Licences()  # noqa: RUF009  # it is frozen
     recipe: Recipe | None = None
@@ -86,8 +88,9 @@ class Job:
 
     measured: what it is held against. tokens: ids_NT and text_NT. weights: how they are stored; dtype: in which torch
     computes with them (see `foldsearch.machine.computing_dtype`). tolerance: of the logits, as a share of their RMS;
-    loss_tolerance: of the mean next-token loss, in nats. weight_bytes, num_parameters: that were written. beside: what
-    went into it with the model. prompt_tokens: that are read when its speed is taken.
+    loss_tolerance: of the mean next-token loss, in nats. weight_bytes, num_parameters: that were written, and
+    rest_parameters: of these, what is not of the text part that was measured. beside: what went into it with the model.
+    prompt_tokens: that are read when its speed is taken.
     """
 
     folder: Path
@@ -100,6 +103,7 @@ class Job:
     loss_tolerance: float
     weight_bytes: int
     num_parameters: int
+    rest_parameters: int
     beside: Beside
     prompt_tokens: int
 

@@ -25,6 +25,7 @@ from foldsearch.model.gguf.file import GgufFile, read_gguf
 from foldsearch.model.gguf.names import NAMES
 from foldsearch.model.gguf.tokenizer import build_tokenizer
 from foldsearch.model.gguf.weights import TensorReader, read_weights
+from foldsearch.model.whole import check_text, class_name, is_whole, text_part
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -36,6 +37,7 @@ __all__ = [
     "convert",
     "name_some",
     "quiet",
+    "read_config",
     "write_error",
     "write_gguf_tokenizer",
 ]
@@ -103,7 +105,8 @@ def convert(source: ModelSource, config: PretrainedConfig, target: Path, dtype: 
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
         _write_folder(source, config, tensors, temporary, say)
-        record = {"note": _quantisation_note(file) if file else "", "reference": source.reference}
+        note = _quantisation_note(file) if file else _part_note(source)
+        record = {"note": note, "reference": source.reference}
         (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         temporary.chmod(0o755)  # mkdtemp makes it private, but a cache may be shared
         if target.exists():  # without its record: not ours, or damaged by hand
@@ -136,17 +139,34 @@ def _read_gguf(file: GgufFile, dtype: str, say: Say) -> tuple[PretrainedConfig, 
     return config, tensors
 
 
+def read_config(source: ModelSource) -> PretrainedConfig:
+    """The config.json of a folder of a transformers model, as it is: of a model that also sees, that of the whole.
+
+    Raises:
+        OSError, ValueError and whatever else a config's own class raises.
+    """
+    from transformers import AutoConfig
+
+    with quiet():
+        found: PretrainedConfig = AutoConfig.from_pretrained(
+            source.folder, trust_remote_code=source.trust_remote_code
+        )
+    return found
+
+
 def _read_checkpoint(
     source: ModelSource, config: PretrainedConfig, dtype: str, say: Say
 ) -> tuple[PretrainedConfig, dict[str, torch.Tensor]]:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    whole = is_whole(stored := read_config(source))
+    auto: Any = AutoModelForImageTextToText if whole else AutoModelForCausalLM
     try:
         with quiet():
             # annotated as a model, but with output_loading_info it is a pair
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto.from_pretrained(
                 source.folder,
-                config=config,
+                config=stored if whole else config,
                 dtype=DTYPES[dtype],
                 trust_remote_code=source.trust_remote_code,
                 output_loading_info=True,
@@ -156,19 +176,15 @@ def _read_checkpoint(
         what = f"{source.reference}: its weights cannot be read"
         raise ModelError(quote_error(what, error, "If a file is damaged, fetch it again.")) from error
     model: PreTrainedModel = loaded[0]
-    info: dict[str, Any] = loaded[1]
-    if info["missing_keys"] or info["mismatched_keys"]:
-        lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        raise ModelError(
-            f"{source.reference}: the weights do not fill the model: {name_some(lacking)} are missing or have "
-            "another shape. A file is damaged or incomplete, or it is not a language model (no "
-            "output layer): fetch it again, or give another model."
-        )
-    if info["unexpected_keys"]:
-        say(
-            f"{source.reference}: not part of the model, left out: {name_some(sorted(info['unexpected_keys']))}"
-        )
-    tied = model.all_tied_weights_keys
+    _check_filled(source.reference, loaded[1], say)
+    if whole:
+        text = text_part(model)
+        check_text(source.reference, model.eval(), text)
+        # Tied as the whole model's were found to be, under the names of the text model.
+        tied = dict(text.all_tied_weights_keys)
+        model = text
+    else:
+        tied = model.all_tied_weights_keys
     if getattr(model.config, "tie_word_embeddings", False) and not tied:
         model.config.tie_word_embeddings = (
             False  # the checkpoint's two matrices differ, whatever its config said
@@ -176,6 +192,23 @@ def _read_checkpoint(
     model.config.architectures = [type(model).__name__]
     tensors = {name: value for name, value in model.state_dict().items() if name not in tied}
     return model.config, tensors
+
+
+def _check_filled(reference: str, info: dict[str, Any], say: Say) -> None:
+    """Whether the weights of a checkpoint fill the model; what is not a part of it is told.
+
+    Raises:
+        ModelError: some are missing, or have another shape.
+    """
+    if info["missing_keys"] or info["mismatched_keys"]:
+        lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        raise ModelError(
+            f"{reference}: the weights do not fill the model: {name_some(lacking)} are missing or have "
+            "another shape. A file is damaged or incomplete, or it is not a language model (no "
+            "output layer): fetch it again, or give another model."
+        )
+    if info["unexpected_keys"]:
+        say(f"{reference}: not part of the model, left out: {name_some(sorted(info['unexpected_keys']))}")
 
 
 def _stored_names(folder: Path) -> dict[str, str]:
@@ -223,6 +256,12 @@ def _quantisation_note(file: GgufFile) -> str:
     main = max(num_values, key=lambda kind: num_values[kind])
     bits = re.match(r"I?T?Q(\d)", main)
     return f"{bits[1]}-bit ({main}) weights, de-quantised" if bits else ""
+
+
+def _part_note(source: ModelSource) -> str:
+    """Of what the model is a part; empty where it is the whole model."""
+    stored = read_config(source)
+    return f"text part of a {class_name(stored)}" if is_whole(stored) else ""
 
 
 # ------------------------------------------------------------------------------------------------------------ words

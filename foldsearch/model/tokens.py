@@ -15,10 +15,10 @@ Shapes: N sequences, T tokens of a sequence, P = T − 1 positions that predict 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -28,7 +28,19 @@ from foldsearch.model.text import count_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SPLITS", "Kinds", "Over", "Splits", "TokenSet", "begun", "check_disjoint", "front_of", "text_ids"]
+__all__ = [
+    "SPLITS",
+    "Kinds",
+    "Over",
+    "Splits",
+    "TokenSet",
+    "as_parts",
+    "begun",
+    "check_disjoint",
+    "front_of",
+    "reads_parts",
+    "text_ids",
+]
 
 SPLITS = ("search", "recovery", "report")
 Over = Literal["mean", "worst"]
@@ -241,3 +253,28 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, front: tuple[int, ..
     """A text's own ids. One that has the front written out, as chat templates write it, does not get it twice."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids[len(front) :] if tuple(ids[: len(front)]) == front else ids
+
+
+def reads_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a chat template reads the content of a message as a list of parts, and drops one that is a text.
+
+    Templates of models that also see do, many of them: a part is an image or a text.
+    """
+    probe = [{"role": "user", "content": _PROBE}]
+    shown = []
+    for messages in (probe, as_parts(probe)):
+        try:
+            shown.append(_PROBE in str(tokenizer.apply_chat_template(messages, tokenize=False)))
+        except Exception:  # a template is a program of its own, and may raise what it likes
+            shown.append(False)
+    return shown == [False, True]
+
+
+def as_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose texts are lists of one part, the text; contents that are no text stay as they are."""
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message.get("content"), str)
+        else dict(message)
+        for message in messages
+    ]

@@ -29,6 +29,7 @@ class Target:
     prefill_chunk: tokens that go through the model at once when a prompt is read.
     runtime: the name of what runs the export (see `foldsearch.runtimes`).
     shares_weights: whether it stores a shared weight once; else it stores it again for every child, adapters merged.
+    holds_rest: whether an export of a text part is the whole model, whose other parts are then priced too.
     weights: the type that matrices are stored in (`foldsearch.plan.stored`); empty where all weights are of the dtype.
     """
 
@@ -39,6 +40,7 @@ class Target:
     runtime: str = "folded"
     shares_weights: bool = True
     weights: str = ""
+    holds_rest: bool = False
 
     @property
     def rounds(self) -> bool:
@@ -99,6 +101,8 @@ class CostTable:
     family: the model type of transformers.
     fixed_matrices: outside the blocks; the rest of `fixed_weights` are norms and biases.
     latencies: how fast it is on this machine, in each type of weights that was asked for (see `foldsearch.calibrate`).
+    rest_weights: parameters of the model that also sees but for its text part, which is what all else here is of; 0
+    where the model is one of text alone.
     """
 
     width: int
@@ -113,6 +117,11 @@ class CostTable:
     family: str = ""
     fixed_matrices: tuple[Matrix, ...] = ()
     latencies: tuple[Latency, ...] = ()
+    rest_weights: int = 0
+
+    def outside_weights(self, target: Target) -> int:
+        """Parameters outside the blocks that an export for a target holds."""
+        return self.fixed_weights + (self.rest_weights if target.holds_rest else 0)
 
     def latency_on(self, target: Target) -> Latency | None:
         """What was measured for a target; None where nothing was."""
@@ -259,8 +268,8 @@ def parse_flops(text: str, dense: Cost) -> int:
 def in_stored_units(table: CostTable, target: Target) -> tuple[CostTable, int]:
     """The table with its weights in the units that the target stores, and the bytes of a unit.
 
-    A unit is a number of the target's dtype; where the target has a type of weights, it is a byte. Adapters, and
-    networks in place of blocks, stay numbers: what has a type holds neither.
+    A unit is a number of the target's dtype; where the target has a type of weights, it is a byte. Adapters, networks
+    in place of blocks, and what is beside a text part, stay numbers: what has a type holds none of them.
     """
     if not target.weights:
         return table, DTYPE_BYTES[target.dtype]
@@ -408,7 +417,7 @@ class _Sums:
         if latency is not None:
             prompt_ms, decode_ms = latency.times(self.work(unit_bytes, size))
         return Cost(
-            weight_bytes=(table.fixed_weights + stored) * unit_bytes,
+            weight_bytes=(table.outside_weights(target) + stored) * unit_bytes,
             adapter_bytes=self.carried * unit_bytes,
             kv_bytes=self.kv_width_tokens * target.batch * size,
             activation_bytes=(activations + table.vocabulary) * target.batch * size,

@@ -47,7 +47,8 @@ class Beside:
 
     tokenizer: of the model; None writes none. weights: how weights are stored, a dtype or one of the runtime's types.
     base_model, plan: what was folded, and how. gguf: the files of the GGUF that the base model was read from.
-    context: tokens that the model is to see; 0 where nobody says.
+    context: tokens that the model is to see; 0 where nobody says. whole: the folder of the model that also sees whose
+    text part was folded, where the export is that whole model.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -56,6 +57,7 @@ class Beside:
     plan: str = ""
     gguf: tuple[Path, ...] = ()
     context: int = 0
+    whole: Path | None = None
 
 
 NOTHING = Beside()
@@ -153,6 +155,8 @@ class Runtime:
     lacks: dtypes that it does not compute in: what is in these is stored in float32.
     own_kernels: whether a loaded export is computed by others than torch's, which sum in another order.
     engine: the program itself, where it is not transformers.
+    puts_back: whether an export of the text part of a model that also sees is the whole model. apart: else, what
+    becomes of the rest of it, in words.
     """
 
     name: str
@@ -173,6 +177,8 @@ class Runtime:
     lacks: frozenset[str] = frozenset()
     own_kernels: bool = False
     engine: Engine | None = None
+    puts_back: bool = False
+    apart: str = "The whole model is what an export to stock holds."
 
     @property
     def needs_only_transformers(self) -> bool:
@@ -341,6 +347,7 @@ RUNTIMES: tuple[Runtime, ...] = (
         file="foldsearch.runtimes.stock",
         carries_code=False,
         card="A stock transformers model: it needs nothing else.",
+        puts_back=True,
     ),
     Runtime(
         name="gguf",
@@ -363,6 +370,8 @@ RUNTIMES: tuple[Runtime, ...] = (
         ),
         periods={"smollm3": 4},
         engine=LLAMA_CPP,
+        apart="llama.cpp reads the rest from a file of its own (mmproj), and the one of the base model goes with this "
+        "file: what the blocks read and write is as wide as before.",
     ),
     Runtime(
         name="onnx",
@@ -443,6 +452,7 @@ def exported_bytes(plan: FoldPlan, table: CostTable, target: Target) -> dict[str
             runtime=runtime.name,
             shares_weights=runtime.shares_weights,
             weights=weights if weights in TYPES else "",
+            holds_rest=runtime.puts_back,
         )
         found[runtime.name] = None if refusal else price(plan, table, there).stored_bytes
     return found

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from foldsearch.model.blocks import family_of
 from foldsearch.model.fold import cast, stock_config
 from foldsearch.model.parts import Borrowed
+from foldsearch.model.whole import copy_processor
 from foldsearch.runtimes import NOTHING, Beside
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def write(model: PreTrainedModel, folder: Path, beside: Beside = NOTHING) -> tup
     model.save_pretrained(folder)
     if beside.tokenizer is not None:
         beside.tokenizer.save_pretrained(folder)
+    if beside.whole is not None:
+        copy_processor(beside.whole, folder)
     return ()
 
 

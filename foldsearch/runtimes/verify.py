@@ -104,6 +104,15 @@ def wrong_keys(info: dict[str, Any]) -> list[str]:
     return sorted(f"{kind.removesuffix('_keys')}: {key}" for kind, keys in info.items() for key in keys)
 
 
+def auto_class(folder: str, *, trust_remote_code: bool = False) -> Any:
+    """The class of transformers that loads a folder: one for text models, one for models that also see."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    sees = hasattr(config, "text_config")
+    return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+
+
 def stop_tokens(folder: str) -> list[int]:
     """The tokens that end an answer, as generation_config.json of a folder has them; none where it has none."""
     path = os.path.join(folder, "generation_config.json")
@@ -168,7 +177,6 @@ class Answers:
         with a `load` (see `foldsearch.runtimes.Loader`). prompt_tokens: that are read in a turn; 0 for the first
         sequence, or as much of it as a turn reads.
         """
-        import transformers
         from safetensors.torch import load_file
         from transformers.utils import logging
 
@@ -181,7 +189,7 @@ class Answers:
         self._prompt_tokens = prompt_tokens or min(PROMPT_TOKENS, length)
         before = _resident_bytes()
         if how in ("", "own code"):
-            auto: Any = transformers.AutoModelForCausalLM
+            auto = auto_class(folder, trust_remote_code=how == "own code")
             model, info = auto.from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),

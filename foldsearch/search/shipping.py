@@ -446,7 +446,7 @@ class NodeSite:
 
         place = cache_dir / "models" / f"{key}-{files.dtype}"
         cache.once(place, make, lambda path: path, is_whole=Path.is_dir, keep=True)
-        return replace(files, folder=place, gguf=(), stamps=stamps_of(place))
+        return replace(files, folder=place, gguf=(), whole=None, stamps=stamps_of(place))
 
     def close(self) -> None:
         """This worker needs the node's folder no longer; the last one removes it."""

@@ -106,6 +106,7 @@ class TargetSettings(TomlTable):
             known.name,
             known.shares_weights,
             weights,
+            known.puts_back,
         )
 
 
