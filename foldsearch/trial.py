@@ -24,9 +24,10 @@ from foldsearch.machine import Machine
 from foldsearch.model.recover import Diverged, Recovery, load_trained, merge
 from foldsearch.model.training import RecoveryTraining
 from foldsearch.plan.cost import Target
+from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Quality, RungResult, Setback, trained_for
 from foldsearch.progress import StageProgress, TimeUp, silent
-from foldsearch.proposal import Proposal
+from foldsearch.proposal import Proposal, RecoveryChoice
 from foldsearch.rebuild import (
     attached,
     check_state,
@@ -38,6 +39,7 @@ from foldsearch.rebuild import (
 from foldsearch.record import FolderPeers, Trial, read_trial
 from foldsearch.run import TrialFolder
 from foldsearch.shipped import judged
+from foldsearch.spec.study import Study
 
 EXTENSION_NEXT_TOKEN = 0.5  # weight of the next-token loss for extensions, where the study does not say
 SAVE_SECONDS = 60  # of training, after which its state is written: so much is lost where it is killed
@@ -152,6 +154,25 @@ def _reason(error: BaseException) -> str:
     raise error
 
 
+def training_of(study: Study, plan: FoldPlan, choice: RecoveryChoice) -> RecoveryTraining:
+    """How the model of a plan is trained in a study, with what its proposal chose."""
+    wanted = study.recovery.next_token
+    if wanted is None:
+        # Text draws a model away from the dense one, most of all where that is at a loss: wrong for a folded
+        # model, which is to be like it, and right for an extension, which is to become better.
+        wanted = EXTENSION_NEXT_TOKEN if plan.is_extension else 0.0
+    return RecoveryTraining(
+        learning_rate=choice.learning_rate,
+        delta_rank=choice.delta_rank,
+        trains=choice.trains,
+        next_token=wanted,
+        kl=study.recovery.kl,
+        tail=study.recovery.tail,
+        batch=study.recovery.batch,
+        seed=study.seed,
+    )
+
+
 class Course:
     """The model of one trial on its way through the rungs: trained, measured, and the best of its states kept.
 
@@ -239,21 +260,7 @@ class Course:
     def _train(self, tokens: int) -> None:
         study, trial = self._context.study, self._trial
         if self._recovery is None:
-            wanted = study.recovery.next_token
-            if wanted is None:
-                # Text draws a model away from the dense one, most of all where that is at a loss: wrong for a folded
-                # model, which is to be like it, and right for an extension, which is to become better.
-                wanted = EXTENSION_NEXT_TOKEN if trial.plan.is_extension else 0.0
-            training = RecoveryTraining(
-                learning_rate=trial.recovery.learning_rate,
-                delta_rank=trial.recovery.delta_rank,
-                trains=trial.recovery.trains,
-                next_token=wanted,
-                kl=study.recovery.kl,
-                tail=study.recovery.tail,
-                batch=study.recovery.batch,
-                seed=study.seed,
-            )
+            training = training_of(study, trial.plan, trial.recovery)
             bench = self._bench
             assert bench.recovery is not None, "the study has a rung that trains"
             self._recovery = Recovery(

@@ -26,6 +26,7 @@ GATE_STEP_TOKENS = 512  # for estimates
 HEALING = (
     2.0  # forward passes that a token of healing costs, measured 1.6: its own, the sums over it, the solving
 )
+TIGHT = 0.5  # of the free memory: an estimate may be wrong by so much
 
 
 def dense_fits(run: Run) -> str:
@@ -61,6 +62,11 @@ def lacks_memory(run: Run, dtype: str) -> str:
         f"this search takes about {needed / GB:.1f} GB of memory, and {free / GB:.1f} GB are free: it may be slow, or "
         f"end for lack of it. Less is taken by {', '.join(remedies)}."
     )
+
+
+def is_tight(run: Run, dtype: str) -> bool:
+    """Whether a search may come near to the memory that is free here; see `memory_needed`."""
+    return memory_needed(run, dtype) > TIGHT * free_memory()
 
 
 def memory_needed(run: Run, dtype: str) -> int:

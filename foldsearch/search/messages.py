@@ -52,9 +52,16 @@ class EndedEarly:
     reason: str = "it ended before the last rung"
 
 
-Message = Measured | TimeIsUp | DiskIsFull | StorageLost | Failed | EndedEarly
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """A step of the largest plan was trained before the trial began. words: to be told; empty where memory held it."""
+
+    words: str
+
+
+Message = Measured | TimeIsUp | DiskIsFull | StorageLost | Failed | EndedEarly | Probed
 _KINDS: dict[str, type[Message]] = {
-    kind.__name__: kind for kind in (Measured, TimeIsUp, DiskIsFull, StorageLost, Failed, EndedEarly)
+    kind.__name__: kind for kind in (Measured, TimeIsUp, DiskIsFull, StorageLost, Failed, EndedEarly, Probed)
 }
 
 

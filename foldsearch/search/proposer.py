@@ -298,10 +298,11 @@ def _promising(records: Records, known: list[Trial]) -> list[int]:
 class Proposer(Searcher):
     """Tune's side of it: a searcher over the line. It keeps nothing that the study does not know."""
 
-    def __init__(self, line: Line) -> None:
-        """`line`: hands out the trials."""
+    def __init__(self, line: Line, probe: Proposal | None = None) -> None:
+        """`line`: hands out the trials. `probe`: what the worker of the first one is to train for a step before it."""
         super().__init__()
         self._line = line
+        self._probe = probe
         self._running: set[str] = set()
 
     def suggest(self, trial_id: str) -> Any:
@@ -317,7 +318,12 @@ class Proposer(Searcher):
             return None if self._running else str(Searcher.FINISHED)
         number, proposal = asked
         self._running.add(trial_id)
-        return {"number": number, "proposal": proposal.to_json()}
+        probe, self._probe = self._probe, None
+        return {
+            "number": number,
+            "proposal": proposal.to_json(),
+            "probe": None if probe is None else probe.to_json(),
+        }
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False

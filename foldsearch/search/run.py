@@ -24,11 +24,12 @@ from foldsearch.files import disk_is_full
 from foldsearch.machine import num_cpus
 from foldsearch.paths import command, printable
 from foldsearch.plan.cost import GB
+from foldsearch.proposal import Proposal
 from foldsearch.record import Trial, point
 from foldsearch.run import Run, RunFolder
 from foldsearch.search.check import mend_for_resume
 from foldsearch.search.cluster import Workplace, on_device, workplace
-from foldsearch.search.dry_run import dense_fits, lacks_memory
+from foldsearch.search.dry_run import dense_fits, is_tight, lacks_memory
 from foldsearch.search.events import (
     Event,
     Notice,
@@ -52,6 +53,7 @@ from foldsearch.search.messages import (
     Failed,
     Measured,
     Message,
+    Probed,
     StorageLost,
     TimeIsUp,
     decode,
@@ -73,6 +75,7 @@ from foldsearch.search.warm import (
 )
 from foldsearch.search.worker import PROGRESS_SECONDS, TrialRunner, load_function
 from foldsearch.signals import check_stopped, stops_raise, uninterrupted
+from foldsearch.spec.largest import largest_to_train, too_large_words
 from foldsearch.spec.study import OBJECTIVES, Study
 from foldsearch.spec.unused import unused_settings
 from foldsearch.store import StoreError
@@ -255,7 +258,8 @@ def _search(context: Any, trial: str, on_event: OnEvent, place: Workplace) -> No
         if place.joined is not None:  # not what this machine has counts, but what a trial takes
             device = "cuda" if place.share.gpus else device.replace("cuda", "cpu")
         of_trials = replace(context, threads=threads, device=device)
-        Search(records, line, on_event).run_trials(of_trials, trial, place)
+        probe = _probe(records, context, place)
+        Search(records, line, on_event, probe).run_trials(of_trials, trial, place)
     finally:
         if _is_real(context):
             keep_trained(run, records.all(), context.cache_dir)
@@ -274,6 +278,19 @@ def _ray_of(place: Workplace, again: str) -> Iterator[Path]:
 def _is_real(context: Any) -> bool:
     """Whether trials have a model; those of tests may have none."""
     return getattr(context, "files", None) is not None
+
+
+def _probe(records: Records, context: Any, place: Workplace) -> Proposal | None:
+    """What is to be trained for a step before the first trial, to see whether memory holds it; None for nothing.
+
+    A step takes a second on a GPU and several on a CPU, where the estimate of memory is looked at first.
+    """
+    run = records.run
+    if not _is_real(context) or not run.study.rungs[-1] or any(trial.has_trained for trial in records.all()):
+        return None
+    if context.device == "cpu" and place.joined is None and not is_tight(run, context.files.dtype):
+        return None
+    return largest_to_train(run.study, records.space, run.table, run.target, run.budget)
 
 
 def _screened(
@@ -320,12 +337,15 @@ def _screened(
 class Search:
     """One process's part of a run: between Tune, the line of trials, the study, and whoever listens."""
 
-    def __init__(self, records: Records, line: Line, on_event: OnEvent) -> None:
-        """`on_event`: told what happens."""
+    def __init__(
+        self, records: Records, line: Line, on_event: OnEvent, probe: Proposal | None = None
+    ) -> None:
+        """`on_event`: told what happens. `probe`: to be trained for a step before the first trial."""
         self.records = records
         self.line = line
         self.run = records.run
         self._tell = on_event
+        self._probe = probe
         self._error: BaseException | None = None
         self._shipping: Shipping | None = None  # where workers may not see the run's folder
 
@@ -348,7 +368,7 @@ class Search:
                     ),
                     name=time.strftime("%Y%m%d-%H%M%S"),
                     storage_path=str(folder),
-                    search_alg=Proposer(self.line),
+                    search_alg=Proposer(self.line, self._probe),
                     scheduler=Halving(self.judge),
                     callbacks=[Watcher(self)],
                     num_samples=-1,
@@ -412,7 +432,7 @@ class Search:
             raise
 
     def _judge(self, number: int, message: Message) -> bool:
-        if self._shipping is not None and not isinstance(message, StorageLost):
+        if self._shipping is not None and not isinstance(message, StorageLost | Probed):
             self._shipping.fetch(number)  # before the study is told: what it says is in the folder
         match message:
             case Measured(told, again):
@@ -428,6 +448,11 @@ class Search:
                 )
             case StorageLost(reason):
                 raise StoreError(f"trial {number} could not hand in what it learnt: {reason}")
+            case Probed(words):
+                self._probe = None
+                if words:
+                    self._tell(Notice(words))
+                return False
             case EndedEarly(reason):
                 self._end_early(number, reason)
             case Failed(reason):
@@ -497,6 +522,12 @@ class Search:
             self._shipping.release(number)
         self._tell(TrialRetried(number, reason))
 
+    def probe_ended_worker(self, reason: str) -> None:
+        """The worker that was to probe memory died; it may have done that before."""
+        if self._probe is not None:
+            self._tell(Notice(too_large_words(self._probe, self.run.study, f"ended its process ({reason})")))
+            self._probe = None
+
     def lost(self, number: int, reason: str) -> None:
         """A trial gave no result: it raised an error, or workers died too often over it."""
         self.records.fail(number, reason)
@@ -510,9 +541,10 @@ class Search:
             return
         try:
             value = json.loads(self.run.trial(number).progress.read_text())
-        except (OSError, ValueError):
-            return  # none yet
-        self._tell(TrialProgress(number, value["phase"], value["share"]))
+            phase, share = str(value["phase"]), float(value["share"])
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            return  # none yet, or damaged: the next one says more
+        self._tell(TrialProgress(number, phase, share))
 
     def _ended(self, number: int, *, on_front: bool = False) -> None:
         if self._shipping is not None:
@@ -550,6 +582,9 @@ class Watcher(tune.Callback):
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A worker died; Tune starts the trial again."""
         self._search.retried(trial.config["number"], _reason(trial))
+        if trial.config.get("probe"):
+            trial.config["probe"] = None  # the next worker begins with the trial
+            self._search.probe_ended_worker(_reason(trial))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune gave the trial up."""

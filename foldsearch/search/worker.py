@@ -16,7 +16,7 @@ from typing import Any
 
 from ray import tune
 
-from foldsearch.errors import describe_error
+from foldsearch.errors import describe_error, quote_error
 from foldsearch.files import alone, disk_is_full, write_json
 from foldsearch.progress import TimeUp, TrialTimeUp
 from foldsearch.proposal import Proposal
@@ -28,6 +28,7 @@ from foldsearch.search.messages import (
     Failed,
     Measured,
     Message,
+    Probed,
     StorageLost,
     TimeIsUp,
     encode,
@@ -57,7 +58,8 @@ class TrialRunner(tune.Trainable):
     def setup(  # type: ignore[override]  # tune.with_parameters adds the others
         self, config: dict[str, Any], context: Any, trial: str, deadline: float | None, cargo: Cargo | None
     ) -> None:
-        """`config`: number and proposal of the trial; the others are the same for all trials of a run.
+        """`config`: number and proposal of the trial, and `probe`: a larger one, to be trained for a step before it;
+        the others are the same for all trials of a run.
 
         deadline: when the time of the run is up, by the monotonic clock of this machine; None: never, or `cargo` says.
         cargo: what this worker needs where it may not see the run's folder; None where it does.
@@ -100,6 +102,8 @@ class TrialRunner(tune.Trainable):
     def _begin(self, config: dict[str, Any]) -> None:
         self._number = config["number"]
         self._proposal = Proposal.from_json(config["proposal"])
+        probe = config.get("probe")
+        self._probe = None if probe is None else Proposal.from_json(probe)
         self._place: TrialFolder = self._context.run.trial(self._number)
         self._steps: Iterator[Trial] | None = None
 
@@ -109,6 +113,8 @@ class TrialRunner(tune.Trainable):
         Errors are told, not raised: raised ones would be tried again, and most would only happen again. Only a
         worker that dies is worth another try, or one whose GPU is in a state that no later trial could use.
         """
+        if self._probe is not None:
+            return {"result": encode(self._probed())}
         message = self._next()
         if self._site is not None:
             try:
@@ -116,6 +122,16 @@ class TrialRunner(tune.Trainable):
             except StoreError as error:
                 message = StorageLost(str(error))
         return {"result": encode(message)}
+
+    def _probed(self) -> Message:
+        from foldsearch.probe import probe_memory  # it needs torch, which fakes do without
+
+        probe, self._probe = self._probe, None
+        assert probe is not None, "who asks has looked"
+        try:
+            return Probed(probe_memory(probe, self._context, self._tell))
+        except Exception as error:  # the trial goes on: it may not meet the same
+            return Probed(quote_error("the largest plan that may be proposed could not be probed", error))
 
     def _next(self) -> Message:
         try:

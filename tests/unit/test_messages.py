@@ -21,6 +21,7 @@ SAID = (
     messages.StorageLost("the run storage 's3://x' cannot be used"),
     messages.Failed('RuntimeError: "é"\n'),
     messages.EndedEarly(),
+    messages.Probed("a step of training has to fit"),
 )
 
 
