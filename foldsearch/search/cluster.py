@@ -34,7 +34,9 @@ from foldsearch.search.own_ray import (
     check_machine,
     check_process,
     choose_place,
+    patched_for_start,
     quiet,
+    shut_down,
     temporary_folder,
     watched,
 )
@@ -268,7 +270,7 @@ def _joined(address: str, again: str) -> Iterator[None]:
         return
     try:
         try:
-            with handlers_kept():
+            with handlers_kept(), patched_for_start():
                 ray.init(
                     address=address,
                     log_to_driver=False,
@@ -281,8 +283,8 @@ def _joined(address: str, again: str) -> Iterator[None]:
         with watched(_raylets(), again):
             yield
     finally:
-        with uninterrupted(), handlers_kept():
-            ray.shutdown()
+        with uninterrupted():
+            shut_down()
 
 
 def _raylets() -> list[psutil.Process]:

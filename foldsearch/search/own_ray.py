@@ -1,6 +1,6 @@
 """Ray of our own on this machine: whether it can begin here, its start, and an end that leaves nothing of it.
 
-What a search needs of Ray in any case (its quiet, its watch) is here too; a cluster is joined by `cluster`.
+What a search needs of Ray in any case (its quiet, its watch, its signals) is here too; `cluster` joins another's.
 
 Ray keeps its sockets, its logs and Tune's state in a folder of ours that goes with it. Nothing in there is needed
 again, so no path of a person's ever reaches Ray, which would read some of them as URLs.
@@ -303,7 +303,7 @@ def watched(children: list[psutil.Process], again: str) -> Iterator[None]:
 def _start(cpus: int, gpus: int, folder: Path) -> None:
     store = _choose_store()
     try:
-        with handlers_kept(), _patched_for_start():
+        with handlers_kept(), patched_for_start():
             ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -335,18 +335,8 @@ def _stop(daemons: list[psutil.Process]) -> None:
         for process in ours:
             with suppress(psutil.Error):
                 process.kill()
-    state: Any = ray._private.state.state
     try:
-        with handlers_kept() as give_back:
-            # Ray's C++ leaves SIGTERM to the system, which ends the process; what follows it here takes seconds.
-            disconnect = state.disconnect
-
-            def heard() -> None:
-                give_back()
-                disconnect()
-
-            with _replaced(state, "disconnect", heard):
-                ray.shutdown()
+        shut_down()
     finally:
         _, alive = psutil.wait_procs(ours, timeout=_KILL_SECONDS)
         for process in alive:
@@ -355,8 +345,23 @@ def _stop(daemons: list[psutil.Process]) -> None:
         psutil.wait_procs(alive, timeout=_KILL_SECONDS)
 
 
+def shut_down() -> None:
+    """Leave Ray, its own one or a cluster's, with the signals ours to its end."""
+    state: Any = ray._private.state.state
+    with handlers_kept() as give_back:
+        # Ray's C++ leaves SIGTERM to the system, which ends the process; what follows it here takes seconds.
+        disconnect = state.disconnect
+
+        def heard() -> None:
+            give_back()
+            disconnect()
+
+        with _replaced(state, "disconnect", heard):
+            ray.shutdown()
+
+
 @contextmanager
-def _patched_for_start() -> Iterator[None]:
+def patched_for_start() -> Iterator[None]:
     """What ray.init does to the signals of a program that is not Ray's alone.
 
     It takes SIGTERM for itself, three times and at last in C++, which prints a stack and aborts; and its daemons are

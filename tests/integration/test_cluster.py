@@ -10,6 +10,7 @@ Oracles: the log into which trials write what they executed where; the same tria
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from foldsearch.paths import command
 from foldsearch.record import Trial
 from foldsearch.run import Run
 from foldsearch.search.check import check_run
@@ -26,6 +28,7 @@ from foldsearch.store import blob_of
 from foldsearch.trial import run_trial
 from tests.away import study
 from tests.contexts import begin_run
+from tests.faults.storm import BUDGET, make_place
 from tests.two_nodes import Cluster, two_nodes
 
 
@@ -102,6 +105,37 @@ def test_a_node_that_dies(cluster: Cluster, tmp_path: Path) -> None:
         path.relative_to(cluster.shared / "storage").parts[0] for path in cluster.shared.rglob("storage/*/*")
     }
     assert left == {"blobs", "entries"}
+
+
+def test_a_driver_that_joined_ends_by_a_signal_as_any_other(cluster: Cluster) -> None:
+    """SIGTERM in the middle of a trial, and once more while it ends; Ray takes that signal for itself as it joins."""
+    place = cluster.driver / "stopped"
+    place.mkdir()
+    make_place(place)
+    study, run = place / "foldsearch.toml", place / "run"
+    study.write_text(study.read_text().replace("rungs = [0, 256, 1024]", "rungs = [0, 256, 1000000]"))
+    search = cluster.python(
+        "-m", "foldsearch", "run", str(study), "--budget-gb", BUDGET, "--out", str(run),
+        "--address", cluster.address, "--run-storage", str(cluster.shared / "stopped"),
+    )  # fmt: skip
+    until = time.monotonic() + 240
+    while not (run / "study.json").exists() or not any(trial.results for trial in read_trials(Run.open(run))):
+        if search.poll() is not None or time.monotonic() > until:
+            search.kill()
+            pytest.fail(search.communicate()[0])
+        time.sleep(0.2)
+    search.terminate()
+    assert search.stdout is not None
+    out = ""
+    for line in search.stdout:
+        out += line
+        if command("resume", run) in line:
+            search.terminate()  # while it leaves the cluster
+    search.wait(timeout=120)
+    assert search.returncode == 128 + signal.SIGTERM, out
+    assert command("resume", run) in out
+    for word in ("Traceback", "SIGTERM", "***"):
+        assert word not in out, out
 
 
 def look_at_second(cluster: Cluster) -> None:

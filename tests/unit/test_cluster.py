@@ -6,6 +6,7 @@ Oracle: shares counted by hand; sockets that the tests themselves open.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -13,12 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
+import ray._private.state
+import ray._private.utils
+import ray._private.worker
 
 from foldsearch import cli
 from foldsearch.errors import InputError, RunError, SpecError
 from foldsearch.search import cluster
 from foldsearch.search.cluster import Node, Share, address_of, fair_share
 from foldsearch.search.run import run_search
+from foldsearch.signals import stops_raise
 from foldsearch.spec.load import cluster_settings, load_study
 from foldsearch.spec.study import ClusterSettings
 from tests.fake_driver import FAKES, study
@@ -154,3 +160,38 @@ def test_a_trial_that_no_machine_has_room_for(tmp_path: Path) -> None:
     ):
         run_search(study(**{"cluster.cpus_per_trial": cores}), tmp_path / "run", **FAKES)
     assert not list(tmp_path.iterdir())
+
+
+def test_signals_stay_ours_while_a_cluster_is_joined_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray 2.60 takes SIGTERM in Python and then in C++, and leaves it to the system at its end."""
+    found: dict[str, object] = {}
+
+    def connect() -> None:
+        found["held back in C++"] = signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def init(**_: object) -> None:
+        ray._private.utils.set_sigterm_handler(lambda *_: None)
+        found["joining"] = signal.getsignal(signal.SIGTERM)
+        ray._private.worker.connect()
+        found["joined"] = signal.getsignal(signal.SIGTERM)
+
+    def shutdown() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        ray._private.state.state.disconnect()
+        found["leaving"] = signal.getsignal(signal.SIGTERM)
+
+    monkeypatch.setattr(ray._private.worker, "connect", connect)
+    monkeypatch.setattr(ray._private.state.state, "disconnect", lambda: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", shutdown)
+    monkeypatch.setattr(cluster, "_raylets", list)
+    with stops_raise():
+        ours = signal.getsignal(signal.SIGTERM)
+        with cluster._joined("a:1", ""):
+            assert signal.getsignal(signal.SIGTERM) is ours
+        assert signal.getsignal(signal.SIGTERM) is ours
+    assert found.pop("held back in C++")
+    assert set(found) == {"joining", "joined", "leaving"}
+    assert set(found.values()) == {ours}
