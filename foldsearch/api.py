@@ -368,11 +368,13 @@ def picked(run: RunView) -> Trial:
     """
     import json
 
+    from foldsearch.codec import from_json
+
     path = run.folder.pick
     if not path.is_file():
         return run.pick()
     try:
-        number = int(json.loads(path.read_text())["trial"])
+        number = from_json(int, json.loads(path.read_text())["trial"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         remedy = f"Choose again: {command('pick', run.folder.path, '--knee')}"
         raise RunError(quote_error(f"'{printable(path)}' cannot be read", error, remedy)) from error

@@ -175,7 +175,7 @@ def _has_its_sum(path: Path) -> bool:
     try:
         told = json.loads(_sum_path(path).read_text())
         size, found = told["bytes"], told["crc32"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return True  # of an earlier version, or its maker was killed before it
     if stat.st_size != size or (found is not None and _crc32(path) != found):
         return False
@@ -221,7 +221,7 @@ def json_grown(path: Path, grow: Callable[[Any], Any]) -> Any:
     """
     with alone(_lock(path)):
         known = None
-        with suppress(FileNotFoundError, ValueError):  # a damaged entry is begun again
+        with suppress(FileNotFoundError, ValueError, RecursionError):  # a damaged entry is begun again
             known = _read_value(path)
         value = grow(known)
         _write_value(path, value)

@@ -39,5 +39,6 @@ def from_json(kind: type[Value], value: Any) -> Value:
     """
     try:
         return _CONVERTER.structure(value, kind)
-    except (CattrsError, AttributeError) as error:  # the latter: a text or a number where a table should be
+    # a text or a number where a table should be; an infinity where a whole number should
+    except (CattrsError, AttributeError, OverflowError) as error:
         raise ValueError(str(error)) from error

@@ -106,7 +106,7 @@ def read_splits(folder: RunFolder) -> Splits:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             sets = [_read_set(file, name, json.loads(metadata[name])) for name in SPLITS]
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         remedy = "Put back a copy of it, or start a new run."
         raise RunError(
             quote_error(f"the token sets of a run, '{printable(path)}', cannot be read", error, remedy)

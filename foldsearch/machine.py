@@ -14,6 +14,7 @@ from pathlib import Path
 
 from foldsearch.errors import InputError
 
+DEVICES = ("cpu", "cuda", "mps")  # on which a run may begin
 MACS_PER_SECOND = 3e10  # of a core in a forward pass, where nothing is known of it
 
 

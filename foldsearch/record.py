@@ -410,7 +410,7 @@ def _owner(path: Path) -> int | None:
     if not path.exists():
         return None
     try:
-        return int(json.loads(path.read_text())["trial"])
+        return from_json(int, json.loads(path.read_text())["trial"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         what = f"which trial measured a plan, '{printable(path)}', cannot be read"
         raise RunError(quote_error(what, error, "Mend it: foldsearch check RUN --repair")) from error

@@ -113,7 +113,7 @@ class Store:
         with self._told(), suppress(FileNotFoundError):
             try:
                 return json.loads(self._files.cat_file(self._path(name)))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise StoreError(f"'{printable(self._path(name))}' is damaged. Remove it.") from error
         return None
 

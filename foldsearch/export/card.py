@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,13 +155,17 @@ class Probe:
             InputError: it is not there, or no probe.
         """
         try:
-            with np.load(folder / PROBE, allow_pickle=False) as arrays:
+            # opened here: numpy leaves a damaged file open
+            with (folder / PROBE).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return cls(
                     torch.from_numpy(arrays["ids_NT"].astype(np.int64)),
                     torch.from_numpy(arrays["text_NT"]),
                     torch.from_numpy(arrays["log_probabilities_NP"]),
                 )
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        # a damaged archive may name a way of packing, or a size, that nobody has
+        except (
+            OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, MemoryError
+        ) as error:  # fmt: skip
             raise InputError(
                 quote_error(f"{printable(folder / PROBE)} cannot be read", error, "Export the model again.")
             ) from error
@@ -191,8 +197,12 @@ def read_card(path: Path) -> Card:
     Raises:
         InputError: there is none, or it cannot be read, or it is of another version of foldsearch.
     """
-    file = path / CARD if path.is_dir() else path
-    if not file.is_file():
+    try:
+        file = path / CARD if path.is_dir() else path
+        is_there = file.is_file()
+    except OSError:  # a name that no file can have
+        file, is_there = path, False
+    if not is_there:
         raise InputError(
             f"an export holds {CARD}, but there is no {printable(file)}. Name a folder that `foldsearch export` wrote."
         )
@@ -213,9 +223,15 @@ def read_card(path: Path) -> Card:
             f"{schema!r}, written by foldsearch {made_by}. Install that version."
         )
     try:
-        return from_json(Card, value)
+        card = from_json(Card, value)
     except (ValueError, KeyError, TypeError, RecursionError, FoldsearchError) as error:
         raise InputError(quote_error(f"{printable(file)} is no card of an export", error, remedy)) from error
+    if not (0 < card.probe.perplexity < math.inf and PROBE in card.files):
+        raise InputError(
+            f"the card of an export names the file {PROBE}, and says a perplexity above 0 of it; {printable(file)} "
+            f"names {len(card.files)} files, and says {card.probe.perplexity:g}. {remedy}"
+        )
+    return card
 
 
 def files_of(folder: Path) -> list[str]:

@@ -91,8 +91,11 @@ def read_family(folder: Path) -> Family:
         value = json.loads(path.read_text(encoding="utf-8"))
         if value["schema"] != SCHEMA:
             raise ValueError("it is of another version of foldsearch")
-        return from_json(Family, value)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        family = from_json(Family, value)
+        if not family.members:
+            raise ValueError("it names none")
+        return family
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             quote_error(
                 f"{printable(path)} is no list of exports", error, "Name what `export --front` wrote."

@@ -97,7 +97,7 @@ def _check_files(folder: Path, found: Rechecked) -> None:
             f"the files of an export lie in its folder, or in `shared` beside it, but {printable(folder / CARD)} names "
             f"{outside[:3]}. Do not use this card."
         )
-    missing = sorted(name for name in named if not (folder / name).is_file())
+    missing = sorted(name for name in named if not _is_there(folder / name))
     there = hashes_of(folder, [name for name in named if name not in missing])
     changed = sorted(name for name in there if there[name] != named[name])
     faults = [f"the file {printable(name)} is missing" for name in missing]
@@ -107,6 +107,14 @@ def _check_files(folder: Path, found: Rechecked) -> None:
     further = sorted(set(files_of(folder)) - set(named))
     if further:
         found.skipped.append(f"files that the card does not name: {', '.join(map(printable, further))}")
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is such a file; a name that no file can have is of none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _is_of(name: str) -> bool:
@@ -228,6 +236,9 @@ def _check_in_engine(folder: Path, runtime: Runtime, probe: Probe, workplace: Pa
     """Whether the program that the export is for says the same of the probe."""
     engine, report = runtime.engine, found.card.report
     assert engine is not None
+    if report.weights not in TOLERANCES:
+        found.faults.append(f"the card says weights in '{printable(report.weights)}', which no export has")
+        return
     if not engine.is_installed or report.engine is None:
         found.skipped.append(engine.absence if not engine.is_installed else report.engine_note)
         return

@@ -21,7 +21,7 @@ from foldsearch.errors import DataError, InputError, ModelError
 from foldsearch.export.card import CARD, PROBE, Card, Recipe, read_card
 from foldsearch.further import recover_further
 from foldsearch.identity import Identity
-from foldsearch.machine import Machine, choose_device
+from foldsearch.machine import DEVICES, Machine, choose_device
 from foldsearch.model import source
 from foldsearch.model.content import ContentHashes
 from foldsearch.model.training import FurtherTraining
@@ -37,6 +37,7 @@ from foldsearch.spec.study import Study
 from foldsearch.trial import run_trial
 
 NUMBER = 0  # of the only trial
+MOST_THREADS = 4096  # of a processor, that a card may name
 # Of the KL and the mean loss, in nats, after training, where another processor or another number of threads sums in
 # another order: each step of training carries the differences on. Chosen, not measured: see docs/decisions/0023.
 TRAINED_ROUNDING = {"float32": 1e-2, "bfloat16": 5e-2}
@@ -93,6 +94,20 @@ def recipe_in(card: Card, path: Path) -> Recipe:
         raise InputError(
             f"only an export of a run, of `try` or of `extend` can be made again, but {printable(path)} is the card of "
             "a model that was exported from Python without a recipe."
+        )
+    identity, trial = card.recipe.identity, card.recipe.trial
+    machine = trial.machine
+    if (
+        identity.dtype not in ROUNDING
+        or identity.device not in DEVICES
+        or None in (trial.draft, trial.proposal)
+        or not trial.results
+        or (machine is not None and not 0 < machine.threads <= MOST_THREADS)
+    ):
+        raise InputError(
+            f"a recipe says in which dtype and on which device a trial was measured that had a plan, but that of "
+            f"{printable(path)} says '{identity.dtype}', '{identity.device}' and a trial with {len(trial.results)} "
+            f"results{'' if machine is None else f' on {machine.threads} threads'}. Export the model again."
         )
     return card.recipe
 
@@ -171,6 +186,7 @@ def _study(recipe: Recipe, moved: Mapping[str, str]) -> Study:
             return {key: now(one) if key in _PLACES else one for key, one in value.items()}
         return value
 
+    study_from_json(recipe.study)  # refused before it is looked into
     value = dict(recipe.study)
     value |= {key: now(value[key]) for key in ("model", "data")}
     if unknown := sorted(set(moved) - named):

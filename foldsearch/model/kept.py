@@ -82,7 +82,7 @@ def _read_metadata(path: Path) -> dict[str, Any]:
 _REMEDY = "Put back a copy of it, or let `foldsearch check RUN --repair` say what can be done."
 
 
-_CANNOT_BE_READ = (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError)
+_CANNOT_BE_READ = (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 def _damaged(path: Path, error: Exception) -> DamagedFileError:

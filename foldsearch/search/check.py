@@ -293,7 +293,7 @@ def _faults_of_plans(run: Run, trials: list[Trial]) -> Iterator[Fault]:
     for path, number in owners.items():
         try:
             told = json.loads(path.read_text())["trial"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             told = None
         if not isinstance(told, int) or not 0 <= told < len(trials):
             value = {"trial": number, "plan": str(trials[number].plan)}
@@ -306,7 +306,7 @@ def _faults_of_plans(run: Run, trials: list[Trial]) -> Iterator[Fault]:
     for path in sorted(run.path.glob("plans/*.json")):
         try:
             is_told = path in owners or json.loads(path.read_text())["trial"] >= 0
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             is_told = False
         if not is_told:
             words = f"'{printable(path)}' cannot be read, and no trial has measured its plan"

@@ -346,7 +346,7 @@ def fetch_interrupted(run: Run, numbers: Sequence[int]) -> None:
     try:
         told = json.loads(run.shipping_file.read_text())
         states = TrialStates(Store(told["storage"]), told["session"])
-    except (OSError, ValueError, KeyError, TypeError, FoldsearchError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, FoldsearchError):
         return  # nothing was shipped, or it is out of reach: the run's folder has what the search had heard of
     for number in numbers:
         with suppress(FoldsearchError):
@@ -358,7 +358,7 @@ def fetch_interrupted(run: Run, numbers: Sequence[int]) -> None:
 def _known_plans(run: Run) -> dict[str, int]:
     found = {}
     for path in run.path.glob("plans/*.json"):
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             found[path.name] = int(json.loads(path.read_text())["trial"])
     return found
 
