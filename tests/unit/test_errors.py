@@ -151,7 +151,7 @@ def test_a_trial_that_fails_says_all_of_it(tmp_path: Path) -> None:
     runner = TrialRunner.__new__(TrialRunner)  # its setup is Ray's business
     (tmp_path / "00003").mkdir()
     runner._number, runner._place = 3, TrialFolder(tmp_path / "00003")
-    runner._site = None
+    runner._site, runner._probe = None, None
     runner._steps = (two_lines() for _ in range(1))
     message = decode(runner.step()["result"])
     assert isinstance(message, Failed)
