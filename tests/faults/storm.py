@@ -1,4 +1,5 @@
-"""A storm over real searches: their processes are killed, stopped and interrupted, their files damaged, at random.
+"""A storm over real searches: their processes are killed, suspended and interrupted, their clock is moved, their files
+are damaged, at random; a dashboard that shows them is killed.
 
     python -m tests.faults.storm --out DIR --kills 200 --minutes 30 [--fake]
 
@@ -12,6 +13,7 @@ same command goes on with the count after it was stopped itself.
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import random
@@ -19,7 +21,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -28,6 +32,7 @@ from typing import Any
 
 import psutil
 
+from foldsearch.files import write_json
 from foldsearch.record import Trial
 from foldsearch.run import Run
 from foldsearch.search.records import read_trials
@@ -94,17 +99,23 @@ def start(place: Path, run: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", *words],
         cwd=place,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "FOLDSEARCH_CACHE": str(place / "cache"),
-            "OMP_NUM_THREADS": "1",
-        },
+        env=environment(place),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
+
+
+def environment(place: Path) -> dict[str, str]:
+    """Of the processes of a search. `tests/faults/clock` lets their clock of the wall be moved."""
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "faults" / "clock"), str(ROOT)]),
+        "MOVED_CLOCK": str(place / "clock"),
+        "FOLDSEARCH_CACHE": str(place / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def make_fakes(place: Path) -> None:
@@ -117,7 +128,7 @@ def check(place: Path, run: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "foldsearch", "check", str(run)],
         cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "FOLDSEARCH_CACHE": str(place / "cache")},
+        env=environment(place),
         capture_output=True,
         text=True,
         check=False,
@@ -205,6 +216,7 @@ class Storm:
                 time.sleep(self.rng.uniform(0.05, 1.2))
                 if after != "its end":
                     continue  # it is to end by itself
+                self.beside(place, run)
                 worker, number = find(driver, "worker"), running_trial(run)
                 if worker is None:
                     if self.rng.random() < 0.04:
@@ -227,18 +239,6 @@ class Storm:
             said.append(driver.communicate()[0])
         return after, driver.returncode, "".join(said)
 
-    def _limit_files(self, driver: subprocess.Popen[str]) -> str:
-        """No file of the search may become larger than a few bytes, as where a disk is full."""
-        most = self.rng.choice((10, 5000))
-        with suppress(psutil.Error):
-            family = [psutil.Process(driver.pid), find(driver, "worker")]
-            for one in family:
-                if one is not None:
-                    one.rlimit(psutil.RLIMIT_FSIZE, (most, psutil.RLIM_INFINITY))
-            self.note("file limit", bytes=most)
-            return "file limit"
-        return "its end"
-
     def _last_blow(self, driver: subprocess.Popen[str], among: tuple[str, ...]) -> str:
         """A blow that may end the process; what it was, or "its end" where it should live on."""
         what = self.rng.choices(among, [LAST[name] for name in among])[0]
@@ -254,9 +254,12 @@ class Storm:
             self.note(what)
             return what
         if what == "suspend":
-            return self._suspend(driver)
+            of = self.rng.choice(("driver", "worker", "raylet", "gcs", "all"))
+            self.suspend(driver, of, self.rng.choice((3, 8, 20, 60)))
+            # Ray takes one of its own for dead that says nothing for so long
+            return f"suspend {of}" if of in ("raylet", "gcs", "all") else "its end"
         if what == "file limit":
-            return self._limit_files(driver)
+            return self.limit_files(driver)
         if (process := find(driver, what)) is not None:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -264,22 +267,76 @@ class Storm:
                 return what
         return "its end"
 
-    def _suspend(self, driver: subprocess.Popen[str]) -> str:
-        """Stop all of a search's processes for some seconds, or only the driver."""
+    def limit_files(self, driver: subprocess.Popen[str]) -> str:
+        """No file of the search may become larger than a few bytes, as where a disk is full."""
+        most = self.rng.choice((10, 5000))
         with suppress(psutil.Error):
-            family = [psutil.Process(driver.pid)]
-            if self.rng.random() < 0.5:
-                family += family[0].children(recursive=True)
-            seconds = self.rng.choice((3, 8, 20))
+            family = [psutil.Process(driver.pid), find(driver, "worker")]
             for one in family:
-                with suppress(psutil.Error):
-                    one.suspend()
-            time.sleep(seconds)
-            for one in family:
-                with suppress(psutil.Error):
-                    one.resume()
-            self.note("suspend", length=seconds, processes=len(family))
+                if one is not None:
+                    one.rlimit(psutil.RLIMIT_FSIZE, (most, psutil.RLIM_INFINITY))
+            self.note("file limit", bytes=most)
+            return "file limit"
         return "its end"
+
+    def suspend(self, driver: subprocess.Popen[str], of: str, seconds: float) -> None:
+        """Stop a part of a search for some seconds: "driver", one of PARTS, or "all"."""
+        family: list[psutil.Process] = []
+        with suppress(psutil.Error):
+            top = psutil.Process(driver.pid)
+            if of == "all":
+                family = [top, *top.children(recursive=True)]
+            elif (process := top if of == "driver" else find(driver, of)) is not None:
+                family = [process]
+        for one in family:
+            with suppress(psutil.Error):
+                one.suspend()
+        time.sleep(seconds if family else 0)
+        for one in family:
+            with suppress(psutil.Error):
+                one.resume()
+        if family:
+            self.note(f"suspend {of}", length=seconds, processes=len(family))
+
+    # ---- blows that no process of a search is to feel
+
+    def beside(self, place: Path, run: Path) -> None:
+        """One of them, at times."""
+        what = self.rng.choices(("nothing", "clock", "dashboard"), (6, 2, 1))[0]
+        if what == "clock":
+            self.move_clock(place)
+        elif what == "dashboard" and (run / "study.json").exists():
+            self.kill_dashboard(place, run)
+
+    def move_clock(self, place: Path) -> None:
+        """Let the clock of the wall leap, by up to two days on or back from the true time."""
+        hours = self.rng.uniform(-48, 48)
+        write_json(place / "clock", 3600 * hours)
+        self.note("clock", hours=round(hours, 1))
+
+    def kill_dashboard(self, place: Path, run: Path) -> None:
+        """Let `foldsearch dashboard` show the run, and kill it while it answers."""
+        command = [sys.executable, "-m", "foldsearch", "dashboard", str(run), "--port", "0"]
+        board = subprocess.Popen(
+            command,
+            cwd=place,
+            env=environment(place),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert board.stdout is not None
+        if line := board.stdout.readline():
+            url = f"{line.split()[1]}api/studies"
+            with urllib.request.urlopen(url, timeout=60) as answer:
+                studies = json.loads(answer.read())["study_summaries"]
+            assert len(studies) == 1
+            threading.Thread(target=_ask, args=(f"{url}/{studies[0]['study_id']}",), daemon=True).start()
+            time.sleep(self.rng.uniform(0, 0.05))
+        board.kill()  # one that said nothing came too early: there is no study yet
+        _, said = board.communicate()
+        assert "Traceback" not in said, said
+        self.note("dashboard", kill=bool(line))
 
     # ---- between two processes
 
@@ -316,6 +373,8 @@ class Storm:
                 "process ended", after=after, code=code, said=said[-1500:] if code not in (0, -9) else ""
             )
             assert "Traceback" not in said, said[-3000:]
+            assert code in CODES, (after, code, said[-3000:])
+            assert code != 2 or after not in PARTS or "Go on with: " in said, (after, said[-3000:])
             if code == 0:
                 break
             stuck += not (run / "study.json").exists()
@@ -339,8 +398,10 @@ class Storm:
             ("processes of them (run and resume)", self.resumes),
             ("kills", self.kills),
         ]
-        rows += [(f"  {name}", self.events[name]) for name in ("driver", *PARTS) if self.events[name]]
-        others = sorted(set(self.events) - set(PARTS) - {"driver", "process ended", "search ended"})
+        rows += [
+            (f"  {name}", self.events[name]) for name in ("driver", *PARTS, "dashboard") if self.events[name]
+        ]
+        others = sorted(set(self.events) - {*PARTS, "driver", "dashboard", "process ended", "search ended"})
         rows += [(name, self.events[name]) for name in others]
         rows += [(f"exit code after {name}", count) for name, count in sorted(self.codes.items())]
         rows += [("seconds", round(self.seconds))]
@@ -354,9 +415,18 @@ LAST = {
     "dashboard agent": 1.0,
     "runtime agent": 1.0,
     "Ctrl-C twice": 2.0,
-    "suspend": 1.0,
+    "suspend": 2.0,
     "file limit": 1.5,
 }
+
+
+CODES = (0, 2, 130, -signal.SIGKILL)  # of a process: its end, a sentence, Ctrl-C, `kill -9`
+
+
+def _ask(url: str) -> None:
+    """Ask a server that may be killed meanwhile."""
+    with suppress(OSError, http.client.HTTPException), urllib.request.urlopen(url, timeout=60) as answer:
+        answer.read()
 
 
 def last_written(run: Path) -> list[Path]:

@@ -1,4 +1,5 @@
-"""A real search whose Ray is killed under it, and whose files may not grow: the short form of `make faults`.
+"""A real search whose Ray is killed under it, whose files may not grow, whose processes are suspended, whose clock is
+moved, and whose dashboard is killed: the short form of `make faults`.
 
 Oracle: the same search undisturbed, without Ray (`tests/faults/test_every_write.py:run_process`).
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+import subprocess
 import time
 from pathlib import Path
 
@@ -31,24 +33,29 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
+def begun(place: Path, run: Path) -> subprocess.Popen[str]:
+    """A process of a search whose worker is at work."""
+    driver, until = start(place, run), time.monotonic() + 200
+    while find(driver, "worker") is None or not (run / "executed.log").exists():
+        assert driver.poll() is None, driver.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    return driver
+
+
 def test_a_search_goes_on_after_its_ray_was_killed_and_after_its_disk_was_full(
     undisturbed: Run, tmp_path: Path
 ) -> None:
     make_fakes(tmp_path)
     run, storm = tmp_path / "run", Storm(tmp_path, random.Random(0))
     for blow in ("raylet", "file limit"):
-        driver = start(tmp_path, run)
-        until = time.monotonic() + 200
-        while find(driver, "worker") is None or not (run / "executed.log").exists():
-            assert driver.poll() is None, driver.communicate()[0]
-            assert time.monotonic() < until
-            time.sleep(0.1)
+        driver = begun(tmp_path, run)
         if blow == "raylet":
             ray = find(driver, "raylet")
             assert ray is not None
             ray.kill()
         else:
-            storm._limit_files(driver)
+            storm.limit_files(driver)
         said, _ = driver.communicate(timeout=200)
         assert driver.returncode == 2, said
         assert "Traceback" not in said
@@ -58,7 +65,14 @@ def test_a_search_goes_on_after_its_ray_was_killed_and_after_its_disk_was_full(
         }
         assert re.search(wanted[blow], said), said
         assert f"Go on with: {command('resume', run)}" in said
-    driver = start(tmp_path, run)
+    # what is gone on with is not to feel any of this
+    driver = begun(tmp_path, run)
+    beside = ("suspend worker", "suspend raylet", "suspend driver", "clock", "dashboard")
+    for part in ("worker", "raylet", "driver"):
+        storm.suspend(driver, part, 1.0)
+    storm.move_clock(tmp_path)
+    storm.kill_dashboard(tmp_path, run)
+    assert [storm.events[what] for what in beside] == [1] * len(beside)
     said, _ = driver.communicate(timeout=200)
     assert driver.returncode == 0, said
     found = Run.open(run)

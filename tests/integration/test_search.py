@@ -339,10 +339,10 @@ def test_interrupted_and_killed_drivers_lose_and_repeat_nothing(
     after_interrupt = read_trials(Run.open(run))
     assert [record.state for record in after_interrupt].count("running") == 1
 
-    # Ctrl-C while Ray starts
+    # Ctrl-C, twice, while Ray starts
     starting = driver(run, "resume")
     wait_for(lambda: any(child.name() == "gcs_server" for child in processes_of(starting)), starting)
-    check_stopped(starting, run, signal.SIGINT)
+    check_stopped(starting, run, signal.SIGINT, twice=True)
     assert read_trials(Run.open(run)) == after_interrupt
 
     # kill -9 in the middle of another one
