@@ -13,12 +13,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Targets start many processes of Python, which begin sooner where the first one keeps what it compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test runtimes faults lint format bench clean
+.PHONY: help demo test slow runtimes faults lint format bench clean
 
 help:
 	@echo "make demo     fold a real model under a memory budget, look at the front, export one for transformers and for"
 	@echo "              llama.cpp, which both are run (at most 15 minutes)"
 	@echo "make test     lint, types, floors, and every test (15 to 25 minutes)"
+	@echo "make slow     tests that take too long for 'make test', which has shorter ones of their kind (10 minutes)"
 	@echo "make runtimes every family in every runtime that is installed; 'make test' takes some (at most 15 minutes)"
 	@echo "make faults   kill, stop and damage searches 200 times (hours; the same command goes on)"
 	@echo "make lint     the checks of 'make test' without the tests"
@@ -57,6 +58,9 @@ test: lint
 runtimes: .venv/installed .venv-executorch/installed
 	$(BIN)/pytest -n 2 -m runtimes -rA
 	.venv-executorch/bin/pytest -n 2 -m runtimes -rA tests/integration/test_executorch.py
+
+slow: .venv/installed
+	$(BIN)/pytest -n 2 -m slow -rA
 
 faults: .venv/installed
 	FAULT_ROUNDS=10 $(BIN)/pytest -n 2 tests/faults -rA

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -36,7 +37,9 @@ SLOTS = {
 }
 # As wide as the windows of the tiny models: llama.cpp has none in some families.
 IDS = torch.randint(3, 96, (2, WINDOW), generator=torch.Generator().manual_seed(1))
-SLOW = ("onnx", "executorch")  # half a minute a cell
+TABLES = [
+    runtime for runtime in RUNTIMES if runtime.name not in ("onnx", "executorch")
+]  # half a minute a cell
 ROUNDING = 1e-3  # of the logits' RMS, as for an export in float32
 SAME, ROUNDED, REFUSED, NOT_FOLDED = "=", "≈", "–", "x"
 WORDS = f"""\
@@ -96,24 +99,26 @@ def cell(family: str, text: str, runtime: Runtime, folder: Path) -> str:
     return ROUNDED
 
 
-def matrix() -> str:
-    """The whole file."""
+def row(family: str, runtime: Runtime) -> str:
+    """A line of a runtime's table."""
+    cells = []
+    for text in SLOTS.values():
+        with tempfile.TemporaryDirectory() as folder:
+            cells.append(cell(family, text, runtime, Path(folder)))
+    return f"| {family} | " + " | ".join(cells) + " |"
+
+
+def page(row: Callable[[str, Runtime], str]) -> str:
+    """The whole file; row: makes a line of a runtime's table of a family."""
     register()
     parts = [WORDS]
-    for runtime in RUNTIMES:
-        if runtime.name in SLOW:
-            continue
+    for runtime in TABLES:
         parts.append(f"## `--to {runtime.name}`: {runtime.title}\n")
         lines = ["| | " + " | ".join(SLOTS) + " |", "|---|" + ":-:|" * len(SLOTS)]
-        for family in sorted(CONFIGS):
-            cells = []
-            for text in SLOTS.values():
-                with tempfile.TemporaryDirectory() as folder:
-                    cells.append(cell(family, text, runtime, Path(folder)))
-            lines.append(f"| {family} | " + " | ".join(cells) + " |")
+        lines += [row(family, runtime) for family in sorted(CONFIGS)]
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
 
 if __name__ == "__main__":
-    FILE.write_text(matrix(), encoding="utf-8")
+    FILE.write_text(page(row), encoding="utf-8")

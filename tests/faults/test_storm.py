@@ -43,12 +43,15 @@ def begun(place: Path, run: Path) -> subprocess.Popen[str]:
     return driver
 
 
-def test_a_search_goes_on_after_its_ray_was_killed_and_after_its_disk_was_full(
-    undisturbed: Run, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    "blows",
+    [("raylet",), pytest.param(("raylet", "file limit"), marks=pytest.mark.slow)],
+    ids=["its Ray was killed", "its disk was full too"],
+)
+def test_a_search_goes_on_after(undisturbed: Run, tmp_path: Path, blows: tuple[str, ...]) -> None:
     make_fakes(tmp_path)
     run, storm = tmp_path / "run", Storm(tmp_path, random.Random(0))
-    for blow in ("raylet", "file limit"):
+    for blow in blows:
         driver = begun(tmp_path, run)
         if blow == "raylet":
             ray = find(driver, "raylet")

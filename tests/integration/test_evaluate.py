@@ -232,6 +232,7 @@ def tasks(place: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_task_scores_as_the_harness_alone_does(place: Path, tasks: Path) -> None:
     import lm_eval
     from lm_eval.models.huggingface import HFLM

@@ -153,6 +153,7 @@ def test_stock_points_share_what_has_the_same_name_and_load_in_another_place(
     assert capsys.readouterr().err.count("trial-0000") >= 2
 
 
+@pytest.mark.slow
 def test_folded_points_store_every_tensor_once(place: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
     view = RunView.open(place / "run")

@@ -254,6 +254,7 @@ print(json.dumps(answer))
 """
 
 
+@pytest.mark.slow
 def test_a_hub_model_equals_the_same_files_on_disk(hub: Hub, tmp_path: Path) -> None:
     online = output(run(OPEN, hub.endpoint, tmp_path))
     assert any("tiny-org/tiny-llama/resolve" in request for request in hub.requests)

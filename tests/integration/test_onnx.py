@@ -17,23 +17,25 @@ from foldsearch.model.fold import fold
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.runtimes import NOTHING, Beside, onnx
 from foldsearch.runtimes.onnx_decoder import Decoder
-from tests.tiny import CONFIGS, VOCABULARY, dense_model, tokenizer
+from tests.tiers import some
+from tests.tiny import VOCABULARY, dense_model, tokenizer
 
 EVERY_SLOT = "0 1=4+r4+n 2a 3~linear 4 4=4"
 DROPPED = "0-1 3-4"
 INSTEAD = {"lfm2": "0 1=2+r4+n 2a 3~linear 4 4=4", "qwen3_moe": "0 1=4a+r4+n 2a 3~linear 4"}
-QUICK = ("llama", "gemma3_text")  # one without and one with a window; the others are run by `make runtimes`
+QUICK = (
+    "gemma3_text",
+)  # it has windows. Half a minute each: the other tests of a graph are run by `make runtimes`
 # Torch and onnxruntime sum in another order: about 1e-6 of the logits' size a step, over five blocks.
 ROUNDING = 1e-4
 
 
-@pytest.mark.parametrize(
-    "family", [name if name in QUICK else pytest.param(name, marks=pytest.mark.runtimes) for name in CONFIGS]
-)
+@pytest.mark.parametrize("family", some(QUICK))
 def test_every_family(family: str, tmp_path: Path) -> None:
     same_as_torch(family, INSTEAD.get(family, EVERY_SLOT), tmp_path)
 
 
+@pytest.mark.runtimes
 def test_dropped_blocks(tmp_path: Path) -> None:
     same_as_torch("qwen2", DROPPED, tmp_path)  # whose attention types go by block
 
@@ -61,6 +63,7 @@ def test_what_is_not_installed_is_named_before_anything_is_written(monkeypatch: 
         onnx.check_model(dense_model().config, 128)
 
 
+@pytest.mark.runtimes  # test_runtimes.py has the bytes of a plan that shares
 def test_a_weight_that_blocks_share_is_stored_once(tmp_path: Path) -> None:
     sizes = {}
     for name, text in (("owner", "0-3"), ("child", "0-3 4=3")):
@@ -70,6 +73,7 @@ def test_a_weight_that_blocks_share_is_stored_once(tmp_path: Path) -> None:
     assert sizes["child"] == sizes["owner"]
 
 
+@pytest.mark.runtimes
 @pytest.mark.parametrize("weights", ["float16", "int8", "int4"])
 def test_weights_of_fewer_bits_are_those_that_onnxruntime_has(weights: str, tmp_path: Path) -> None:
     """Torch with the rounded numbers and onnxruntime with the stored ones; float16 is computed in float16 by torch."""
@@ -93,7 +97,12 @@ def test_rounding_to_few_bits(seed: int, bits: int, inputs: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "weights"), [("bfloat16", ""), ("bfloat16", "int4"), ("float32", "float16")]
+    ("dtype", "weights"),
+    [
+        ("bfloat16", "int4"),
+        pytest.param("bfloat16", "", marks=pytest.mark.runtimes),
+        pytest.param("float32", "float16", marks=pytest.mark.runtimes),
+    ],
 )
 def test_what_is_exported_is_run_before_it_is_called_exported(
     dtype: str, weights: str, tmp_path: Path

@@ -51,6 +51,7 @@ def run_contract(tree: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_kind_of_network_is_an_entry_and_a_class(tree: Path) -> None:
     add(
         tree / "foldsearch/plan/kinds.py",

@@ -105,8 +105,8 @@ def equal_norms(model, runtime):
 @pytest.mark.parametrize("text", HELD)
 def test_the_price_is_the_bytes_that_are_written(quick, table, text, tmp_path):
     runtime = quick
-    if runtime.name == "onnx" and text != HELD[-1]:
-        pytest.skip("half a minute a graph, and the plan that shares weights has all that the others have")
+    if runtime.name == "onnx":
+        pytest.skip("half a minute a graph, and the test below weighs one")
     model, plan = folded(text)
     written, _ = runtime.writer.before_rounding(model)
     runtime.writer.write(written, tmp_path, Beside(weights=runtime.stored_as("float32")))

@@ -218,6 +218,7 @@ def test_the_best_by_count_are_those_of_all(screened: Screening) -> None:
         assert row.keys() & set(SPACE.criteria)
 
 
+@pytest.mark.slow
 def test_a_screening_that_was_stopped_goes_on_with_what_it_has(
     study: Study, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +246,7 @@ def test_a_screening_that_was_stopped_goes_on_with_what_it_has(
     assert any(record.state == "finished" for record in read_trials(run))
 
 
+@pytest.mark.slow
 def test_the_baselines_follow_where_no_criterion_of_the_space_is_quick(
     study: Study, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -218,7 +218,7 @@ def test_a_trial_that_the_time_cuts_is_on_no_front_and_goes_on_with_more_time(
     assert [record.state for record in records[:4]] == ["finished"] * 4
 
 
-@pytest.mark.parametrize("said", ["disk full", "disk full, in words"])
+@pytest.mark.parametrize("said", ["disk full", pytest.param("disk full, in words", marks=pytest.mark.slow)])
 def test_a_full_disk_ends_the_search_and_loses_nothing(shared_ray: None, tmp_path: Path, said: str) -> None:
     faults = tmp_path / "faults.json"
     faults.write_text(json.dumps({"2:1": said}))

@@ -311,7 +311,9 @@ IMPORTS = {
 }
 
 
-@pytest.mark.parametrize("order", IMPORTS)
+@pytest.mark.parametrize(
+    "order", [pytest.param(one, marks=[pytest.mark.slow] * (one != "AutoConfig alone")) for one in IMPORTS]
+)
 def test_a_folded_model_loads_by_auto_class_in_any_order_of_imports(order, tmp_path):
     model = fold(dense_model(), plan("0 1=3 3"))
     model.save_pretrained(tmp_path)

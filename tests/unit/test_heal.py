@@ -23,6 +23,7 @@ from foldsearch.model.fold import cast, fold
 from foldsearch.model.heal import RIDGES, TAKEN, heal
 from foldsearch.model.states import residual_states
 from foldsearch.plan.plan import FoldPlan
+from tests.tiers import some
 from tests.tiny import CONFIGS, EXPERTS, NUM_BLOCKS, SHARING, WIDTH, can_fold, dense_model, token_set
 
 LENGTH = 16
@@ -32,10 +33,8 @@ NUM_FITTED = 30  # three quarters
 NORM_AFTER = ("gemma2", "gemma3_text", "olmo2")
 names = pytest.mark.parametrize("name", CONFIGS)
 # One of each way to build a block; the others take minutes together.
-QUICK = ("llama", "gemma2", "gpt2", "qwen3_moe")
-slowly = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.runtimes] * (name not in QUICK)) for name in CONFIGS]
-)
+QUICK = ("llama", "gemma2", "gpt2")
+slowly = pytest.mark.parametrize("name", some(QUICK))
 
 
 def folded(dense, text: str):

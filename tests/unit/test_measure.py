@@ -24,6 +24,7 @@ from foldsearch.model.starts import new_values
 from foldsearch.plan.cost import CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan
 from tests.strategies import plans
+from tests.tiers import some
 from tests.tiny import CONFIGS, LLAMA, NUM_BLOCKS, VOCABULARY, WIDTH, WINDOW, dense_model
 
 CONTEXT = 23  # longer than the windows, and neither of the lengths that measure() traces
@@ -64,7 +65,9 @@ def unique_parameters(model) -> int:
 families = pytest.mark.parametrize("name", sorted(FAMILIES))
 
 
-@families
+@pytest.mark.parametrize(
+    "name", some(("llama", "gemma3_text", "gpt2", "lfm2", "qwen3_moe"), sorted(FAMILIES))
+)
 def test_prices_are_what_the_real_folded_models_have(name):
     dense = dense_model(name)
     for label, text in PLANS.items():

@@ -29,6 +29,7 @@ from foldsearch.runtimes import exported_bytes
 from foldsearch.runtimes import gguf as runtime
 from foldsearch.spec.load import load_study
 from tests.proposals import given, removing
+from tests.tiers import some
 from tests.tiny import NUM_BLOCKS, dense_model, token_set
 
 STOCK = Target(context=64, runtime="gguf", shares_weights=False)
@@ -48,7 +49,7 @@ def test_a_type_takes_what_the_package_gguf_says(weights: str) -> None:
 
 
 @pytest.mark.parametrize("weights", ["bf16", "q8_0", "q4_0"])
-@pytest.mark.parametrize("name", sorted(held_families()))
+@pytest.mark.parametrize("name", some(("llama", "gemma3_text", "gpt2"), sorted(held_families())))
 def test_a_price_is_what_the_tensors_of_a_file_take(name: str, weights: str, tmp_path: Path) -> None:
     """Rows of 40 numbers fill no whole blocks, those of 32 do."""
     dense = dense_model(name)
