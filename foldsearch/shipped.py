@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ from foldsearch.record import DenseRival
 from foldsearch.runtimes import runtime_named
 from foldsearch.spec.study import TYPED
 
+# Forward passes that a token takes of a rival: two heads, as that of dense is another, and the rounding of its weights.
+RIVAL = 2.0
 Split = Literal["search", "report"]
 
 
@@ -32,11 +35,16 @@ def judged(model: PreTrainedModel, context: TrialContext, split: Split, target: 
         split: of its texts.
         target: says in which type matrices are stored.
     """
+    return judged_each(model, context, (split,), target)[0]
+
+
+def judged_each(
+    model: PreTrainedModel, context: TrialContext, splits: Sequence[Split], target: Target
+) -> list[Quality]:
+    """See `judged`, on several token sets: weights are rounded once."""
     bench = open_workbench(context)
-    tokens, targets = getattr(bench.splits, split), getattr(bench, split)
-    if not target.rounds:
-        return judge(model, tokens, targets)
-    return judge(as_stored(model, target), tokens, targets, dense=bench.dense)
+    held, dense = (as_stored(model, target), bench.dense) if target.rounds else (model, None)
+    return [judge(held, getattr(bench.splits, one), getattr(bench, one), dense=dense) for one in splits]
 
 
 def as_stored(model: PreTrainedModel, target: Target) -> PreTrainedModel:
@@ -57,6 +65,15 @@ def as_stored(model: PreTrainedModel, target: Target) -> PreTrainedModel:
 class _Measured:
     search: Quality
     report: Quality
+
+
+def rivals_seconds(context: TrialContext) -> float:
+    """Seconds that `measure_rivals` takes, by those of asking the dense model; 0 where its answers were known."""
+    study = context.study
+    if study.budget.gb is None:
+        return 0.0
+    tokens = (study.splits.search + study.splits.report) * study.splits.sequence_length
+    return RIVAL * tokens * context.token_seconds * len(study.target.rivals)
 
 
 def measure_rivals(
@@ -83,9 +100,7 @@ def measure_rivals(
         target = settings.stored_in(weights, TYPED)
 
         def measure() -> _Measured:
-            return _Measured(
-                *(judged(bench.dense, context, split, target) for split in ("search", "report"))  # noqa: B023
-            )
+            return _Measured(*judged_each(bench.dense, context, ("search", "report"), target))  # noqa: B023
 
         texts = bench.splits.search.content_hash
         known, _ = bench.once(

@@ -52,6 +52,7 @@ class Line:
         *,
         promoted: Promoted = Promoted(),  # noqa: B008  # it is frozen
         spent: float = 0.0,
+        closing: float = 0.0,
         token_seconds: float = 0.0,
     ) -> None:
         """Queues what a new run begins with: the plans that screening promoted, else the baselines.
@@ -60,6 +61,7 @@ class Line:
             records: of the run.
             promoted: what of the plans that were screened is to be trained.
             spent: seconds of its time that this process has spent already.
+            closing: seconds of its time that are kept for what comes after the last trial.
             token_seconds: see `Pace`; 0 where it is not known.
         """
         self.records = records
@@ -67,6 +69,7 @@ class Line:
         self.study = run.study
         self._before = records.elapsed
         self._began = time.monotonic() - spent
+        self._closing_seconds = closing
         self._failed_before = {trial.number for trial in records.all() if trial.state == "failed"}
         self.is_over = False  # a trial was cut: its next step would have ended after the time is up
         self._since: dict[int, float] = {}  # trials that run: when they began, or ended their latest rung
@@ -95,8 +98,10 @@ class Line:
 
     @property
     def left(self) -> float:
-        """Seconds until the time is up."""
-        return math.inf if self.study.seconds is None else self.study.seconds - self.elapsed()
+        """Seconds until the time of trials is up."""
+        if self.study.seconds is None:
+            return math.inf
+        return self.study.seconds - self._closing_seconds - self.elapsed()
 
     @property
     def deadline(self) -> float | None:

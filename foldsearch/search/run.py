@@ -249,6 +249,7 @@ def _search(context: Any, trial: str, on_event: OnEvent, place: Workplace) -> No
         records,
         promoted=promoted,
         spent=asking + time.monotonic() - began,
+        closing=_closing_seconds(context),
         token_seconds=getattr(context, "token_seconds", 0.0) * slower,
     )
     if words := line.begin_words():
@@ -273,6 +274,15 @@ def _ray_of(place: Workplace, again: str) -> Iterator[Path]:
         return
     with own_ray(place.cpus, place.gpus, again) as folder:
         yield folder
+
+
+def _closing_seconds(context: Any) -> float:
+    """Of the time of a run, what is needed after the last trial."""
+    if not _is_real(context):
+        return 0.0
+    from foldsearch.shipped import rivals_seconds  # it needs torch, which fakes do without
+
+    return rivals_seconds(context)
 
 
 def _is_real(context: Any) -> bool:

@@ -20,7 +20,7 @@ from foldsearch.rebuild import check_rebuilt, recovered_model
 from foldsearch.record import read_rivals
 from foldsearch.runtimes import NOTHING
 from foldsearch.runtimes import gguf as runtime
-from foldsearch.shipped import measure_rivals
+from foldsearch.shipped import measure_rivals, rivals_seconds
 from foldsearch.spec.study import BudgetSettings, SplitSettings, TargetSettings
 from foldsearch.trial import run_trial
 from tests.contexts import of_study, tiny_context
@@ -71,10 +71,11 @@ def test_a_trial_is_measured_with_the_weights_of_its_file(context: TrialContext,
 def test_the_dense_model_is_measured_in_each_type_once(
     context: TrialContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stages = []
+    stages, rounded, real = [], [], shipped.as_stored
+    monkeypatch.setattr(shipped, "as_stored", lambda *words: (rounded.append(words), real(*words))[1])
     found = measure_rivals(context, progress=lambda stage, share: stages.append(stage))
     assert [rival.weights for rival in found] == ["q8_0", "q4_0"]
-    assert len(stages) == 2
+    assert len(stages) == len(rounded) == 2
     assert read_rivals(context.run.rivals) == found
     bench, identity = open_workbench(context), FoldPlan.identity(len(context.table.blocks))
     for rival in found:
@@ -87,7 +88,7 @@ def test_the_dense_model_is_measured_in_each_type_once(
     def never(*args: object) -> None:
         raise AssertionError("this is not to be measured again")
 
-    monkeypatch.setattr(shipped, "judged", never)
+    monkeypatch.setattr(shipped, "judged_each", never)
     assert measure_rivals(context) == found
 
 
@@ -98,7 +99,16 @@ def test_dense_is_priced_in_its_dtype(context: TrialContext) -> None:
 
 
 def test_without_a_budget_of_bytes_there_is_no_rival(context: TrialContext) -> None:
-    assert measure_rivals(of_study(context, budget=BudgetSettings(flops="0.8x"))) == ()
+    without = of_study(context, budget=BudgetSettings(flops="0.8x"))
+    assert measure_rivals(without) == ()
+    assert rivals_seconds(dataclasses.replace(without, token_seconds=1.0)) == 0
+
+
+def test_what_rivals_take_is_known_before_the_trials(context: TrialContext) -> None:
+    """Two of them, over the search and the report tokens."""
+    splits = open_workbench(context).splits
+    tokens = splits.search.ids_NT.numel() + splits.report.ids_NT.numel()
+    assert rivals_seconds(dataclasses.replace(context, token_seconds=0.5)) == shipped.RIVAL * 0.5 * 2 * tokens
 
 
 @pytest.mark.parametrize(

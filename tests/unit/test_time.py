@@ -107,6 +107,15 @@ def test_what_begins_ends_in_time_whatever_was_thought_before(
             assert remaining > 20
 
 
+def test_time_is_kept_for_what_comes_after_the_trials(tmp_path: Path, clock: Clock) -> None:
+    records = new_records(tmp_path / "run", seconds=480.0, trials=14)
+    line = Line(records, token_seconds=0.0024, closing=130.0)
+    assert line.left == 350
+    told = simulate(line, clock, (10.0, 30.0, 60.0))
+    assert 250 <= told[-1][0] <= 350
+    assert line.elapsed() == told[-1][0]
+
+
 def test_closing_trials_that_do_not_fit_are_left_out_and_said(tmp_path: Path, clock: Clock) -> None:
     records = new_records(tmp_path / "run", seconds=330.0, trials=6, budget={})
     line = Line(records, token_seconds=0.0024)
