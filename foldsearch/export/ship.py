@@ -96,12 +96,9 @@ def export(
             in_dtype(written, getattr(torch, shipment.dtype)) if is_same else writer.rounded(written, weights)
         )
     whole = shipment.whole if runtime.puts_back else None
-    of_text = _num_parameters(shipped)
-    if whole is not None:
-        with quiet():
-            shipped = put_back(shipped, whole)
-    num_parameters, weight_bytes = _num_parameters(shipped), _weight_bytes(shipped)
-    notes += _part_notes(shipment, runtime, num_parameters - of_text)
+    shipped, rest = _around(shipped, whole)
+    weight_bytes = _weight_bytes(shipped)
+    notes += _part_notes(shipment, runtime, rest)
     make_room(folder, weight_bytes)
     extras = Beside(
         tokenizer, weights, shipment.base_model, str(shipment.plan), shipment.gguf, shipment.context, whole
@@ -125,23 +122,30 @@ def export(
             tolerance=ROUNDING[held_in] if is_rounded else 0.0,
             loss_tolerance=LOSS_ROUNDING[held_in] if is_rounded else 0.0,
             weight_bytes=weight_bytes,
-            num_parameters=num_parameters,
-            rest_parameters=num_parameters - of_text,
+            num_parameters=_num_parameters(shipped),
+            rest_parameters=rest,
             beside=extras,
             prompt_tokens=shipment.prompt_tokens,
         )
         del written, shipped, measured
         probe = _asked(job.measured, tokens)
-        report = replace(
-            _report(job, shipment, probe),
-            notes=notes,
-            has_tokenizer=tokenizer is not None,
-            whole=name_in(whole) if whole else "",
-        )
+        report = replace(_report(job, shipment, probe), notes=notes, has_tokenizer=tokenizer is not None)
         if unrounded is not None:
             report = replace(report, measured_perplexity=unrounded)
         _write_cards(job, shipment, report, probe, folder)
     return report
+
+
+def _around(text: PreTrainedModel, folder: Path | None) -> tuple[PreTrainedModel, int]:
+    """The whole model around a text part, and how many parameters of it are none of the part's.
+
+    folder: of the whole model that the part came from; None where what is shipped is no part, and is left as it is.
+    """
+    if folder is None:
+        return text, 0
+    with quiet():
+        whole = put_back(text, folder)
+    return whole, _num_parameters(whole) - _num_parameters(text)
 
 
 def _part_notes(shipment: Shipment, runtime: Runtime, rest: int) -> tuple[str, ...]:
@@ -307,6 +311,7 @@ def _report(job: Job, shipment: Shipment, probe: Probe) -> ExportReport:
         details=details,
         chat=compared.chat,
         predicted=shipment.predicted,
+        whole=name_in(job.beside.whole) if job.beside.whole else "",
     )
 
 
