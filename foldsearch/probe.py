@@ -39,12 +39,12 @@ def probe_memory(proposal: Proposal, context: TrialContext, say: StageProgress =
         if not is_out_of_memory(error):
             raise
         asked = bytes_asked(error)
-        happened = f"asked for {asked} that was not there" if asked else "did not"
+        happened = f"asked for {asked}, which memory did not have" if asked else "did not"
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # not in the handler: its error holds on to what the step had
     if not happened:
         return ""
-    halves = ", in two halves too" if context.study.recovery.batch > 1 else ""
+    halves = ", nor did two halves of it fit" if context.study.recovery.batch > 1 else ""
     return too_large_words(proposal, context.study, f"{happened}{halves}")
 
 

@@ -220,7 +220,7 @@ class Storm:
                 self.beside(place, run)
                 worker, number = find(driver, "worker"), running_trial(run)
                 if worker is None:
-                    if self.rng.random() < 0.04:
+                    if self.rng.random() < 0.01:
                         # a program that is still importing dies of Ctrl-C as Python programs do
                         after = self._last_blow(driver, ("driver",))
                     continue
@@ -303,7 +303,7 @@ class Storm:
 
     def beside(self, place: Path, run: Path) -> None:
         """One of them, at times."""
-        what = self.rng.choices(("nothing", "clock", "dashboard"), (6, 2, 1))[0]
+        what = self.rng.choices(("nothing", "clock", "dashboard"), (40, 3, 1))[0]
         if what == "clock":
             self.move_clock(place)
         elif what == "dashboard" and (run / "study.json").exists():

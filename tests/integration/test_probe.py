@@ -112,9 +112,12 @@ def test_what_fits_is_not_told_and_leaves_nothing(context: TrialContext) -> None
     [
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-            "asked for 2.00 GiB that was",
+            "asked for 2.00 GiB, which memory did not have, nor did two halves of it fit. Trials",
         ),
-        (MemoryError(), "(5 blocks run, deltas of rank 2) did not, in two halves too. Trials like it"),
+        (
+            MemoryError(),
+            "(5 blocks run, deltas of rank 2) did not, nor did two halves of it fit. Trials like it",
+        ),
     ],
 )
 def test_what_does_not_fit_is_a_sentence(
