@@ -118,7 +118,7 @@ def test_a_driver_that_joined_ends_by_a_signal_as_any_other(cluster: Cluster) ->
         "-m", "foldsearch", "run", str(study), "--budget-gb", BUDGET, "--out", str(run),
         "--address", cluster.address, "--run-storage", str(cluster.shared / "stopped"),
     )  # fmt: skip
-    until = time.monotonic() + 240
+    until = time.monotonic() + 480  # of a busy machine
     while not (run / "study.json").exists() or not any(trial.results for trial in read_trials(Run.open(run))):
         if search.poll() is not None or time.monotonic() > until:
             search.kill()
