@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 from foldsearch.errors import InputError, PlanError, RunError, quote_error
 from foldsearch.files import check_writable, replace_atomically, write_json
 from foldsearch.paths import check_path, command, printable
-from foldsearch.plan.cost import CostTable, Target, price
+from foldsearch.plan.cost import GB, CostTable, Target, price
 from foldsearch.plan.plan import MOST_BLOCKS, FoldPlan, check_ranks
+from foldsearch.plan.result import rounded
 from foldsearch.progress import Notice, StageProgress, silent, unheard
 from foldsearch.record import Trial
 from foldsearch.runtimes import ALL_CAN, STOCK, Runtime, exported_bytes, runtime_for, runtime_named
+from foldsearch.runtimes.nearest import nearest_held, price_there
 
 if TYPE_CHECKING:
     from foldsearch.context import TrialContext
@@ -272,6 +274,8 @@ def _check_tried(plan: FoldPlan, table: CostTable, study: Study) -> None:
     refusal = runtime.refusal(plan, by_position=table.by_position, family=table.family)
     if target.rounds and refusal is not None:
         what, remedy = refusal
+        if (found := nearest_held(plan, runtime, table, target)) is not None:
+            remedy = f"try the nearest plan that it holds, '{found.plan}': {found.words}"
         raise PlanError(
             f"a model with weights in {target.weights} is measured as the {runtime.name} runtime stores it, which has "
             f"{runtime.blocks} only, but the plan '{plan}' has {what}. Leave the type of weights out, or {remedy}."
@@ -344,18 +348,27 @@ def write_report(run: RunView) -> Path:
     return page
 
 
-def pick(run: RunView, *, number: int | None = None, max_gb: float | None = None) -> Trial:
-    """Choose a finished trial and write the choice into the run folder; the knee if neither argument is given.
+def pick(
+    run: RunView,
+    *,
+    number: int | None = None,
+    max_gb: float | None = None,
+    max_prompt_ms: float | None = None,
+    max_decode_ms: float | None = None,
+) -> Trial:
+    """Choose a finished trial and write the choice into the run folder; the knee if no other argument is given.
 
     Args:
         run: the run.
         number: of the trial.
         max_gb: the best quality on the search texts within this many decimal gigabytes.
+        max_prompt_ms: and within this many milliseconds to read a prompt, where the run has measured them.
+        max_decode_ms: and to write a token after it.
 
     Raises:
-        RunError: no such trial, or none that fits.
+        RunError: no such trial, or none that fits; or milliseconds were not measured.
     """
-    trial = run.pick(number=number, max_gb=max_gb)
+    trial = run.pick(number=number, max_gb=max_gb, max_prompt_ms=max_prompt_ms, max_decode_ms=max_decode_ms)
     write_json(run.folder.pick, {"trial": trial.number, "plan": str(trial.plan)})
     return trial
 
@@ -457,12 +470,50 @@ def export_trial(
     form = form or ExportForm()
     runtime = form.runtime(trial.plan, folder.target, folder.table)
     runtime.stored_as(folder.target.dtype, form.stored(runtime, folder.target.storing(trial.weights)))
+    _check_held(run, trial, runtime)
     check_export(out, trial.plan, runtime.name, table=folder.table, overwrite=form.overwrite)
     if trial.number in run.further:
         words = run.further[trial.number].tokens_words
         notice(f"trial {number} was trained further; what ships is its best state: {words}.")
     context = prepare_context(folder.study, folder.path, progress=progress, notice=notice)
     return _export(context, trial.number, out, form, trial, progress)
+
+
+def _check_held(run: RunView, trial: Trial, runtime: Runtime) -> None:
+    """Whether a runtime can hold the plan of a trial.
+
+    Raises:
+        PlanError: it cannot; the message says the nearest plan that it can, and the best trial that is as small.
+    """
+    table, path = run.folder.table, run.folder.path
+    refusal = runtime.refusal(trial.plan, by_position=table.by_position, family=table.family)
+    if refusal is None:
+        return
+    what, remedy = refusal
+    target, better = run.folder.target.storing(trial.weights), run.best_held(runtime, trial)
+
+    def gb(plan: FoldPlan) -> str:
+        return f"{price_there(plan, runtime, table, target).memory_bytes / GB:.4f} GB"
+
+    words = f"{runtime.refused(trial.plan, what)} Export it to {ALL_CAN}, or "
+    nearest = nearest_held(trial.plan, runtime, table, target)
+    if nearest is None:
+        words += f"{remedy}."
+    else:
+        words += (
+            f"take the nearest plan that it holds, '{nearest.plan}': {nearest.words}; {gb(nearest.plan)}, this one "
+            f"{trial.cost.memory_bytes / GB:.4f}."
+        )
+        if better is None or better.plan != nearest.plan:
+            words += f" Measure it: {command('try', str(nearest.plan), '--study', path)}"
+    if better is not None:
+        told = command("export", path, "--trial", str(better.number), "--to", runtime.name, "--out", "DIR")
+        words += (
+            f" Of the trials that it holds and that are as small, number {better.number} is the best: "
+            f"'{better.plan}', {gb(better.plan)}, KL {rounded(better.final.kl, '.3f')}, this one "
+            f"{rounded(trial.final.kl, '.3f')}: {told}"
+        )
+    raise PlanError(words)
 
 
 def export_front(
@@ -502,9 +553,7 @@ def export_front(
             f"points share files of weights in exports to {STOCK} and {ALL_CAN}; got {name}. Name one of these by --to."
         )
     for trial in trials:
-        runtime_named(name).check(
-            trial.plan, by_position=folder.table.by_position, family=folder.table.family
-        )
+        _check_held(run, trial, runtime_named(name))
     check_path(out, "a path of exports")
     check_new(out, overwrite=form.overwrite, marks=(FAMILY,))
     check_writable(out.parent, "exports")

@@ -414,7 +414,9 @@ def _add_model(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def _add_study(parser: argparse.ArgumentParser, used: str) -> None:
-    parser.add_argument("--study", metavar="STUDY", help=f"whose {used} to use (default: as `run`)")
+    parser.add_argument(
+        "--study", metavar="STUDY", help=f"whose {used} to use, or the folder of a run (default: as `run`)"
+    )
 
 
 def _add_tokens(parser: argparse.ArgumentParser, what: str) -> None:
@@ -454,13 +456,19 @@ def _add_out(
 def _add_choice(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--knee", action="store_true", help="the compromise of the objectives")
-    choice.add_argument("--max-gb", type=_number, metavar="X", help="the best quality within X GB")
     number = "trial N, as `foldsearch front` numbers it"
     if several:
         number += "; with --front it may be given more than once"
         choice.add_argument("--trial", type=_whole, metavar="N", action="append", help=number)
     else:
         choice.add_argument("--trial", type=_whole, metavar="N", help=number)
+    bounds = (
+        ("gb", "X", "the best quality within X GB"),
+        ("prompt-ms", "MS", "and within MS milliseconds for a prompt, where the run has measured them"),
+        ("decode-ms", "MS", "and within MS milliseconds for a token after it"),
+    )
+    for name, metavar, what in bounds:
+        parser.add_argument(f"--max-{name}", type=_number, metavar=metavar, help=what)
 
 
 def _add_model_option(parser: argparse.ArgumentParser) -> None:

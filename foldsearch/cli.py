@@ -431,7 +431,7 @@ def _pick(args: argparse.Namespace) -> int:
     from foldsearch.report.terminal import latency_words, runtimes_words, times_words
 
     view = open_run(args.run)
-    trial = pick(view, number=args.trial, max_gb=args.max_gb)
+    trial = pick(view, number=args.trial, **_bounds(args))
     _say(f"trial {trial.number}: {trial.plan}")
     latency = view.folder.table.latency_on(view.folder.target.storing(trial.weights))
     if latency is not None:
@@ -445,10 +445,25 @@ def _chosen(args: argparse.Namespace, view: RunView) -> Trial:
     """The trial that the options name; what was picked if they name none."""
     from foldsearch.api import picked
 
-    named = args.knee or args.trial is not None or args.max_gb is not None
-    trial = view.pick(number=args.trial, max_gb=args.max_gb) if named else picked(view)
+    bounds = _bounds(args)
+    named = args.knee or args.trial is not None or bounds
+    trial = view.pick(number=args.trial, **bounds) if named else picked(view)
     _say(f"trial {trial.number}: {trial.plan}")
     return trial
+
+
+def _bounds(args: argparse.Namespace) -> dict[str, float]:
+    """The bounds that the best trial is to keep.
+
+    Raises:
+        InputError: a trial is named in another way too.
+    """
+    names = ("max_gb", "max_prompt_ms", "max_decode_ms")
+    found = {name: value for name in names if (value := vars(args)[name]) is not None}
+    if found and (args.knee or args.trial is not None):
+        options = " and ".join(f"--{name}" for name in found).replace("_", "-")
+        raise InputError(f"{options} may not stand beside --knee or --trial. Leave one of them out.")
+    return found
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -511,18 +526,18 @@ def _export(args: argparse.Namespace) -> int:
 def _export_front(args: argparse.Namespace, view: RunView) -> int:
     """Several points in one folder: those that are named, else the front, within --max-gb."""
     from foldsearch.api import ExportForm, export_front
-    from foldsearch.plan.cost import GB
     from foldsearch.report.terminal import console, family_table
 
     what = "--front writes whole models, several of them"
     _refuse(what, args, "--type", "--prompt", "--knee")
     if args.to == PLAN:
         raise InputError(f"{what}, and takes no --to {PLAN}. Leave that out.")
-    within = (one for one in view.front if args.max_gb is None or one.cost.memory_bytes <= args.max_gb * GB)
-    numbers = args.trial or [one.number for one in within]
+    bounds = _bounds(args)
+    if bounds:
+        view.pick(number=None, **bounds)  # which says what there is, where nothing is within them
+    numbers = args.trial or [one.number for one in view.within(view.front, **bounds)]
     if not numbers:
-        view.pick(max_gb=args.max_gb)  # which says what there is
-        raise InputError("no point of the front lies within --max-gb. Raise it, or name trials by --trial.")
+        raise InputError("no point of the front keeps these bounds. Raise them, or name trials by --trial.")
     with _status() as progress:
         form = ExportForm(args.to, "", args.force, shows_text=not args.no_text)
         family = export_front(view, numbers, args.front, form=form, progress=progress, notice=_say)

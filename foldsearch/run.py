@@ -30,7 +30,7 @@ from foldsearch.identity import Identity
 from foldsearch.paths import beside, check_path, command, printable
 from foldsearch.plan.cost import Budget, Cost, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.spec.load import study_from_json
+from foldsearch.spec.load import RUN_STUDY, study_from_json
 from foldsearch.spec.study import Study
 from foldsearch.version import __version__
 
@@ -109,7 +109,7 @@ class RunFolder:
     @property
     def study_file(self) -> Path:
         """What `Run.open` reads first: where it is, a run has begun."""
-        return self.path / "study.json"
+        return self.path / RUN_STUDY
 
     @property
     def table_file(self) -> Path:

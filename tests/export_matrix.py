@@ -51,7 +51,8 @@ compared, on tiny random models in float32. A plan is held by a runtime if all o
 `{SAME}` the same logits to the bit; `{ROUNDED}` but for rounding: an adapter merged into a weight, products
 with experts, which sum by where their weights come to lie in memory, and for llama.cpp the scale of attention of these
 tiny Gemmas, which is put into their weights, and the GELU of GPT-NeoX by tanh.
-`{REFUSED}` refused, with what to do instead.
+`{REFUSED}` refused, with the nearest plan that is held and its bytes
+([decision 33](decisions/0033-the-nearest-plan.md)).
 Which blocks of SmolLM3 do not turn by position goes by position in llama.cpp, every fourth: plans that keep these in
 their places are held there, such as `0-3 8-35`.
 Where a runtime does not share weights, a child and a repeat are written out: the same

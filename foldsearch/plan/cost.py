@@ -136,6 +136,10 @@ class CostTable:
         kinds = {(block.attention.kind, block.mlp.kind) for block in self.blocks}
         return len(kinds) == 1 and all(mlp != EXPERTS for _, mlp in kinds)
 
+    def attends(self, block: int) -> bool:
+        """Whether a block looks at other tokens; in a hybrid some have another mixer."""
+        return self.blocks[block].attention.context_macs > 0
+
     def can_fold(self, plan: FoldPlan) -> bool:
         """Whether the blocks that a plan has share weights are of one kind, and one that it runs attends."""
         for name in UNITS:
@@ -143,7 +147,7 @@ class CostTable:
             if name == "attention" and len(set(kinds)) > 1:
                 run = [source for _, _, source, _ in plan.runs(name)]
                 run += [slot.first for slot in plan.slots if isinstance(slot, Replacement) and slot.is_block]
-                if not any(self.blocks[block].attention.context_macs for block in run):
+                if not any(map(self.attends, run)):
                     return False
             if any(
                 not own and (EXPERTS in kinds or kinds[source] != kinds[slot.home])

@@ -420,6 +420,15 @@ def _parse_child(word: str, part: dict[str, str | None], home: int, seen: set[in
     return Slot(home, attention, mlp, int(part["rank"] or 0), part["norm"] is not None)
 
 
+def word_of(slot: Slot | Replacement, *, repeat: bool = False) -> str:
+    """A position as a word of the text form; repeat: its block has run before."""
+    if isinstance(slot, Replacement):
+        return f"{_run_word([slot.first, slot.last])}~{slot.kind}{slot.size or ''}"
+    if slot.attention == slot.mlp == slot.home and not repeat:
+        return str(slot.home)
+    return _slot_word(slot, repeat)
+
+
 def _words(plan: FoldPlan) -> Iterator[str]:
     seen: set[int] = set()
     run: list[int] = []
@@ -433,12 +442,12 @@ def _words(plan: FoldPlan) -> Iterator[str]:
             yield _run_word(run)
             run = []
         if isinstance(slot, Replacement):
-            yield f"{_run_word([slot.first, slot.last])}~{slot.kind}{slot.size or ''}"
+            yield word_of(slot)
             continue
         if whole:
             run.append(slot.home)
         else:
-            yield _slot_word(slot, slot.home in seen)
+            yield word_of(slot, repeat=slot.home in seen)
         seen.add(slot.home)
     if run:
         yield _run_word(run)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from math import floor, isfinite, log10
+from operator import attrgetter
 from pathlib import Path
 from statistics import correlation
+from typing import NamedTuple
 
 from foldsearch.criteria import criterion_of
 from foldsearch.errors import RunError
@@ -29,6 +31,8 @@ from foldsearch.record import (
     read_trial,
 )
 from foldsearch.run import Run
+from foldsearch.runtimes import Runtime
+from foldsearch.runtimes.nearest import price_there
 from foldsearch.search.records import read_trials
 from foldsearch.search.screened import Screened, read_screened, screened_by_count
 
@@ -243,11 +247,33 @@ class RunView:
                     found.setdefault(len(trial.plan.dropped), {})[name] = trial
         return {count: row for count, row in sorted(found.items()) if len(row) > 1}
 
-    def pick(self, *, number: int | None = None, max_gb: float | None = None) -> Trial:
-        """The trial a person means: by its number, or of lowest KL within `max_gb`, or the knee.
+    def best_held(self, runtime: Runtime, within: Trial) -> Trial | None:
+        """The finished trial of lowest KL on the search texts, of those that a runtime holds; None where there is none.
+
+        within: it takes no more memory than this one.
+        """
+        table, target = self.folder.table, self.folder.target
+        fitting = [
+            trial
+            for trial in self.finished
+            if runtime.holds(trial.plan, table)
+            and price_there(trial.plan, runtime, table, target.storing(trial.weights)).memory_bytes
+            <= within.cost.memory_bytes
+        ]
+        return min(fitting, key=lambda trial: trial.quality.kl, default=None)
+
+    def pick(
+        self,
+        *,
+        number: int | None = None,
+        max_gb: float | None = None,
+        max_prompt_ms: float | None = None,
+        max_decode_ms: float | None = None,
+    ) -> Trial:
+        """The trial a person means: by its number, or of lowest KL within all bounds that are given, or the knee.
 
         Raises:
-            RunError: no such trial, or none that fits.
+            RunError: no such trial, or none that fits; or the run has no times to bound.
         """
         finished = self.finished
         if not finished:
@@ -256,32 +282,113 @@ class RunView:
                 f"Go on with: {command('resume', self.folder.path)}"
             )
         if number is not None:
-            for trial in finished:
-                if trial.number == number:
-                    return trial
-                if number in self.repeats(trial):
-                    raise RunError(
-                        f"trial {number} of '{self.name}' has the same plan as trial {trial.number}, which measured "
-                        f"it. Name that one: --trial {trial.number}"
-                    )
-            known = ", ".join(str(trial.number) for trial in finished)
-            raise RunError(
-                f"only a trial that reached the last rung can be picked, got {number}. "
-                f"Those of '{self.name}' that did: {known}."
-            )
-        if max_gb is None:
-            chosen = self.knee
-            assert chosen is not None
-            return chosen
-        fitting = [trial for trial in finished if trial.cost.memory_bytes <= max_gb * GB]
+            return self._numbered(number)
+        bounds = _bounds(max_gb, max_prompt_ms, max_decode_ms)
+        if not bounds:
+            assert self.knee is not None
+            return self.knee
+        fitting = self._keeping(finished, bounds)
         if not fitting:
-            least = min(trial.cost.memory_bytes for trial in finished) / GB
-            raise RunError(
-                f"no finished trial of '{self.name}' fits {max_gb:g} GB: the smallest needs {least:.4f} GB. "
-                "Raise --max-gb, or run a search with a smaller --budget-gb."
-            )
+            raise RunError(self._none_keeps(bounds))
         # by the search texts: the report texts stay unseen by every choice
         return min(fitting, key=lambda trial: trial.quality.kl)
+
+    def within(
+        self,
+        trials: Sequence[Trial],
+        *,
+        max_gb: float | None = None,
+        max_prompt_ms: float | None = None,
+        max_decode_ms: float | None = None,
+    ) -> list[Trial]:
+        """Those of the trials that keep all bounds that are given.
+
+        Raises:
+            RunError: the run has no times to bound.
+        """
+        return self._keeping(trials, _bounds(max_gb, max_prompt_ms, max_decode_ms))
+
+    def _keeping(self, trials: Sequence[Trial], bounds: Sequence[_Bound]) -> list[Trial]:
+        for bound in bounds:
+            if all(bound.term(trial.cost) is None for trial in self.finished):
+                raise RunError(
+                    f"--{bound.option} bounds milliseconds, which are measured before a search that bounds or lowers "
+                    f"them, but in '{self.name}' they were not. Leave it out, or search anew: foldsearch run "
+                    f"--{bound.of_run} MS"
+                )
+        return [trial for trial in trials if all(bound.admits(trial.cost) for bound in bounds)]
+
+    def _none_keeps(self, bounds: Sequence[_Bound]) -> str:
+        asked = " and ".join(f"{bound.most:g} {bound.what}" for bound in bounds)
+        least = " and ".join(
+            f"{min(value for trial in self.finished if (value := bound.term(trial.cost)) is not None):.4g} {bound.what}"
+            for bound in bounds
+        )
+        smallest = "the smallest needs" if len(bounds) == 1 else "the least of each is"
+        raised, run = (
+            " or ".join(f"--{getattr(bound, name)}" for bound in bounds) for name in ("option", "of_run")
+        )
+        return (
+            f"no finished trial of '{self.name}' fits {asked}: {smallest} {least}. Raise {raised}, or run a search "
+            f"with a smaller {run}."
+        )
+
+    def _numbered(self, number: int) -> Trial:
+        """The finished trial of that number.
+
+        Raises:
+            RunError: there is none.
+        """
+        for trial in self.finished:
+            if trial.number == number:
+                return trial
+            if number in self.repeats(trial):
+                raise RunError(
+                    f"trial {number} of '{self.name}' has the same plan as trial {trial.number}, which measured "
+                    f"it. Name that one: --trial {trial.number}"
+                )
+        known = ", ".join(str(trial.number) for trial in self.finished)
+        raise RunError(
+            f"only a trial that reached the last rung can be picked, got {number}. "
+            f"Those of '{self.name}' that did: {known}."
+        )
+
+
+class _Bound(NamedTuple):
+    """A bound on a term of the price.
+
+    most: the bound. what: its unit, in words. option: that sets it; of_run: that bounds the same for a search. term: of
+    a price; None where it was not measured.
+    """
+
+    most: float
+    what: str
+    option: str
+    of_run: str
+    term: Callable[[Cost], float | None]
+
+    def admits(self, cost: Cost) -> bool:
+        """Whether the price keeps the bound; one without the term does not."""
+        value = self.term(cost)
+        return value is not None and value <= self.most
+
+
+def _bounds(max_gb: float | None, max_prompt_ms: float | None, max_decode_ms: float | None) -> list[_Bound]:
+    """The bounds that are given."""
+
+    def memory(cost: Cost) -> float:
+        return cost.memory_bytes / GB
+
+    given = (
+        (max_gb, "GB", "max-gb", "budget-gb", memory),
+        (max_prompt_ms, "ms for a prompt", "max-prompt-ms", "max-prompt-ms", attrgetter("prompt_ms")),
+        (max_decode_ms, "ms for a token", "max-decode-ms", "max-decode-ms", attrgetter("decode_ms")),
+    )
+    return [
+        _Bound(most, what, option, of_run, term)
+        for most, what, option, of_run, term in given
+        if most is not None
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -211,11 +211,20 @@ class Runtime:
             )
         return weights
 
-    def misplaces(self, plan: FoldPlan, family: str) -> bool:
-        """Whether a block comes to a position that the runtime takes for one of a block of another kind (`periods`)."""
+    def takes(self, block: int, position: int, family: str, *, by_position: bool = False) -> bool:
+        """Whether a block may run at a position, where the runtime has blocks of another kind at some (`periods`).
+
+        Other arguments as for `refusal`.
+        """
+        if by_position and "moved block" in self.cannot and block != position:
+            return False
         period = self.periods.get(family, 1)
-        is_last = [(home + 1) % period == 0 for home in homes_of(plan)]
-        return is_last != [(position + 1) % period == 0 for position in range(plan.depth)]
+        return ((block + 1) % period == 0) == ((position + 1) % period == 0)
+
+    def misplaces(self, plan: FoldPlan, family: str, *, by_position: bool = False) -> bool:
+        """Whether a block comes to a position at which it may not run (`takes`)."""
+        homes = homes_of(plan)
+        return not all(self.takes(home, at, family, by_position=by_position) for at, home in enumerate(homes))
 
     def refusal(
         self, plan: FoldPlan, *, by_position: bool = False, family: str = ""
@@ -238,6 +247,10 @@ class Runtime:
         found = (need for need in needs(plan, by_position=by_position) if need in self.cannot)
         return next((WORDS[need] for need in found), None)
 
+    def holds(self, plan: FoldPlan, table: CostTable) -> bool:
+        """Whether the runtime can hold a plan of the table's model."""
+        return self.refusal(plan, by_position=table.by_position, family=table.family) is None
+
     def check(self, plan: FoldPlan, *, by_position: bool = False, family: str = "") -> None:
         """Whether the runtime can hold a plan; arguments as for `refusal`.
 
@@ -246,10 +259,11 @@ class Runtime:
         """
         if (found := self.refusal(plan, by_position=by_position, family=family)) is not None:
             what, remedy = found
-            raise PlanError(
-                f"the {self.name} runtime runs {self.blocks} only, but the plan '{plan}' has {what}, which it cannot "
-                f"do. Export it to {ALL_CAN}, or {remedy}."
-            )
+            raise PlanError(f"{self.refused(plan, what)} Export it to {ALL_CAN}, or {remedy}.")
+
+    def refused(self, plan: FoldPlan, what: str) -> str:
+        """The sentence that the runtime cannot hold a plan; `what` of it, as `refusal` says."""
+        return f"the {self.name} runtime runs {self.blocks} only, but the plan '{plan}' has {what}, which it cannot do."
 
 
 LLAMA_CPP = Engine(
@@ -441,7 +455,7 @@ def exported_bytes(plan: FoldPlan, table: CostTable, target: Target) -> dict[str
     """
     found: dict[str, int | None] = {}
     for runtime in RUNTIMES:
-        refusal = runtime.refusal(plan, by_position=table.by_position, family=table.family)
+        is_held = runtime.holds(plan, table)
         dtype = "float32" if target.dtype in runtime.lacks else target.dtype
         weights = runtime.own_types.get(dtype, "")
         if runtime.name == target.runtime:
@@ -454,7 +468,7 @@ def exported_bytes(plan: FoldPlan, table: CostTable, target: Target) -> dict[str
             weights=weights if weights in TYPES else "",
             holds_rest=runtime.puts_back,
         )
-        found[runtime.name] = None if refusal else price(plan, table, there).stored_bytes
+        found[runtime.name] = price(plan, table, there).stored_bytes if is_held else None
     return found
 
 

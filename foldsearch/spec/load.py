@@ -1,7 +1,7 @@
 """Read studies and spaces from TOML, and report all the faults of a file at once.
 
 A study is named by a path (`my/study.toml`) or by the name of one that ships with foldsearch (`smollm2-demo`);
-likewise a space.
+likewise a space. The folder of a run names the study that it was made of.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from foldsearch.errors import SpecError, nearest
+from foldsearch.errors import SpecError, nearest, quote_error
 from foldsearch.paths import printable
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import (
@@ -33,6 +33,7 @@ from foldsearch.spec.study import (
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
+RUN_STUDY = "study.json"  # of a run folder; the study itself is under its key "study"
 FOLDER_STUDY = "foldsearch.toml"  # of the current folder: the study when none is named
 SPACE = "everything"  # of a study that names none
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -48,8 +49,8 @@ def load_study(
     """Read a study.
 
     Args:
-        reference: a path, or the name of a shipped study; None is `foldsearch.toml` of the current folder if there
-            is one, else the shipped study `default`.
+        reference: a path, the folder of a run, or the name of a shipped study; None is `foldsearch.toml` of the
+            current folder if there is one, else the shipped study `default`.
         overrides: values by dotted key (`{"budget.gb": 2.0, "trials": 8}`) that win over the file's; None as a
             value means not given. `space` is a name or a path.
         options: the overrides' names on the command line by dotted key (`{"budget.gb": "--budget-gb"}`): faults of
@@ -135,6 +136,8 @@ def _find(reference: str | Path, what: str, folder: str) -> Path:
     with suppress(OSError):  # no name that a file may have
         if path.is_file():
             return path
+        if what == "study" and (path / RUN_STUDY).is_file():
+            return path / RUN_STUDY
     known = shipped(folder)
     if str(reference) in known:
         return known[str(reference)]
@@ -149,6 +152,8 @@ def _find(reference: str | Path, what: str, folder: str) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if path.name == RUN_STUDY:
+        return _read_of_run(path)
     try:
         # -sig: some editors begin a file with a byte order mark
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
@@ -162,6 +167,18 @@ def _read(path: Path) -> dict[str, Any]:
         raise SpecError(f"{printable(path)}: not TOML: {error}.") from error
     except OSError as error:
         raise SpecError(f"{printable(path)} cannot be read: {error.strerror}.") from error
+
+
+def _read_of_run(path: Path) -> dict[str, Any]:
+    try:
+        value: Any = json.loads(path.read_text(encoding="utf-8"))["study"]
+        if isinstance(value, dict):
+            return value
+        error: Exception = ValueError("it has no table 'study'")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as caught:
+        error = caught
+    remedy = "Name a study's own TOML file instead."
+    raise SpecError(quote_error(f"the study of a run, '{printable(path)}', cannot be read", error, remedy))
 
 
 def _set(value: dict[str, Any], keys: list[str], item: Any) -> None:

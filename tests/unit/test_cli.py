@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,17 @@ import pytest
 import foldsearch
 from foldsearch import api, arguments, cli
 from foldsearch.errors import InputError, RunError, VerificationError
+from foldsearch.plan.cost import price
+from foldsearch.plan.plan import FoldPlan
 from foldsearch.report import live
 from foldsearch.report.terminal import console
 from foldsearch.report.view import RunView
 from foldsearch.run import Run, RunFolder
+from foldsearch.runtimes import runtime_named
 from foldsearch.search import events
+from foldsearch.spec.load import load_study
 from foldsearch.spec.study import HealingSettings, SourceSettings, Study
-from tests.fake_trial import TABLE
+from tests.fake_trial import NUM_BLOCKS, TABLE
 
 VERBS = (
     "run",
@@ -381,6 +387,14 @@ def test_pick_prints_the_number_alone_and_remembers_it(shell: Shell, run_path: P
     code, _, err = shell("pick", str(run_path), "--trial", "5")
     assert code == 2
     assert "got 5" in err
+    for words, message in (
+        (("--max-decode-ms", "3"), "search anew: foldsearch run --max-decode-ms MS"),
+        (("--max-gb", "1", "--trial", "0"), "--max-gb may not stand beside --knee or --trial"),
+        (("--max-prompt-ms", "1", "--knee"), "--max-prompt-ms may not stand beside --knee or --trial"),
+    ):
+        code, _, err = shell("pick", str(run_path), *words)
+        assert code == 2
+        assert message in err
     assert api.picked(api.open_run(run_path)).number == 2  # a refused pick changes nothing
 
 
@@ -413,6 +427,44 @@ def test_export_takes_what_was_picked_unless_told(
     knee = RunView.open(run_path).knee
     assert knee is not None
     assert asked == [(knee.number if number is None else number, Path("x"), "stock")]
+
+
+def test_a_plan_that_a_runtime_cannot_hold_is_refused_with_the_nearest_and_the_best_that_it_can(
+    shell: Shell, run_path: Path
+) -> None:
+    """Oracle: the commands in the message themselves, and every other trial."""
+    view, gguf = RunView.open(run_path), runtime_named("gguf")
+    table, target, seen = view.folder.table, view.folder.target, set()
+    there = replace(target, shares_weights=False)
+    for trial in view.finished:
+        if gguf.holds(trial.plan, table):
+            continue
+        code, _, err = shell(
+            "export", str(run_path), "--trial", str(trial.number), "--to", "gguf", "--out", "x"
+        )
+        assert code == 2
+        told = re.search(r"Export it to folded, or take the nearest plan that it holds, '(.*?)': ", err)
+        assert told is not None
+        plan, room = FoldPlan.parse(told[1], NUM_BLOCKS), trial.cost.memory_bytes
+        assert gguf.holds(plan, table)
+        assert price(plan, table, there).memory_bytes <= room
+        fitting = [
+            one
+            for one in view.finished
+            if gguf.holds(one.plan, table) and price(one.plan, table, there).memory_bytes <= room
+        ]
+        best = min(fitting, key=lambda one: one.quality.kl, default=None)
+        measured = re.search(r"Measure it: foldsearch (try .*? --study .*?)(?: Of the trials|$)", err.strip())
+        seen.add((measured is not None, best is not None))
+        assert (measured is None) == (best is not None and best.plan == plan)  # else nobody has measured it
+        if measured is not None:
+            assert shlex.split(measured[1]) == ["try", str(plan), "--study", str(run_path)]
+        if best is not None:
+            end = f"foldsearch export {run_path} --trial {best.number} --to gguf --out DIR"
+            assert err.strip().endswith(end)
+    assert load_study(run_path) == view.folder.study
+    assert {(False, True), (True, False)} <= seen
+    assert not Path("x").exists()
 
 
 def test_a_new_run_gets_a_name_that_is_free(shell: Shell) -> None:

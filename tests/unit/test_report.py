@@ -200,6 +200,58 @@ def test_criteria_are_compared_at_equal_counts_on_plans_that_only_drop(view: Run
     assert all(str(entry.plan).replace("-", "").replace(" ", "").isdigit() for entry in row.values())
 
 
+def timed(view: RunView) -> RunView:
+    """The same run, as if milliseconds had been measured: a prompt takes longer with more bytes, a token with fewer."""
+    return replace(
+        view,
+        trials=tuple(
+            trial
+            if trial.draft is None
+            else replace(
+                trial,
+                draft=replace(
+                    trial.draft,
+                    cost=replace(
+                        trial.cost,
+                        prompt_ms=trial.cost.memory_bytes / 1e5,
+                        decode_ms=1e9 / trial.cost.memory_bytes,
+                    ),
+                ),
+            )
+            for trial in view.trials
+        ),
+    )
+
+
+def test_picking_within_milliseconds(view: RunView) -> None:
+    """Oracle: brute force over the finished trials, at the times of each of them."""
+    for bound in ({"max_prompt_ms": 1.0}, {"max_decode_ms": 1.0}, {"max_gb": 1.0, "max_decode_ms": 1.0}):
+        with pytest.raises(
+            RunError, match=r"in '.*' they were not\. .*foldsearch run --max-(prompt|decode)-ms MS"
+        ):
+            view.pick(**bound)  # type: ignore[arg-type]
+    run = timed(view)
+    times = [(trial.cost.prompt_ms or 0.0, trial.cost.decode_ms or 0.0) for trial in run.finished]
+    empty = 0
+    for prompt, decode in itertools.product([ms for ms, _ in times], [ms for _, ms in times]):
+        fitting = [
+            trial
+            for trial, (one, other) in zip(run.finished, times, strict=True)
+            if one <= prompt and other <= decode
+        ]
+        if fitting:
+            best = min(fitting, key=lambda trial: trial.quality.kl)
+            assert run.pick(max_prompt_ms=prompt, max_decode_ms=decode) == best
+            assert run.within(run.finished, max_prompt_ms=prompt, max_decode_ms=decode) == fitting
+            continue
+        empty += 1
+        with pytest.raises(
+            RunError, match=r"ms for a prompt and .*: the least of each is .* ms for a token\. Raise"
+        ):
+            run.pick(max_prompt_ms=prompt, max_decode_ms=decode)
+    assert 0 < empty < len(times) ** 2
+
+
 def test_picking(view: RunView) -> None:
     assert view.pick() == view.knee
     assert view.pick(number=2).number == 2
