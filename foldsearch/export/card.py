@@ -25,6 +25,7 @@ from foldsearch.errors import FoldsearchError, InputError, quote_error
 from foldsearch.export.figures import ExportReport
 from foldsearch.identity import Identity
 from foldsearch.paths import printable
+from foldsearch.plan.latency import Latency
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.proposal import RecoveryChoice
 from foldsearch.record import Trial
@@ -66,7 +67,7 @@ class Recipe:
     study: of the run, resolved, as JSON. identity: hashes of the model's parts and of the token sets, without the
     places where these lay. trial: as it was exported. recovery: how the rungs of the run trained it; further_tokens: up
     to which it was trained beyond them, 0 where it was not. weights: the type that was asked for, empty for the dtype's
-    own. shows_text: whether the probe holds tokens of the report texts.
+    own. shows_text: whether the probe holds tokens of the report texts. latencies: what the run reckoned times from.
     """
 
     study: dict[str, Any]
@@ -76,6 +77,7 @@ class Recipe:
     further_tokens: int
     weights: str
     shows_text: bool
+    latencies: tuple[Latency, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ def recipe_of(context: TrialContext, number: int, trial: Trial, weights: str, *,
         further_tokens=trial.last.recovery_tokens if is_further else 0,
         weights=weights,
         shows_text=shows_text,
+        latencies=context.table.latencies,
     )
 
 

@@ -145,7 +145,8 @@ def reproduce(
     try:
         workplace.parent.mkdir(parents=True, exist_ok=True)
         with _remedy_told():
-            context = prepare_context(study, workplace, progress=progress, notice=notice)
+            context = prepare_context(_without_times(study), workplace, progress=progress, notice=notice)
+        context = _with_times(context, study, recipe)
         identity = context.run.identity()
         assert identity is not None, "it was written just now"
         _check_parts(recipe.identity.content, identity.content, whole=True)
@@ -203,12 +204,40 @@ def _study(recipe: Recipe, moved: Mapping[str, str]) -> Study:
     changes: dict[str, Any] = {"precision": recipe.identity.dtype, "device": device, "warm_from": None}
     if recipe.identity.commit and recipe.study["model"] not in moved:  # on the hub another one may follow it
         changes |= {"model": study.model.partition("@")[0], "revision": recipe.identity.commit}
-    # Times are of another machine, where the program may not be installed; the plan is chosen already.
-    if study.has_times:
-        untimed = {"prompt_ms": None, "decode_ms": None}
-        objectives = Study.model_fields["objectives"].default
-        changes |= {"budget": study.budget.model_copy(update=untimed), "objectives": objectives}
     return study.model_copy(update=changes)
+
+
+def _without_times(study: Study) -> Study:
+    """The study as it is prepared for: nothing is timed for a plan that is chosen already.
+
+    The program that would be timed may not be installed here, and a slower machine would not keep the budget.
+    """
+    if not study.has_times:
+        return study
+    untimed = {"prompt_ms": None, "decode_ms": None}
+    objectives = Study.model_fields["objectives"].default
+    return study.model_copy(
+        update={"budget": study.budget.model_copy(update=untimed), "objectives": objectives}
+    )
+
+
+def _with_times(context: TrialContext, study: Study, recipe: Recipe) -> TrialContext:
+    """The context of the whole study: the new card is to say of its bounds and objectives what the first one says.
+
+    On the same kind of machine with the lines through the times that were measured for it, so that the same is
+    predicted; elsewhere they would foretell the times of another machine.
+    """
+    latencies = recipe.latencies if _is_same_machine(recipe.trial) else ()
+    table = replace(context.table, latencies=latencies)
+    return replace(context, run=replace(context.run, study=study, table=table))
+
+
+def _is_same_machine(trial: Trial) -> bool:
+    """Whether a trial was measured on such a machine, by the same torch; its threads are taken as they were there."""
+    return (
+        trial.machine is not None
+        and replace(Machine.here("cpu"), threads=trial.machine.threads) == trial.machine
+    )
 
 
 _PLACES = ("source", "search", "recovery", "report")
@@ -254,7 +283,6 @@ def _rebuilt(context: TrialContext, recipe: Recipe, progress: StageProgress) -> 
 def _compared(first: Card, again: Card, trial: Trial, rebuilt: Trial) -> Reproduced:
     names = sorted((set(first.files) | set(again.files)) - {PROBE})
     equal = tuple(name for name in names if first.files.get(name) == again.files.get(name))
-    here = replace(Machine.here("cpu"), threads=trial.machine.threads) if trial.machine else None
     rounding = TRAINED_ROUNDING if trial.last.kept_tokens else ROUNDING
     assert first.recipe is not None, "it was followed"
     tolerance = rounding[first.recipe.identity.dtype]
@@ -275,7 +303,7 @@ def _compared(first: Card, again: Card, trial: Trial, rebuilt: Trial) -> Reprodu
         Figure("bytes of weights", stored.weight_bytes, stored_again.weight_bytes, 0.0),
     )
     other = tuple(name for name in names if name not in equal)
-    return Reproduced(first, again, equal, other, figures, here == trial.machine)
+    return Reproduced(first, again, equal, other, figures, _is_same_machine(trial))
 
 
 def check_out(path: Path, out: Path) -> None:

@@ -14,14 +14,20 @@ from typing import Any
 
 import pytest
 
-from foldsearch import api
+from foldsearch import api, prepare
 from foldsearch.cli import main
 from foldsearch.export import reproduce
 from foldsearch.export.card import read_card, write_card
+from foldsearch.export.figures import Predicted
 from foldsearch.further import recover_further
+from foldsearch.model.measure import measure
 from foldsearch.model.training import FurtherTraining
+from foldsearch.plan.cost import price
+from foldsearch.plan.latency import Latency, Line, Timed
 from foldsearch.report.view import RunView
+from foldsearch.spec.load import study_from_json
 from tests.contexts import begin_run, run_queued, tiny_study
+from tests.tiny import CONFIGS
 
 FURTHER = 192
 
@@ -80,6 +86,53 @@ def changed(place: Path, tmp_path: Path, change: Any) -> Path:
 
 def of_recipe(**more: Any) -> Any:
     return lambda card: replace(card, recipe=replace(card.recipe, **more))
+
+
+def test_milliseconds_of_the_study_stay_and_nothing_is_timed_anew(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the card that is followed; the price by the lines on it."""
+    lines = Latency("folded", "", 20, Line(1, 1e-4), Line(2, 1e-4), (Timed(5, 9, 9, 0.1),), "this test")
+
+    def timed(card: Any) -> Any:
+        study = card.recipe.study
+        study = {
+            **study,
+            "objectives": ["kl", "decode_ms"],
+            "budget": {
+                **study["budget"],
+                "prompt_ms": 1e-6,
+            },  # which no plan keeps: it was chosen in spite of it
+            "target": {**study["target"], "prompt_tokens": 20},
+        }
+        return of_recipe(study=study, latencies=(lines,))(card)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("nothing is timed before an export is made again")
+
+    monkeypatch.setattr(prepare, "calibrated", refuse)
+    path, again = changed(place, tmp_path, timed), tmp_path / "again"
+    found = api.reproduce_export(path, again)
+    asked, made = read_card(path).recipe, read_card(again).recipe
+    assert asked is not None
+    assert made is not None
+    assert made.latencies == asked.latencies == (lines,)
+    for key in ("objectives", "budget", "target"):
+        assert made.study[key] == asked.study[key]
+    assert not found.faults
+    table = replace(measure(CONFIGS["llama"]()), latencies=(lines,))
+    cost = price(made.trial.plan, table, study_from_json(made.study).target.value())
+    assert found.again.report.predicted == Predicted(20, cost.prompt_ms, cost.decode_ms)  # type: ignore[arg-type]
+
+
+def test_times_of_another_machine_foretell_nothing_here(place: Path) -> None:
+    card = read_card(place / "first")
+    assert card.recipe is not None
+    assert card.recipe.trial.machine is not None
+    assert reproduce._is_same_machine(card.recipe.trial)
+    other = replace(card.recipe.trial.machine, torch="0.1")
+    assert not reproduce._is_same_machine(replace(card.recipe.trial, machine=other))
+    assert not reproduce._is_same_machine(replace(card.recipe.trial, machine=None))
 
 
 def test_figures_that_are_others_are_told(
