@@ -5,6 +5,7 @@ decides whether the plan is built.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from foldsearch.bound import lower_bound
 from foldsearch.context import TrialContext, open_workbench
@@ -14,12 +15,16 @@ from foldsearch.plan.cost import price
 from foldsearch.progress import StageProgress
 from foldsearch.proposal import Fold, Given, Proposal, Removed, fold_plan
 from foldsearch.record import Draft
+from foldsearch.spec.fit import held_order, held_removal
 
 
 def choose_blocks(removed: Removed, context: TrialContext, say: StageProgress) -> Choice:
-    """The blocks that a criterion removes, and what is told of how they were found."""
+    """The blocks that a criterion removes, and what is told of how they were found.
+
+    Where the rest could not be folded, or the runtime could not hold it, the nearest choice (see `held_removal`).
+    """
     study = context.study
-    return criterion_of(removed.criterion).choose(
+    chosen = criterion_of(removed.criterion).choose(
         Request(
             bench=open_workbench(context, say),
             count=removed.count,
@@ -31,6 +36,7 @@ def choose_blocks(removed: Removed, context: TrialContext, say: StageProgress) -
             say=say,
         )
     )
+    return replace(chosen, blocks=held_removal(chosen.blocks, context.table, context.target))
 
 
 def choose_plan(fold: Fold | Given, context: TrialContext, say: StageProgress, weights: str = "") -> Draft:
@@ -45,7 +51,8 @@ def choose_plan(fold: Fold | Given, context: TrialContext, say: StageProgress, w
         chosen = choose_blocks(fold.removed, context, say)
         bases = fold.removed.fate.bases(open_workbench(context, say), chosen.blocks, say)
     if fold.attention_removed:
-        order = attention_order(open_workbench(context, say).evidence(say))
+        asked = attention_order(open_workbench(context, say).evidence(say))
+        order = held_order(asked, chosen.blocks, context.table)
     plan = fold_plan(chosen.blocks, fold, len(context.table.blocks), bases=bases, attention_order=order)
     cost = price(plan, context.table, target)
     return Draft(plan, cost, None if chosen.summary is None else dict(chosen.summary))

@@ -21,8 +21,8 @@ Option = TypeVar("Option", bound=float | int | str)
 class Suggest(Protocol):
     """Where suggestions come from: Optuna's trial behind a thin adapter, or plain random numbers."""
 
-    def integer(self, name: str, low: int, high: int) -> int:
-        """A whole number from low to high, both included."""
+    def integer(self, name: str, low: int, high: int, *, step: int = 1) -> int:
+        """A whole number from low to high, both included, in steps from the low one on."""
 
     def number(self, name: str, low: float, high: float, *, log: bool = False) -> float:
         """A number from low to high, on a log scale if asked."""

@@ -37,7 +37,7 @@ class Networks(FateTable):
         return len(self.kinds)
 
     def held(self, cannot: AbstractSet[str]) -> Networks | None:
-        """A copied layer is a stock block; other kinds are networks of ours."""
+        """A copied layer is a stock block, in place of several; other kinds are networks of ours."""
         kinds = tuple(kind for kind in self.kinds if not _lost(kind, cannot))
         return self.model_copy(update={"kinds": kinds}) if kinds else None
 
@@ -51,7 +51,7 @@ class Networks(FateTable):
 
 
 def _lost(kind: str, cannot: AbstractSet[str]) -> bool:
-    return "network" in cannot and not kind_named(kind).is_block
+    return ("copied block" if kind_named(kind).is_block else "network") in cannot
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,12 @@ from typing import Literal
 
 from foldsearch.plan.plan import FoldPlan, Replacement, Slot
 
-Need = Literal["network", "norm", "half block", "moved block"]
+Need = Literal["network", "copied block", "norm", "half block", "moved block"]
 
 # What the plan has, and what to do instead, in the words of a message.
 WORDS: dict[Need, tuple[str, str]] = {
     "network": ("a network in place of blocks (~)", "replace them by ~layer"),
+    "copied block": ("a block in place of several (~layer)", "drop them, or keep them"),
     "norm": ("an output norm on a child (+n)", "leave +n out"),
     "half block": ("a block without attention or without MLP", "drop or keep the whole block"),
     "moved block": (
@@ -31,6 +32,8 @@ def needs(plan: FoldPlan, *, by_position: bool) -> Iterator[Need]:
     """
     if any(isinstance(slot, Replacement) and not slot.is_block for slot in plan.slots):
         yield "network"
+    if any(isinstance(slot, Replacement) and slot.is_block for slot in plan.slots):
+        yield "copied block"
     slots = [slot for slot in plan.slots if isinstance(slot, Slot)]
     if any(slot.norm for slot in slots):
         yield "norm"

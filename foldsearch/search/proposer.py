@@ -289,15 +289,13 @@ def _promising(records: Records, known: list[Trial]) -> list[int]:
     added = contributions(normalise(points), [1.1] * len(points[0]))
     order = (knee(points), *sorted(range(len(points)), key=lambda i: -added[i]))
     space, run = records.space, records.run
-    fewest, most = space.counts(run.num_blocks)
+    allowed = space.every_count(run.num_blocks)
     fate = fate_named(
         space.fates[0]
     )  # of the baselines: how many blocks one would remove to get as far as the plan
     counts = dict.fromkeys(len(fate.undo(ends[i].plan)[0]) for i in order)
     terms = (run.table, run.target, run.budget)
-    return [c for c in counts if max(1, fewest) <= c <= most and baseline_fits(space, c, *terms)][
-        :CLOSING_COUNTS
-    ]
+    return [c for c in counts if c and c in allowed and baseline_fits(space, c, *terms)][:CLOSING_COUNTS]
 
 
 class Proposer(Searcher):

@@ -633,8 +633,8 @@ class _Suggest:
     def __init__(self, trial: optuna.Trial) -> None:
         self._trial = trial
 
-    def integer(self, name: str, low: int, high: int) -> int:
-        return self._trial.suggest_int(name, low, high)
+    def integer(self, name: str, low: int, high: int, *, step: int = 1) -> int:
+        return self._trial.suggest_int(name, low, high, step=step)
 
     def number(self, name: str, low: float, high: float, *, log: bool = False) -> float:
         return self._trial.suggest_float(name, low, high, log=log)

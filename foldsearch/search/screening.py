@@ -52,7 +52,7 @@ from foldsearch.search.chain import (
     plan_of,
 )
 from foldsearch.search.screened import Promoted, Screened, compared_criteria, screened_states
-from foldsearch.spec.fit import can_run
+from foldsearch.spec.fit import can_run, held_removal
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import TIMES
 
@@ -196,8 +196,8 @@ class Screening:
     # ---- what is asked for
 
     def _counts(self) -> list[int]:
-        fewest, most = self._space.counts(len(self._context.table.blocks))
-        return [count for count in range(max(1, fewest), most + 1) if self._fits_somehow(count)]
+        every = self._space.every_count(len(self._context.table.blocks))
+        return [count for count in every if count and self._fits_somehow(count)]
 
     def _fits_somehow(self, count: int) -> bool:
         """Whether some plan that removes so many blocks may keep the budget, whichever they are."""
@@ -295,12 +295,19 @@ class Screening:
                 break
         for code in codes:
             try:
-                plan = plan_of(code)
+                plan = self._held(plan_of(code))
             except PlanError:  # nothing runs, or nothing attends
                 continue
             if plan not in known and self._may_be(plan) and self._is_of_the_range(plan) and self._fits(plan):
                 return plan
         return None
+
+    def _held(self, plan: FoldPlan) -> FoldPlan:
+        """The plan, or the nearest that drops as many blocks, where the runtime holds it only so."""
+        if not plan.only_drops:
+            return plan
+        gone = held_removal(plan.dropped, self._context.table, self._context.target)
+        return FoldPlan.dropping(gone, plan.num_blocks)
 
     @staticmethod
     def _num_halves(code: str) -> int:
@@ -320,8 +327,7 @@ class Screening:
 
     def _is_of_the_range(self, plan: FoldPlan) -> bool:
         """Whether as many blocks go as the space allows."""
-        fewest, most = self._space.counts(plan.num_blocks)
-        return fewest <= _num_removed(plan) <= most
+        return _num_removed(plan) in self._space.every_count(plan.num_blocks)
 
     def _may_be(self, plan: FoldPlan) -> bool:
         """Whether the plan can be screened, and is of what the space allows."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from operator import attrgetter
@@ -15,6 +15,7 @@ from foldsearch.plan.cost import GB, Budget, Cost, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan, is_foldable
 from foldsearch.proposal import Fold, Groups, Proposal, Removed, fold_plan
 from foldsearch.runtimes import ALL_CAN, runtime_named
+from foldsearch.runtimes.nearest import nearest_removed
 from foldsearch.runtimes.needs import WORDS, Need
 from foldsearch.spec.propose import RandomSuggest, propose
 from foldsearch.spec.space import Space
@@ -35,12 +36,21 @@ def for_runtime(space: Space, table: CostTable, target: Target) -> Space:
     cannot: frozenset[Need] = runtime.cannot
     if not table.is_uniform:  # a search shares over all blocks, and every child of its has an output norm
         cannot |= frozenset[Need]({"norm"})
+    period = runtime.periods.get(table.family, 1)
+    if period > 1:  # fewer would move blocks to positions that the runtime takes for those of another kind
+        space = space.model_copy(update={"step": math.lcm(space.step, period)})
+        cannot |= frozenset[Need]({"copied block"})
     if not cannot:
         return space
     held = held_part(space, cannot)
-    changes = (
-        math.floor(space.removal[1] * len(table.blocks) + 1e-9) or held.attention[1] or held.groups.max_groups
-    )
+    most = math.floor(space.removal[1] * len(table.blocks) + 1e-9)
+    if 0 < most < space.step:
+        raise SpecError(
+            f"in the {runtime.name} runtime blocks of a {table.family} model are removed {space.step} at a time, but "
+            f"the space '{space.name}' removes {most} of {len(table.blocks)} at most. Let it remove more (removal), or "
+            f"take the {ALL_CAN} runtime."
+        )
+    changes = most or held.attention[1] or held.groups.max_groups
     lacks = "" if held.fates and changes else f"the space '{space.name}' has none"
     if table.by_position and "moved block" in runtime.cannot:
         lacks = "this model scales attention by a block's position, so its blocks cannot move either"
@@ -76,8 +86,30 @@ def held_part(space: Space, cannot: AbstractSet[str]) -> Space:
 
 def can_run(plan: FoldPlan, table: CostTable, target: Target) -> bool:
     """Whether a lawful plan can be folded from the model of the table, and held by the runtime."""
-    refusal = runtime_named(target.runtime).refusal(plan, by_position=table.by_position, family=table.family)
-    return refusal is None and is_foldable(plan, table.width) and table.can_fold(plan)
+    is_held = runtime_named(target.runtime).holds(plan, table)
+    return is_held and is_foldable(plan, table.width) and table.can_fold(plan)
+
+
+def held_removal(blocks: Iterable[int], table: CostTable, target: Target) -> tuple[int, ...]:
+    """The blocks that a criterion chose to remove, or the nearest choice of as many that leaves a model to fold.
+
+    Some block has to attend; and where the runtime has blocks of another kind at certain positions, these stay there.
+    Where no choice of so many does, the blocks themselves.
+    """
+    gone, runtime = set(blocks), runtime_named(target.runtime)
+    plan = FoldPlan.dropping(gone, len(table.blocks))
+    if not (runtime.holds(plan, table) and table.can_fold(plan)):
+        gone = set(nearest_removed(gone, runtime, table) or gone)
+    return tuple(sorted(gone))
+
+
+def held_order(order: Iterable[int], gone: Iterable[int], table: CostTable) -> tuple[int, ...]:
+    """In which order blocks lose their attention, without the last that attends where not all do: that one keeps it."""
+    order, out = tuple(order), set(gone)
+    attending = [block for block in order if table.attends(block) and block not in out]
+    if not attending or all(map(table.attends, range(len(table.blocks)))):
+        return order
+    return tuple(block for block in order if block != attending[-1])
 
 
 def narrow(space: Space, table: CostTable, target: Target, budget: Budget) -> Space:
@@ -91,10 +123,9 @@ def narrow(space: Space, table: CostTable, target: Target, budget: Budget) -> Sp
     """
     space = for_runtime(space, table, target)
     num_blocks = len(table.blocks)
-    fewest, most = space.counts(num_blocks)
     fitting = [
         count
-        for count in range(fewest, most + 1)
+        for count in space.every_count(num_blocks)
         if any(
             budget.admits(lower_bound(replace(proposal, weights=weights), table, target))
             for proposal in _extremes(space, num_blocks, count)
@@ -115,7 +146,6 @@ def smallest(
     """
     space = for_runtime(space, table, target)
     num_blocks = len(table.blocks)
-    fewest, most = space.counts(num_blocks)
     alone = [
         price(FoldPlan.dropping([block], num_blocks), table, target).memory_bytes
         for block in range(num_blocks)
@@ -123,13 +153,14 @@ def smallest(
     order = sorted(range(num_blocks - 1, -1, -1), key=lambda block: alone[block])
     plans = [
         fold_plan(
-            order[:count],
+            gone,
             proposal.fold,
             num_blocks,
-            bases=dict.fromkeys(order[:count], order[-1]),
-            attention_order=range(num_blocks),
+            bases=dict.fromkeys(gone, order[-1]),
+            attention_order=held_order(range(num_blocks), gone, table),
         )
-        for count in range(fewest, most + 1)
+        for count in space.every_count(num_blocks)
+        for gone in (held_removal(order[:count], table, target),)
         for proposal in _extremes(space, num_blocks, count)
     ]
     prices = [price(plan, table, target) for plan in plans]
@@ -207,11 +238,10 @@ def feasible_share(
 
 def size(space: Space, num_blocks: int) -> int:
     """Number of different proposals of the space, recovery settings and neighbour moves not counted."""
-    fewest, most = space.counts(num_blocks)
     criteria = sum(len(space.settings(criterion)) for criterion in space.criteria)
     fates = [(space.table(fate).size(), fate_named(fate).has_groups) for fate in space.fates]
     groups, total, types = space.groups, 0, max(1, len(space.weights))
-    for count in range(fewest, most + 1):
+    for count in space.every_count(num_blocks):
         kept = num_blocks - count
         starts = groups.start_at(groups.start[1], kept) - groups.first_start(kept) + 1
         grouped = groups.max_groups * len(groups.group_sizes) * starts * len(groups.adapter_ranks)

@@ -29,7 +29,7 @@ def propose(suggest: Suggest, space: Space, num_blocks: int, *, origin: Origin =
         origin: recorded in the proposal.
     """
     fewest, most = space.counts(num_blocks)
-    count = suggest.integer("num_removed", fewest, most)
+    count = suggest.integer("num_removed", fewest, most, step=space.step)
     removed = _propose_removed(suggest, space, count) if count else None
     fewest_thin, most_thin = space.attention_counts(num_blocks, count)
     if not count and not space.groups.max_groups:  # something changes
@@ -89,7 +89,7 @@ class Plain:
     given: dict[str, Any]
     answers: dict[str, Any] = field(default_factory=dict)
 
-    def integer(self, name: str, low: int, high: int) -> int:
+    def integer(self, name: str, low: int, high: int, *, step: int = 1) -> int:
         """The least."""
         return self._note(name, low)
 
@@ -153,7 +153,7 @@ def baseline_count(space: Space, table: CostTable, target: Target, budget: Budge
     fewest, most = space.counts(num_blocks)
     if budget.admits(price(FoldPlan.identity(num_blocks), table, target)):
         fewest = min(most, max(fewest, round(DENSE_FITS_SHARE * num_blocks)))
-    counts = range(max(1, fewest), most + 1)
+    counts = (count for count in space.every_count(num_blocks) if count >= max(1, fewest))
     return next((count for count in counts if baseline_fits(space, count, table, target, budget)), None)
 
 
@@ -181,9 +181,9 @@ class RandomSuggest:
     def __init__(self, seed: int) -> None:
         self._rng = random.Random(seed)
 
-    def integer(self, name: str, low: int, high: int) -> int:
+    def integer(self, name: str, low: int, high: int, *, step: int = 1) -> int:
         """Uniform."""
-        return low + int(self._rng.random() * (high - low + 1))
+        return low + step * int(self._rng.random() * ((high - low) // step + 1))
 
     def number(self, name: str, low: float, high: float, *, log: bool = False) -> float:
         """Uniform, or uniform in its logarithm."""

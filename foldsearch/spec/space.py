@@ -105,7 +105,7 @@ class Space(_OfMethods):
     groups, recover: see there. weights: types that weights may be stored in (`foldsearch.plan.stored`), of which each
     proposal has one, baselines the first; empty: as the target says. Beside these each fate has its table, and each
     setting of a criterion its key: see
-    `table` and `settings`.
+    `table` and `settings`. step: blocks are removed in multiples of it.
     """
 
     name: str = "unnamed"
@@ -117,6 +117,7 @@ class Space(_OfMethods):
     groups: GroupsTable = GroupsTable()
     recover: Recover = Recover()
     weights: tuple[WeightType, ...] = ()
+    step: Annotated[int, Field(ge=1)] = 1
 
     @field_validator("removal", "attention")
     @classmethod
@@ -139,14 +140,20 @@ class Space(_OfMethods):
     def counts(self, num_blocks: int) -> tuple[int, int]:
         """Fewest and most blocks to drop of `num_blocks`: removal rates as whole numbers, one block always stays.
 
-        Where no whole number lies in the range, the nearest one above it does. Something is dropped or shared, so
-        a space without sharing drops at least one block.
+        Where no multiple of the step lies in the range, the nearest one above it does. Something is dropped or shared,
+        so a space without sharing drops at least one block.
         """
         low, high = self.removal
         least = 0 if self.groups.max_groups or self.attention_counts(num_blocks)[1] else 1
         fewest = max(math.ceil(low * num_blocks - 1e-9), least)
-        fewest = min(fewest, num_blocks - 1)
-        return fewest, max(fewest, min(math.floor(high * num_blocks + 1e-9), num_blocks - 1))
+        fewest = min(-(-fewest // self.step), (num_blocks - 1) // self.step) * self.step
+        most = min(math.floor(high * num_blocks + 1e-9), num_blocks - 1) // self.step * self.step
+        return fewest, max(fewest, most)
+
+    def every_count(self, num_blocks: int) -> range:
+        """Every number of blocks that may be dropped."""
+        fewest, most = self.counts(num_blocks)
+        return range(fewest, most + 1, self.step)
 
     def attention_counts(self, num_blocks: int, num_removed: int = 0) -> tuple[int, int]:
         """Fewest and most of the blocks that lose their attention only; one of the kept blocks always has its own."""

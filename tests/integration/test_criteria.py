@@ -93,7 +93,7 @@ def test_a_new_criterion_is_a_file_and_a_line(
     space = Space(criteria=("first",))  # a person may write it
 
     class Suggest:
-        def integer(self, name: str, low: int, high: int) -> int:
+        def integer(self, name: str, low: int, high: int, *, step: int = 1) -> int:
             return high
 
         def number(self, name: str, low: float, high: float, *, log: bool = False) -> float:

@@ -43,8 +43,8 @@ class Script:
     def __init__(self, numbers: Sequence[int]) -> None:
         self.numbers = list(numbers)
 
-    def integer(self, name: str, low: int, high: int) -> int:
-        return low + self.numbers.pop(0) % (high - low + 1)
+    def integer(self, name: str, low: int, high: int, *, step: int = 1) -> int:
+        return low + step * (self.numbers.pop(0) % ((high - low) // step + 1))
 
     def number(self, name: str, low: float, high: float, *, log: bool = False) -> float:
         return low

@@ -34,6 +34,7 @@ IDS = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(1))
 # A plan for each thing that a runtime may be unable to do, of a model that scales attention by position in the last
 NEEDY = {
     "network": "0 1-2~linear 3-4",
+    "copied block": "0 1-2~layer 3-4",
     "norm": "0-2 3=1+r2+n 4",
     "half block": "0 1a 2-4",
     "moved block": "1-4",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -22,7 +23,7 @@ from foldsearch.plan.cost import BlockCost, Budget, CostTable, Target, UnitCost,
 from foldsearch.plan.plan import FoldPlan, Slot
 from foldsearch.proposal import Fold, Groups, Proposal, Removed, fold_plan
 from foldsearch.runtimes import runtime_named
-from foldsearch.spec.fit import feasible_share, narrow, repair, size, smallest
+from foldsearch.spec.fit import can_run, feasible_share, held_removal, narrow, repair, size, smallest
 from foldsearch.spec.load import load_space, shipped
 from foldsearch.spec.propose import Plain, RandomSuggest, baseline, propose, propose_recovery
 from foldsearch.spec.space import GroupsTable, Recover, Space
@@ -273,6 +274,33 @@ def test_a_space_of_which_a_stock_runtime_can_hold_nothing_is_refused(space: Spa
 def test_a_model_that_scales_by_position_cannot_be_stock_by_a_search() -> None:
     with pytest.raises(SpecError, match="scales attention by a block's position"):
         narrow(load_space("everything"), replace(TABLE, by_position=True), STOCK, Budget())
+
+
+DEEP = replace(TABLE, blocks=(BLOCK,) * 12, family="smollm3")  # every fourth is of another kind in llama.cpp
+GGUF = replace(STOCK, runtime="gguf")
+
+
+def test_where_every_fourth_block_is_another_kind_four_go_at_a_time() -> None:
+    """Oracle: the export's own law, for whatever blocks a criterion may choose."""
+    space = load_space("everything")
+    narrowed = narrow(space, DEEP, GGUF, Budget())
+    assert narrowed.fates == ("drop",)
+    assert list(narrowed.every_count(12)) == [4]
+    assert list(narrowed.model_copy(update={"removal": (0.0, 0.9)}).every_count(12)) == [4, 8]
+    assert narrow(space, replace(DEEP, family="llama"), GGUF, Budget()).step == 1
+    for seed in range(99):
+        proposal = propose(RandomSuggest(seed), narrowed, 12)
+        assert count_of(proposal) == 4
+        gone = held_removal(random.Random(seed).sample(range(12), 4), DEEP, GGUF)
+        plan = fold_plan(gone, proposal.fold, 12)
+        assert len(plan.dropped) == 4
+        assert can_run(plan, DEEP, GGUF)
+    assert can_run(smallest(space, DEEP, GGUF)[0], DEEP, GGUF)
+    assert size(narrowed, 12) == sum(len(narrowed.settings(one)) for one in narrowed.criteria)
+    with pytest.raises(
+        SpecError, match=r"removed 4 at a time, but the space 'unnamed' removes 3 of 12 at most"
+    ):
+        narrow(Space(removal=(0.0, 0.25)), DEEP, GGUF, Budget())
 
 
 def test_the_feasible_share_is_a_share() -> None:
