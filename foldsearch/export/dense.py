@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from foldsearch.errors import describe_error
 from foldsearch.export.chat import ANSWER_TOKENS, SECONDS, ask_chat, question_to
 from foldsearch.export.checks import raise_for, while_loading
-from foldsearch.export.engine import TOLERANCES, EngineJob, compare, expected, fault_of, running
+from foldsearch.export.engine import EngineJob, compare, expected, fault_of, running, tolerance_of
 from foldsearch.export.figures import ChatReport, EngineReport, ModelFigures, Speed
 from foldsearch.export.folder import ROOM
 from foldsearch.export.shipment import Job, file_bytes, on_cpu
@@ -102,11 +102,13 @@ def compare_in_engine(job: Job, engine: Engine, dense: PreTrainedModel | None, w
     if why:
         return Compared(None, "", {"prompt": NO_SPEED, "decode": NO_SPEED}, engine_note=why)
     asked = EngineJob(engine, torch.get_num_threads(), **job.tokens, prompt_tokens=job.prompt_tokens)
-    theirs = expected(in_dtype(job.measured, torch.float32), asked)
+    held = in_dtype(job.measured, torch.float32)
+    theirs = expected(held, asked)
+    tolerance = tolerance_of(held, asked, theirs, job.weights)
     with _dense_beside(job) as place, ExitStack() as stack:
         with while_loading(f" of {engine.name}"):
             process, found = stack.enter_context(running(asked, job.folder, workplace))
-            report = compare(engine, found, theirs, TOLERANCES[job.weights])
+            report = compare(engine, found, theirs, tolerance)
             raise_for([fault] if (fault := fault_of(report)) else [], job.runtime.name)
             chat = ask_chat(job, process)
         note = "" if dense is None else _lacks_room(job, dense)

@@ -243,7 +243,8 @@ def _check_in_engine(folder: Path, runtime: Runtime, probe: Probe, workplace: Pa
         found.skipped.append(engine.absence if not engine.is_installed else report.engine_note)
         return
     job = EngineJob(engine, torch.get_num_threads(), probe.ids_NT, probe.text_NT)
-    tolerance = TOLERANCES[report.weights] + found.card.probe.tolerance  # the probe was computed in the dtype
+    # As it was when the model was at hand, or what is known of others; and the probe was computed in the dtype.
+    tolerance = max(report.engine.tolerance, TOLERANCES[report.weights]) + found.card.probe.tolerance
     try:
         with running(job, folder, workplace) as (process, figures):
             compared = compare(engine, figures, job.told_by(probe.log_probabilities_NP), tolerance)

@@ -7,6 +7,7 @@ sizes of the types' blocks.
 
 from __future__ import annotations
 
+import copy
 import re
 import shlex
 import subprocess
@@ -337,6 +338,9 @@ def test_an_export_is_checked_in_llama_cpp(base, tmp_path: Path) -> None:
     found = report.engine
     assert found is not None
     assert 0 < found.mean_difference <= found.tolerance
+    assert (
+        engine.TOLERANCES["f16"] < found.tolerance < engine.TOLERANCES["q8_0"]
+    )  # by what rounding does to it
     assert found.perplexity == pytest.approx(found.expected_perplexity, rel=found.tolerance)
     assert found.dense_perplexity != found.perplexity
     assert report.exported.resident_bytes is not None
@@ -396,6 +400,20 @@ def test_where_llama_cpp_is_not_installed_the_extra_is_named(base, tmp_path: Pat
     card = (tmp_path / "out" / "README.md").read_text()
     assert "- not checked in llama.cpp: install foldsearch[gguf]" in card
     assert "Speed and memory were not checked in llama.cpp: install foldsearch[gguf]." in card
+
+
+def test_a_model_that_rounding_changes_more_may_be_further_away(base) -> None:
+    """Oracle: logits that are ten times as large, and so is what rounding does to them; f32 rounds nothing."""
+    job = engine.EngineJob(runtimes.LLAMA_CPP, 1, IDS, torch.ones_like(IDS, dtype=torch.bool))
+    loud = copy.deepcopy(base)
+    loud.lm_head.weight.data.mul_(10)
+
+    def allowed(model: PreTrainedModel, weights: str) -> float:
+        return engine.tolerance_of(model, job, engine.expected(model, job), weights)
+
+    assert allowed(base, "f32") == allowed(loud, "f32") == engine.TOLERANCES["f32"]
+    quiet, more = (allowed(model, "q8_0") - engine.TOLERANCES["f16"] for model in (base, loud))
+    assert 5 * quiet < more < 20 * quiet
 
 
 def test_another_model_in_llama_cpp_is_no_export(base, tmp_path: Path, monkeypatch) -> None:

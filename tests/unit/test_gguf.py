@@ -21,6 +21,7 @@ import transformers as tf
 
 from foldsearch.errors import ModelError
 from foldsearch.model.gguf.file import model_parts, read_gguf
+from foldsearch.model.gguf.inputs import in_eight_bits, rounded_inputs
 from foldsearch.model.source import locate, open_config, open_dense, open_tokenizer, prepare
 from tests.gguf_files import build, tensors_of, tiny_config, write_gguf
 
@@ -523,3 +524,25 @@ def test_parts_in_the_wrong_order(parts: list[Path]) -> None:
 def test_parts_of_a_whole_file() -> None:
     assert model_parts(Path("m.gguf")) == (Path("m.gguf"),)
     assert model_parts(Path("m-00001-of-00001.gguf")) == (Path("m-00001-of-00001.gguf"),)
+
+
+# ------------------------------------------------------------------------------------------------- inputs of products
+
+
+def test_what_goes_into_a_product_is_rounded_to_eight_bits() -> None:
+    """Oracle: q8_0's rounding, written out: the largest of 32 numbers is 127 steps, and a step is kept in 16 bits."""
+    torch.manual_seed(0)
+    values_TD = torch.randn(3, 64)
+    blocks = values_TD.reshape(3, 2, 32)
+    step = blocks.abs().amax(-1, keepdim=True) / 127
+    expected_TD = ((blocks / step).round() * step.half().float()).reshape(3, 64)
+    torch.testing.assert_close(in_eight_bits(values_TD), expected_TD)
+    odd_TD = values_TD[:, :40]
+    assert torch.equal(in_eight_bits(odd_TD), odd_TD)
+    linear = torch.nn.Linear(64, 5).requires_grad_(False)
+    before = linear(values_TD)
+    with rounded_inputs(torch.nn.Sequential(linear)):  # type: ignore[arg-type]
+        within = linear(values_TD)
+    torch.testing.assert_close(within, expected_TD @ linear.weight.T + linear.bias)
+    assert not torch.equal(within, before)
+    assert torch.equal(linear(values_TD), before)
