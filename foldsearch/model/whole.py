@@ -50,7 +50,8 @@ def is_whole(config: PretrainedConfig) -> bool:
     """Whether a config is of a model that reads images and text and writes text, and has a text part of its own."""
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and hasattr(config, "text_config")
+    has_part = getattr(config, "text_config", None) is not None
+    return has_part and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def class_name(config: PretrainedConfig) -> str:
