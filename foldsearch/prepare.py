@@ -34,9 +34,8 @@ from foldsearch.run import Run, RunFolder
 from foldsearch.runtimes import STOCK
 from foldsearch.spec.study import SourceSettings, Study
 
-ASKING = (
-    1.4  # forward passes that a token of asking takes, measured: a mean row of the head is a product more
-)
+# Forward passes that a token of asking takes, measured: the mean row of the head is a product more.
+ASKING = 1.4
 
 
 def open_source(
@@ -186,21 +185,23 @@ def prepare_context(
 
 def _asked(context: TrialContext, progress: StageProgress) -> TrialContext:
     """Ask the dense model, and note how long it took: it is part of a run's time, and the first measure of the pace."""
-    began, asked = time.monotonic(), 0.0
+    began = time.monotonic()
+    told: dict[str, list[tuple[float, float]]] = {}  # by stage: when which share was done
 
     def say(stage: str, share: float) -> None:
-        nonlocal asked
-        asked = asked or share  # nothing is told where the answers are in the cache
+        told.setdefault(stage, []).append((time.monotonic(), share))
         progress(stage, share)
 
-    bench = open_workbench(context, say)
+    splits = open_workbench(context, say).splits
     seconds = time.monotonic() - began
-    splits = bench.splits
-    sets = (splits.search, splits.report, *([splits.recovery] if bench.recovery else []))
-    tokens = sum(one.ids_NT.numel() for one in sets)
-    return replace(
-        context, asking_seconds=seconds, token_seconds=seconds / (ASKING * tokens) if asked else 0.0
-    )
+    # Torch is imported and the model opened before; where the answers are in the cache, nothing is told.
+    asking, tokens = 0.0, 0.0
+    for stage, shares in told.items():
+        (then, first), (now, last) = shares[0], shares[-1]
+        asked = next(one for one in (splits.search, splits.recovery, splits.report) if one.name in stage)
+        asking, tokens = asking + now - then, tokens + (last - first) * asked.ids_NT.numel()
+    pace = asking / (ASKING * tokens) if tokens else 0.0
+    return replace(context, asking_seconds=seconds, token_seconds=pace)
 
 
 def cost_table(found: source.ModelSource, config: PretrainedConfig) -> CostTable:

@@ -95,7 +95,9 @@ def batches(
 def ask_dense(
     dense: PreTrainedModel, tokens: TokenSet, *, progress: Callable[[float], None] | None = None
 ) -> DenseTargets:
-    """Run the dense model over a token set; `progress` gets the share done."""
+    """Run the dense model over a token set; `progress` gets the share done, first 0."""
+    if progress is not None:
+        progress(0.0)
     rows_VD = dense.get_output_embeddings().weight
     linear = has_linear_head(dense)
     parts: dict[str, list[Tensor]] = {field.name: [] for field in fields(DenseTargets)}
