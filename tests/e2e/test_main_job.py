@@ -227,6 +227,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(place: Path) -> Non
     assert max(record.number for record in RunView.open(place / "runs" / "stopped").trials) >= 5
 
 
+@pytest.mark.slow
 def test_everything_is_searched_and_what_it_replaces_is_exported(place: Path) -> None:
     """The space of everything, by its name, at low fidelity: every fate is built, a replaced plan ships verified."""
     study = STUDY[: STUDY.index("[space]")] + STUDY[STUDY.index("[splits]") :]
