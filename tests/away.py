@@ -55,10 +55,14 @@ def run_trial(
     while where == "first" and "second" not in (shared / "executed.log").read_text():
         time.sleep(0.05)  # a search this small would be over before the other node has begun
     for trial in run_here(proposal, context, number=number, progress=progress):
-        log(f"{where} {number}:{len(trial.results)}")
+        words = f"{where} {number}:{len(trial.results)}"
+        if where == "second":
+            yield trial
+            log(words)  # who asks for more has handed this in
+            while True:
+                time.sleep(0.05)
+        log(words)
         yield trial
-        while where == "second":
-            time.sleep(0.05)
 
 
 def note_asking(log: Callable[[str], None]) -> None:

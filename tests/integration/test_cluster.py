@@ -107,6 +107,7 @@ def test_a_node_that_dies(cluster: Cluster, tmp_path: Path) -> None:
     assert left == {"blobs", "entries"}
 
 
+@pytest.mark.slow
 def test_a_driver_that_joined_ends_by_a_signal_as_any_other(cluster: Cluster) -> None:
     """SIGTERM in the middle of a trial, and once more while it ends; Ray takes that signal for itself as it joins."""
     place = cluster.driver / "stopped"

@@ -102,7 +102,13 @@ def test_a_family_is_an_entry(tree: Path) -> None:
         '    "starcoder2": partial(tf.Starcoder2Config, **LLAMA, sliding_window=WINDOW),\n',
     )
     said = run_contract(
-        tree, "tests/unit/test_families.py", "tests/unit/test_measure.py", "-k", "starcoder2 or every_family"
+        tree,
+        "tests/unit/test_families.py",
+        "tests/unit/test_measure.py",
+        "-k",
+        "starcoder2 or every_family",
+        "-m",
+        "",
     )
     assert "test_cached_decoding_equals_one_full_forward[0 2-3 5-starcoder2] PASSED" in said
     assert "test_prices_are_what_the_real_folded_models_have[starcoder2] PASSED" in said

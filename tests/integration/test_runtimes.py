@@ -42,7 +42,14 @@ NEEDY = {
 HELD = ["0-4", "0 2-4", "0 1=3+r4 2-4 2=2"]  # by every runtime
 
 
-@pytest.fixture(params=[*runtimes.RUNTIMES, SPLIT], ids=lambda runtime: runtime.name)
+# Half a minute a graph: test_onnx.py has some in `make test`.
+LATER = {"onnx": [pytest.mark.runtimes]}
+
+
+@pytest.fixture(
+    params=[pytest.param(one, marks=LATER.get(one.name, [])) for one in (*runtimes.RUNTIMES, SPLIT)],
+    ids=lambda runtime: runtime.name,
+)
 def runtime(request, monkeypatch):
     """Each of the list, and one that the list does not have yet."""
     if request.param not in runtimes.RUNTIMES:
@@ -106,8 +113,6 @@ def equal_norms(model, runtime):
 @pytest.mark.parametrize("text", HELD)
 def test_the_price_is_the_bytes_that_are_written(quick, table, text, tmp_path):
     runtime = quick
-    if runtime.name == "onnx":
-        pytest.skip("half a minute a graph, and the test below weighs one")
     model, plan = folded(text)
     written, _ = runtime.writer.before_rounding(model)
     runtime.writer.write(written, tmp_path, Beside(weights=runtime.stored_as("float32")))

@@ -139,6 +139,7 @@ def test_where_there_is_no_room_for_the_dense_model_the_export_is_measured_alone
         weights="bfloat16",
         runtime=runtime_named("stock"),
         beside=NOTHING,
+        rest_parameters=0,
     )
     found = dense.compare_in_torch(job, ours, _Weights(), tmp_path)  # type: ignore[arg-type]
     assert found.dense is None
@@ -161,6 +162,7 @@ def test_a_dense_model_that_cannot_be_measured_is_no_fault_of_the_export(
         weights="bfloat16",
         runtime=runtime_named("stock"),
         beside=NOTHING,
+        rest_parameters=0,
     )
     found = dense.compare_in_torch(job, ours, _Weights(), tmp_path)  # type: ignore[arg-type]
     assert found.dense is None
