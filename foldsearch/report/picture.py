@@ -93,11 +93,11 @@ def shown_range(values: Sequence[float], most: int, *, always: float | None = No
 
     Args:
         values: at least one.
-        most: so many values are left out at most.
+        most: so many values are left out at most, and never half of them.
         always: a value that is not left out.
     """
     ordered = sorted(values)
-    for kept in range(max(2, len(ordered) - most), len(ordered)):
+    for kept in range(max(2, len(ordered) // 2 + 1, len(ordered) - most), len(ordered)):
         for first in range(len(ordered) - kept + 1):
             low, high = ordered[first], ordered[first + kept - 1]
             if always is not None and not low <= always <= high:

@@ -573,7 +573,9 @@ def test_pictures_are_png_files_of_a_size_to_look_at(view: RunView, tmp_path: Pa
         ([0.0, 0.4, 0.5, 8.0], 1, (0.0, 0.5)),
         ([0.0, 0.4, 0.5, 1.9], 1, (0.0, 1.9)),  # the others have a quarter of the axis
         ([0.0, 0.5, 8.0, 9.0], 1, (0.0, 9.0)),  # two are not one
-        ([0.0, 0.5, 8.0, 9.0], 2, (0.0, 0.5)),
+        ([0.0, 0.4, 0.5, 8.0, 9.0], 2, (0.0, 0.5)),
+        ([0.144, 0.198, 0.211, 0.272, 0.324], 4, (0.144, 0.324)),  # a small front beside dense: all of it
+        ([0.0, 0.5, 8.0, 9.0], 2, (0.0, 9.0)),  # half of them are not few
         ([0.001, 0.10, 0.11, 0.12, 0.27], 2, (0.10, 0.12)),  # both ends
         ([0.001, 0.10, 0.11, 0.12], 2, (0.10, 0.12)),
         ([0.5, 0.5, 0.5, 8.0], 1, (0.5, 8.0)),  # equal values measure nothing
