@@ -45,8 +45,9 @@ SAME, ROUNDED, REFUSED, NOT_FOLDED = "=", "≈", "–", "x"
 WORDS = f"""\
 # What can be exported where
 
-Made by `python tests/export_matrix.py`, and held to by `make test` and `make runtimes`: each cell was folded, written, read back and
-compared, on tiny random models in float32. A plan is held by a runtime if all of its slots are.
+Made by `python tests/export_matrix.py`, and held to by `make test` (three families) and `make runtimes`: each cell was
+folded, written, read back and compared, on tiny random models in float32. A plan is held by a runtime if all of its
+slots are.
 
 `{SAME}` the same logits to the bit; `{ROUNDED}` but for rounding: an adapter merged into a weight, products
 with experts, which sum by where their weights come to lie in memory, and for llama.cpp the scale of attention of these
