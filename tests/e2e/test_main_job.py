@@ -81,14 +81,55 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return here
 
 
+@dataclass
+class Stopped:
+    """A run at the moment when Ctrl-C had ended it."""
+
+    done: Done
+    results: dict[int, object]  # of each finished trial
+
+
 @pytest.fixture(scope="module")
-def run(place: Path) -> Path:
-    """A finished run; dense needs 0.0003 GB."""
+def stopped(place: Path) -> Stopped:
+    """A run that Ctrl-C ends after its first trial; dense needs 0.0003 GB."""
     command = [sys.executable, "-m", "foldsearch", "run", "--budget-gb", "0.00024", "--out", "runs/tiny"]
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr
-    (place / "run.log").write_text(done.stdout)
+    lines = []
+    with subprocess.Popen(
+        command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if "1 of " in line:  # a trial has ended
+                break
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    return Stopped(Done(process.returncode, "".join(lines) + out, err), results_of(place / "runs" / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def run(place: Path, stopped: Stopped) -> Path:
+    """The same run, gone on with to its end."""
+    done = foldsearch("resume", "runs/tiny", cwd=place)
+    assert done.code == 0, done.err
+    (place / "run.log").write_text(stopped.done.out + done.out)
     return place / "runs" / "tiny"
+
+
+def results_of(run: Path) -> dict[int, object]:
+    return {trial.number: trial.results for trial in RunView.open(run).finished}
+
+
+def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(stopped: Stopped) -> None:
+    assert stopped.done.code == 130, stopped.done.err
+    assert "Go on with: foldsearch resume runs/tiny" in stopped.done.out
+    assert "Traceback" not in stopped.done.err
+    assert stopped.results
+
+
+def test_a_run_that_goes_on_loses_nothing(stopped: Stopped, run: Path) -> None:
+    assert results_of(run).items() > stopped.results.items()
+    assert max(record.number for record in RunView.open(run).trials) >= 5
 
 
 def test_a_run_ends_with_a_front_within_the_budget(run: Path, place: Path) -> None:
@@ -201,30 +242,6 @@ def test_unusable_input_is_told_and_no_run_is_left(
     assert done.code == 2
     assert said in done.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder", "foldsearch.toml"]
-
-
-def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(place: Path) -> None:
-    command = [sys.executable, "-m", "foldsearch", "run", "--budget-gb", "0.00024", "--out", "runs/stopped"]
-    with subprocess.Popen(
-        command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if "1 of " in line:  # a trial has ended
-                break
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
-    assert "Go on with: foldsearch resume runs/stopped" in out
-    assert "Traceback" not in err
-    before = {trial.number: trial.results for trial in RunView.open(place / "runs" / "stopped").finished}
-    assert before
-
-    done = foldsearch("resume", "runs/stopped", cwd=place)
-    assert done.code == 0, done.err
-    after = {trial.number: trial.results for trial in RunView.open(place / "runs" / "stopped").finished}
-    assert after.items() >= before.items()
-    assert max(record.number for record in RunView.open(place / "runs" / "stopped").trials) >= 5
 
 
 @pytest.mark.slow

