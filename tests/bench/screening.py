@@ -9,7 +9,7 @@ plans in turn, fits the chain to the others, and compares what it foretells with
 equal counts). --units measures every block, attention and MLP alone instead.
 
 A plan that DIR has the figures of is not measured again, and counts with the CPU seconds that it took: searches that
-are to be compared get the same DIR. --cheap does not heal, and judges 160 tokens: half a second a plan.
+are to be compared get the same DIR (and one of its own where --judged is another). --cheap does not heal, and judges 160 tokens: half a second a plan.
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--budget-gb", type=float, default=0.28)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--cheap", action="store_true")
+    parser.add_argument("--judged", type=int, metavar="TOKENS", help="judge each plan on so many tokens")
     parser.add_argument("--units", action="store_true")
     parser.add_argument("--halves", type=float, default=0.0, metavar="SHARE")
     parser.add_argument("--out", type=Path, required=True)
@@ -120,6 +121,8 @@ def main() -> None:
         overrides |= {"screen.healed_tokens": 64, "screen.judged_tokens": 160}
         screenings.LENGTH = 32
         patch.object(heal, "places_of", without_writers(heal.places_of)).start()
+    if given.judged:
+        overrides["screen.judged_tokens"] = given.judged
     print(f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
     for seed in given.seeds:
         study = load_study("smollm2-demo", {**overrides, "seed": seed})
