@@ -228,7 +228,7 @@ def own_ray(cpus: int, gpus: int, again: str = "") -> Iterator[Path]:
             return
         others = set(psutil.Process().children())
         try:
-            _start(cpus, gpus, folder)
+            _start(cpus, gpus, folder, again)
             with watched([child for child in psutil.Process().children() if child not in others], again):
                 yield folder
         finally:
@@ -300,7 +300,7 @@ def watched(children: list[psutil.Process], again: str) -> Iterator[None]:
 # ---- its start and its end
 
 
-def _start(cpus: int, gpus: int, folder: Path) -> None:
+def _start(cpus: int, gpus: int, folder: Path, again: str) -> None:
     store = _choose_store()
     try:
         with handlers_kept(), patched_for_start():
@@ -320,7 +320,8 @@ def _start(cpus: int, gpus: int, folder: Path) -> None:
             quote_error(
                 "Ray, which runs the trials, must be able to start on this machine, but it could not",
                 error,
-                "Look whether processes, memory or files are limited (ulimit -a), and try again.",
+                "Look whether processes, memory or files are limited (ulimit -a) or the machine is very busy, and "
+                + (f"go on with: {again}" if again else "try again."),
             )
         ) from error
 

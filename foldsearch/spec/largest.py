@@ -8,7 +8,7 @@ from foldsearch.errors import PlanError
 from foldsearch.plan.cost import Budget, CostTable, Target
 from foldsearch.plan.plan import UNITS, FoldPlan
 from foldsearch.proposal import Fold, Given, Proposal, RecoveryChoice, fold_plan
-from foldsearch.spec.fit import can_run, repair
+from foldsearch.spec.fit import can_run, held_removal, repair
 from foldsearch.spec.propose import RandomSuggest, propose
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import Study
@@ -41,7 +41,7 @@ def largest_to_train(
     most, largest = 0, None
     for _ in range(DRAWN):
         drawn = repair(propose(suggest, space, num_blocks), space, table, target, budget)
-        plan = None if drawn is None else _example(drawn, num_blocks)
+        plan = None if drawn is None else _example(drawn, table, target)
         if drawn is None or plan is None or not can_run(plan, table, target.storing(drawn.weights)):
             continue
         choice = replace(drawn.recovery, delta_rank=max(space.recover.delta_ranks))
@@ -73,11 +73,13 @@ def training_bytes(plan: FoldPlan, choice: RecoveryChoice, table: CostTable, tok
     return TRAINED_BYTES * trained + 4 * tokens * plan.depth * table.activation_width
 
 
-def _example(proposal: Proposal, num_blocks: int) -> FoldPlan | None:
+def _example(proposal: Proposal, table: CostTable, target: Target) -> FoldPlan | None:
     """A plan that a proposal may come to, whichever blocks its criterion would choose; None where this one is none."""
     if not isinstance(proposal.fold, Fold):
         return proposal.plan
-    removed = range(num_blocks - (proposal.removed.count if proposal.removed else 0), num_blocks)
+    num_blocks = len(table.blocks)
+    last = range(num_blocks - (proposal.removed.count if proposal.removed else 0), num_blocks)
+    removed = held_removal(last, table, target)
     bases = dict.fromkeys(removed, 0)
     try:
         return fold_plan(removed, proposal.fold, num_blocks, bases=bases, attention_order=range(num_blocks))

@@ -9,7 +9,8 @@ plans in turn, fits the chain to the others, and compares what it foretells with
 equal counts). --units measures every block, attention and MLP alone instead.
 
 A plan that DIR has the figures of is not measured again, and counts with the CPU seconds that it took: searches that
-are to be compared get the same DIR (and one of its own where --judged is another). --cheap does not heal, and judges 160 tokens: half a second a plan.
+are to be compared get the same DIR, and one of its own where --judged is another. --cheap does not heal, and judges 160
+tokens: half a second a plan.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from foldsearch.context import TrialContext, open_workbench
 from foldsearch.model.fold import fold
 from foldsearch.model.measure import measure
 from foldsearch.model.recover import Recovery, attach
-from foldsearch.plan.cost import price
+from foldsearch.plan.cost import Budget, price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.probe import probe_memory
 from foldsearch.proposal import Fold, Given, Proposal, RecoveryChoice, fold_plan
@@ -93,6 +93,18 @@ def test_no_other_proposal_takes_more(context: TrialContext) -> None:
             compared += 1
             assert training_bytes(plan, other.recovery, run.table, tokens) <= most
     assert compared > 20
+
+
+def test_the_example_of_a_hybrid_can_be_folded(context: TrialContext) -> None:
+    """Every proposal removes so many of its blocks that the last ones hold all that attend."""
+    table = measure(dense_model("lfm2").config)
+    count = NUM_BLOCKS - min(block for block in range(NUM_BLOCKS) if table.attends(block))
+    space = Space(removal=(count / NUM_BLOCKS, count / NUM_BLOCKS), criteria=("window",))
+    found = largest_to_train(context.study, space, table, context.run.target, Budget(10**9))
+    assert found is not None
+    assert found.plan is not None
+    assert len(found.plan.dropped) == count
+    assert table.can_fold(found.plan)
 
 
 # ---- what a probe says
