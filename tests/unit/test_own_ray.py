@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 
 from foldsearch import api, cli
 from foldsearch.errors import InputError, RunError
@@ -229,3 +230,17 @@ def test_what_the_machine_refuses_later_is_a_sentence_too(
     monkeypatch.setattr(api, "try_plan", refuse)
     assert cli.main(["try", "0-3"]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_ray_that_cannot_start_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise RuntimeError("its raylet did not answer")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with (
+        pytest.raises(
+            RunError, match=r"did not answer\. Look .* and go on with: foldsearch resume runs/mine$"
+        ),
+        own_ray.own_ray(1, 0, "foldsearch resume runs/mine"),
+    ):
+        pytest.fail("it has begun")
