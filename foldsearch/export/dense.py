@@ -105,6 +105,7 @@ def compare_in_engine(job: Job, engine: Engine, dense: PreTrainedModel | None, w
     held = in_dtype(job.measured, torch.float32)
     theirs = expected(held, asked)
     tolerance = tolerance_of(held, asked, theirs, job.weights)
+    del held  # what follows holds models in other processes
     with _dense_beside(job) as place, ExitStack() as stack:
         with while_loading(f" of {engine.name}"):
             process, found = stack.enter_context(running(asked, job.folder, workplace))

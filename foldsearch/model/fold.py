@@ -77,9 +77,12 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     Buffers keep their dtype. `model.to(dtype)` would round the frequencies of the rotary embedding, which a model
     that is loaded in `dtype` has in float32.
     """
-    twin: Any = copy.deepcopy(model).eval()
-    for parameter in twin.parameters():
-        parameter.data = parameter.data.to(dtype)
+    # Each parameter is copied once, in `dtype`: the copy of a model that is mapped from a file is never whole in memory.
+    made = {
+        id(parameter): nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
+        for parameter in model.parameters()
+    }
+    twin: Any = copy.deepcopy(model, made).eval()
     twin.config.dtype = dtype
     copied: PreTrainedModel = twin.requires_grad_(False)
     return copied
