@@ -77,7 +77,7 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     Buffers keep their dtype. `model.to(dtype)` would round the frequencies of the rotary embedding, which a model
     that is loaded in `dtype` has in float32.
     """
-    # Each parameter is copied once, in `dtype`: the copy of a model that is mapped from a file is never whole in memory.
+    # Each parameter is copied once, in `dtype`: a copy in the dtype of the model would be whole in memory for a moment.
     made = {
         id(parameter): nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
         for parameter in model.parameters()
