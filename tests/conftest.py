@@ -48,6 +48,25 @@ def _signals_as_found() -> Iterator[None]:
         signal.signal(signum, handler)
 
 
+@pytest.fixture(scope="module")
+def shared_ray() -> Iterator[None]:
+    """One Ray for the tests of a file that do not kill it; run_search uses what is there."""
+    import ray
+
+    patch = pytest.MonkeyPatch()
+    patch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))  # workers import the fakes
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=100 * 10**6,
+    )
+    yield
+    ray.shutdown()
+    patch.undo()
+
+
 @pytest.fixture(scope="session")
 def _recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of fake trials, written by the search's own records; tests get copies of it."""

@@ -100,8 +100,9 @@ def run_trial(
     progress: Callable[[str, float], None] | None = None,
 ) -> Iterator[Trial]:
     """`faults.json` beside the run folder says what goes wrong: {"3:1": "raise"} breaks trial 3 at rung 1, and "*:1"
-    all trials; other words are "exit", "slow" (a minute), "over budget", "kill" (this process, the first time), "disk
-    full" and "wait for trial 1". {"seconds": 0.2} is how long a rung takes.
+    all trials; other words are "exit", "slow" (a minute), "over budget", "kill" (this process, the first time),
+    "kill at its end" (where the worker lets go of the trial), "disk full" and "wait for trial 1". {"seconds": 0.2} is
+    how long a rung takes.
     """
     study = context.run.study
     beside = context.run.path.parent / "faults.json"
@@ -156,4 +157,9 @@ def run_trial(
         for path in (place.start, *([place.recovered] if study.rungs[rung] else [])):
             path.write_bytes(b"\x02" + bytes(7) + b"{}")  # safetensors with no tensor
         write_json(place.record, to_json(trial))  # last, as a trial does: what it names is there
-        yield trial
+        try:
+            yield trial
+        except GeneratorExit:  # its worker is to take the next one
+            if fault == "kill at its end":
+                os.kill(os.getpid(), 9)
+            raise

@@ -305,6 +305,10 @@ class Records:
         """Whether an interrupted or a queued trial is still to be run."""
         return bool(self._interrupted) or any(trial.state == "waiting" for trial in self._trials)
 
+    def put_back(self, number: int) -> None:
+        """Ask for a running trial once more, before any other: nobody is at work on it."""
+        self._interrupted.append(number)
+
     @property
     def elapsed(self) -> float:
         """Seconds that processes of this run have worked, as last noted."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -584,21 +585,35 @@ class Watcher(tune.Callback):
         """`search`: is told."""
         self._search = search
         self._looked = 0.0
+        self._begun: set[str] = set()  # Tune's ids of trials that a worker has had
+        self._recovered: set[str] = set()
+        self._put_back: Counter[int] = Counter()  # by the number of the trial
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A worker has the trial."""
+        self._begun.add(trial.trial_id)
         self._search.started(trial.config["number"])
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A worker died; Tune starts the trial again."""
+        self._recovered.add(trial.trial_id)
         self._search.retried(trial.config["number"], _reason(trial))
         if trial.config.get("probe"):
             trial.config["probe"] = None  # the next worker begins with the trial
             self._search.probe_ended_worker(_reason(trial))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Tune gave the trial up."""
-        self._search.lost(trial.config["number"], _reason(trial))
+        """Tune gave the trial up: its worker died too often, or died before it had let go of the trial before."""
+        number = trial.config["number"]
+        # Tune has no second try for a worker that dies between two trials, and may have begun one all the same.
+        is_between = trial.trial_id not in self._begun and trial.num_failures <= MAX_CRASHES
+        if not is_between or self._put_back[number] == MAX_CRASHES:
+            self._search.lost(number, _reason(trial))
+            return
+        self._put_back[number] += 1
+        self._search.records.put_back(number)
+        if trial.trial_id not in self._recovered:
+            self._search.retried(number, _reason(trial))
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Look where the running trials are, about once a second."""

@@ -294,6 +294,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_a_run_stays_at_its_commit_when_the_branch_moves(hub: Hub, tmp_path: Path) -> None:
     folder = hub.root / "models" / "tiny-org" / "moving"
     _write_model(folder)

@@ -214,7 +214,7 @@ def test_a_worker_that_it_killed_is_told_and_the_next_one_does_not_probe(context
     search = Search(records, Line(records), told.append, LARGEST)
     config = Proposer(search.line, LARGEST).suggest("a")
     dead = SimpleNamespace(
-        config=config, get_pickled_error=lambda: None, get_error=lambda: "the worker was killed"
+        trial_id="a", config=config, get_pickled_error=lambda: None, get_error=lambda: "the worker was killed"
     )
     Watcher(search).on_trial_recover(0, [], dead)
     assert config["probe"] is None

@@ -334,7 +334,7 @@ def test_nothing_outside_the_space_is_promoted(screened: Screening, context: Tri
 
 
 def test_a_run_begins_with_what_was_promoted(
-    study: Study, place: Path, monkeypatch: pytest.MonkeyPatch
+    shared_ray: None, study: Study, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And with the best criterion beside it; a run that goes on does not screen again."""
     monkeypatch.setenv("FOLDSEARCH_CACHE", str(place / "cache of the run"))

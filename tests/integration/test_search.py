@@ -13,14 +13,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import optuna
 import psutil
 import pytest
-import ray
 from optuna.trial import TrialState
 
 from foldsearch import cache, cli
@@ -36,21 +35,6 @@ from foldsearch.search.storage import STUDY_NAME
 from tests.fake_driver import FAKES, study
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def shared_ray() -> Iterator[None]:
-    """One Ray for the tests that do not kill it; run_search uses what is there."""
-    os.environ["PYTHONPATH"] = str(ROOT)  # workers import the fakes
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 * 10**6,
-    )
-    yield
-    ray.shutdown()
 
 
 def executed(run: Path) -> Counter[str]:
@@ -171,6 +155,19 @@ def test_two_at_a_time(shared_ray: None, tmp_path: Path) -> None:
         for i, event in enumerate(told)
         if isinstance(event, events.TrialStarted) and event.trial.number == 1
     )
+
+
+def test_a_worker_that_dies_between_two_trials_loses_neither(shared_ray: None, tmp_path: Path) -> None:
+    (tmp_path / "faults.json").write_text(json.dumps({"0:2": "kill at its end"}))
+    run, told = tmp_path / "run", list[events.Event]()
+    run_search(study(trials=4), run, on_event=told.append, **FAKES)
+    records = check_whole(run)
+    assert [event.number for event in told if isinstance(event, events.TrialRetried)] == [1]
+    assert not any(record.state == "failed" for record in records)
+    assert set(executed(run).values()) == {1}
+    (tmp_path / "faults.json").write_text("{}")
+    run_search(study(trials=4), tmp_path / "other", **FAKES)
+    assert [record.proposal for record in check_whole(tmp_path / "other")] == [r.proposal for r in records]
 
 
 def test_trials_that_all_fail_alike_end_the_search_with_a_code_of_its_own(

@@ -62,12 +62,10 @@ def unique_parameters(model) -> int:
     return sum({p.data_ptr(): p.numel() for p in model.parameters()}.values())
 
 
-families = pytest.mark.parametrize("name", sorted(FAMILIES))
+QUICK = ("llama", "gemma3_text", "gpt2", "lfm2", "qwen3_moe")
 
 
-@pytest.mark.parametrize(
-    "name", some(("llama", "gemma3_text", "gpt2", "lfm2", "qwen3_moe"), sorted(FAMILIES))
-)
+@pytest.mark.parametrize("name", some(QUICK, sorted(FAMILIES)))
 def test_prices_are_what_the_real_folded_models_have(name):
     dense = dense_model(name)
     for label, text in PLANS.items():
@@ -97,7 +95,7 @@ def test_any_plans_price_is_what_its_model_has(name, plan):
     assert round(cost.prefill_macs * CONTEXT) == last_logits_macs(model, CONTEXT).total()
 
 
-@families
+@pytest.mark.parametrize("name", some(QUICK, sorted(FAMILIES)))
 def test_the_cache_is_what_the_model_fills(name):
     """transformers keeps window − 1 tokens of a sliding window, because the next one is there when it is read; the
     price counts the window, so it is one token a sliding block above.
