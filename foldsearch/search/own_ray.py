@@ -239,7 +239,9 @@ def own_ray(cpus: int, gpus: int, again: str = "") -> Iterator[Path]:
 # ---- a Ray that is lost
 
 _NEEDED = ("gcs_server", "raylet")  # of Ray's processes: without them no trial can go on
-_HEARD_SECONDS = 5.0  # that the main thread has to hear of it
+_LOOK_SECONDS = 0.1
+_HEARD_SECONDS = 1.0  # that the main thread has to hear of it, before a person is told all the same
+_END_SECONDS = 5.0  # that it then has to end by itself
 _daemons: dict[str, psutil.Process] = {}
 _again = ""
 
@@ -270,7 +272,7 @@ def _lost_words() -> str:
 def watched(children: list[psutil.Process], again: str) -> Iterator[None]:
     """While entered, `check_ray` looks at Ray's processes, and a thread does where the main thread does not.
 
-    Ray itself would end our process within a minute, in C++ and without a word on how to go on.
+    Ray itself would end our process within a minute, and at times at once, in C++ and without a word on how to go on.
     """
     global _again  # one Ray a process
     for child in children:
@@ -280,9 +282,11 @@ def watched(children: list[psutil.Process], again: str) -> Iterator[None]:
     _again, over = again, threading.Event()
 
     def watch() -> None:
-        while not over.wait(1.0):
+        while not over.wait(_LOOK_SECONDS):
             if (words := _lost_words()) and not over.wait(_HEARD_SECONDS):
                 print(f"error: {words}", file=sys.stderr, flush=True)
+                if over.wait(_END_SECONDS):
+                    return
                 for child in children:
                     with suppress(psutil.Error):
                         child.kill()

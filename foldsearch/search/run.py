@@ -616,10 +616,10 @@ class Watcher(tune.Callback):
             self._search.retried(number, _reason(trial))
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Look where the running trials are, about once a second."""
+        """Look whether Ray lives, and where the running trials are, about once a second."""
+        self._search.check_workers()
         if time.monotonic() - self._looked >= PROGRESS_SECONDS:
             self._looked = time.monotonic()
-            self._search.check_workers()
             self._search.tell_progress()
             for trial in trials:
                 if trial.status == "RUNNING":

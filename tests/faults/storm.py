@@ -374,7 +374,9 @@ class Storm:
                 "process ended", after=after, code=code, said=said[-1500:] if code not in (0, -9) else ""
             )
             assert "Traceback" not in said, said[-3000:]
-            assert code in CODES, (after, code, said[-3000:])
+            # Ray's own threads may end the process as they lose it: once it was told how to go on, that is no fault
+            is_told = code == 1 and after in PARTS and "Go on with: " in said
+            assert code in CODES or is_told, (after, code, said[-3000:])
             assert code != 2 or after not in PARTS or "Go on with: " in said, (after, said[-3000:])
             if code == 0:
                 break
