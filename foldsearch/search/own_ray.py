@@ -257,7 +257,7 @@ def check_ray() -> None:
 
 
 def _lost_words() -> str:
-    for name, daemon in _daemons.items():
+    for name, daemon in list(_daemons.items()):  # the search may end while a thread looks
         with suppress(psutil.NoSuchProcess):
             if daemon.status() != psutil.STATUS_ZOMBIE:
                 continue
