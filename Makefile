@@ -45,8 +45,9 @@ demo: .venv/installed
 	$(BIN)/foldsearch export runs/demo --out exports/demo --prompt $(PROMPT)
 	$(BIN)/foldsearch export runs/demo --to gguf --type q8_0 --out exports/demo-gguf --prompt $(PROMPT)
 
+# three at a time on two cores: tests that start processes wait for them
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # ExecuTorch brings torchao, which speaks up wherever torch is imported: it has an environment of its own
 .venv-executorch/installed: constraints.txt pyproject.toml

@@ -42,6 +42,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield made
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_told_in_a_sentence(cluster: Cluster) -> None:
     out, _ = cluster.python("-m", "tests.away", "errors", cluster.address).communicate(timeout=300)
     said = {name: words for name, (words, seconds) in json.loads(out.splitlines()[-1]).items()}

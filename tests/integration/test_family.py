@@ -125,6 +125,7 @@ def check_as_model(folder: Path, tmp_path: Path) -> None:
     shard.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_stock_points_share_what_has_the_same_name_and_load_in_another_place(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -82,6 +82,7 @@ def test_a_kind_of_network_is_an_entry_and_a_class(tree: Path) -> None:
     assert "test_its_price_is_what_the_folded_model_has[bilinear] PASSED" in said
 
 
+@pytest.mark.slow
 def test_a_family_is_an_entry(tree: Path) -> None:
     """StarCoder 2: layer norms with biases, an MLP of two linears, and a sliding window."""
     add(

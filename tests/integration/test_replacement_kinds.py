@@ -121,6 +121,7 @@ def test_a_run_that_is_such_a_network_is_fitted_without_loss(kind):
     assert fit.errors[fit.chosen] < 1e-9
 
 
+@pytest.mark.slow
 def test_a_plan_of_every_kind_is_fitted_trained_and_shipped(tmp_path):
     """Oracles: the least error of each fit; the answers of the model that was trained, here and in a fresh process."""
     config = CONFIGS["llama"]()

@@ -156,6 +156,7 @@ def test_the_rest_is_priced_where_an_export_holds_it(opened, name, tmp_path):
     assert lower_bound(proposal, table, whole) == price(plan, table, whole)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_an_export_is_the_whole_model_and_its_card_says_so(opened, tmp_path):
     folder, files, dense = opened("llava")

@@ -195,6 +195,7 @@ def test_a_card_that_names_files_elsewhere_is_refused(copied: Path) -> None:
             recheck(copied)
 
 
+@pytest.mark.slow
 def test_without_text_the_probe_is_at_random(tmp_path: Path) -> None:
     model, plan = folded()
     out = tmp_path / "out"

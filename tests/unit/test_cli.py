@@ -540,6 +540,7 @@ def test_a_run_in_a_pipe_says_where_its_trials_are(capsys: pytest.CaptureFixture
     assert said.endswith("left · trial 3: recovery 25%")
 
 
+@pytest.mark.slow
 def test_a_run_whose_reader_ended_is_not_done(run_path: Path) -> None:
     """`foldsearch run | head -1`: a shell's code for SIGPIPE, and how to go on."""
     script = (
