@@ -206,6 +206,8 @@ def test_real_trials_go_on_to_the_bit(tmp_path: Path) -> None:
         killed = of_run(context, path=path)
         at += search_killed(killed.run, iter(lambda: rng.randint(1, 30), 0), killed, TRIAL).at
         assert storm.without_seconds(read_trials(killed.run)) == storm.without_seconds(trials)
-        assert check_run(killed.run, repair=False).left == ()
+        # a temporary file of a killed process may lie there: nobody reads it, and `check --repair` removes it
+        left = [one.words for one in check_run(killed.run, repair=False).left]
+        assert [words for words in left if not words.startswith("killed processes left")] == []
     print(f"\nreal: {at.total()} kills at {len(at)} places in {ROUNDS} searches of {len(trials)} trials")
     assert at.total() > 3 * ROUNDS
