@@ -209,5 +209,6 @@ def test_real_trials_go_on_to_the_bit(tmp_path: Path) -> None:
         # a temporary file of a killed process may lie there: nobody reads it, and `check --repair` removes it
         left = [one.words for one in check_run(killed.run, repair=False).left]
         assert [words for words in left if not words.startswith("killed processes left")] == []
+        assert check_run(killed.run, repair=True).left == ()
     print(f"\nreal: {at.total()} kills at {len(at)} places in {ROUNDS} searches of {len(trials)} trials")
     assert at.total() > 3 * ROUNDS
