@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import gc
 import io
 import os
 import shutil
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from foldsearch.arguments import PLAN, command_line
 from foldsearch.errors import InputError, VerificationError, is_out_of_memory
 from foldsearch.files import check_writable, disk_is_full
+from foldsearch.machine import collect_seldom
 from foldsearch.paths import check_path, command, printable, stem_beside
 from foldsearch.plan.extend import extended, rank_of
 from foldsearch.plan.plan import FoldPlan
@@ -48,9 +48,7 @@ _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EL
 
 def entry() -> None:
     """The console script."""
-    # A fifth of the time that torch, transformers and Ray take to be imported is the interpreter looking through what
-    # they make, which lives on.
-    gc.set_threshold(50_000, 20, 20)
+    collect_seldom()
     code = main()
     ignore_stops()
     sys.exit(code)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 import signal
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from foldsearch.machine import collect_seldom
 
 # Before torch, transformers or ray is imported: each reads these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,9 +30,7 @@ for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
     if signal.getsignal(signum) is signal.SIG_IGN:
         signal.signal(signum, handler)
 
-# The hundreds of thousands of objects that torch and transformers make at import live on; looking through them again
-# and again, as the interpreter does by default, is a sixth of the time of the tests.
-gc.set_threshold(50_000, 20, 20)
+collect_seldom()
 
 settings.register_profile(
     "unhurried", deadline=None

@@ -10,6 +10,7 @@ Shapes: N sequences, B of them at once, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -273,6 +274,7 @@ def main(where: str, answers_of: str = "") -> None:
         where: "alone": foldsearch cannot be imported, as where it is not installed.
         answers_of: the module whose `Answers` are asked; empty for those of this one.
     """
+    gc.set_threshold(50_000, 20, 20)  # a sixth of an import of transformers is to look through what it made
     if where == "alone":
         sys.modules["foldsearch"] = None  # type: ignore[assignment]  # an import of it now fails
     elif not answers_of:  # other programs know nothing of transformers

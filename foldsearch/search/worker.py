@@ -18,6 +18,7 @@ from ray import tune
 
 from foldsearch.errors import describe_error, quote_error
 from foldsearch.files import alone, disk_is_full, write_json
+from foldsearch.machine import collect_seldom
 from foldsearch.progress import TimeUp, TrialTimeUp
 from foldsearch.proposal import Proposal
 from foldsearch.record import Trial, read_trial
@@ -54,6 +55,11 @@ class TrialRunner(tune.Trainable):
     The checkpoint of a trial is its folder: `run_trial` leaves its state there after every rung, so a new worker
     needs nothing else to go on.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As Tune makes it; what `setup` is given is read in there, which imports torch."""
+        collect_seldom()
+        super().__init__(*args, **kwargs)
 
     def setup(  # type: ignore[override]  # tune.with_parameters adds the others
         self, config: dict[str, Any], context: Any, trial: str, deadline: float | None, cargo: Cargo | None
