@@ -234,9 +234,10 @@ def save_tokens(folder):
     ("tamper", "message"),
     [
         (lambda weights: weights["model.layers.1.mlp.up_proj.weight"].mul_(1.01), "logits are"),
-        (
+        pytest.param(
             lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"),
             "missing: model.layers.1.mlp.up_proj",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,19 +48,34 @@ def make_run(study: Study, path: Path) -> None:
     run_queued(begin_run(study, path), "window", 1)
 
 
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder: a model `m`, texts, and the run `runs/r` that was made with both by relative paths."""
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to be copied: its `here` holds a project, a cache, and a file with questions."""
     torch.set_num_threads(1)
-    project = tmp_path / "project"
+    place = tmp_path_factory.mktemp("identity")
+    project = place / "here" / "project"
     save_model(project / "m")
     write_corpus(project / "texts" / "corpus")
-    monkeypatch.chdir(project)
-    monkeypatch.setenv("FOLDSEARCH_CACHE", str(tmp_path / "cache"))
-    make_run(STUDY, Path("runs/r"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(project)
+        patch.setenv("FOLDSEARCH_CACHE", str(place / "here" / "cache"))
+        make_run(STUDY, Path("runs/r"))
     question = {"question": "w3 w9", "options": ["w4", "w5"], "answer": 1}
-    (tmp_path / "q.jsonl").write_text("\n".join([json.dumps(question)] * 3))
-    return project
+    (place / "here" / "q.jsonl").write_text("\n".join([json.dumps(question)] * 3))
+    (place / "here").rename(place / "kept")
+    return place
+
+
+@pytest.fixture
+def project(made: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current folder, as new and where it was made: a model `m`, texts, and the run `runs/r` that was made with
+    both by relative paths."""
+    shutil.copytree(made / "kept", made / "here")
+    monkeypatch.setenv("FOLDSEARCH_CACHE", str(made / "here" / "cache"))
+    monkeypatch.chdir(made / "here" / "project")
+    close_workbench()
+    yield made / "here" / "project"
+    shutil.rmtree(made / "here")
 
 
 def shell(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -264,29 +279,30 @@ def test_another_processor_may_round(project: Path, machine: str, off: float, re
 
 
 def test_a_run_is_used_from_any_folder_and_moved_with_its_model(
-    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = tmp_path / "other"
+    place = project.parent
+    other = place / "other"
     save_model(other / "m", "mistral")  # what the relative path names here is not looked at
     monkeypatch.chdir(other)
 
     def evaluate(run: Path, questions: str = "../q.jsonl") -> tuple[int, str]:
         return shell("evaluate", str(run), "--questions", questions, capsys=capsys)
 
-    run, moved = project / "runs" / "r", tmp_path / "moved" / "runs" / "r"
+    run, moved = project / "runs" / "r", place / "moved" / "runs" / "r"
     code, said = evaluate(run)
     assert code == 0, said
     written = json.loads((run / "evaluations" / "00000-q.json").read_text())
     assert written["model"] == "m"  # as it was typed
-    shutil.copy(tmp_path / "q.jsonl", project / "texts" / "corpus")
+    shutil.copy(place / "q.jsonl", project / "texts" / "corpus")
     code, said = evaluate(run, "../project/texts/corpus/q.jsonl")
     assert code == 2
     assert "belongs to texts/corpus" in said
-    project.rename(tmp_path / "moved")
+    project.rename(place / "moved")
     code, said = evaluate(moved)
     assert code == 0, said
     assert json.loads((moved / "evaluations" / "00000-q.json").read_text()) == written
-    (tmp_path / "moved" / "m").rename(tmp_path / "gone")
+    (place / "moved" / "m").rename(place / "gone")
     code, said = evaluate(moved)
     assert code == 2
     assert f"was made with '{project / 'm'}', which is not there any more. Put it back" in said

@@ -33,6 +33,8 @@ from foldsearch.search.records import read_trials
 from foldsearch.search.run import run_search
 from foldsearch.search.storage import STUDY_NAME
 from tests.fake_driver import FAKES, study
+from tests.fake_trial import TABLE
+from tests.faults.test_every_write import run_process
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -128,17 +130,21 @@ def test_a_search_end_to_end_with_a_killed_worker_and_a_broken_trial(
     assert sum(not record.closing for record in records) == 9
     assert [record.proposal.origin for record in records[:4] if record.proposal] == ["baseline"] * 4
 
-    # the same seed on one worker gives the same proposals
-    other = tmp_path / "other"
-    run_search(study(), other, **FAKES)
-    again = check_whole(other)
-    assert [record.proposal for record in again] == [record.proposal for record in records]
-
     # a run that is over can be given more trials
-    run_search(study(trials=10), other, resume=True, **FAKES)
-    more = check_whole(other)
-    assert more[: len(again)] == again
+    run_search(study(trials=10), run, resume=True, **FAKES)
+    more = check_whole(run)
+    assert more[: len(records)] == records
     assert sum(not record.closing for record in more) == 10
+
+
+@pytest.mark.slow
+def test_the_same_seed_on_one_worker_gives_the_same_proposals(shared_ray: None, tmp_path: Path) -> None:
+    """Shorter and without Ray: `test_records.py`; killed in between: `tests/faults`."""
+    proposals = []
+    for name in ("one", "other"):
+        run_search(study(), tmp_path / name, **FAKES)
+        proposals.append([record.proposal for record in check_whole(tmp_path / name)])
+    assert proposals[0] == proposals[1]
 
 
 def test_two_at_a_time(shared_ray: None, tmp_path: Path) -> None:
@@ -165,9 +171,13 @@ def test_a_worker_that_dies_between_two_trials_loses_neither(shared_ray: None, t
     assert [event.number for event in told if isinstance(event, events.TrialRetried)] == [1]
     assert not any(record.state == "failed" for record in records)
     assert set(executed(run).values()) == {1}
+
+    # undisturbed, and without Ray
     (tmp_path / "faults.json").write_text("{}")
-    run_search(study(trials=4), tmp_path / "other", **FAKES)
-    assert [record.proposal for record in check_whole(tmp_path / "other")] == [r.proposal for r in records]
+    with Run.draft(tmp_path / "other") as draft:
+        other = Run(draft, study(trials=4), TABLE).begin(tmp_path / "other")
+    run_process(other)
+    assert [record.proposal for record in read_trials(other)] == [r.proposal for r in records]
 
 
 def test_trials_that_all_fail_alike_end_the_search_with_a_code_of_its_own(

@@ -142,7 +142,7 @@ def test_the_front_grows_by_one_trial_at_a_time(
     monkeypatch.setattr("foldsearch.search.records.front", counted)
     rng = random.Random(0)
     numbers: list[int] = []
-    for count in range(30):
+    for count in range(15):
         number, _ = records.ask()
         numbers.append(number)
         removed = rng.sample(range(1, NUM_BLOCKS), rng.randint(3, 6))
@@ -155,7 +155,7 @@ def test_the_front_grows_by_one_trial_at_a_time(
         assert records.front() == front(records.all(), records.objectives)
         assert looked_at.pop() == before + 1
         assert looked_at == []
-    assert 1 < before < 30
+    assert 1 < before < 15
 
 
 @pytest.mark.parametrize("kl", [math.inf, math.nan, -math.inf])
@@ -272,7 +272,7 @@ def small_space(**more: Any) -> Any:
     return {**space, "groups": {"max_groups": 1, "adapter_ranks": [0]}, **more}
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "nsga2"])
+@pytest.mark.parametrize("sampler", ["tpe", "random", pytest.param("nsga2", marks=pytest.mark.slow)])
 def test_suggestions_that_repeat_a_plan_are_drawn_again(tmp_path: Path, sampler: str) -> None:
     """The book tells which blocks a criterion removes at a count, whatever becomes of them.
 
@@ -472,7 +472,7 @@ def test_all_that_is_asked_for_fits_and_neighbours_are_among_it(tmp_path: Path, 
     assert all(low <= proposal.recovery.learning_rate <= high for proposal in proposals)
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+@pytest.mark.parametrize("sampler", ["tpe", "random", pytest.param("nsga2", marks=pytest.mark.slow)])
 def test_a_seed_gives_the_same_proposals_and_another_does_not(
     tmp_path: Path, study: Study, sampler: str
 ) -> None:
