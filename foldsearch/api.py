@@ -123,7 +123,7 @@ def dry_run(study: Study, progress: StageProgress = silent, notice: Notice = unh
     from foldsearch.model.source import check_cache, default_cache_dir, open_config, open_tokenizer
     from foldsearch.prepare import (
         check_data,
-        check_study_lengths,
+        check_study_shapes,
         cost_table,
         make_study_splits,
         open_source,
@@ -143,7 +143,7 @@ def dry_run(study: Study, progress: StageProgress = silent, notice: Notice = unh
     found = open_source(study, progress)
     say_unused(study, found, notice)
     config = open_config(found)
-    if words := check_study_lengths(study, config):
+    if words := check_study_shapes(study, config):
         notice(words)
     table = cost_table(found, config)
     say_part(study, found, table, notice)
@@ -175,7 +175,7 @@ def inspect_model(study: Study, progress: StageProgress = silent, notice: Notice
     from foldsearch.model.source import open_config, open_dense, open_tokenizer
     from foldsearch.prepare import (
         check_data,
-        check_study_lengths,
+        check_study_shapes,
         make_study_splits,
         open_source,
         prepare_model,
@@ -187,7 +187,7 @@ def inspect_model(study: Study, progress: StageProgress = silent, notice: Notice
     found = open_source(study, progress)
     say_unused(study, found, notice)
     config = open_config(found)  # refused before the text is read
-    if words := check_study_lengths(study, config):
+    if words := check_study_shapes(study, config):
         notice(words)
     splits = make_study_splits(study, open_tokenizer(found), progress, search_only=True, notice=notice)
     check_tokens(study.model, config.vocab_size, [splits.search.ids_NT])
@@ -277,7 +277,7 @@ def _check_tried(plan: FoldPlan, table: CostTable, study: Study) -> None:
         if (found := nearest_held(plan, runtime, table, target)) is not None:
             remedy = f"try the nearest plan that it holds, '{found.plan}': {found.words}"
         raise PlanError(
-            f"a model with weights in {target.weights} is measured as the {runtime.name} runtime stores it, which has "
+            f"a model with weights in {target.types} is measured as the {runtime.name} runtime stores it, which has "
             f"{runtime.blocks} only, but the plan '{plan}' has {what}. Leave the type of weights out, or {remedy}."
         )
 
@@ -642,6 +642,7 @@ def _export(
         plan=trial.plan,
         runtime=runtime.name,
         weights=form.stored(runtime, context.target.storing(trial.weights)),
+        kv_cache=context.target.kv_cache if runtime.name == context.target.runtime else "",
         gguf=context.files.gguf,
         whole=context.files.whole,
         context=context.target.context,

@@ -11,7 +11,7 @@ from typing import get_args
 from foldsearch import runtimes
 from foldsearch.model.training import HealMethod, Trained
 from foldsearch.plan.extend import DEFAULT_RANK, PATTERNS
-from foldsearch.plan.stored import TYPES
+from foldsearch.plan.stored import CACHE_TYPES, TYPES
 from foldsearch.version import __version__
 
 PLAN = "plan"  # what `export --to` takes beside the names of runtimes
@@ -491,6 +491,8 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runtime", choices=runtimes.names(), help="whether the runtime can share weights")
     types = "of the weights in llama.cpp, priced and measured so: " + ", ".join(TYPES)
     parser.add_argument("--weights", metavar="TYPE", help=types)
+    cached = "of llama.cpp's KV cache, priced and measured so: " + ", ".join(CACHE_TYPES)
+    parser.add_argument("--kv-cache", metavar="TYPE", help=cached)
 
 
 def _add_data_options(parser: argparse.ArgumentParser) -> None:

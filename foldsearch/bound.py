@@ -125,12 +125,12 @@ def lower_bound(proposal: Proposal, table: CostTable, target: Target) -> Cost:
     prompt_ms, decode_ms = None, None
     if latency is not None:
         read_bytes = max(0, weights + again + carried) * unit_bytes
-        prompt_ms, decode_ms = _times(latency, table, running, thinned, (new_macs, read_bytes, size))
+        prompt_ms, decode_ms = _times(latency, table, running, thinned, (new_macs, read_bytes, target))
     return Cost(
         weight_bytes=(table.outside_weights(target) + weights + (0 if target.shares_weights else again))
         * unit_bytes,
         adapter_bytes=carried * unit_bytes,
-        kv_bytes=kv * target.batch * size,
+        kv_bytes=target.batch * target.cached_bytes(kv),
         activation_bytes=(activations + table.vocabulary) * target.batch * size,
         prefill_macs=macs
         + sums.prefill_macs[running]
@@ -143,10 +143,10 @@ def lower_bound(proposal: Proposal, table: CostTable, target: Target) -> Cost:
 
 
 def _times(
-    latency: Latency, table: CostTable, running: int, thinned: int, new: tuple[int, int, int]
+    latency: Latency, table: CostTable, running: int, thinned: int, new: tuple[int, int, Target]
 ) -> tuple[float, float]:
-    """Milliseconds that no plan is below; new: MACs of what is new, bytes that are read, bytes of a cached number."""
-    sums, (new_macs, read_bytes, size) = _sums(table, latency.tokens), new
+    """Milliseconds that no plan is below; new: MACs of what is new, bytes that are read, and what is stored how."""
+    sums, (new_macs, read_bytes, target) = _sums(table, latency.tokens), new
     macs = new_macs + max(0, sums.prefill_macs[running] - sums.most_attention_prefill[thinned])
     cached = max(0, sums.kv[running] - sums.most_kv[thinned])
-    return latency.times(Work(macs * latency.tokens, read_bytes + cached * size))
+    return latency.times(Work(macs * latency.tokens, read_bytes + target.cached_bytes(cached)))

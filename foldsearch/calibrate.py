@@ -202,7 +202,8 @@ def _key(subject: Subject) -> str:
         for name, value in subject.config.to_dict().items()
         if name not in ("_name_or_path", "transformers_version", "architectures", "dtype")
     }
-    what = (subject.runtime.name, subject.weights, subject.target.dtype, subject.target.shares_weights)
+    target = subject.target
+    what = (subject.runtime.name, subject.weights, target.dtype, target.shares_weights, target.kv_cache)
     computing = computing_dtype(subject.dtype)
     return cache.key(
         SCHEMA, shape, *what, computing, subject.tokens, subject.program, to_json(Machine.here("cpu"))
@@ -283,7 +284,8 @@ def _loading(subject: Subject, folder: Path, workplace: Path) -> dict[str, Any]:
     ids = [drawn.randrange(subject.config.vocab_size) for _ in range(subject.tokens)]
     shared = {"folder": str(folder), "threads": torch.get_num_threads()}
     if subject.runtime.engine is not None:
-        return shared | {"context": room_for(subject.tokens), "tokens": ids}
+        cached = {"kv_cache": subject.target.kv_cache} if subject.target.kv_cache else {}
+        return shared | {"context": room_for(subject.tokens), "tokens": ids, **cached}
     tensors = workplace / "tokens.safetensors"
     save_file({"ids_NT": torch.tensor([ids[:FEW_TOKENS]])}, tensors)
     return shared | {

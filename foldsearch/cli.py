@@ -165,7 +165,7 @@ _OVERRIDES = {
     "jobs": "jobs", "seed": "seed", "device": "device", "budget_gb": "budget.gb", "budget_flops": "budget.flops",
     "max_prompt_ms": "budget.prompt_ms", "max_decode_ms": "budget.decode_ms",
     "dtype": "target.dtype", "context": "target.context", "batch": "target.batch", "runtime": "target.runtime",
-    "weights": "target.weights",
+    "weights": "target.weights", "kv_cache": "target.kv_cache",
     "address": "cluster.address", "run_storage": "cluster.run_storage",
     "cpus_per_trial": "cluster.cpus_per_trial", "gpus_per_trial": "cluster.gpus_per_trial",
 }  # fmt: skip

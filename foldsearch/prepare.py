@@ -21,6 +21,7 @@ from foldsearch.model import source
 from foldsearch.model.checks import check_lengths, check_tokens
 from foldsearch.model.content import ContentHashes
 from foldsearch.model.convert import quiet
+from foldsearch.model.gguf.kv_cache import check_kv_cache
 from foldsearch.model.measure import measure
 from foldsearch.model.own_text import OwnText, first_tokens, kept_text, with_own_text
 from foldsearch.model.splits import SplitRules, make_splits
@@ -147,7 +148,7 @@ def prepare_context(
         say_unused(study, found, notice)
     config = source.open_config(found)
     # A run's own study has all defaults written out, and was looked at when the run began.
-    if made is None and (words := check_study_lengths(study, config)):
+    if made is None and (words := check_study_shapes(study, config)):
         notice(words)
     progress("pricing the dense model", 0.0)
     table = cost_table(found, config)
@@ -277,12 +278,14 @@ def with_times(
     return replace(table, latencies=tuple(latencies))
 
 
-def check_study_lengths(study: Study, config: PretrainedConfig) -> str:
-    """Whether the study's sequences and its target's context suit the model; what a person should know, or "".
+def check_study_shapes(study: Study, config: PretrainedConfig) -> str:
+    """Whether the study's lengths and its KV cache suit the model; what a person should know, or "".
 
     Raises:
-        ModelError: they are longer than what the model was made for.
+        ModelError: they are longer than what the model was made for, or a cache of the type cannot hold its heads.
     """
+    if study.target.kv_cache:
+        check_kv_cache(config, study.target.kv_cache)
     return check_lengths(
         study.model,
         config,

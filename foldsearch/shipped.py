@@ -12,6 +12,7 @@ from foldsearch.codec import to_json
 from foldsearch.context import TrialContext, open_workbench
 from foldsearch.errors import ModelError
 from foldsearch.files import write_json
+from foldsearch.model.gguf.kv_cache import round_kv_cache
 from foldsearch.model.judge import judge
 from foldsearch.plan.cost import Target, price
 from foldsearch.plan.plan import FoldPlan
@@ -48,13 +49,15 @@ def judged_each(
 
 
 def as_stored(model: PreTrainedModel, target: Target) -> PreTrainedModel:
-    """The stock model with the numbers that the target's runtime stores, in float32.
+    """The stock model with the numbers that the target's runtime stores, in float32, those of its KV cache too.
 
     A target that `rounds` has a runtime that writes types of weights (see `foldsearch.spec.study`).
     """
     writer = runtime_named(target.runtime).writer
     held: Any = writer.rounded(writer.before_rounding(model)[0], target.weights)
     placed: PreTrainedModel = held.to(model.device)
+    if target.kv_cache:
+        round_kv_cache(placed, target.kv_cache)
     return placed
 
 
@@ -103,9 +106,8 @@ def measure_rivals(
             return _Measured(*judged_each(bench.dense, context, ("search", "report"), target))  # noqa: B023
 
         texts = bench.splits.search.content_hash
-        known, _ = bench.once(
-            "rivals", _Measured, bench.splits.report, measure, weights=weights, search=texts
-        )
+        kind = {"weights": weights} | ({"kv_cache": target.kv_cache} if target.kv_cache else {})
+        known, _ = bench.once("rivals", _Measured, bench.splits.report, measure, search=texts, **kind)
         cost = price(FoldPlan.identity(len(context.table.blocks)), context.table, target)
         found.append(DenseRival(weights, cost, known.search, known.report))
     write_json(context.run.rivals, [to_json(one) for one in found])

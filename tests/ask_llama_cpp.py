@@ -1,8 +1,8 @@
 """Ask llama.cpp what it makes of GGUF files: a program of its own, since its threads end only with the process.
 
-Reads jobs as JSON from its input, one object a line: the file, the tokens of several prompts, texts to be cut, and
-the context that memory is taken for. Writes one object a line: for each prompt the log-probabilities of every next
-token, and for each text its tokens.
+Reads jobs as JSON from its input, one object a line: the file, the tokens of several prompts, texts to be cut, the
+context that memory is taken for, and the type of the cache (f32 where none is named). Writes one object a line: for
+each prompt the log-probabilities of every next token, and for each text its tokens.
 """
 
 import json
@@ -23,6 +23,10 @@ def ask(job: dict) -> dict:
     # All numbers in 32 bits: the cache is in 16 by default, and so are some products of flash attention.
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    if kv_cache := job.get("kv_cache"):
+        kind = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{kv_cache.upper()}")
+        params.cache_type_k = params.cache_type_v = kind
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_AUTO
     # One thread: more of them wait in a loop for each other, which on a busy machine takes seconds a token.
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     server = xllamacpp.Server(params)

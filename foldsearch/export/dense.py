@@ -22,6 +22,7 @@ from foldsearch.export.folder import ROOM
 from foldsearch.export.shipment import Job, file_bytes, on_cpu
 from foldsearch.model.convert import quiet
 from foldsearch.model.fold import cast as in_dtype
+from foldsearch.model.gguf.kv_cache import rounded_kv_cache
 from foldsearch.model.whole import put_back
 from foldsearch.paths import beside
 from foldsearch.plan.cost import DTYPE_BYTES, GB
@@ -101,10 +102,17 @@ def compare_in_engine(job: Job, engine: Engine, dense: PreTrainedModel | None, w
         why = f"not checked in {engine.name}, which needs a tokenizer: the model was exported without one"
     if why:
         return Compared(None, "", {"prompt": NO_SPEED, "decode": NO_SPEED}, engine_note=why)
-    asked = EngineJob(engine, torch.get_num_threads(), **job.tokens, prompt_tokens=job.prompt_tokens)
+    asked = EngineJob(
+        engine,
+        torch.get_num_threads(),
+        **job.tokens,
+        prompt_tokens=job.prompt_tokens,
+        kv_cache=job.kv_cache,
+    )
     held = in_dtype(job.measured, torch.float32)
-    theirs = expected(held, asked)
-    tolerance = tolerance_of(held, asked, theirs, job.weights)
+    with rounded_kv_cache(held, job.kv_cache):
+        theirs = expected(held, asked)
+        tolerance = tolerance_of(held, asked, theirs, job.weights)
     del held  # what follows holds models in other processes
     with _dense_beside(job) as place, ExitStack() as stack:
         with while_loading(f" of {engine.name}"):

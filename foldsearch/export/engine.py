@@ -49,7 +49,7 @@ class EngineJob:
     """What the program is asked about.
 
     threads: of it. ids_NT, text_NT: tokens, and which are of the text. prompt_tokens: that are read in a turn; 0
-    for the first sequence, or as much of it as a turn reads.
+    for the first sequence, or as much of it as a turn reads. kv_cache: the type of its cache; empty for its own.
     """
 
     engine: Engine
@@ -57,6 +57,7 @@ class EngineJob:
     ids_NT: Tensor
     text_NT: Tensor
     prompt_tokens: int = 0
+    kv_cache: str = ""
 
     @property
     def prompt(self) -> list[int]:
@@ -151,6 +152,7 @@ def _scored(job: EngineJob, process: ModelProcess, folder: Path) -> EngineFigure
         threads=job.threads,
         context=job.context,
         tokens=job.prompt,
+        **({"kv_cache": job.kv_cache} if job.kv_cache else {}),
     )
     found: list[float | None] = []
     for tokens, first in job.scored:

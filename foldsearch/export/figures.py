@@ -222,7 +222,8 @@ class ExportReport:
     not installed: then there are no speeds. notes: what the runtime does in another way than transformers. chat: a
     question through the chat template; None where the model has none. predicted: its times as the search reckoned
     them; None where it did not. whole: the class of the model that also sees, where the export is such a model with its
-    text part folded; what is measured is then its text, and the counts and bytes are of the whole.
+    text part folded; what is measured is then its text, and the counts and bytes are of the whole. kv_cache: the type
+    of the program's cache; empty for its own.
     """
 
     runtime: str
@@ -257,6 +258,7 @@ class ExportReport:
     chat: ChatReport | None = None
     predicted: Predicted | None = None
     whole: str = ""
+    kv_cache: str = ""
 
     @property
     def latency_words(self) -> str:
@@ -316,7 +318,8 @@ class ExportReport:
         if not self.engine and self.dtype != self.weights:
             where += f", computing in {self.dtype}, as the processor has no instructions for {self.weights}"
         if self.engine:
-            where = f"by {self.engine.name} ({self.engine.version}) {where}"
+            cached = f", its KV cache in {self.kv_cache}" if self.kv_cache else ""
+            where = f"by {self.engine.name} ({self.engine.version}{cached}) {where}"
         what = (
             f"Perplexity is of the report texts. Reading is of a prompt of {self.prompt_tokens} tokens, writing of one "
             "token after the other with the KV cache:"

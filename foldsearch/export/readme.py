@@ -34,7 +34,7 @@ def model_card(card: Card, folder: Path) -> str:
     stored = "stored once" if runtime.shares_weights else "written out"
     parts = [f"```python\n{card.loading}```", runtime.card, *report.notes]
     if runtime.engine:
-        commands = runtime.engine.commands.format(folder=shlex.quote(str(folder)))
+        commands = runtime.engine.commands_for(shlex.quote(str(folder)), report.kv_cache)
         # its programs need a tokenizer
         parts = [*parts[: int(report.has_tokenizer)], f"```sh\n{commands}\n```", *parts[1:]]
     loading = "\n\n".join(parts)
@@ -94,7 +94,7 @@ def loading_lines(report: ExportReport, folder: Path) -> str:
     runtime = runtime_named(report.runtime)
     if runtime.engine:
         where = f"FOLDER = {str(folder)!r}  # where this file lies"
-        return runtime.engine.python.format(where=where, prompt=f'"{PROMPT}"') + "\n"
+        return runtime.engine.python_for(where, f'"{PROMPT}"', report.kv_cache) + "\n"
     trust = ", trust_remote_code=True" if runtime.carries_code else ""
     auto = "AutoModelForImageTextToText" if report.whole else "AutoModelForCausalLM"
     classes = [

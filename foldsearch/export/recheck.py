@@ -242,7 +242,7 @@ def _check_in_engine(folder: Path, runtime: Runtime, probe: Probe, workplace: Pa
     if not engine.is_installed or report.engine is None:
         found.skipped.append(engine.absence if not engine.is_installed else report.engine_note)
         return
-    job = EngineJob(engine, torch.get_num_threads(), probe.ids_NT, probe.text_NT)
+    job = EngineJob(engine, torch.get_num_threads(), probe.ids_NT, probe.text_NT)  # the program's own cache
     # As it was when the model was at hand, or what is known of others; and the probe was computed in the dtype.
     tolerance = max(report.engine.tolerance, TOLERANCES[report.weights]) + found.card.probe.tolerance
     try:

@@ -126,6 +126,7 @@ def export(
             rest_parameters=rest,
             beside=extras,
             prompt_tokens=shipment.prompt_tokens,
+            kv_cache=shipment.kv_cache,
         )
         del written, shipped, measured
         probe = _asked(job.measured, tokens)
@@ -312,6 +313,7 @@ def _report(job: Job, shipment: Shipment, probe: Probe) -> ExportReport:
         chat=compared.chat,
         predicted=shipment.predicted,
         whole=name_in(job.beside.whole) if job.beside.whole else "",
+        kv_cache=job.kv_cache,
     )
 
 

@@ -28,7 +28,8 @@ class Shipment:
     """What is shipped of a model, and what it is held against.
 
     plan: of the model. runtime: its name (see `foldsearch.runtimes`). dtype: float32, bfloat16 or float16, in which the
-    model was measured. weights: one of the runtime's types; empty stores them as the dtype is. context: tokens that the
+    model was measured. weights: one of the runtime's types; empty stores them as the dtype is. kv_cache: the type of
+    the cache that it was measured with; empty for the program's own. context: tokens that the
     model is to see.
     ids_NT: int64 token ids, N sequences of T ≥ 2 tokens: what logits, decoding and perplexity are taken on.
     text_NT: bool, which of them are of the text (see `foldsearch.model.tokens.TokenSet`); None is all. Perplexity is
@@ -58,6 +59,7 @@ class Shipment:
     recipe: Recipe | None = None
     shows_text: bool = True
     predicted: Predicted | None = None
+    kv_cache: str = ""
 
     @property
     def base_model(self) -> str:
@@ -90,7 +92,7 @@ class Job:
     computes with them (see `foldsearch.machine.computing_dtype`). tolerance: of the logits, as a share of their RMS;
     loss_tolerance: of the mean next-token loss, in nats. weight_bytes, num_parameters: that were written, and
     rest_parameters: of these, what is not of the text part that was measured. beside: what went into it with the model.
-    prompt_tokens: that are read when its speed is taken.
+    prompt_tokens: that are read when its speed is taken. kv_cache: see `Shipment`.
     """
 
     folder: Path
@@ -106,6 +108,7 @@ class Job:
     rest_parameters: int
     beside: Beside
     prompt_tokens: int
+    kv_cache: str = ""
 
     def loading(self, folder: Path, tensors: Path, *, how: str = "") -> dict[str, Any]:
         """How every process loads a folder: the same for all of them."""

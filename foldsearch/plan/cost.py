@@ -13,7 +13,7 @@ from foldsearch.errors import BudgetError
 from foldsearch.plan.kinds import kind_named
 from foldsearch.plan.latency import Latency, Work
 from foldsearch.plan.plan import UNITS, FoldPlan, Replacement
-from foldsearch.plan.stored import DTYPE_TYPES, VECTOR_BYTES, Matrix
+from foldsearch.plan.stored import DTYPE_TYPES, TYPES, VECTOR_BYTES, Matrix, cache_bytes
 
 GB = 10**9
 EXPERTS = "experts"
@@ -25,6 +25,7 @@ class Target:
     """The device side of the price.
 
     dtype: of the stored weights, the KV cache and the activations.
+    kv_cache: the type that keys and values are stored in (`foldsearch.plan.stored`); empty where they are of the dtype.
     context: tokens held in the KV cache. batch: sequences served at once.
     prefill_chunk: tokens that go through the model at once when a prompt is read.
     runtime: the name of what runs the export (see `foldsearch.runtimes`).
@@ -41,11 +42,29 @@ class Target:
     shares_weights: bool = True
     weights: str = ""
     holds_rest: bool = False
+    kv_cache: str = ""
 
     @property
     def rounds(self) -> bool:
         """Whether what is stored has other numbers than the dtype's: it is then another model, and measured as one."""
-        return self.weights not in ("", DTYPE_TYPES[self.dtype])
+        return self.weights not in ("", DTYPE_TYPES[self.dtype]) or self.rounds_kv_cache
+
+    @property
+    def rounds_kv_cache(self) -> bool:
+        """Whether keys and values are stored in fewer bits than any dtype has."""
+        return bool(self.kv_cache) and TYPES[self.kv_cache].block > 1
+
+    @property
+    def types(self) -> str:
+        """The types of what is stored, in words; empty where it is as the dtype is."""
+        cached = f"a KV cache in {self.kv_cache}" if self.kv_cache else ""
+        return " and ".join(filter(None, (self.weights, cached)))
+
+    def cached_bytes(self, numbers: int) -> int:
+        """Of keys and values."""
+        if self.kv_cache:
+            return cache_bytes(numbers, self.kv_cache)
+        return numbers * DTYPE_BYTES[self.dtype]
 
     def storing(self, weights: str) -> Target:
         """The same with weights of another type; itself where that is empty."""
@@ -326,7 +345,7 @@ def price(plan: FoldPlan, table: CostTable, target: Target) -> Cost:
 def work(plan: FoldPlan, table: CostTable, target: Target, tokens: int) -> Work:
     """What the blocks of a plan do for a prompt of so many tokens, and for a token after it."""
     table, unit_bytes = in_stored_units(table, target)
-    return _sum(plan, table, target, tokens).work(unit_bytes, DTYPE_BYTES[target.dtype])
+    return _sum(plan, table, target, tokens).work(unit_bytes, target)
 
 
 def _sum(plan: FoldPlan, table: CostTable, target: Target, tokens: int) -> _Sums:
@@ -404,11 +423,11 @@ class _Sums:
                 min(self.tokens, unit.window) if unit.window else self.tokens
             )
 
-    def work(self, unit_bytes: int, size: int) -> Work:
-        """What the positions do; size: bytes of a cached number."""
+    def work(self, unit_bytes: int, target: Target) -> Work:
+        """What the positions do."""
         read = (self.weights + self.borrowed + self.carried) * unit_bytes
         macs = (self.macs + self.context_macs * self.tokens) * self.tokens
-        return Work(macs, read + self.timed_kv_width_tokens * size)
+        return Work(macs, read + target.cached_bytes(self.timed_kv_width_tokens))
 
     def cost(self, target: Target, unit_bytes: int, latency: Latency | None) -> Cost:
         """The sums as a price."""
@@ -419,11 +438,11 @@ class _Sums:
         macs = table.fixed_macs + self.macs
         prompt_ms, decode_ms = None, None
         if latency is not None:
-            prompt_ms, decode_ms = latency.times(self.work(unit_bytes, size))
+            prompt_ms, decode_ms = latency.times(self.work(unit_bytes, target))
         return Cost(
             weight_bytes=(table.outside_weights(target) + stored) * unit_bytes,
             adapter_bytes=self.carried * unit_bytes,
-            kv_bytes=self.kv_width_tokens * target.batch * size,
+            kv_bytes=target.batch * target.cached_bytes(self.kv_width_tokens),
             activation_bytes=(activations + table.vocabulary) * target.batch * size,
             # At prefill the head runs for the last token only: its share of one token.
             prefill_macs=macs + self.context_macs * context + table.head_macs / context,

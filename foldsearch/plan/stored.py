@@ -11,7 +11,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["DTYPE_TYPES", "TYPES", "Matrix", "Role", "StoredType", "type_of", "widest_first"]
+__all__ = [
+    "CACHE_TYPES",
+    "DTYPE_TYPES",
+    "TYPES",
+    "Matrix",
+    "Role",
+    "StoredType",
+    "cache_bytes",
+    "type_of",
+    "widest_first",
+]
 
 Role = Literal["inner", "table", "head", "positions"]
 _FINE = "q8_0"  # of the matrix of the logits, where the others have 4 or 5 bits
@@ -49,6 +59,7 @@ TYPES = {
     "mxfp4": StoredType(32, 17, 38),
 }
 DTYPE_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+CACHE_TYPES = tuple(name for name in TYPES if name != "mxfp4")  # what llama.cpp stores keys and values in
 
 
 def widest_first(types: Iterable[str]) -> list[str]:
@@ -92,3 +103,9 @@ def type_of(length: int, weights: str, role: Role = "inner") -> str:
     if role == "head" and weights in _COARSE:
         weights = _FINE
     return "f16" if length % TYPES[weights].block else weights
+
+
+def cache_bytes(numbers: int, kind: str) -> int:
+    """Of keys and values that a cache of this type holds, in whole blocks."""
+    stored = TYPES[kind]
+    return -(-numbers // stored.block) * stored.block_bytes

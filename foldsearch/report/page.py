@@ -66,7 +66,7 @@ svg {{ display: block; }}
 def _page(view: RunView, picture: bytes = b"") -> str:
     esc = html.escape
     target = view.folder.target
-    types = ", ".join(view.folder.study.space.weights) or target.weights
+    types = target.storing(", ".join(view.folder.study.space.weights)).types
     weights = f"{target.runtime} weights" + (f" in {types}" if types else "")
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'>",

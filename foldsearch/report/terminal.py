@@ -433,7 +433,7 @@ def _heading(view: RunView) -> Text:
     text = Text()
     text.append(view.name, style="bold")
     text.append(f"  {view.model}" + (f" ({view.note})" if view.note else "") + f" on {view.data}\n")
-    types = ", ".join(view.folder.study.space.weights) or target.weights
+    types = target.storing(", ".join(view.folder.study.space.weights)).types
     text.append(
         f"priced for {target.dtype}, a context of {target.context:,} tokens, batch {target.batch}, "
         f"{target.runtime} weights{f' in {types}' if types else ''}; {budget_words(view.folder)}",
@@ -643,7 +643,7 @@ def price_table(plan: FoldPlan, table: CostTable, target: Target) -> Group:
         words = f"{name}, {unit}FLOPs per token"
         shown.add_row(words, f"{mine / size:.1f}", f"{full / size:.1f}", f"{mine / full:.1%}")
     words = f"{target.dtype}, a context of {target.context:,} tokens, batch {target.batch}, {target.runtime} weights"
-    words += f" in {target.weights}" if target.weights else ""
+    words += f" in {target.types}" if target.types else ""
     return Group(Text(strip_ruler(plan)), strip_text(plan), Text(), shown, Text(), Text(words, style="dim"))
 
 

@@ -112,7 +112,8 @@ class Engine:
     `Answers`, which loads an export in a process of its own and answers questions (see `foldsearch.export.engine`).
     python: what loads an export and lets it write, with {where} and {prompt} for the folder and a text; commands: what
     else can be done with it, with {folder}. library: as the hub names what loads such files. most_stops: tokens that
-    end an answer for which its files have a place; None for any number.
+    end an answer for which its files have a place; None for any number. cached: what goes into {cache} of python and of
+    commands where the KV cache has a type, with {type}, and {TYPE} in capitals.
     """
 
     name: str
@@ -123,6 +124,18 @@ class Engine:
     commands: str
     library: str
     most_stops: int | None = None
+    cached: tuple[str, str] = ("", "")
+
+    def python_for(self, where: str, prompt: str, kv_cache: str) -> str:
+        """What loads an export and lets it write."""
+        return self.python.format(where=where, prompt=prompt, cache=self._cached(0, kv_cache))
+
+    def commands_for(self, folder: str, kv_cache: str) -> str:
+        """What else can be done with it."""
+        return self.commands.format(folder=folder, cache=self._cached(1, kv_cache))
+
+    def _cached(self, number: int, kv_cache: str) -> str:
+        return self.cached[number].format(type=kv_cache, TYPE=kv_cache.upper()) if kv_cache else ""
 
     @property
     def is_installed(self) -> bool:
@@ -278,15 +291,19 @@ import xllamacpp  # pip install xllamacpp: llama.cpp with Python
 {where}
 settings = xllamacpp.CommonParams()
 settings.model.path = os.path.join(FOLDER, "model.gguf")
-settings.n_ctx = 1024
+settings.n_ctx = 1024{cache}
 server = xllamacpp.Server(settings)
 print(server.handle_completions({{"prompt": {prompt}, "n_predict": 20}})["choices"][0]["text"], flush=True)
 os._exit(0)  # its threads would keep the process""",
-    commands="""llama-server -m {folder}/model.gguf
+    commands="""llama-server -m {folder}/model.gguf{cache}
 # K-quants are made by llama.cpp's own program, best from f16 or f32:
 llama-quantize {folder}/model.gguf model-Q4_K_M.gguf Q4_K_M""",
     library="gguf",
     most_stops=3,
+    cached=(
+        "\nsettings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_{TYPE}",
+        " --cache-type-k {type} --cache-type-v {type}",
+    ),
 )
 
 ONNX_RUNTIME = Engine(

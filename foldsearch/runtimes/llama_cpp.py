@@ -38,11 +38,13 @@ class Answers:
         self._key = secrets.token_hex(16)
         self._stops: list[int] = []
 
-    def load(self, folder: str, threads: int, context: int, tokens: list[int]) -> dict[str, Any]:
+    def load(
+        self, folder: str, threads: int, context: int, tokens: list[int], kv_cache: str = ""
+    ) -> dict[str, Any]:
         """Load the file and read some tokens; how much memory that took.
 
         context: tokens that memory is taken for, in one sequence. tokens: of a prompt, which is read in
-        every turn.
+        every turn. kv_cache: the type of the cache; empty for llama.cpp's own, f16.
         """
         import psutil
         import xllamacpp
@@ -55,6 +57,9 @@ class Answers:
         settings.n_ctx, settings.n_parallel = context, 1
         settings.warmup, settings.verbosity = False, -1
         settings.api_keys = [self._key]
+        if kv_cache:
+            kind = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{kv_cache.upper()}")
+            settings.cache_type_k = settings.cache_type_v = kind
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
         self._stops = stop_tokens(file)
         self._server = xllamacpp.Server(settings)

@@ -39,7 +39,7 @@ def dense_fits(run: Run) -> str:
     words += [f"{dense.prompt_ms:.4g} ms for the prompt" if budget.prompt_ms and dense.prompt_ms else ""]
     words += [f"{dense.decode_ms:.4g} ms for a token" if budget.decode_ms and dense.decode_ms else ""]
     needs = " and ".join(word for word in words if word)
-    stored = f" in {run.target.weights}" if run.target.rounds else ""
+    stored = f" in {run.target.types}" if run.target.rounds else ""
     return f"the dense model{stored} keeps the budget already (it needs {needs}); searching below it."
 
 

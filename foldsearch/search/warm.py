@@ -35,7 +35,7 @@ class Trained:
     """A plan that an earlier run trained.
 
     kl: on the search texts. run: its folder. trial: its number there. weights: the type that it was measured in; empty
-    where that is the dtype's own.
+    where that is the dtype's own. kv_cache: that of its keys and values; so too.
     """
 
     plan: FoldPlan
@@ -44,6 +44,7 @@ class Trained:
     run: str
     trial: int
     weights: str = ""
+    kv_cache: str = ""
 
 
 def trained_by(run: Run, trials: Sequence[Trial]) -> list[Trained]:
@@ -57,6 +58,7 @@ def trained_by(run: Run, trials: Sequence[Trial]) -> list[Trained]:
             folder,
             one.number,
             _rounded_to(run, one.weights),
+            run.target.kv_cache,
         )
         for one in front(trials)
     ]
@@ -141,7 +143,9 @@ def known_trained(run: Run, cache_dir: Path) -> list[Trained]:
     kept: list[Any] = cache.json_grown(path, lambda known: known or [])
     known = [from_json(Trained, value) for value in kept]
     ours = {_rounded_to(run, weights) for weights in run.study.space.weights or ("",)}
-    return _affordable(run, [one for one in known if one.weights in ours])
+    return _affordable(
+        run, [one for one in known if one.weights in ours and one.kv_cache == run.target.kv_cache]
+    )
 
 
 def _path(run: Run, cache_dir: Path) -> Path | None:

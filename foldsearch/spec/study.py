@@ -30,7 +30,7 @@ from foldsearch.model.training import (
 )
 from foldsearch.plan.cost import DTYPE_BYTES, Budget, Cost, CostTable, Target, parse_flops, price
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.stored import DTYPE_TYPES, widest_first
+from foldsearch.plan.stored import CACHE_TYPES, DTYPE_TYPES, widest_first
 from foldsearch.runtimes import ALL_CAN, called_now, names, runtime_named
 from foldsearch.spec.fit import narrow
 from foldsearch.spec.space import Space, WeightType
@@ -56,13 +56,15 @@ def _of_today(name: Any) -> Any:
 
 
 RuntimeName = Annotated[str, one_of(names), BeforeValidator(_of_today)]
+CacheType = Annotated[str, one_of(lambda: CACHE_TYPES)]
 
 
 class TargetSettings(TomlTable):
     """The device side of the price; see `foldsearch.plan.cost.Target` for the units.
 
     weights: the type that the runtime stores matrices in; absent: as the dtype is. Beside the runtime that is the
-    default it means llama.cpp, which has these types. rivals: types that the dense model is measured in too, beside a
+    default it means llama.cpp, which has these types. kv_cache: the type that it stores keys and values in; so too.
+    rivals: types that the dense model is measured in too, beside a
     budget of bytes. prompt_tokens: of the prompt whose milliseconds are bounded, or an objective; a context that is
     shorter is read whole.
     """
@@ -73,13 +75,20 @@ class TargetSettings(TomlTable):
     prefill_chunk: Positive = 512
     runtime: RuntimeName = "folded"
     weights: WeightType | None = None
+    kv_cache: CacheType | None = None
     rivals: tuple[WeightType, ...] = ("q8_0", "q5_0", "q4_0")
     prompt_tokens: Positive = 256
 
     @model_validator(mode="after")
     def _is_stored(self) -> TargetSettings:
-        if self.weights and self.runtime == ALL_CAN:
+        if (self.weights or self.kv_cache) and self.runtime == ALL_CAN:
             object.__setattr__(self, "runtime", TYPED)
+        if self.kv_cache and self.runtime != TYPED:
+            raise FaultOf(
+                ("kv_cache",),
+                f"a KV cache of a type is the {TYPED} runtime's, and so are its bytes; got '{self.kv_cache}' for the "
+                f"runtime '{self.runtime}'. Take the runtime '{TYPED}', or leave kv_cache out",
+            )
         if self.weights and self.weights not in runtime_named(self.runtime).types:
             raise FaultOf(
                 ("weights",),
@@ -107,6 +116,7 @@ class TargetSettings(TomlTable):
             known.shares_weights,
             weights,
             known.puts_back,
+            (self.kv_cache or "") if known.name == TYPED else "",
         )
 
 
