@@ -56,6 +56,7 @@ from foldsearch.model.states import DepthStates, first_state
 from foldsearch.progress import CountProgress
 
 RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # in squares of what a column reads
+TRIED = 3  # ridges, the best of them and its neighbours
 FIRST_RIDGE = 5  # of them; a block begins with the one that served the block before it
 # Of every change that is found, the share that is made. What is left of it is missed by the positions that follow, each
 # of which makes its share of that: a correction is spread over many matrices in small steps, as in boosting, and none
@@ -295,11 +296,18 @@ def _heal_one(
             weight_M1 = weight_NT1[here].flatten(0, 1)
             sums.add(part, writer.features(h_MF), text.missing(place, here), weight_M1)
 
+    solutions: dict[int, Tensor] = {}  # the best ridge is always one of the last that were tried
+
+    def fitted(number: int) -> Tensor:
+        if number not in solutions:
+            solutions[number] = sums.solved(RIDGES[number], ("fitted",))
+            if len(solutions) > TRIED:
+                solutions.pop(next(iter(solutions)))
+        return solutions[number]
+
     def missed(number: int, share: float = 1.0) -> float:
         known = sums.error(RIDGES[number], share)
-        if known is not None:
-            return known
-        return text.missed(place, read, weight_NT1, share * sums.solved(RIDGES[number], ("fitted",)))
+        return text.missed(place, read, weight_NT1, share * fitted(number)) if known is None else known
 
     def rerun() -> float:
         text.own_NTD = reads_NTD.clone()
@@ -318,12 +326,11 @@ def _heal_one(
         solution_FD = TAKEN * sums.solved(RIDGES[number], ("fitted", "held out"))
         if bool(solution_FD.isfinite().all()):
             if stored is not None:  # rounded, it may be no better than the rounded matrix that was there
-                fitted_FD = writer.as_stored(TAKEN * sums.solved(RIDGES[number], ("fitted",)), stored)
+                fitted_FD = writer.as_stored(TAKEN * fitted(number), stored)
                 after = text.missed(place, read, weight_NT1, fitted_FD)
                 solution_FD = writer.as_stored(solution_FD, stored)
             if not writer.is_last:
-                fitted_FD = TAKEN * sums.solved(RIDGES[number], ("fitted",))
-                after = _change_before_experts(writer, rerun, before, (fitted_FD, solution_FD))
+                after = _change_before_experts(writer, rerun, before, (TAKEN * fitted(number), solution_FD))
                 ridge = RIDGES[number] if after < before else None
                 return HealedBlock(place.position, ridge, before, after), number
             if after < before:

@@ -113,6 +113,7 @@ class Tokens:
         self._writer = writer
         self._rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._kernels: dict[tuple[str, ...], _Kernel] = {}  # once, for all ridges
+        self._foretold: dict[float, Tensor | None] = {}  # by the ridge, for any share
         self.square = 0.0
 
     def add(self, part: str, features_MF: Tensor, wanted_MD: Tensor, weight_M1: Tensor) -> None:
@@ -142,22 +143,32 @@ class Tokens:
         """
         if self._writer.norm is not None:
             return None
+        if ridge not in self._foretold:
+            self._foretold[ridge] = self._foretell(ridge)
+        foretold_HD = self._foretold[ridge]
+        if foretold_HD is None:
+            return math.inf
+        _, wanted_HD = self._joined("held out")
+        left_HD = wanted_HD - share * foretold_HD
+        total = float(left_HD.square().sum(dtype=torch.float64))
+        return math.inf if math.isnan(total) else total / len(left_HD)
+
+    def _foretell(self, ridge: float) -> Tensor | None:
+        """What the solution on the fitted tokens adds to held-out ones; None where rounding leaves none."""
         kernel = self._kernel("fitted")
         exact = self._writer.has_bias or self._writer.device.type == "mps"
         exact = exact or kernel.scaled_MF.shape[1] / ridge > MOST_FLOAT32
         factor_MM = kernel.factor(ridge, exact=exact)
         if factor_MM is None:
-            return math.inf
-        held_out_MF, wanted_MD = self._joined("held out")
+            return None
+        held_out_HF, _ = self._joined("held out")
         if kernel.others_MH is None:
-            kernel.others_MH = kernel.products_with(held_out_MF)
+            kernel.others_MH = kernel.products_with(held_out_HF)
         others_MH = (in_float64(kernel.others_MH) if exact else kernel.others_MH) / ridge
         if self._writer.has_bias:
-            others_MH += kernel.scaled_bias_1M.T @ in_float64(held_out_MF[:, -1:].T)
+            others_MH += kernel.scaled_bias_1M.T @ in_float64(held_out_HF[:, -1:].T)
         shares_MH = torch.cholesky_solve(others_MH, factor_MM).to(kernel.wanted_MD)
-        left_HD = wanted_MD - share * (shares_MH.T @ kernel.wanted_MD)
-        total = float(left_HD.square().sum(dtype=torch.float64))
-        return math.inf if math.isnan(total) else total / len(left_HD)
+        return shares_MH.T @ kernel.wanted_MD
 
     def _joined(self, *parts: str) -> tuple[Tensor, Tensor]:
         features, wanted = zip(*(row for part in parts for row in self._rows[part]), strict=True)

@@ -132,7 +132,10 @@ def test_what_ships_has_no_setting_that_does_not_apply() -> None:
     for name, space in product(shipped("studies"), spaces):
         if name == "baselines/linearpatch" and space is not None:
             continue  # how a network starts is nothing to a space that only drops blocks
-        assert unused_settings(load_study(name, {"space": space})) == (), (name, space)
+        study = load_study(name, {"space": space})
+        if name == "smollm2-demo" and "drop" not in study.space.fates:
+            continue  # how many plans are screened is nothing to a space that drops no block
+        assert unused_settings(study) == (), (name, space)
         if space is not None:
             assert unused_settings(load_study(name, {"space": space, "rungs": [0], "halving": {}})) == ()
 
