@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@echo "make demo     fold a real model under a memory budget, look at the front, export one for transformers and for"
 	@echo "              llama.cpp, which both are run (at most 15 minutes)"
-	@echo "make test     lint, types, floors, and tests (12 to 25 minutes)"
+	@echo "make test     lint, types, floors, and tests (9 to 20 minutes)"
 	@echo "make slow     tests that take too long for 'make test', which has shorter ones of their kind"
 	@echo "make runtimes every family in every runtime that is installed; 'make test' takes some"
 	@echo "make faults   kill, stop and damage searches 200 times (hours; the same command goes on)"
