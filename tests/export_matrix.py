@@ -1,6 +1,7 @@
 """The table of docs/exports.md: which runtime holds which kind of slot, of which family, found by doing it.
 
-`python tests/export_matrix.py` writes it anew; tests/integration/test_export_matrix.py holds the file to it.
+`python tests/export_matrix.py` writes it anew, and its sums into README.md; tests/integration/test_export_matrix.py
+holds both files to it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from foldsearch.runtimes.verify import relative_rms, wrong_keys
 from tests.tiny import CONFIGS, EXPERTS, NUM_BLOCKS, WINDOW, can_fold, dense_model
 
 FILE = Path(__file__).parents[1] / "docs" / "exports.md"
+README = Path(__file__).parents[1] / "README.md"
+MARK = "<!-- made by tests/export_matrix.py -->\n"  # before and after the sums
 SLOTS = {
     "kept, dropped": "0 2-4",
     "`~layer`": "0 1-2~layer 3-4",
@@ -122,5 +125,39 @@ def page(row: Callable[[str, Runtime], str]) -> str:
     return "\n".join(parts)
 
 
+def sums(written: str) -> str:
+    """By runtime and slot, how many families hold it, by the page; of the runtimes without cells, by what they refuse.
+
+    Those are run with such plans by tests/integration/test_onnx.py and test_executorch.py.
+    """
+    register()
+    cells = (
+        line.split(" | ")[1:] for line in written.splitlines() if line.startswith("| ") and "|---" not in line
+    )
+    marks = [[mark.strip(" |") for mark in line] for line in cells if "kept, dropped" not in line]
+    lines = ["| `--to` | " + " | ".join(SLOTS) + " |", "|---|" + ":-:|" * len(SLOTS)]
+    for runtime in sorted(RUNTIMES, key=lambda one: one not in TABLES):
+        if runtime in TABLES:
+            own, marks = marks[: len(CONFIGS)], marks[len(CONFIGS) :]
+            held = [sum(mark in (SAME, ROUNDED) for mark in column) for column in zip(*own, strict=True)]
+        else:
+            held = [sum(_is_held(family, text, runtime) for family in CONFIGS) for text in SLOTS.values()]
+        counts = (str(count) if count else REFUSED for count in held)
+        lines.append(f"| `{runtime.name}` | " + " | ".join(counts) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _is_held(family: str, text: str, runtime: Runtime) -> bool:
+    plan = FoldPlan.parse(text, NUM_BLOCKS)
+    return runtime.refusal(plan, family=family) is None and can_fold(family, text)
+
+
+def readme(written: str) -> str:
+    """README.md with the sums of the page between its marks."""
+    before, _, after = README.read_text(encoding="utf-8").split(MARK)
+    return MARK.join((before, sums(written), after))
+
+
 if __name__ == "__main__":
     FILE.write_text(page(row), encoding="utf-8")
+    README.write_text(readme(FILE.read_text(encoding="utf-8")), encoding="utf-8")

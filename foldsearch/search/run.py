@@ -74,7 +74,7 @@ from foldsearch.search.warm import (
     known_words,
     warm_plans,
 )
-from foldsearch.search.worker import PROGRESS_SECONDS, TrialRunner, load_function
+from foldsearch.search.worker import PROGRESS_SECONDS, load_function, runner_for
 from foldsearch.signals import check_stopped, stops_raise, uninterrupted
 from foldsearch.spec.largest import largest_to_train, too_large_words
 from foldsearch.spec.study import OBJECTIVES, Study
@@ -370,8 +370,7 @@ class Search:
                 if place.storage:
                     self._shipping = Shipping(context, place.storage, place.home, self.line.deadline)
                 tune.run(
-                    tune.with_parameters(
-                        TrialRunner,
+                    runner_for(
                         context=context,
                         trial=trial,
                         deadline=self.line.deadline,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
-from ray import tune
+from ray import cloudpickle, tune
 
 from foldsearch.errors import describe_error, quote_error
 from foldsearch.files import alone, disk_is_full, write_json
@@ -61,7 +61,7 @@ class TrialRunner(tune.Trainable):
         collect_seldom()
         super().__init__(*args, **kwargs)
 
-    def setup(  # type: ignore[override]  # tune.with_parameters adds the others
+    def setup(  # type: ignore[override]  # `runner_for` adds the others
         self, config: dict[str, Any], context: Any, trial: str, deadline: float | None, cargo: Cargo | None
     ) -> None:
         """`config`: number and proposal of the trial, and `probe`: a larger one, to be trained for a step before it;
@@ -257,3 +257,19 @@ class _Progress:
         step = now - then if phase == before else 0.0
         if self._deadline is not None and share < 1 and now + step > self._deadline:
             raise TimeUp(f"the time was up in its {phase}")
+
+
+def runner_for(**given: Any) -> type[TrialRunner]:
+    """What Tune makes workers of: a `TrialRunner` with all that its `setup` is given beside the config.
+
+    It travels with the class. Tune's own way puts it into Ray's object store, and where the raylet is lost with
+    something of ours in there, Ray's C++ ends our process at once, with code 1 and without a word.
+    """
+    packed: bytes = cloudpickle.dumps(given)  # type: ignore[no-untyped-call]  # read in `setup`, which imports torch
+
+    class Runner(TrialRunner):
+        def setup(self, config: dict[str, Any]) -> None:  # type: ignore[override]
+            super().setup(config, **cloudpickle.loads(packed))
+
+    Runner.__name__ = Runner.__qualname__ = TrialRunner.__name__  # what its process is called
+    return Runner

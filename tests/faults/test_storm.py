@@ -48,8 +48,12 @@ BESIDE = ("suspend worker", "suspend raylet", "suspend driver", "clock", "dashbo
 
 @pytest.mark.parametrize(
     ("blows", "beside"),
-    [(("raylet",), ()), pytest.param(("file limit",), BESIDE, marks=pytest.mark.slow)],
-    ids=["its Ray was killed", "its disk was full, and what it is not to feel"],
+    [
+        (("raylet", "dashboard agent"), ()),
+        pytest.param(("runtime agent",), (), marks=pytest.mark.slow),
+        pytest.param(("file limit",), BESIDE, marks=pytest.mark.slow),
+    ],
+    ids=["its Ray was killed", "another part of its Ray", "its disk was full, and what it is not to feel"],
 )
 def test_a_search_goes_on_after(
     undisturbed: Run, tmp_path: Path, blows: tuple[str, ...], beside: tuple[str, ...]
@@ -58,17 +62,19 @@ def test_a_search_goes_on_after(
     run, storm = tmp_path / "run", Storm(tmp_path, random.Random(0))
     for blow in blows:
         driver = begun(tmp_path, run)
-        if blow == "raylet":
-            ray = find(driver, "raylet")
-            assert ray is not None
-            ray.kill()
-        else:
+        if blow == "file limit":
             storm.limit_files(driver)
+        else:
+            part = find(driver, blow)
+            assert part is not None
+            part.kill()
         said, _ = driver.communicate(timeout=200)
         assert driver.returncode == 2, said
         assert "Traceback" not in said
         wanted = {
             "raylet": "needs its process raylet",
+            "dashboard agent": "needs its process raylet",
+            "runtime agent": "needs its process raylet",
             "file limit": "cannot be written|could not be written",
         }
         assert re.search(wanted[blow], said), said

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.export_matrix import FILE, TABLES, page, row
+from tests.export_matrix import FILE, README, TABLES, page, readme, row
 from tests.tiers import some
 
 QUICK = ("gemma2",)  # it has norms after the blocks; a family takes a quarter of a minute
@@ -24,3 +24,8 @@ def test_the_rest_of_the_page_is_what_is_written() -> None:
         return next(line for line in given if line.startswith(f"| {family} |"))
 
     assert FILE.read_text(encoding="utf-8") == page(written)
+
+
+def test_the_sums_of_the_page_are_those_of_the_readme() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert text == readme(FILE.read_text(encoding="utf-8")), "write it anew: python tests/export_matrix.py"
