@@ -21,7 +21,7 @@ help:
 	@echo "make test     lint, types, floors, and tests (9 to 20 minutes)"
 	@echo "make slow     tests that take too long for 'make test', which has shorter ones of their kind"
 	@echo "make runtimes every family in every runtime that is installed; 'make test' takes some"
-	@echo "make faults   kill, stop and damage searches 200 times (hours; the same command goes on)"
+	@echo "make faults   kill, stop and damage searches, 960 kills in all (an hour; the same command goes on)"
 	@echo "make lint     the checks of 'make test' without the tests"
 	@echo "make format   let ruff format the code and mend what it can"
 	@echo "make bench    measure speed and memory"
@@ -65,8 +65,8 @@ slow: .venv/installed
 
 faults: .venv/installed
 	FAULT_ROUNDS=10 $(BIN)/pytest -n 2 tests/faults -rA
-	$(BIN)/python -m tests.faults.storm --out .cache/faults/real --kills 100 --minutes 600
-	$(BIN)/python -m tests.faults.storm --out .cache/faults/fake --kills 100 --minutes 600 --fake
+	$(BIN)/python -m tests.faults.storm --out .cache/faults/real --kills 60 --minutes 600
+	$(BIN)/python -m tests.faults.storm --out .cache/faults/fake --kills 60 --minutes 600 --fake
 
 lint: .venv/installed
 	$(BIN)/ruff check .
