@@ -239,6 +239,14 @@ def own_ray(cpus: int, gpus: int, again: str = "") -> Iterator[Path]:
 # ---- a Ray that is lost
 
 _NEEDED = ("gcs_server", "raylet")  # of Ray's processes: without them no trial can go on
+_AGENTS = (
+    "ray::DashboardAgent",
+    "ray::RuntimeEnvAgent",
+)  # of the raylet, which ends itself where one of them ends
+_AGENT_FILES = (
+    "/dashboard/agent.py",
+    "/runtime_env/agent/main.py",
+)  # what they are before they take these names
 _LOOK_SECONDS = 0.1
 _HEARD_SECONDS = 1.0  # that the main thread has to hear of it, before a person is told all the same
 _END_SECONDS = 5.0  # that it then has to end by itself
@@ -268,6 +276,12 @@ def _lost_words() -> str:
     return ""
 
 
+def _is_agent(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return any(word.endswith((*_AGENTS, *_AGENT_FILES)) for word in process.cmdline())
+    return False
+
+
 @contextmanager
 def watched(children: list[psutil.Process], again: str) -> Iterator[None]:
     """While entered, `check_ray` looks at Ray's processes, and a thread does where the main thread does not.
@@ -279,6 +293,8 @@ def watched(children: list[psutil.Process], again: str) -> Iterator[None]:
         with suppress(psutil.Error):
             if (name := child.name()) in _NEEDED:
                 _daemons[name] = child
+                agents = filter(_is_agent, child.children())
+                _daemons.update((f"agent {number}", agent) for number, agent in enumerate(agents))
     _again, over = again, threading.Event()
 
     def watch() -> None:

@@ -595,6 +595,7 @@ class Watcher(tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A worker died; Tune starts the trial again."""
+        self._search.check_workers()  # where Ray is lost, so are its workers: that is no fault of the trial
         self._recovered.add(trial.trial_id)
         self._search.retried(trial.config["number"], _reason(trial))
         if trial.config.get("probe"):
@@ -603,6 +604,7 @@ class Watcher(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune gave the trial up: its worker died too often, or died before it had let go of the trial before."""
+        self._search.check_workers()
         number = trial.config["number"]
         # Tune has no second try for a worker that dies between two trials, and may have begun one all the same.
         is_between = trial.trial_id not in self._begun and trial.num_failures <= MAX_CRASHES

@@ -11,13 +11,17 @@ import re
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
+from foldsearch.errors import RunError
 from foldsearch.paths import command
 from foldsearch.run import Run
 from foldsearch.search.check import check_run
 from foldsearch.search.records import read_trials
+from foldsearch.search.run import Watcher
 from tests.fake_driver import study
 from tests.fake_trial import TABLE
 from tests.faults.storm import Storm, find, make_fakes, start, without_seconds
@@ -73,8 +77,8 @@ def test_a_search_goes_on_after(
         assert "Traceback" not in said
         wanted = {
             "raylet": "needs its process raylet",
-            "dashboard agent": "needs its process raylet",
-            "runtime agent": "needs its process raylet",
+            "dashboard agent": "needs its process (agent|raylet)",
+            "runtime agent": "needs its process (agent|raylet)",
             "file limit": "cannot be written|could not be written",
         }
         assert re.search(wanted[blow], said), said
@@ -91,3 +95,13 @@ def test_a_search_goes_on_after(
     found = Run.open(run)
     assert without_seconds(read_trials(found)) == without_seconds(read_trials(undisturbed))
     assert check_run(found, repair=True).left == ()
+
+
+def test_a_ray_that_is_lost_is_no_fault_of_a_trial() -> None:
+    """The workers end with it, and one of them may be the last that its trial gets."""
+    search = Mock(check_workers=Mock(side_effect=RunError("Ray is lost")))
+    dead = SimpleNamespace(trial_id="a", config={"number": 0}, num_failures=3)
+    for hears in (Watcher(search).on_trial_error, Watcher(search).on_trial_recover):
+        with pytest.raises(RunError, match="Ray is lost"):
+            hears(0, [], dead)
+    assert {call[0] for call in search.method_calls} == {"check_workers"}
