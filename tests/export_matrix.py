@@ -66,7 +66,6 @@ with all kinds of slots in onnxruntime, of every family; and `--to executorch` s
 family without windows that it has been tried with: SmolLM3, Granite, StableLM, LFM2 and Qwen3-MoE are refused there.
 LFM2's blocks attend or convolve, and share weights with those that do the same. Of Qwen3-MoE no MLP runs at another
 position, so `1=3` and `3=3` are not folded at all (`x`); `1=3a` is. What llama.cpp has of these two is not written.
-In onnxruntime SmolLM3 and StableLM have not been run yet, and of LFM2 and Qwen3-MoE plans of dropped blocks alone.
 Of a vision-language model the text part is held as its family is; `stock` puts it back into the whole
 (`tests/integration/test_seeing.py`), the others hold it alone.
 """
