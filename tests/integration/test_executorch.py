@@ -24,6 +24,8 @@ HELD = runtime_named("executorch").families
 WINDOWED = [name for name, config in CONFIGS.items() if executorch.has_windows(config())]
 # Torch and XNNPACK sum in another order: about 1e-6 of the logits' size a step, over five blocks.
 ROUNDING = 1e-4
+# Of GELU by tanh XNNPACK has an approximation of its own: with SiLU in its place a Gemma is 4e-7 away, with it 2e-4.
+GELU = {"gemma": 1e-3}
 
 
 def in_executorch(test):
@@ -59,8 +61,8 @@ def same_as_torch(family: str, text: str, folder: Path) -> None:
         for ids in ids_BT.split(chunks, 1):
             logits_BTV, past = decoder.read(ids, past)
             found.append(logits_BTV.numpy())
-        largest = np.abs(expected_BTV).max()
-        np.testing.assert_allclose(np.concatenate(found, 1), expected_BTV, atol=ROUNDING * largest)
+        tolerance = GELU.get(family, ROUNDING) * np.abs(expected_BTV).max()
+        np.testing.assert_allclose(np.concatenate(found, 1), expected_BTV, atol=tolerance)
     with pytest.raises(ValueError, match="room for 64 tokens, and 40 were read; got 40 more"):
         decoder.read(ids_BT, past)
 
