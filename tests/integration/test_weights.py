@@ -109,6 +109,9 @@ def test_what_rivals_take_is_known_before_the_trials(context: TrialContext) -> N
     splits = open_workbench(context).splits
     tokens = splits.search.ids_NT.numel() + splits.report.ids_NT.numel()
     assert rivals_seconds(dataclasses.replace(context, token_seconds=0.5)) == shipped.RIVAL * 0.5 * 2 * tokens
+    files = dataclasses.replace(context.files, dtype="bfloat16")  # they compute in float32
+    slower = rivals_seconds(dataclasses.replace(context, files=files, token_seconds=0.5))
+    assert slower == shipped.IN_FLOAT32 * shipped.RIVAL * 0.5 * 2 * tokens
 
 
 @pytest.mark.parametrize(
