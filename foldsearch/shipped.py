@@ -24,8 +24,8 @@ from foldsearch.spec.study import TYPED
 
 # Forward passes that a token takes of a rival: two heads, as that of dense is another, and the rounding of its weights.
 RIVAL = 2.0
-# They compute in float32: how much longer that takes where the dense model was asked in bfloat16, which is so on AMX. There
-# the rivals of the demo took 36 s, where 14 s were reckoned without it.
+# They compute in float32: how much longer that takes where the dense model was asked in bfloat16, as it is on AMX. The
+# rivals of the demo took 36 s there, where 14 s were reckoned without it.
 IN_FLOAT32 = 3.0
 Split = Literal["search", "report"]
 
