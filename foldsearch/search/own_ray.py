@@ -239,14 +239,9 @@ def own_ray(cpus: int, gpus: int, again: str = "") -> Iterator[Path]:
 # ---- a Ray that is lost
 
 _NEEDED = ("gcs_server", "raylet")  # of Ray's processes: without them no trial can go on
-_AGENTS = (
-    "ray::DashboardAgent",
-    "ray::RuntimeEnvAgent",
-)  # of the raylet, which ends itself where one of them ends
-_AGENT_FILES = (
-    "/dashboard/agent.py",
-    "/runtime_env/agent/main.py",
-)  # what they are before they take these names
+# Of the raylet, which ends itself where one of them ends; and their programs, before they take these names.
+_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+_AGENT_FILES = ("/dashboard/agent.py", "/runtime_env/agent/main.py")
 _LOOK_SECONDS = 0.1
 _HEARD_SECONDS = 1.0  # that the main thread has to hear of it, before a person is told all the same
 _END_SECONDS = 5.0  # that it then has to end by itself
