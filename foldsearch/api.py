@@ -469,7 +469,7 @@ def export_trial(
     folder = run.folder
     form = form or ExportForm()
     runtime = form.runtime(trial.plan, folder.target, folder.table)
-    runtime.stored_as(folder.target.dtype, form.stored(runtime, folder.target.storing(trial.weights)))
+    runtime.stored_as(folder.target.dtype, form.stored(runtime, folder.target.storing(trial.types)))
     _check_held(run, trial, runtime)
     check_export(out, trial.plan, runtime.name, table=folder.table, overwrite=form.overwrite)
     if trial.number in run.further:
@@ -490,7 +490,7 @@ def _check_held(run: RunView, trial: Trial, runtime: Runtime) -> None:
     if refusal is None:
         return
     what, remedy = refusal
-    target, better = run.folder.target.storing(trial.weights), run.best_held(runtime, trial)
+    target, better = run.folder.target.storing(trial.types), run.best_held(runtime, trial)
 
     def gb(plan: FoldPlan) -> str:
         return f"{price_there(plan, runtime, table, target).memory_bytes / GB:.4f} GB"
@@ -637,12 +637,13 @@ def _export(
     rebuilt = check_rebuilt(context, number, model, recorded)
     bench = open_workbench(context)
     progress("writing and verifying in a fresh process", 0.0)
-    runtime = form.runtime(trial.plan, context.target, context.table)
+    target = context.target.storing(trial.types)
+    runtime = form.runtime(trial.plan, target, context.table)
     shipment = Shipment(
         plan=trial.plan,
         runtime=runtime.name,
-        weights=form.stored(runtime, context.target.storing(trial.weights)),
-        kv_cache=context.target.kv_cache if runtime.name == context.target.runtime else "",
+        weights=form.stored(runtime, target),
+        kv_cache=target.kv_cache if runtime.name == target.runtime else "",
         gguf=context.files.gguf,
         whole=context.files.whole,
         context=context.target.context,
@@ -669,7 +670,7 @@ def _predicted(context: TrialContext, trial: Trial, runtime: Runtime, form: Expo
     """The times that were reckoned of a trial, where it is exported to what they are of; else None."""
     from foldsearch.export.figures import Predicted
 
-    target = context.target.storing(trial.weights)
+    target = context.target.storing(trial.types)
     latency, cost = context.table.latency_on(target), price(trial.plan, context.table, target)
     priced, stored = runtime_named(target.runtime), form.stored(runtime, target)
     is_same = runtime.engine == priced.engine and runtime.stored_as(target.dtype, stored) == priced.stored_as(

@@ -93,7 +93,7 @@ def lower_bound(proposal: Proposal, table: CostTable, target: Target) -> Cost:
         PlanError: as many blocks are removed as there are, or no kept block keeps its attention.
         BudgetError: the plan it holds is for another number of blocks.
     """
-    fold, num_blocks, target = proposal.fold, len(table.blocks), target.storing(proposal.weights)
+    fold, num_blocks, target = proposal.fold, len(table.blocks), target.storing(proposal.types)
     if isinstance(fold, Given):
         return price(fold.plan, table, target)
     count = fold.removed.count if fold.removed is not None else 0

@@ -128,7 +128,10 @@ def calibrated(
         return to_json(latency_of(subject, plans, rounds))
 
     kept, _ = cache.json_once(cache_dir / "latencies" / f"{_key(subject)}.json", measure)
-    return replace(from_json(Latency, kept), runtime=subject.target.runtime, weights=subject.target.weights)
+    target = subject.target
+    return replace(
+        from_json(Latency, kept), runtime=target.runtime, weights=target.weights, kv_cache=target.kv_cache
+    )
 
 
 def latency_of(subject: Subject, plans: Sequence[FoldPlan], rounds: Rounds) -> Latency:
@@ -156,6 +159,7 @@ def latency_of(subject: Subject, plans: Sequence[FoldPlan], rounds: Rounds) -> L
         prompt=fit_line([(one.prompt_macs, at.prompt_ms) for one, at in pairs], "to read a prompt"),
         decode=fit_line([(one.decode_bytes, at.decode_ms) for one, at in pairs], "to write a token"),
         timed=measured,
+        kv_cache=subject.target.kv_cache,
         where=f"{subject.program} in {subject.weights}, {machine.kind.removeprefix('cpu ')}, {threads}",
     )
 

@@ -435,10 +435,10 @@ def _pick(args: argparse.Namespace) -> int:
     view = open_run(args.run)
     trial = pick(view, number=args.trial, **_bounds(args))
     _say(f"trial {trial.number}: {trial.plan}")
-    latency = view.folder.table.latency_on(view.folder.target.storing(trial.weights))
+    latency = view.folder.table.latency_on(view.folder.target.storing(trial.types))
     if latency is not None:
         _say(f"{times_words(trial.cost)} {latency_words(latency)}")
-    _say(runtimes_words(view, trial.plan, trial.weights))
+    _say(runtimes_words(view, trial.plan, trial.types))
     print(trial.number)
     return 0
 

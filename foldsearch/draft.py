@@ -12,6 +12,7 @@ from foldsearch.context import TrialContext, open_workbench
 from foldsearch.criteria import Choice, Request, criterion_of
 from foldsearch.model.evidence import attention_order
 from foldsearch.plan.cost import price
+from foldsearch.plan.stored import AS_TARGET, StoredTypes
 from foldsearch.progress import StageProgress
 from foldsearch.proposal import Fold, Given, Proposal, Removed, fold_plan
 from foldsearch.record import Draft
@@ -39,9 +40,11 @@ def choose_blocks(removed: Removed, context: TrialContext, say: StageProgress) -
     return replace(chosen, blocks=held_removal(chosen.blocks, context.table, context.target))
 
 
-def choose_plan(fold: Fold | Given, context: TrialContext, say: StageProgress, weights: str = "") -> Draft:
-    """What a proposal comes to on this model, whatever it costs; `weights` is the type that it is stored in."""
-    target = context.target.storing(weights)
+def choose_plan(
+    fold: Fold | Given, context: TrialContext, say: StageProgress, types: StoredTypes = AS_TARGET
+) -> Draft:
+    """What a proposal comes to on this model, whatever it costs; `types` are those that it is stored in."""
+    target = context.target.storing(types)
     if isinstance(fold, Given):
         return Draft(fold.plan, price(fold.plan, context.table, target))
     chosen = Choice(())
@@ -62,9 +65,9 @@ def draft(proposal: Proposal, context: TrialContext, say: StageProgress) -> tupl
     """What the proposal comes to, and by how much it is above the budget, in words; a plan typed by hand may be."""
     bound = lower_bound(proposal, context.table, context.target)
     if proposal.origin == "hand":
-        return choose_plan(proposal.fold, context, say, proposal.weights), ""
+        return choose_plan(proposal.fold, context, say, proposal.types), ""
     if context.budget.admits(bound):
-        drafted = choose_plan(proposal.fold, context, say, proposal.weights)
+        drafted = choose_plan(proposal.fold, context, say, proposal.types)
         return drafted, context.budget.excess(drafted.cost)
     # Never built: the plan only shows the counts.
     removed = range(proposal.removed.count if proposal.removed else 0)

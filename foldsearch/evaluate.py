@@ -106,7 +106,7 @@ def evaluate_trial(
     progress("rebuilding the model that was measured", 0.0)
     folded, trial = recovered_model(context, picked.number)
     check_rebuilt(context, picked.number, folded, picked)
-    target = context.target.storing(trial.weights)
+    target = context.target.storing(trial.types)
     if target.rounds:
         folded = as_stored(folded, target)
     models = {"dense": open_workbench(context).dense, "folded": folded}
@@ -116,6 +116,7 @@ def evaluate_trial(
         "model": folder.study.model,
         "dtype": context.files.dtype,
         **({"weights": target.weights} if target.rounds else {}),
+        **({"kv_cache": target.kv_cache} if target.kv_cache else {}),
         "recovery_tokens": trial.last.kept_tokens,
         "healing_tokens": trial.healing.tokens if trial.healing else 0,
         "limit": asked.limit,

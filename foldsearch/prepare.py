@@ -284,8 +284,9 @@ def check_study_shapes(study: Study, config: PretrainedConfig) -> str:
     Raises:
         ModelError: they are longer than what the model was made for, or a cache of the type cannot hold its heads.
     """
-    if study.target.kv_cache:
-        check_kv_cache(config, study.target.kv_cache)
+    for target in study.targets():
+        if target.kv_cache:
+            check_kv_cache(config, target.kv_cache)
     return check_lengths(
         study.model,
         config,

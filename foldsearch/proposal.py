@@ -17,6 +17,7 @@ from foldsearch.errors import PlanError
 from foldsearch.fates import Drop, Fate, fate_named
 from foldsearch.model.training import Trained
 from foldsearch.plan.plan import AdapterStart, FoldPlan, Slot, adapter_start
+from foldsearch.plan.stored import AS_TARGET, StoredTypes
 
 Origin = Literal["sampler", "baseline", "start", "screened", "neighbour", "hand"]
 
@@ -157,14 +158,14 @@ class RecoveryChoice:
 class Proposal:
     """One trial as it is suggested: how to fold the model, how to train and store it, and who proposed it.
 
-    Two proposals come to the same untrained model where their `fold` is equal. weights: the type that it is stored in
-    and measured with; empty is the target's.
+    Two proposals come to the same untrained model where their `fold` is equal. types: those that it is stored in and
+    measured with.
     """
 
     fold: Fold | Given
     recovery: RecoveryChoice = field(default_factory=RecoveryChoice)
     origin: Origin = "sampler"
-    weights: str = ""
+    types: StoredTypes = AS_TARGET
 
     @property
     def plan(self) -> FoldPlan | None:
@@ -194,14 +195,15 @@ class Proposal:
             "fold": fold,
             "recovery": asdict(self.recovery),
             "origin": self.origin,
-            "weights": self.weights,
+            **asdict(self.types),
         }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Proposal:
         """Read what `to_json` made."""
         recovery = RecoveryChoice(**value["recovery"])
-        return cls(_fold_from_json(value["fold"]), recovery, value["origin"], value["weights"])
+        types = StoredTypes(value["weights"], value.get("kv_cache", ""))  # earlier runs have only the one
+        return cls(_fold_from_json(value["fold"]), recovery, value["origin"], types)
 
 
 def _fold_from_json(value: Mapping[str, Any]) -> Fold | Given:

@@ -251,7 +251,7 @@ def check_rebuilt(
         torch.set_num_threads(trial.machine.threads)
         here = replace(here, threads=trial.machine.threads)
     try:
-        found = judged(model, context, tokens, context.target.storing(trial.weights))
+        found = judged(model, context, tokens, context.target.storing(trial.types))
     finally:
         torch.set_num_threads(threads)
     same = here == trial.machine and context.device == "cpu"  # a GPU may sum in another order each time

@@ -32,6 +32,7 @@ from foldsearch.plan.cost import GB, Cost
 from foldsearch.plan.front import non_dominated
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Healing, Quality, RungResult, rounded, trained_for
+from foldsearch.plan.stored import AS_TARGET, StoredTypes
 from foldsearch.proposal import Fold, Given, Proposal, RecoveryChoice, Removed
 from foldsearch.run import Run, TrialFolder
 from foldsearch.spec.study import Objective
@@ -112,9 +113,9 @@ class Trial:
         return self.proposal.recovery
 
     @property
-    def weights(self) -> str:
-        """The type that its model is stored in and measured with; empty is the target's."""
-        return "" if self.proposal is None else self.proposal.weights
+    def types(self) -> StoredTypes:
+        """Those that its model is stored in and measured with."""
+        return AS_TARGET if self.proposal is None else self.proposal.types
 
     @property
     def removed(self) -> Removed | None:
@@ -246,12 +247,19 @@ class DenseRival:
     """The dense model with weights of fewer bits: what a folded model of as many bytes has to beat.
 
     weights: the type. cost: of the model on the target, in llama.cpp. search, report: on the texts of the trials.
+    kv_cache: the type of keys and values; empty for the dtype's own.
     """
 
     weights: str
     cost: Cost
     search: Quality
     report: Quality
+    kv_cache: str = ""
+
+    @property
+    def types(self) -> StoredTypes:
+        """Of what is stored."""
+        return StoredTypes(self.weights, self.kv_cache)
 
 
 def read_rivals(path: Path) -> tuple[DenseRival, ...]:
@@ -293,17 +301,17 @@ def point_of(kl: float, cost: Cost, objectives: Sequence[Objective]) -> tuple[fl
 
 
 def best_of_plans(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials that measured a plan to the last rung, each plan once in each type of weights.
+    """The trials that measured a plan to the last rung, each plan once in the same types.
 
     A plan was measured twice where the training of the first diverged or was stopped, or where adapters start in two
     ways: the best of its results counts.
     """
-    best: dict[tuple[FoldPlan, str], Trial] = {}
+    best: dict[tuple[FoldPlan, StoredTypes], Trial] = {}
     for trial in trials:
         if trial.is_measured:
-            known = best.setdefault((trial.plan, trial.weights), trial)
+            known = best.setdefault((trial.plan, trial.types), trial)
             if trial.quality.kl < known.quality.kl:
-                best[trial.plan, trial.weights] = trial
+                best[trial.plan, trial.types] = trial
     return list(best.values())
 
 
@@ -321,9 +329,10 @@ def front(
 def plan_path(run: Run, trial: Trial) -> Path:
     """The file that says which trial measures a plan.
 
-    One for each start of adapters and each type of weights, which are other models.
+    One for each start of adapters and for each types that are stored, which are other models.
     """
-    parts = (trial.plan.id, trial.fold.adapter_start or "", trial.weights)
+    cached = f"kv-{trial.types.kv_cache}" if trial.types.kv_cache else ""
+    parts = (trial.plan.id, trial.fold.adapter_start or "", trial.types.weights, cached)
     return run.plan("-".join(part for part in parts if part))
 
 

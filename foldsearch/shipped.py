@@ -80,7 +80,7 @@ def rivals_seconds(context: TrialContext) -> float:
         return 0.0
     tokens = (study.splits.search + study.splits.report) * study.splits.sequence_length
     slower = IN_FLOAT32 if context.files.dtype == "bfloat16" else 1.0
-    return slower * RIVAL * tokens * context.token_seconds * len(study.target.rivals)
+    return slower * RIVAL * tokens * context.token_seconds * len(study.rivals())
 
 
 def measure_rivals(
@@ -94,7 +94,8 @@ def measure_rivals(
         notice: told where llama.cpp has no such model.
     """
     settings, bench = context.study.target, open_workbench(context)
-    if context.study.budget.gb is None or not settings.rivals:
+    rivals = context.study.rivals()
+    if context.study.budget.gb is None or not rivals:
         return ()
     try:
         runtime_named(TYPED).writer.check_model(bench.dense.config, settings.context)
@@ -102,17 +103,17 @@ def measure_rivals(
         notice(f"the dense model is not measured in fewer bits: {error}")
         return ()
     found = []
-    for number, weights in enumerate(settings.rivals):
-        progress(f"the dense model in {weights}", number / len(settings.rivals))
-        target = settings.stored_in(weights, TYPED)
+    for number, types in enumerate(rivals):
+        progress(f"the dense model in {types}", number / len(rivals))
+        target = settings.stored_in(types.weights, TYPED).storing(types)
 
         def measure() -> _Measured:
             return _Measured(*judged_each(bench.dense, context, ("search", "report"), target))  # noqa: B023
 
         texts = bench.splits.search.content_hash
-        kind = {"weights": weights} | ({"kv_cache": target.kv_cache} if target.kv_cache else {})
+        kind = {"weights": types.weights} | ({"kv_cache": target.kv_cache} if target.kv_cache else {})
         known, _ = bench.once("rivals", _Measured, bench.splits.report, measure, search=texts, **kind)
         cost = price(FoldPlan.identity(len(context.table.blocks)), context.table, target)
-        found.append(DenseRival(weights, cost, known.search, known.report))
+        found.append(DenseRival(types.weights, cost, known.search, known.report, target.kv_cache))
     write_json(context.run.rivals, [to_json(one) for one in found])
     return tuple(found)

@@ -231,7 +231,7 @@ class Course:
     @property
     def _target(self) -> Target:
         """With the weights that the trial is stored in."""
-        return self._context.target.storing(self._trial.weights)
+        return self._context.target.storing(self._trial.types)
 
     @property
     def _rate(self) -> float:

@@ -267,7 +267,7 @@ def _check_tokens(ours: Identity, theirs: Identity) -> None:
 def _rebuilt(context: TrialContext, recipe: Recipe, progress: StageProgress) -> Trial:
     """Fold, heal and train as the recipe says; the trial as it then stands."""
     given = Given(recipe.trial.plan, recipe.trial.fold.adapter_start)
-    proposal = Proposal(given, recipe.recovery, "hand", recipe.trial.weights)
+    proposal = Proposal(given, recipe.recovery, "hand", recipe.trial.types)
     *_, trial = run_trial(proposal, context, number=NUMBER, progress=progress)
     if trial.state != "finished":
         raise InputError(f"the model could not be made again, as the trial {trial.reason}.")

@@ -13,7 +13,7 @@ from foldsearch.errors import BudgetError
 from foldsearch.plan.kinds import kind_named
 from foldsearch.plan.latency import Latency, Work
 from foldsearch.plan.plan import UNITS, FoldPlan, Replacement
-from foldsearch.plan.stored import DTYPE_TYPES, TYPES, VECTOR_BYTES, Matrix, cache_bytes
+from foldsearch.plan.stored import DTYPE_TYPES, TYPES, VECTOR_BYTES, Matrix, StoredTypes, cache_bytes
 
 GB = 10**9
 EXPERTS = "experts"
@@ -55,10 +55,9 @@ class Target:
         return bool(self.kv_cache) and TYPES[self.kv_cache].block > 1
 
     @property
-    def types(self) -> str:
-        """The types of what is stored, in words; empty where it is as the dtype is."""
-        cached = f"a KV cache in {self.kv_cache}" if self.kv_cache else ""
-        return " and ".join(filter(None, (self.weights, cached)))
+    def types(self) -> StoredTypes:
+        """The types of what is stored; empty ones where it is as the dtype is."""
+        return StoredTypes(self.weights, self.kv_cache)
 
     def cached_bytes(self, numbers: int) -> int:
         """Of keys and values."""
@@ -66,9 +65,9 @@ class Target:
             return cache_bytes(numbers, self.kv_cache)
         return numbers * DTYPE_BYTES[self.dtype]
 
-    def storing(self, weights: str) -> Target:
-        """The same with weights of another type; itself where that is empty."""
-        return replace(self, weights=weights) if weights else self
+    def storing(self, types: StoredTypes) -> Target:
+        """The same with what is stored in other types, but for those that are empty."""
+        return replace(self, weights=types.weights or self.weights, kv_cache=types.kv_cache or self.kv_cache)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +144,7 @@ class CostTable:
     def latency_on(self, target: Target) -> Latency | None:
         """What was measured for a target; None where nothing was."""
         for latency in self.latencies:
-            if latency.weights == target.weights and latency.runtime == target.runtime:
+            if latency.types == target.types and latency.runtime == target.runtime:
                 return latency
         return None
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from foldsearch.errors import BudgetError
+from foldsearch.plan.stored import StoredTypes
 
 UNSTEADY = 0.1  # a spread above which a person is told
 
@@ -55,7 +56,7 @@ class Timed:
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Times of one model on one machine, in one program, with weights of one type.
+    """Times of one model on one machine, in one program, with weights and a KV cache of one type.
 
     Attributes:
         runtime: the target's (see `foldsearch.runtimes`).
@@ -65,6 +66,7 @@ class Latency:
         decode: milliseconds for a token, over bytes that the blocks read.
         timed: what the lines go through.
         where: program, processor and threads, in words.
+        kv_cache: the target's type of keys and values; so too.
     """
 
     runtime: str
@@ -74,6 +76,12 @@ class Latency:
     decode: Line
     timed: tuple[Timed, ...]
     where: str
+    kv_cache: str = ""
+
+    @property
+    def types(self) -> StoredTypes:
+        """Of what is stored."""
+        return StoredTypes(self.weights, self.kv_cache)
 
     def times(self, work: Work) -> tuple[float, float]:
         """Milliseconds for the prompt and for a token."""

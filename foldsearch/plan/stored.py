@@ -7,18 +7,22 @@ than 5 bits. Source: ggml's block structs; the tests hold the bytes against the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 __all__ = [
+    "AS_TARGET",
     "CACHE_TYPES",
     "DTYPE_TYPES",
     "TYPES",
     "Matrix",
     "Role",
     "StoredType",
+    "StoredTypes",
     "cache_bytes",
+    "every_types",
     "type_of",
     "widest_first",
 ]
@@ -62,9 +66,36 @@ DTYPE_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 CACHE_TYPES = tuple(name for name in TYPES if name != "mxfp4")  # what llama.cpp stores keys and values in
 
 
-def widest_first(types: Iterable[str]) -> list[str]:
-    """Types of weights, those that take most bytes first."""
-    return sorted(types, key=lambda weights: -TYPES[weights].bits)
+@dataclass(frozen=True, slots=True)
+class StoredTypes:
+    """The types in which a model is stored: its weights, and the keys and values of its cache.
+
+    An empty one is the target's. As text: in words, empty where both are.
+    """
+
+    weights: str = ""
+    kv_cache: str = ""
+
+    def __str__(self) -> str:
+        cached = f"a KV cache in {self.kv_cache}" if self.kv_cache else ""
+        return " and ".join(filter(None, (self.weights, cached)))
+
+
+AS_TARGET = StoredTypes()
+
+
+def every_types(weights: Sequence[str], kv_cache: Sequence[str]) -> list[StoredTypes]:
+    """All pairs of one of each; where one of the two lists is empty, the target's."""
+    return [StoredTypes(*pair) for pair in product(weights or ("",), kv_cache or ("",))]
+
+
+def widest_first(types: Iterable[StoredTypes]) -> list[StoredTypes]:
+    """By the coarser one of the two, which is where the loss comes from; then by the other one."""
+
+    def width(each: StoredTypes) -> list[float]:
+        return sorted(TYPES[name].bits if name else float("inf") for name in (each.weights, each.kv_cache))
+
+    return sorted(types, key=width, reverse=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from foldsearch.report.view import (
     gb,
     has_errors,
     milliseconds,
+    searched_types,
     with_error,
 )
 
@@ -66,7 +67,7 @@ svg {{ display: block; }}
 def _page(view: RunView, picture: bytes = b"") -> str:
     esc = html.escape
     target = view.folder.target
-    types = target.storing(", ".join(view.folder.study.space.weights)).types
+    types = str(searched_types(view.folder))
     weights = f"{target.runtime} weights" + (f" in {types}" if types else "")
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
@@ -149,7 +150,7 @@ def _trial_table(view: RunView) -> str:
     )
     for rival in view.rivals:
         rows.append(
-            f"<tr class=dense><td>dense {rival.weights}<td class=l>{_svg(FoldPlan.identity(view.folder.num_blocks))}"
+            f"<tr class=dense><td>dense {rival.types}<td class=l>{_svg(FoldPlan.identity(view.folder.num_blocks))}"
             f"{_figure_cells(rival.search, rival.report, kinds)}<td><td class=l>{_cost_cells(rival.cost, dense)}"
             f"{_time_cells(view, rival.cost)}"
         )

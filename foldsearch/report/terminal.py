@@ -21,6 +21,7 @@ from foldsearch.plan.cost import GB, Cost, CostTable, Target, price
 from foldsearch.plan.latency import Latency
 from foldsearch.plan.plan import FoldPlan, Slot
 from foldsearch.plan.result import Quality, rounded
+from foldsearch.plan.stored import AS_TARGET, StoredTypes
 from foldsearch.plan.strip import LEGEND, Cell, cells
 from foldsearch.record import Trial
 from foldsearch.report.colours import DROPPED, PAIRS, paint
@@ -36,6 +37,7 @@ from foldsearch.report.view import (
     gb,
     has_errors,
     milliseconds,
+    searched_types,
     with_error,
 )
 from foldsearch.run import Run
@@ -252,7 +254,7 @@ def _front_rows(view: RunView, every: bool) -> list[dict[str, str | Text]]:
     rows = [dense | _files(view, FoldPlan.identity(folder.num_blocks))]
     for rival in view.rivals:
         cost = _price(rival.cost, folder.dense)
-        named = {"trial": f"dense {rival.weights}", "plan": dense["plan"]}
+        named = {"trial": f"dense {rival.types}", "plan": dense["plan"]}
         rows.append(named | _figures(rival.search, rival.report) | cost)
     for trial in shown:
         final, on_front = trial.final, trial.number in front
@@ -270,7 +272,7 @@ def _front_rows(view: RunView, every: bool) -> list[dict[str, str | Text]]:
         }
         if final.kl == best_kl:
             row["report KL"] = Text(str(row["report KL"]), style="bold")
-        rows.append(row | _price(trial.cost, folder.dense) | _files(view, trial.plan, trial.weights))
+        rows.append(row | _price(trial.cost, folder.dense) | _files(view, trial.plan, trial.types))
     return rows
 
 
@@ -323,9 +325,9 @@ def _times(cost: Cost) -> dict[str, str | Text]:
     return {name: milliseconds(ms) for name, ms in times.items() if ms is not None}
 
 
-def _files(view: RunView, plan: FoldPlan, weights: str = "") -> dict[str, str | Text]:
+def _files(view: RunView, plan: FoldPlan, types: StoredTypes = AS_TARGET) -> dict[str, str | Text]:
     """Megabytes of an export to each runtime; a dash where it cannot hold the plan."""
-    found = exported_bytes(plan, view.folder.table, view.folder.target.storing(weights))
+    found = exported_bytes(plan, view.folder.table, view.folder.target.storing(types))
     return {
         f"{name} MB": Text("—", style="dim") if size is None else megabytes(size)
         for name, size in found.items()
@@ -337,12 +339,12 @@ def megabytes(size: int) -> str:
     return f"{size / 1e6:,.0f}" if size >= 1e8 else f"{size / 1e6:,.1f}"
 
 
-def runtimes_words(view: RunView, plan: FoldPlan, weights: str = "") -> str:
+def runtimes_words(view: RunView, plan: FoldPlan, types: StoredTypes = AS_TARGET) -> str:
     """Which runtimes hold a plan, at what size, and why others do not: `foldsearch pick`.
 
-    weights: the type that the plan was measured in; empty is the target's.
+    types: those that the plan was measured in.
     """
-    table, target = view.folder.table, view.folder.target.storing(weights)
+    table, target = view.folder.table, view.folder.target.storing(types)
     found = exported_bytes(plan, table, target)
     usual = runtime_for(plan, target.runtime, by_position=table.by_position).name
     held = []
@@ -350,7 +352,8 @@ def runtimes_words(view: RunView, plan: FoldPlan, weights: str = "") -> str:
         if size is not None:
             other = " in float32" if target.dtype in runtime_named(name).lacks else ""
             if name == target.runtime and target.rounds:
-                other = f" in {target.weights}"
+                cached = f", run with a KV cache in {target.kv_cache}" if target.kv_cache else ""
+                other = f" in {target.weights}{cached}"
             held.append(f"{name} {megabytes(size)} MB{other}" + (" (the default)" if name == usual else ""))
     words = f"exports in {target.dtype} to {', '.join(held)}"
     if lacking := [name for name, size in found.items() if size is None]:
@@ -433,7 +436,7 @@ def _heading(view: RunView) -> Text:
     text = Text()
     text.append(view.name, style="bold")
     text.append(f"  {view.model}" + (f" ({view.note})" if view.note else "") + f" on {view.data}\n")
-    types = target.storing(", ".join(view.folder.study.space.weights)).types
+    types = str(searched_types(view.folder))
     text.append(
         f"priced for {target.dtype}, a context of {target.context:,} tokens, batch {target.batch}, "
         f"{target.runtime} weights{f' in {types}' if types else ''}; {budget_words(view.folder)}",

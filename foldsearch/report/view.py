@@ -20,6 +20,7 @@ from foldsearch.plan.cost import GB, Cost
 from foldsearch.plan.front import knee
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Quality, rounded
+from foldsearch.plan.stored import StoredTypes
 from foldsearch.proposal import Given, Proposal
 from foldsearch.record import (
     DenseRival,
@@ -141,24 +142,24 @@ class RunView:
         return tuple(best_of_plans(self.trials))
 
     @cached_property
-    def _came_to(self) -> dict[tuple[FoldPlan, str], list[Trial]]:
-        """For each plan and type of weights the trials that came to it and have a result, also of another trial."""
-        found: dict[tuple[FoldPlan, str], list[Trial]] = {}
+    def _came_to(self) -> dict[tuple[FoldPlan, StoredTypes], list[Trial]]:
+        """For each plan and the types of it the trials that came to it and have a result, also of another trial."""
+        found: dict[tuple[FoldPlan, StoredTypes], list[Trial]] = {}
         for trial in self.trials:
             if trial.results:
-                found.setdefault((trial.plan, trial.weights), []).append(trial)
+                found.setdefault((trial.plan, trial.types), []).append(trial)
         return found
 
     def repeats(self, trial: Trial) -> tuple[int, ...]:
         """The other trials that came to a trial's plan."""
         return tuple(
-            other.number for other in self._came_to[trial.plan, trial.weights] if other.number != trial.number
+            other.number for other in self._came_to[trial.plan, trial.types] if other.number != trial.number
         )
 
     def proposals(self, trial: Trial) -> list[Proposal]:
         """All proposals that led to a trial's plan, by the number of the trial."""
         return [
-            other.proposal for other in self._came_to[trial.plan, trial.weights] if other.proposal is not None
+            other.proposal for other in self._came_to[trial.plan, trial.types] if other.proposal is not None
         ]
 
     def authors(self, trial: Trial) -> tuple[str, ...]:
@@ -257,7 +258,7 @@ class RunView:
             trial
             for trial in self.finished
             if runtime.holds(trial.plan, table)
-            and price_there(trial.plan, runtime, table, target.storing(trial.weights)).memory_bytes
+            and price_there(trial.plan, runtime, table, target.storing(trial.types)).memory_bytes
             <= within.cost.memory_bytes
         ]
         return min(fitting, key=lambda trial: trial.quality.kl, default=None)
@@ -414,9 +415,15 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
 def author(proposal: Proposal) -> str:
     """Who chose the blocks of a proposal, in a word or two; what became of them where they are not dropped.
 
-    Also in which type their weights are stored, where the space has several.
+    Also in which types it is stored, where the space has several.
     """
-    return f"{_chosen_by(proposal)}, {proposal.weights}" if proposal.weights else _chosen_by(proposal)
+    return ", ".join(filter(None, (_chosen_by(proposal), str(proposal.types))))
+
+
+def searched_types(folder: Run) -> StoredTypes:
+    """The types of the target, or all that the space has."""
+    space = folder.study.space
+    return folder.target.storing(StoredTypes(", ".join(space.weights), ", ".join(space.kv_cache))).types
 
 
 def _chosen_by(proposal: Proposal) -> str:

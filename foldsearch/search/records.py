@@ -22,7 +22,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import optuna
@@ -36,7 +36,7 @@ from foldsearch.plan.cost import GB, Cost, price
 from foldsearch.plan.neighbour import neighbour
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import rounded
-from foldsearch.plan.stored import widest_first
+from foldsearch.plan.stored import StoredTypes, widest_first
 from foldsearch.plan.strip import strip
 from foldsearch.proposal import Fold, Given, Origin, Proposal, fold_plan
 from foldsearch.record import State, Trial, front, point
@@ -51,7 +51,7 @@ from foldsearch.search.storage import (
     study_name,
 )
 from foldsearch.spec.fit import can_run, narrow, repair
-from foldsearch.spec.propose import Plain, plain_answers, propose, propose_recovery, propose_weights
+from foldsearch.spec.propose import Plain, plain_answers, propose, propose_recovery, propose_types
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import Objective
 
@@ -243,15 +243,15 @@ class Records:
         """What `queue_plan` puts in line."""
         run = self.run
         fitting = [
-            weights
-            for weights in widest_first(self.space.weights)
-            if run.budget.admits(price(plan, run.table, run.target.storing(weights)))
+            types
+            for types in widest_first(self.space.types)
+            if run.budget.admits(price(plan, run.table, run.target.storing(types)))
         ]
         plain = Plain(
-            {"delta_rank": self.space.recover.middle_rank, **({"weights": fitting[0]} if fitting else {})}
+            {"delta_rank": self.space.recover.middle_rank, **(asdict(fitting[0]) if fitting else {})}
         )
         propose_recovery(plain, self.space)
-        propose_weights(plain, self.space)
+        propose_types(plain, self.space)
         return InLine(plain.answers, {"origin": "screened", "given": to_json(plan)})
 
     def put_in_line(self, trials: Sequence[InLine]) -> None:
@@ -376,7 +376,7 @@ class Records:
         suggest = _Suggest(row)
         recovery = propose_recovery(suggest, self.space)
         plan = Given(from_json(FoldPlan, given))
-        return Proposal(plan, recovery, "screened", propose_weights(suggest, self.space))
+        return Proposal(plan, recovery, "screened", propose_types(suggest, self.space))
 
     def foretell(self, proposal: Proposal) -> int | None:
         """The trial that measures the plan which a proposal will come to, where that can be told before it is drafted.
@@ -389,12 +389,12 @@ class Records:
             if trial.proposal is not None and trial.state not in ("failed", "infeasible")
         ]
         for trial in measured:
-            if trial.fold == proposal.fold and trial.weights == proposal.weights:
+            if trial.fold == proposal.fold and trial.types == proposal.types:
                 return trial.number
         plan, start = self._plan_of(proposal.fold), proposal.fold.adapter_start
         for trial in measured:
             alike = trial.results and trial.plan == plan and trial.fold.adapter_start == start
-            if alike and trial.weights == proposal.weights:
+            if alike and trial.types == proposal.types:
                 return trial.number
         return None
 
@@ -427,9 +427,9 @@ class Records:
             return None
         if not (parents := self.front()):
             return None
-        tried = {(trial.plan, trial.weights) for trial in self._trials if trial.draft is not None}
+        tried = {(trial.plan, trial.types) for trial in self._trials if trial.draft is not None}
         tried |= {
-            (trial.proposal.plan, trial.weights)
+            (trial.proposal.plan, trial.types)
             for trial in self._trials
             if trial.proposal and trial.proposal.plan
         }
@@ -437,21 +437,21 @@ class Records:
         for _ in range(_NEIGHBOUR_TRIES):
             parent = rng.choice(parents)
             plan: FoldPlan | None = parent.plan
-            weights = parent.weights
-            others = [one for one in self.space.weights if one != weights]
+            types = parent.types
+            others = [one for one in self.space.types if _differ_in_one(one, types)]
             if others and rng.random() < TYPE_MOVES:  # the same plan in another type is near too
-                weights = rng.choice(others)
+                types = rng.choice(others)
             else:
                 plan = neighbour(parent.plan, rng)
-            if plan is None or plan == identity or (plan, weights) in tried:
+            if plan is None or plan == identity or (plan, types) in tried:
                 continue
-            target = self.run.target.storing(weights)
+            target = self.run.target.storing(types)
             if can_run(plan, self.run.table, target) and self.run.budget.admits(
                 price(plan, self.run.table, target)
             ):
                 given = Given(plan, parent.fold.adapter_start)
                 # Another type than the sampler would suggest: it is told of none.
-                return Proposal(given, propose_recovery(_Suggest(row), self.space), "neighbour", weights)
+                return Proposal(given, propose_recovery(_Suggest(row), self.space), "neighbour", types)
         return None
 
     # ---- what became of whom
@@ -581,6 +581,10 @@ class Records:
 def _error(value: float, form: str) -> str:
     """A standard error, where there is one: texts of a single document have none."""
     return f" ± {value:{form}}" if math.isfinite(value) else ""
+
+
+def _differ_in_one(one: StoredTypes, other: StoredTypes) -> bool:
+    return (one.weights != other.weights) != (one.kv_cache != other.kv_cache)
 
 
 def _as_text(name: str) -> str:

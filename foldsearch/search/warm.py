@@ -8,7 +8,7 @@ its trained plans to the new one, which begins with them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from foldsearch.paths import local, printable
 from foldsearch.plan.cost import GB, Cost, price
 from foldsearch.plan.front import non_dominated
 from foldsearch.plan.plan import FoldPlan
+from foldsearch.plan.stored import AS_TARGET, StoredTypes
 from foldsearch.record import Trial, front
 from foldsearch.run import Run
 from foldsearch.search.records import read_trials
@@ -46,6 +47,11 @@ class Trained:
     weights: str = ""
     kv_cache: str = ""
 
+    @property
+    def types(self) -> StoredTypes:
+        """Of what is stored."""
+        return StoredTypes(self.weights, self.kv_cache)
+
 
 def trained_by(run: Run, trials: Sequence[Trial]) -> list[Trained]:
     """The front of a run's trials."""
@@ -57,16 +63,15 @@ def trained_by(run: Run, trials: Sequence[Trial]) -> list[Trained]:
             one.last.recovery_tokens,
             folder,
             one.number,
-            _rounded_to(run, one.weights),
-            run.target.kv_cache,
+            *astuple(_rounded_to(run, one.types)),
         )
         for one in front(trials)
     ]
 
 
-def _rounded_to(run: Run, weights: str) -> str:
-    target = run.target.storing(weights)
-    return target.weights if target.rounds else ""
+def _rounded_to(run: Run, types: StoredTypes) -> StoredTypes:
+    target = run.target.storing(types)
+    return StoredTypes(target.weights if target.rounds else "", target.kv_cache)
 
 
 # ---- a run that is named
@@ -142,10 +147,8 @@ def known_trained(run: Run, cache_dir: Path) -> list[Trained]:
         return []
     kept: list[Any] = cache.json_grown(path, lambda known: known or [])
     known = [from_json(Trained, value) for value in kept]
-    ours = {_rounded_to(run, weights) for weights in run.study.space.weights or ("",)}
-    return _affordable(
-        run, [one for one in known if one.weights in ours and one.kv_cache == run.target.kv_cache]
-    )
+    ours = {_rounded_to(run, types) for types in run.study.space.types}
+    return _affordable(run, [one for one in known if one.types in ours])
 
 
 def _path(run: Run, cache_dir: Path) -> Path | None:
@@ -162,8 +165,8 @@ def _path(run: Run, cache_dir: Path) -> Path | None:
 def known_words(run: Run, screened: Iterable[Screened], trained: Sequence[Trained]) -> str:
     """What is known within the budget: the fronts of what was trained and of what was screened; empty if nothing is."""
     lists = (
-        ("trained", [(one.plan, one.kl, f"trial {one.trial} of {one.run}", one.weights) for one in trained]),
-        ("screened, KL of little text", [(one.plan, one.quality.kl, "", "") for one in screened]),
+        ("trained", [(one.plan, one.kl, f"trial {one.trial} of {one.run}", one.types) for one in trained]),
+        ("screened, KL of little text", [(one.plan, one.quality.kl, "", AS_TARGET) for one in screened]),
     )
     lines = []
     for title, every in lists:
@@ -178,8 +181,8 @@ def known_words(run: Run, screened: Iterable[Screened], trained: Sequence[Traine
     return "\n".join(["known before this run, within its budget:", *lines]) if lines else ""
 
 
-def _costs(run: Run, plans: Iterable[tuple[FoldPlan, float, str, str]]) -> list[tuple[Cost, float]]:
-    return [(price(plan, run.table, run.target.storing(weights)), kl) for plan, kl, _, weights in plans]
+def _costs(run: Run, plans: Iterable[tuple[FoldPlan, float, str, StoredTypes]]) -> list[tuple[Cost, float]]:
+    return [(price(plan, run.table, run.target.storing(types)), kl) for plan, kl, _, types in plans]
 
 
 def _affordable(run: Run, trained: Iterable[Trained]) -> list[Trained]:

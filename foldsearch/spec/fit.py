@@ -127,9 +127,9 @@ def narrow(space: Space, table: CostTable, target: Target, budget: Budget) -> Sp
         count
         for count in space.every_count(num_blocks)
         if any(
-            budget.admits(lower_bound(replace(proposal, weights=weights), table, target))
+            budget.admits(lower_bound(replace(proposal, types=types), table, target))
             for proposal in _extremes(space, num_blocks, count)
-            for weights in space.weights or ("",)  # the fewest bytes need not be the fastest
+            for types in space.types  # the fewest bytes need not be the fastest
         )
     ]
     if not fitting:
@@ -240,7 +240,7 @@ def size(space: Space, num_blocks: int) -> int:
     """Number of different proposals of the space, recovery settings and neighbour moves not counted."""
     criteria = sum(len(space.settings(criterion)) for criterion in space.criteria)
     fates = [(space.table(fate).size(), fate_named(fate).has_groups) for fate in space.fates]
-    groups, total, types = space.groups, 0, max(1, len(space.weights))
+    groups, total, types = space.groups, 0, len(space.types)
     for count in space.every_count(num_blocks):
         kept = num_blocks - count
         starts = groups.start_at(groups.start[1], kept) - groups.first_start(kept) + 1
@@ -295,8 +295,8 @@ def _unreachable(space: Space, table: CostTable, target: Target, budget: Budget)
         words.append(f"{bound:.4g} ms {what}")
         reached = [
             (term(found) or 0.0, str(of))
-            for weights in space.weights or ("",)
-            for of, found in (smallest(space, table, target.storing(weights), term),)
+            for types in space.types
+            for of, found in (smallest(space, table, target.storing(types), term),)
         ]
         ms, example = min(reached)
         fastest += f" Its fastest takes {ms:.4g} ms {what}, with a plan such as '{example}'."

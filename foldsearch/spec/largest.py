@@ -42,11 +42,11 @@ def largest_to_train(
     for _ in range(DRAWN):
         drawn = repair(propose(suggest, space, num_blocks), space, table, target, budget)
         plan = None if drawn is None else _example(drawn, table, target)
-        if drawn is None or plan is None or not can_run(plan, table, target.storing(drawn.weights)):
+        if drawn is None or plan is None or not can_run(plan, table, target.storing(drawn.types)):
             continue
         choice = replace(drawn.recovery, delta_rank=max(space.recover.delta_ranks))
         if (needed := training_bytes(plan, choice, table, tokens)) > most:
-            most, largest = needed, Proposal(Given(plan), choice, drawn.origin, drawn.weights)
+            most, largest = needed, Proposal(Given(plan), choice, drawn.origin, drawn.types)
     return largest
 
 

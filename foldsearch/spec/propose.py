@@ -13,6 +13,7 @@ from foldsearch.criteria import criterion_of
 from foldsearch.fates import Option, Suggest
 from foldsearch.plan.cost import Budget, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan
+from foldsearch.plan.stored import StoredTypes
 from foldsearch.proposal import Fold, Groups, Origin, Proposal, RecoveryChoice, Removed
 from foldsearch.spec.space import Space
 
@@ -39,7 +40,7 @@ def propose(suggest: Suggest, space: Space, num_blocks: int, *, origin: Origin =
     if removed is None or removed.fate.has_groups:
         groups = _propose_groups(suggest, space, num_blocks - count, 0 if count or thinned else 1)
     recovery = propose_recovery(suggest, space)
-    return Proposal(Fold(removed, groups, thinned), recovery, origin, propose_weights(suggest, space))
+    return Proposal(Fold(removed, groups, thinned), recovery, origin, propose_types(suggest, space))
 
 
 def _propose_removed(suggest: Suggest, space: Space, count: int) -> Removed:
@@ -71,9 +72,12 @@ def propose_recovery(suggest: Suggest, space: Space) -> RecoveryChoice:
     )
 
 
-def propose_weights(suggest: Suggest, space: Space) -> str:
-    """The type of weights, where the space has several; empty is the target's."""
-    return suggest.choice("weights", space.weights) if space.weights else ""
+def propose_types(suggest: Suggest, space: Space) -> StoredTypes:
+    """The types of weights and of the KV cache, where the space has several; empty is the target's."""
+    return StoredTypes(
+        suggest.choice("weights", space.weights) if space.weights else "",
+        suggest.choice("kv_cache", space.kv_cache) if space.kv_cache else "",
+    )
 
 
 # ---- baselines

@@ -16,11 +16,12 @@ from foldsearch.criteria import CRITERIA, Setting, criterion_names, criterion_of
 from foldsearch.fates import FATES, FateTable, fate_named, fate_names
 from foldsearch.fates.share import check_ranks
 from foldsearch.model.training import Trained
-from foldsearch.plan.stored import TYPES
+from foldsearch.plan.stored import CACHE_TYPES, TYPES, StoredTypes, every_types
 from foldsearch.toml import Rank, Share01, TomlTable, ascending, not_empty, one_of, table_of
 
 Criteria = Annotated[tuple[Annotated[str, one_of(criterion_names)], ...], not_empty]
 WeightType = Annotated[str, one_of(lambda: tuple(TYPES))]
+CacheType = Annotated[str, one_of(lambda: CACHE_TYPES)]
 Fates = Annotated[tuple[Annotated[str, one_of(fate_names)], ...], not_empty]
 
 
@@ -102,10 +103,10 @@ class Space(_OfMethods):
     removal: share of the blocks that is removed, from and to. criteria: what ranks the blocks.
     fates: what becomes of removed blocks; the first is that of the baselines. attention: share of the blocks that lose
     their attention only, from and to. neighbour_share: probability that a trial is a neighbour of a plan on the front.
-    groups, recover: see there. weights: types that weights may be stored in (`foldsearch.plan.stored`), of which each
-    proposal has one, baselines the first; empty: as the target says. Beside these each fate has its table, and each
-    setting of a criterion its key: see
-    `table` and `settings`. step: blocks are removed in multiples of it.
+    groups, recover: see there. weights, kv_cache: types that weights, and keys and values, may be stored in
+    (`foldsearch.plan.stored`), of which each proposal has one, baselines the first; empty: as the target says. step:
+    blocks are removed in multiples of it. Beside these each fate has its table, and each setting of a criterion its
+    key: see `table` and `settings`.
     """
 
     name: str = "unnamed"
@@ -117,6 +118,7 @@ class Space(_OfMethods):
     groups: GroupsTable = GroupsTable()
     recover: Recover = Recover()
     weights: tuple[WeightType, ...] = ()
+    kv_cache: tuple[CacheType, ...] = ()
     step: Annotated[int, Field(ge=1)] = 1
 
     @field_validator("removal", "attention")
@@ -131,11 +133,17 @@ class Space(_OfMethods):
             ("fates", self.fates),
             ("recover.trains", self.recover.trains),
             ("weights", self.weights),
+            ("kv_cache", self.kv_cache),
             *((key, getattr(self, key)) for key in _SETTINGS),
         ):
             if len(set(options)) < len(options):
                 raise ValueError(f"{name} names each option once; got {list(options)}")
         return self
+
+    @property
+    def types(self) -> list[StoredTypes]:
+        """Every pair of types that a proposal may have; one that is empty is the target's."""
+        return every_types(self.weights, self.kv_cache)
 
     def counts(self, num_blocks: int) -> tuple[int, int]:
         """Fewest and most blocks to drop of `num_blocks`: removal rates as whole numbers, one block always stays.

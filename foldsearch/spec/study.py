@@ -30,10 +30,10 @@ from foldsearch.model.training import (
 )
 from foldsearch.plan.cost import DTYPE_BYTES, Budget, Cost, CostTable, Target, parse_flops, price
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.stored import CACHE_TYPES, DTYPE_TYPES, widest_first
+from foldsearch.plan.stored import DTYPE_TYPES, TYPES, StoredTypes, every_types
 from foldsearch.runtimes import ALL_CAN, called_now, names, runtime_named
 from foldsearch.spec.fit import narrow
-from foldsearch.spec.space import Space, WeightType
+from foldsearch.spec.space import CacheType, Space, WeightType
 from foldsearch.toml import Share01, TomlTable, as_toml, one_of
 
 Positive = Annotated[int, Field(gt=0)]
@@ -56,7 +56,6 @@ def _of_today(name: Any) -> Any:
 
 
 RuntimeName = Annotated[str, one_of(names), BeforeValidator(_of_today)]
-CacheType = Annotated[str, one_of(lambda: CACHE_TYPES)]
 
 
 class TargetSettings(TomlTable):
@@ -420,18 +419,18 @@ class Study(TomlTable):
 
     @model_validator(mode="after")
     def _types_are_stored(self) -> Study:
-        types = self.space.weights
-        if not types:
-            return self
-        if self.target.runtime == ALL_CAN:
-            object.__setattr__(self, "target", self.target.model_copy(update={"runtime": TYPED}))
-        if self.target.weights or self.target.runtime != TYPED:
-            said = self.target.weights or self.target.runtime
-            raise FaultOf(
-                ("space", "weights"),
-                f"several types of weights are searched for the {TYPED} runtime, with no type in the target; got "
-                f"'{said}'. Leave target.weights and target.runtime out, or space.weights",
-            )
+        for key, what in (("weights", "weights"), ("kv_cache", "a KV cache")):
+            if not getattr(self.space, key):
+                continue
+            if self.target.runtime == ALL_CAN:
+                object.__setattr__(self, "target", self.target.model_copy(update={"runtime": TYPED}))
+            said = getattr(self.target, key)
+            if said or self.target.runtime != TYPED:
+                raise FaultOf(
+                    ("space", key),
+                    f"several types of {what} are searched for the {TYPED} runtime, with no type in the target; got "
+                    f"'{said or self.target.runtime}'. Leave target.{key} and target.runtime out, or space.{key}",
+                )
         return self
 
     @property
@@ -441,14 +440,22 @@ class Study(TomlTable):
         return any(bound is not None for bound in bounds) or not set(TIMES).isdisjoint(self.objectives)
 
     def targets(self) -> tuple[Target, ...]:
-        """The target in every type of weights that the space allows."""
-        return tuple(
-            self.target.stored_in(weights) for weights in self.space.weights or (self.target.weights or "",)
-        )
+        """The target in all types that the space allows."""
+        return tuple(self.target.value().storing(types) for types in self.space.types)
+
+    def rivals(self) -> list[StoredTypes]:
+        """The types that the dense model is measured in too: of its weights, with each KV cache of the space."""
+        return every_types(self.target.rivals, self.space.kv_cache) if self.target.rivals else []
 
     def narrowest(self) -> Target:
-        """The target, with the fewest bytes of weights that the space allows: what bounds what can fit."""
-        return self.target.stored_in((self.target.weights or "", *widest_first(self.space.weights))[-1])
+        """The target, with the fewest bytes that the types of the space allow: what bounds what can fit."""
+
+        def fewest(types: tuple[str, ...]) -> str:
+            return min(types, key=lambda name: TYPES[name].bits, default="")
+
+        return self.target.value().storing(
+            StoredTypes(fewest(self.space.weights), fewest(self.space.kv_cache))
+        )
 
     @model_validator(mode="after")
     def _can_heal(self) -> Study:

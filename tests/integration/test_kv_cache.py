@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from foldsearch.bound import lower_bound
+from foldsearch.context import open_workbench
 from foldsearch.errors import ModelError, SpecError
 from foldsearch.export import Shipment, export
 from foldsearch.export.card import read_card
@@ -24,19 +25,27 @@ from foldsearch.export.recheck import recheck
 from foldsearch.model.fold import fold
 from foldsearch.model.gguf.config import held_families
 from foldsearch.model.gguf.kv_cache import as_cached, check_kv_cache, key_order, rounded_kv_cache, turned_in
+from foldsearch.model.judge import judge
 from foldsearch.model.measure import measure
 from foldsearch.plan.cost import Target, price
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.stored import CACHE_TYPES, TYPES
+from foldsearch.plan.stored import CACHE_TYPES, TYPES, StoredTypes
+from foldsearch.prepare import prepare_context
+from foldsearch.rebuild import recovered_model
 from foldsearch.runtimes import Beside
 from foldsearch.runtimes import gguf as runtime
+from foldsearch.shipped import measure_rivals
 from foldsearch.spec.load import load_study
+from foldsearch.spec.space import Space
+from foldsearch.spec.study import BudgetSettings, TargetSettings
+from foldsearch.trial import run_trial
+from tests.contexts import tiny_study
 from tests.gguf_files import build, write_gguf
 from tests.gguf_tokenizers import bytes_tokenizer
 from tests.llama_cpp import ask_llama_cpp
 from tests.proposals import removing
 from tests.tiers import some
-from tests.tiny import CONFIGS, NUM_BLOCKS, WIDTH
+from tests.tiny import CONFIGS, NUM_BLOCKS, WIDTH, tokenizer
 
 FEW = [name for name in CACHE_TYPES if TYPES[name].block > 1]
 LENGTH = 100
@@ -180,11 +189,57 @@ def test_an_export_is_run_with_the_cache(tmp_path: Path) -> None:
     assert recheck(tmp_path / "out").faults == []
 
 
+def test_a_trial_of_a_space_of_types_is_measured_with_its_own(tmp_path: Path) -> None:
+    """And the dense model with each cache; both against the file, read back, with the cache rounded beside it."""
+    wide("llama", 32).save_pretrained(tmp_path / "dense")
+    tokenizer().save_pretrained(tmp_path / "dense")
+    study = tiny_study(
+        tmp_path,
+        model=str(tmp_path / "dense"),
+        rungs=(0,),
+        target=TargetSettings(context=64, rivals=("q8_0",)),
+        budget=BudgetSettings(gb=1.0),
+        space=Space(weights=("q8_0", "q4_0"), kv_cache=("f16", "q4_0")),
+    )
+    context = prepare_context(study, tmp_path / "run", cache_dir=tmp_path / "cache")
+    bench = open_workbench(context)
+
+    def of_file(model: PreTrainedModel, types: StoredTypes) -> float:
+        place = tmp_path / f"{types.weights}-{types.kv_cache}-{model.config.num_hidden_layers}"
+        place.mkdir()
+        held = runtime.rounded(runtime.before_rounding(model)[0], types.weights)
+        runtime.write(held, place, Beside(weights=types.weights, plan="x"))
+        loaded, _ = runtime.load(str(place), "float32", "eager")
+        with rounded_kv_cache(loaded, types.kv_cache):
+            return judge(loaded, bench.splits.report, bench.report, dense=bench.dense).kl
+
+    found = set()
+    for number, types in enumerate(study.space.types):
+        (*_, trial) = run_trial(replace(removing("uniform", 1), types=types), context, number=number)
+        assert trial.state == "finished", trial.reason
+        assert trial.cost == price(trial.plan, context.table, study.target.value().storing(types))
+        model, _ = recovered_model(context, number)
+        assert trial.final.kl == pytest.approx(of_file(model, types), rel=1e-5)
+        found.add(trial.final.kl)
+    assert len(found) == 4  # types are other models
+    rivals = measure_rivals(context)
+    assert [one.types for one in rivals] == [StoredTypes("q8_0", "f16"), StoredTypes("q8_0", "q4_0")]
+    assert rivals[0].report.kl < 0.1 * rivals[1].report.kl
+    for one in rivals:  # KL of 1e-4 nats is a sum of terms of 1, in float32
+        assert one.report.kl == pytest.approx(of_file(bench.dense, one.types), abs=1e-6)
+
+
+def test_a_cache_of_the_space_that_cannot_hold_the_heads_is_refused(tmp_path: Path) -> None:
+    study = tiny_study(tmp_path, space=Space(kv_cache=("f16", "q4_0")))
+    with pytest.raises(ModelError, match=r"a KV cache in q4_0 stores the numbers of a head in blocks of 32"):
+        prepare_context(study, tmp_path / "run", cache_dir=tmp_path / "cache")
+
+
 def test_who_names_a_cache_means_llama_cpp() -> None:
     study = load_study("default", {"target.kv_cache": "q8_0"})
     target = study.target.value()
     assert (study.target.runtime, target.kv_cache, target.rounds) == ("gguf", "q8_0", True)
-    assert target.types == "bf16 and a KV cache in q8_0"
+    assert str(target.types) == "bf16 and a KV cache in q8_0"
     assert study.target.stored_in("", "stock").kv_cache == ""
     assert not load_study("default", {"target.kv_cache": "f16"}).target.value().rounds
 

@@ -1,6 +1,6 @@
-"""A search over plans and types of weights, without Ray and without a model.
+"""A search over plans, types of weights and types of the KV cache, without Ray and without a model.
 
-Oracles: prices of each plan in its own type; KL by arithmetic, to which rounding adds a known part.
+Oracles: prices of each plan in its own types; KL by arithmetic, to which rounding adds a known part.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from optuna.trial import FixedTrial
 
 from foldsearch.codec import from_json, to_json
 from foldsearch.plan.cost import price
 from foldsearch.plan.front import dominates
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.stored import Matrix
+from foldsearch.plan.stored import Matrix, StoredTypes, every_types, widest_first
 from foldsearch.proposal import Proposal
 from foldsearch.record import Draft, Trial, best_of_plans, plan_path, point
 from foldsearch.report import terminal
@@ -30,7 +31,8 @@ from tests.fake_trial import NUM_BLOCKS, ORDERS, TABLE, trial_at, with_results
 from tests.proposals import ordered_plan, removing
 
 TYPES = ("bf16", "q4_0")
-ADDED = {"bf16": 0.0, "q4_0": 0.3}  # KL by rounding
+CACHES = ("f16", "q8_0")
+ADDED = {"bf16": 0.0, "q4_0": 0.3, "": 0.0, "f16": 0.0, "q8_0": 0.02}  # KL by rounding
 
 
 def typed_table():
@@ -42,31 +44,32 @@ def typed_table():
     return replace(TABLE, blocks=(typed,) * NUM_BLOCKS, fixed_matrices=(Matrix(15625, 32, "head"),))
 
 
-def study_of() -> Study:
+def study_of(**space: object) -> Study:
     """With a budget that one dropped block keeps in 4 bits only, and seven in 16."""
     space = {
         "removal": [0.0, 0.7],
         "criteria": ["window", "greedy"],
         "weights": TYPES,
         "neighbour_share": 0.4,
+        **space,
     }
     return small_study(**{"space": space, "budget.gb": 0.0056, "trials": 40})
 
 
-@pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> Records:
+@pytest.fixture(scope="module", params=[(), CACHES], ids=["weights", "weights and cache"])
+def records(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Records:
     """Of a whole search."""
     path = tmp_path_factory.mktemp("typed") / "run"
     with Run.draft(path) as draft:
-        run = Run(draft, study_of(), typed_table()).begin(path)
+        run = Run(draft, study_of(kv_cache=request.param), typed_table()).begin(path)
     records = Records(run)
     line = Line(records)
     while (asked := line.next(num_running=0)) is not None:
         number, proposal = asked
         plan = ordered_plan(proposal, ORDERS, NUM_BLOCKS)
-        drafted = Draft(plan, price(plan, run.table, run.target.storing(proposal.weights)))
+        drafted = Draft(plan, price(plan, run.table, run.target.storing(proposal.types)))
         trial = trial_at(plan, run.study, len(run.study.rungs) - 1, proposal, number)
-        added = ADDED[proposal.weights]
+        added = ADDED[proposal.types.weights] + ADDED[proposal.types.kv_cache]
         trial = with_results(
             trial,
             lambda result, more=added: replace(
@@ -86,39 +89,56 @@ def test_every_trial_is_of_one_type_and_priced_in_it(records: Records) -> None:
     run = records.run
     assert run.target.weights == "q4_0"  # what bounds what can fit
     assert run.dense == price(FoldPlan.identity(NUM_BLOCKS), run.table, run.study.target.stored_in("bf16"))
-    assert {trial.weights for trial in finished(records)} == set(TYPES)
+    assert {trial.types for trial in finished(records)} == set(run.study.space.types)
     for trial in finished(records):
-        assert trial.cost == price(trial.plan, run.table, run.target.storing(trial.weights))
+        assert trial.cost == price(trial.plan, run.table, run.target.storing(trial.types))
         assert run.budget.admits(trial.cost)
     assert {trial.proposal.origin for trial in finished(records)} >= {"baseline", "sampler", "neighbour"}
     baselines = [trial for trial in finished(records) if trial.proposal.origin == "baseline"]
-    assert {trial.weights for trial in baselines} == {"bf16"}  # the first
+    assert {trial.types for trial in baselines} == {run.study.space.types[0]}
 
 
 def test_a_plan_is_measured_once_in_each_type(records: Records) -> None:
-    pairs = [(trial.plan, trial.weights) for trial in finished(records)]
+    pairs = [(trial.plan, trial.types) for trial in finished(records)]
     assert len(set(pairs)) == len(pairs)
-    both = {plan for plan, _ in pairs if {(plan, weights) for weights in TYPES} <= set(pairs)}
-    assert both
+    assert len({plan for plan, _ in pairs}) < len(pairs)  # some plan was measured in several types
     assert len(best_of_plans(records.all())) == len(pairs)
-    one, other = (trial for trial in finished(records) if trial.plan == next(iter(both)))
-    assert plan_path(records.run, one) != plan_path(records.run, other)
+    paths = {plan_path(records.run, trial) for trial in finished(records)}
+    assert len(paths) == len(pairs)
 
 
 def test_the_front_is_of_plans_and_types(records: Records) -> None:
     points = {trial.number: point(trial, records.objectives) for trial in finished(records)}
     expected = {n for n, one in points.items() if not any(dominates(two, one) for two in points.values())}
     assert {trial.number for trial in records.front()} == expected
-    assert {trial.weights for trial in records.front()} == set(TYPES)
+    assert {trial.types for trial in records.front()} == set(records.run.study.space.types)
 
 
 def test_a_repeat_is_foretold_in_its_own_type_only(records: Records) -> None:
     trial = finished(records)[0]
     assert trial.proposal is not None
-    other = next(weights for weights in TYPES if weights != trial.weights)
     assert records.foretell(trial.proposal) == trial.number
-    known = {(one.plan, one.weights): one.number for one in finished(records)}
-    assert records.foretell(replace(trial.proposal, weights=other)) == known.get((trial.plan, other))
+    known = {(one.plan, one.types): one.number for one in finished(records)}
+    for other in records.run.study.space.types:
+        assert records.foretell(replace(trial.proposal, types=other)) == known.get((trial.plan, other))
+
+
+def test_a_move_changes_one_type(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    front = [(trial.plan, trial.types) for trial in records.front()]
+    monkeypatch.setattr(
+        "foldsearch.search.records.neighbour", lambda plan, rng: None
+    )  # only types can change
+    rows = (FixedTrial({"learning_rate": 0.05, "delta_rank": 8}, number=number) for number in range(100))
+    moved = [one for row in rows if (one := records._neighbour(row)) is not None]
+    tried = {(trial.plan, trial.types) for trial in finished(records)}
+    assert moved or not records.run.study.space.kv_cache  # of two types of weights both may have been tried
+    for one in moved:
+        assert (one.plan, one.types) not in tried
+        assert any(
+            (of.weights != one.types.weights) + (of.kv_cache != one.types.kv_cache) == 1
+            for plan, of in front
+            if plan == one.plan
+        )
 
 
 def test_a_screened_plan_is_trained_in_the_widest_type_that_fits(tmp_path: Path) -> None:
@@ -128,34 +148,63 @@ def test_a_screened_plan_is_trained_in_the_widest_type_that_fits(tmp_path: Path)
     for dropped, expected in ((1, "q4_0"), (7, "bf16")):
         plan = FoldPlan.dropping(range(2, 2 + dropped), NUM_BLOCKS)
         fits = {
-            weights: run.budget.admits(price(plan, run.table, run.target.storing(weights)))
+            weights: run.budget.admits(price(plan, run.table, run.target.storing(StoredTypes(weights))))
             for weights in TYPES
         }
         assert fits["q4_0"]
         assert fits["bf16"] == (expected == "bf16")
         records.queue_plan(plan)
-        assert records.ask()[1].weights == expected
+        assert records.ask()[1].types.weights == expected
 
 
 def test_reports_name_the_type(records: Records) -> None:
     view = RunView.open(records.run.path)
-    trial = next(trial for trial in view.front if trial.weights == "q4_0")
-    assert any("q4_0" in words for words in view.authors(trial))
-    assert "in q4_0" in terminal.runtimes_words(view, trial.plan, trial.weights)
+    trial = next(trial for trial in view.front if trial.types.weights == "q4_0")
+    assert any(str(trial.types) in words for words in view.authors(trial))
+    cached = f", run with a KV cache in {trial.types.kv_cache}" if trial.types.kv_cache else ""
+    assert f"in q4_0{cached} (the default)" in terminal.runtimes_words(view, trial.plan, trial.types)
 
 
 def test_a_proposal_keeps_its_type() -> None:
-    asked = replace(removing("uniform", 2), weights="q5_0")
+    asked = replace(removing("uniform", 2), types=StoredTypes("q5_0", "q8_0"))
     assert Proposal.from_json(json.loads(json.dumps(asked.to_json()))) == asked
-    assert from_json(Trial, json.loads(json.dumps(to_json(Trial(3, proposal=asked))))).weights == "q5_0"
-    assert author(asked) == "uniform, q5_0"
+    assert from_json(Trial, json.loads(json.dumps(to_json(Trial(3, proposal=asked))))).types == asked.types
+    assert author(asked) == "uniform, q5_0 and a KV cache in q8_0"
 
 
-@pytest.mark.parametrize("overrides", [{"target.weights": "q8_0"}, {"target.runtime": "stock"}])
-def test_types_are_said_once_and_for_llama_cpp(overrides: dict[str, str]) -> None:
+def test_a_proposal_of_a_run_that_knew_no_types_of_caches_is_read() -> None:
+    told = replace(removing("uniform", 2), types=StoredTypes("q5_0")).to_json()
+    del told["kv_cache"]
+    assert Proposal.from_json(told).types == StoredTypes("q5_0")
+
+
+def test_the_coarser_type_decides_which_is_wider() -> None:
+    asked = every_types(("bf16", "q4_0"), ("f16", "q8_0"))
+    assert widest_first(reversed(asked)) == [
+        StoredTypes("bf16", "f16"),
+        StoredTypes("bf16", "q8_0"),
+        StoredTypes("q4_0", "f16"),
+        StoredTypes("q4_0", "q8_0"),
+    ]
+    assert every_types((), ()) == [StoredTypes()]
+    assert every_types((), ("f16",)) == [StoredTypes("", "f16")]
+
+
+def test_the_dense_model_is_measured_with_each_cache_of_the_space() -> None:
+    assert study_of().rivals() == [StoredTypes(name) for name in study_of().target.rivals]
+    both = study_of(kv_cache=CACHES).rivals()
+    assert both == [StoredTypes(name, cache) for name in study_of().target.rivals for cache in CACHES]
+    assert small_study(**{"target.rivals": [], "space": {"kv_cache": CACHES}}).rivals() == []
+
+
+@pytest.mark.parametrize("key", ["weights", "kv_cache"])
+@pytest.mark.parametrize("overrides", [{"target.{key}": "q8_0"}, {"target.runtime": "stock"}])
+def test_types_are_said_once_and_for_llama_cpp(overrides: dict[str, str], key: str) -> None:
+    overrides = {name.format(key=key): value for name, value in overrides.items()}
     space = {"space": "foldgpt"}
     assert load_study("default", space).target.runtime == "folded"
     values = {**load_study("default", {**space, **overrides}).model_dump(mode="json")}
-    values["space"]["weights"] = list(TYPES)
-    with pytest.raises(ValueError, match="several types of weights are searched for the gguf runtime"):
+    values["space"][key] = ["f16", "q8_0"]
+    what = {"weights": "weights", "kv_cache": "a KV cache"}[key]
+    with pytest.raises(ValueError, match=f"several types of {what} are searched for the gguf runtime"):
         Study.model_validate_json(json.dumps(values))
