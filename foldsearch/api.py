@@ -678,7 +678,8 @@ def _predicted(context: TrialContext, trial: Trial, runtime: Runtime, form: Expo
     )
     if latency is None or cost.prompt_ms is None or cost.decode_ms is None or not is_same:
         return None
-    return Predicted(latency.tokens, cost.prompt_ms, cost.decode_ms)
+    dense = price(FoldPlan.identity(len(context.table.blocks)), context.table, target)
+    return Predicted(latency.tokens, cost.prompt_ms, cost.decode_ms, dense.prompt_ms, dense.decode_ms)
 
 
 def verify_export(folder: Path, progress: StageProgress = silent) -> Iterator[tuple[Path, Rechecked]]:

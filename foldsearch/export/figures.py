@@ -86,30 +86,50 @@ class Speed:
 class Predicted:
     """The times of an export as its search reckoned them (see `foldsearch.plan.latency`).
 
-    tokens: of the prompt. prompt_ms: to read all of it. decode_ms: to write a token after it.
+    tokens: of the prompt. prompt_ms: to read all of it. decode_ms: to write a token after it. dense_prompt_ms,
+    dense_decode_ms: those of the dense model by the same lines; None where they are not known.
     """
 
     tokens: int
     prompt_ms: float
     decode_ms: float
+    dense_prompt_ms: float | None = None
+    dense_decode_ms: float | None = None
 
     def words(self, prompt: Speed, decode: Speed) -> str:
-        """Predicted beside measured, in a sentence; where they are far from each other, it says so."""
+        """Predicted beside measured, in a sentence or two; where they are far from each other, it says so.
+
+        A machine's pace changes from hour to hour. Where the dense model was timed in turns with the export, both are
+        also compared as shares of its times, which do not depend on the pace.
+        """
         if not prompt.exported or prompt.unsteady or decode.unsteady:
             return f"{self._predicted}; its speed was not measured."
-        prompt_ms = 1000 * self.tokens / statistics.median(prompt.exported)
-        decode_ms = 1000 / statistics.median(decode.exported)
+        prompt_ms, decode_ms = self._milliseconds(prompt.exported, decode.exported)
         apart = (prompt_ms / self.prompt_ms - 1, decode_ms / self.decode_ms - 1)
         words = (
             f"{self._predicted}; measured {prompt_ms:,.3g} ms ({apart[0]:+.0%}) and {decode_ms:,.3g} ms "
             f"({apart[1]:+.0%})."
         )
+        if max(map(abs, apart)) <= PREDICTED_WITHIN:
+            return words
+        if prompt.dense and decode.dense and self.dense_prompt_ms and self.dense_decode_ms:
+            of_dense = self._milliseconds(prompt.dense, decode.dense)
+            pace = (of_dense[0] / self.dense_prompt_ms, of_dense[1] / self.dense_decode_ms)
+            apart = ((1 + apart[0]) / pace[0] - 1, (1 + apart[1]) / pace[1] - 1)
+            words += (
+                f" The machine's pace is another one than it was: the dense model takes {pace[0] - 1:+.0%} and "
+                f"{pace[1] - 1:+.0%}. As shares of its times, measured and predicted are {apart[0]:+.0%} and "
+                f"{apart[1]:+.0%} apart."
+            )
         if max(map(abs, apart)) > PREDICTED_WITHIN:
             words += (
-                f" That is more than {PREDICTED_WITHIN:.0%} apart: the machine was busy at one of the two times, or "
-                "the plan has parts whose cost the lines do not know."
+                f" That is more than {PREDICTED_WITHIN:.0%}: the machine was busy at one of the two times, or the "
+                "plan has parts whose cost the lines do not know."
             )
         return words
+
+    def _milliseconds(self, prompt: Sequence[float], decode: Sequence[float]) -> tuple[float, float]:
+        return 1000 * self.tokens / statistics.median(prompt), 1000 / statistics.median(decode)
 
     @property
     def _predicted(self) -> str:

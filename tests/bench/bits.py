@@ -2,6 +2,7 @@
 
     python tests/bench/bits.py train --out small     a Llama of 12 blocks from scratch: its weights never had few bits
     python tests/bench/bits.py measure --out bits.jsonl [--model small] [--types q4_0 ...] [--plans "0-12 16-29" ...]
+    python tests/bench/bits.py measure --out bits.jsonl --orders rounded --caches q8_0 q4_0     a KV cache of few bits
     python tests/bench/bits.py speed --out bits.jsonl [--types q8_0 ...]       in llama.cpp, in turns with dense in bf16
     python tests/bench/bits.py show --out bits.jsonl
 
@@ -33,11 +34,13 @@ from foldsearch.cache import default_cache_dir
 from foldsearch.model import source
 from foldsearch.model.fold import fold
 from foldsearch.model.gguf.file import read_gguf
+from foldsearch.model.gguf.kv_cache import rounded_kv_cache
 from foldsearch.model.gguf.write import as_stored, rounded_matrix, write_gguf
 from foldsearch.model.heal import heal
 from foldsearch.model.judge import dense_targets, judge
 from foldsearch.model.states import residual_states
 from foldsearch.plan.plan import FoldPlan
+from foldsearch.plan.stored import cache_bytes
 from foldsearch.prepare import make_study_splits
 from foldsearch.runtimes import LLAMA_CPP, Beside, gguf
 from foldsearch.runtimes.process import ModelProcess
@@ -222,42 +225,49 @@ def file_bytes(model: Any, weights: str) -> int:
         return sum(entry.num_bytes for entry in read_gguf((path,)).tensors.values())
 
 
+def sizes(model: Any, weights: str, cache: str) -> dict[str, int]:
+    """Blocks, and bytes of the file and of a token in the cache."""
+    config = model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.num_key_value_heads * head
+    return {
+        "blocks": config.num_hidden_layers,
+        "bytes": file_bytes(model, weights),
+        "kv_bytes": 2 * config.num_hidden_layers * cache_bytes(width, cache or "f16"),
+    }
+
+
 def measure(args: argparse.Namespace) -> None:
     done = {
-        (row["model"], row["plan"], row["type"], row["order"]) for row in rows_of(args.out) if "kl" in row
+        (row["model"], row["plan"], row["type"], row["order"], row.get("cache", ""))
+        for row in rows_of(args.out)
+        if "kl" in row
     }
     bench = Bench(args.model)
     num_blocks, began = bench.dense.config.num_hidden_layers, time.monotonic()
     for weights in args.types:
         for text in args.plans or PLANS[num_blocks]:
             for order in args.orders:
-                key = (bench.name, text, weights, order)
-                if key in done or (weights == "bf16" and order != "rounded"):
+                if weights == "bf16" and order != "rounded":
+                    continue
+                asked = [(cache, (bench.name, text, weights, order, cache)) for cache in args.caches]
+                if all(key in done for _, key in asked):
                     continue
                 if time.monotonic() - began > args.seconds:
                     return
                 before = time.process_time()
                 model = bench.made(FoldPlan.parse(text, num_blocks), weights, order)
                 made = time.process_time() - before
-                quality = judge(model, bench.report, bench.targets, dense=bench.dense)
-                config = model.config
-                head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-                row = dict(zip(("model", "plan", "type", "order"), key, strict=True)) | {
-                    "blocks": config.num_hidden_layers,
-                    "bytes": file_bytes(model, weights),
-                    "kv_bytes": 2
-                    * 2
-                    * config.num_hidden_layers
-                    * config.num_key_value_heads
-                    * head,  # a token
-                    "cpu_seconds": made,
-                    **asdict(quality),
-                }
-                with args.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(
-                    *key, f"{row['bytes'] / 1e6:.1f} MB", f"KL {quality.kl:.4f}", f"{made:.0f} s", flush=True
-                )
+                for cache, key in asked:
+                    if key not in done:
+                        with rounded_kv_cache(model, cache):
+                            quality = judge(model, bench.report, bench.targets, dense=bench.dense)
+                        names = ("model", "plan", "type", "order", "cache")
+                        row = dict(zip(names, key, strict=True)) | sizes(model, weights, cache)
+                        row |= {"cpu_seconds": made, **asdict(quality)}
+                        with args.out.open("a") as file:
+                            file.write(json.dumps(row) + "\n")
+                        print(*key, f"{row['bytes'] / 1e6:.1f} MB", f"KL {quality.kl:.4f}", flush=True)
     print("done")
 
 
@@ -311,15 +321,17 @@ def show(args: argparse.Namespace) -> None:
         titles = [f"unseen: {one['name']}" if one["unseen"] else one["name"] for one in measured[0]["kinds"]]
         print(f"\n**{model}**, dense perplexity {measured[0]['dense_perplexity']:.2f}\n")
         print(
-            "| plan | type | order | MB | KV, B a token | KL, seen | unseen, mean | perplexity | prompt | decode |\n"
-            f"|{'---|' * 10}"
+            "| plan | type | KV cache | order | MB | KV, B a token | KL, seen | unseen, mean | perplexity | prompt "
+            "| decode |\n"
+            f"|{'---|' * 11}"
         )
         for row in sorted(measured, key=lambda row: (-row["bytes"], row["order"])):
             unseen = [one["kl"] for one in row["kinds"] if one["unseen"]]
             found = speeds.get((model, row["plan"], row["type"]))
             told = [ratio_words(found[name]) if found else "" for name in ("prompt", "decode")]
             print(
-                f"| `{row['plan']}` | {row['type']} | {row['order']} | {row['bytes'] / 1e6:.1f} | {row['kv_bytes']:,} "
+                f"| `{row['plan']}` | {row['type']} | {row.get('cache') or 'f16'} | {row['order']} "
+                f"| {row['bytes'] / 1e6:.1f} | {row['kv_bytes']:,} "
                 f"| {row['kl']:.4f} ± {row['kl_se']:.4f} | {statistics.fmean(unseen):.4f} | {row['perplexity']:.2f} "
                 f"| {' | '.join(told)} |"
             )
@@ -343,6 +355,9 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=TYPES, metavar="TYPE")
     parser.add_argument("--orders", nargs="+", default=ORDERS, choices=ORDERS)
     parser.add_argument("--plans", nargs="+", default=[], metavar="PLAN")
+    parser.add_argument(
+        "--caches", nargs="+", default=[""], metavar="TYPE", help="of keys and values; f16 if left out"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     {"train": train, "measure": measure, "speed": speed, "show": show}[args.what](args)

