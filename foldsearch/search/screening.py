@@ -1,7 +1,7 @@
 """Before the trials: many plans, each healed and measured on little text in seconds; the best few are then trained.
 
-1. every block dropped alone: what each is worth;
-2. the rivals: what the quick criteria choose, at a few counts;
+1. the rivals: what the quick criteria choose, at a few counts, so that a search of little time ends with the best one;
+2. every block dropped alone: what each is worth;
 3. rounds: plans that a model of all measured ones asks for (see `foldsearch.search.chain`), at every size that the
    budget allows, and near the plans that nothing beats so far;
 4. those that nothing beats at the end are promoted: the line of trials begins with them.
@@ -161,8 +161,8 @@ class Screening:
 
     def _batches(self, asked: Sequence[FoldPlan]) -> Iterator[dict[FoldPlan, str]]:
         yield {plan: "earlier run" for plan in asked if self._may_be(plan)}
-        yield {self._removing([block]): "alone" for block in range(len(self._context.table.blocks))}
         yield dict(self._rivals())
+        yield {self._removing([block]): "alone" for block in range(len(self._context.table.blocks))}
         while batch := self._round():
             yield batch
 
