@@ -16,6 +16,7 @@ from foldsearch.paths import check_path, command, printable
 from foldsearch.plan.cost import GB, CostTable, Target, price
 from foldsearch.plan.plan import MOST_BLOCKS, FoldPlan, check_ranks
 from foldsearch.plan.result import rounded
+from foldsearch.plan.stored import StoredTypes
 from foldsearch.progress import Notice, StageProgress, silent, unheard
 from foldsearch.record import Trial
 from foldsearch.runtimes import ALL_CAN, STOCK, Runtime, exported_bytes, runtime_for, runtime_named
@@ -88,6 +89,7 @@ class ExportForm:
     the target's runtime, else as the target's dtype is.
     overwrite: replace an export that is there. shows_text: whether tokens of the report texts go into the export, so
     that its figures can be taken again anywhere. compares: whether the dense model is measured beside it.
+    kv_cache: the type in which the runtime is to hold keys and values; empty as for the weights.
     """
 
     to: str | None = None
@@ -95,6 +97,7 @@ class ExportForm:
     overwrite: bool = False
     shows_text: bool = True
     compares: bool = True
+    kv_cache: str = ""
 
     def runtime(self, plan: FoldPlan, target: Target, table: CostTable) -> Runtime:
         """What a plan is exported to."""
@@ -106,6 +109,16 @@ class ExportForm:
         """In which type the runtime is to store weights; empty for the dtype's own."""
         ours = target.weights if target.rounds and runtime.name == target.runtime else ""
         return self.weights or ours
+
+    def cached(self, runtime: Runtime, target: Target) -> str:
+        """In which type the runtime is to hold keys and values; empty for its own.
+
+        Raises:
+            InputError: it holds them in its own way only, or has no such type.
+        """
+        if self.kv_cache:
+            runtime.check_cache_type(self.kv_cache)
+        return self.kv_cache or (target.kv_cache if runtime.name == target.runtime else "")
 
 
 def dry_run(study: Study, progress: StageProgress = silent, notice: Notice = unheard) -> DryRun:
@@ -470,6 +483,7 @@ def export_trial(
     form = form or ExportForm()
     runtime = form.runtime(trial.plan, folder.target, folder.table)
     runtime.stored_as(folder.target.dtype, form.stored(runtime, folder.target.storing(trial.types)))
+    form.cached(runtime, folder.target)
     _check_held(run, trial, runtime)
     check_export(out, trial.plan, runtime.name, table=folder.table, overwrite=form.overwrite)
     if trial.number in run.further:
@@ -628,9 +642,12 @@ def _export(
     from foldsearch.context import open_workbench
     from foldsearch.export import Shipment, export
     from foldsearch.export.recipe import licences_of, recipe_of
+    from foldsearch.model.gguf.kv_cache import check_kv_cache
     from foldsearch.model.source import open_tokenizer
     from foldsearch.rebuild import check_rebuilt, recovered_model
 
+    if form.kv_cache:
+        check_kv_cache(open_workbench(context).dense.config, form.kv_cache)
     progress("rebuilding the model that was measured", 0.0)
     model, trial = recovered_model(context, number)
     progress("comparing it with what was recorded", 0.0)
@@ -643,7 +660,7 @@ def _export(
         plan=trial.plan,
         runtime=runtime.name,
         weights=form.stored(runtime, target),
-        kv_cache=target.kv_cache if runtime.name == target.runtime else "",
+        kv_cache=form.cached(runtime, target),
         gguf=context.files.gguf,
         whole=context.files.whole,
         context=context.target.context,
@@ -652,7 +669,9 @@ def _export(
         text_NT=bench.splits.report.text_NT,
         dense=bench.dense if form.compares else None,
         licences=licences_of(context),
-        recipe=recipe_of(context, number, trial, form.weights, shows_text=form.shows_text),
+        recipe=recipe_of(
+            context, number, trial, StoredTypes(form.weights, form.kv_cache), shows_text=form.shows_text
+        ),
         shows_text=form.shows_text,
         predicted=_predicted(context, trial, runtime, form),
         details={
@@ -676,6 +695,7 @@ def _predicted(context: TrialContext, trial: Trial, runtime: Runtime, form: Expo
     is_same = runtime.engine == priced.engine and runtime.stored_as(target.dtype, stored) == priced.stored_as(
         target.dtype, target.weights if priced.types else ""
     )
+    is_same = is_same and form.cached(runtime, target) == target.kv_cache
     if latency is None or cost.prompt_ms is None or cost.decode_ms is None or not is_same:
         return None
     dense = price(FoldPlan.identity(len(context.table.blocks)), context.table, target)
@@ -731,7 +751,12 @@ def reproduce_export(
 
     def write(context: TrialContext, recipe: Recipe) -> None:
         form = ExportForm(
-            read.report.runtime, recipe.weights, overwrite, recipe.shows_text, read.report.dense is not None
+            read.report.runtime,
+            recipe.weights,
+            overwrite,
+            recipe.shows_text,
+            read.report.dense is not None,
+            recipe.kv_cache,
         )
         _export(context, NUMBER, out, form, None, progress)
 

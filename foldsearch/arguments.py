@@ -302,6 +302,9 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--type", metavar="TYPE", help=f"how a GGUF stores weights: {types}; by default as the dtype is"
     )
+    cached = "the type of keys and values with which llama.cpp checks a GGUF, and that the lines of its card name: "
+    cached += f"{', '.join(CACHE_TYPES)}; by default as the study's target says"
+    parser.add_argument("--kv-cache", metavar="TYPE", help=cached)
     parser.add_argument("--force", action="store_true", help="replace an export that is there")
     parser.add_argument(
         "--no-text",

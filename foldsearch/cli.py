@@ -504,7 +504,7 @@ def _export(args: argparse.Namespace) -> int:
         raise InputError("--trial is given once, unless --front DIR takes several. Name one trial.")
     args.trial = args.trial[0] if args.trial else None
     if args.to == PLAN:
-        _refuse(f"--to {PLAN} writes no model", args, "--type", "--prompt", "--no-text")
+        _refuse(f"--to {PLAN} writes no model", args, "--type", "--kv-cache", "--prompt", "--no-text")
     trial = _chosen(args, view)
     if args.to == PLAN:
         with _status() as progress:
@@ -512,7 +512,13 @@ def _export(args: argparse.Namespace) -> int:
         console().print(passport_lines(value, args.out))
         return 0
     with _status() as progress:
-        form = ExportForm(args.to, args.type or "", args.force, shows_text=not args.no_text)
+        form = ExportForm(
+            args.to,
+            args.type or "",
+            args.force,
+            shows_text=not args.no_text,
+            kv_cache=args.kv_cache or "",
+        )
         report = export_trial(view, trial.number, args.out, form=form, progress=progress, notice=_say)
     out = console()
     out.print(export_table(report, args.out))
@@ -531,7 +537,7 @@ def _export_front(args: argparse.Namespace, view: RunView) -> int:
     from foldsearch.report.terminal import console, family_table
 
     what = "--front writes whole models, several of them"
-    _refuse(what, args, "--type", "--prompt", "--knee")
+    _refuse(what, args, "--type", "--kv-cache", "--prompt", "--knee")
     if args.to == PLAN:
         raise InputError(f"{what}, and takes no --to {PLAN}. Leave that out.")
     bounds = _bounds(args)

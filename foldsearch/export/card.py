@@ -66,8 +66,9 @@ class Recipe:
 
     study: of the run, resolved, as JSON. identity: hashes of the model's parts and of the token sets, without the
     places where these lay. trial: as it was exported. recovery: how the rungs of the run trained it; further_tokens: up
-    to which it was trained beyond them, 0 where it was not. weights: the type that was asked for, empty for the dtype's
-    own. shows_text: whether the probe holds tokens of the report texts. latencies: what the run reckoned times from.
+    to which it was trained beyond them, 0 where it was not. weights, kv_cache: the types that were asked for, empty for
+    the dtype's own. shows_text: whether the probe holds tokens of the report texts. latencies: what the run reckoned
+    times from.
     """
 
     study: dict[str, Any]
@@ -78,6 +79,7 @@ class Recipe:
     weights: str
     shows_text: bool
     latencies: tuple[Latency, ...] = ()
+    kv_cache: str = ""
 
 
 @dataclass(frozen=True, slots=True)

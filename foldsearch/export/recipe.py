@@ -12,6 +12,7 @@ from typing import Any
 from foldsearch.context import TrialContext
 from foldsearch.export.card import UNKNOWN, Licences, Recipe
 from foldsearch.model.gguf.file import read_gguf
+from foldsearch.plan.stored import StoredTypes
 from foldsearch.prepare import sources_of
 from foldsearch.record import Trial, read_trial
 
@@ -19,14 +20,16 @@ _FRONT_MATTER = re.compile(r"\A---\s*\n.*?^license:\s*['\"]?(?P<name>[^\s'\"#]+)
 _FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE")
 
 
-def recipe_of(context: TrialContext, number: int, trial: Trial, weights: str, *, shows_text: bool) -> Recipe:
+def recipe_of(
+    context: TrialContext, number: int, trial: Trial, types: StoredTypes, *, shows_text: bool
+) -> Recipe:
     """How a trial's model is made again.
 
     Args:
         context: of its run.
         number: of the trial in that run.
         trial: as it is exported: trained further, where it was.
-        weights: the type that was asked for.
+        types: those that were asked for.
         shows_text: whether tokens of the report texts go into the export.
     """
     identity, of_run = context.run.identity(), read_trial(context.run.trial(number))
@@ -41,7 +44,8 @@ def recipe_of(context: TrialContext, number: int, trial: Trial, weights: str, *,
         trial=trial,
         recovery=of_run.recovery,
         further_tokens=trial.last.recovery_tokens if is_further else 0,
-        weights=weights,
+        weights=types.weights,
+        kv_cache=types.kv_cache,
         shows_text=shows_text,
         latencies=context.table.latencies,
     )

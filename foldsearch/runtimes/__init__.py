@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from foldsearch.errors import InputError, PlanError, find_named
 from foldsearch.plan.cost import CostTable, Target, price
 from foldsearch.plan.plan import UNITS, FoldPlan
-from foldsearch.plan.stored import DTYPE_TYPES, TYPES
+from foldsearch.plan.stored import CACHE_TYPES, DTYPE_TYPES, TYPES
 from foldsearch.runtimes.needs import WORDS, Need, homes_of, needs
 
 if TYPE_CHECKING:
@@ -223,6 +223,23 @@ class Runtime:
                 f"Choose one of these{self.other_types}."
             )
         return weights
+
+    def check_cache_type(self, kv_cache: str) -> None:
+        """Whether the runtime can be told to hold keys and values in a type.
+
+        Raises:
+            InputError: it cannot, or there is no such type.
+        """
+        if self.engine is None or not self.engine.cached[0]:
+            raise InputError(
+                f"an export to {self.name} holds keys and values as its program does; got the type '{kv_cache}' for "
+                "them. Export to gguf, or leave the type out."
+            )
+        if kv_cache not in CACHE_TYPES:
+            raise InputError(
+                f"llama.cpp holds keys and values as {', '.join(CACHE_TYPES)}; got the type '{kv_cache}'. Choose one "
+                "of these."
+            )
 
     def takes(self, block: int, position: int, family: str, *, by_position: bool = False) -> bool:
         """Whether a block may run at a position, where the runtime has blocks of another kind at some (`periods`).

@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from foldsearch.bound import lower_bound
+from foldsearch.cli import main
 from foldsearch.context import open_workbench
 from foldsearch.errors import ModelError, SpecError
 from foldsearch.export import Shipment, export
@@ -39,7 +40,7 @@ from foldsearch.spec.load import load_study
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import BudgetSettings, TargetSettings
 from foldsearch.trial import run_trial
-from tests.contexts import tiny_study
+from tests.contexts import begin_run, run_queued, tiny_study
 from tests.gguf_files import build, write_gguf
 from tests.gguf_tokenizers import bytes_tokenizer
 from tests.llama_cpp import ask_llama_cpp
@@ -227,6 +228,36 @@ def test_a_trial_of_a_space_of_types_is_measured_with_its_own(tmp_path: Path) ->
     assert rivals[0].report.kl < 0.1 * rivals[1].report.kl
     for one in rivals:  # KL of 1e-4 nats is a sum of terms of 1, in float32
         assert one.report.kl == pytest.approx(of_file(bench.dense, one.types), abs=1e-6)
+
+
+def test_an_export_may_be_asked_with_another_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the verb; the card knows it, and what is made again has it too."""
+    monkeypatch.setenv("FOLDSEARCH_CACHE", str(tmp_path / "cache"))
+    wide("llama", 32, vocab_size=300).save_pretrained(tmp_path / "dense")
+    bytes_tokenizer().save_pretrained(tmp_path / "dense")
+    study = tiny_study(tmp_path, model=str(tmp_path / "dense"), rungs=(0,))
+    run_queued(begin_run(study, tmp_path / "run", cache_dir=tmp_path / "cache"), "window", 1)
+    words = ["export", str(tmp_path / "run"), "--trial", "0", "--out", str(tmp_path / "out")]
+    for more, told in (
+        (
+            ["--to", "stock", "--kv-cache", "q8_0"],
+            "holds keys and values as its program does; got the type 'q8_0'",
+        ),
+        (["--to", "gguf", "--kv-cache", "mxfp4"], "llama.cpp holds keys and values as f32, "),
+        (["--to", "plan", "--kv-cache", "q8_0"], "takes no --kv-cache"),
+    ):
+        assert main([*words, *more]) == 2
+        assert told in " ".join(capsys.readouterr().err.split())
+        assert not (tmp_path / "out").exists()
+    assert main([*words, "--to", "gguf", "--type", "q8_0", "--kv-cache", "q4_0"]) == 0
+    card = read_card(tmp_path / "out" / "card.json")
+    assert (card.report.weights, card.report.kv_cache) == ("q8_0", "q4_0")
+    assert card.recipe is not None
+    assert card.recipe.kv_cache == "q4_0"
+    assert main(["reproduce", str(tmp_path / "out" / "card.json"), "--out", str(tmp_path / "again")]) == 0
+    assert read_card(tmp_path / "again" / "card.json").report.kv_cache == "q4_0"
 
 
 def test_a_cache_of_the_space_that_cannot_hold_the_heads_is_refused(tmp_path: Path) -> None:
