@@ -329,7 +329,7 @@ def front(
 def plan_path(run: Run, trial: Trial) -> Path:
     """The file that says which trial measures a plan.
 
-    One for each start of adapters and for each types that are stored, which are other models.
+    One for each start of adapters and each pair of types, which are other models.
     """
     cached = f"kv-{trial.types.kv_cache}" if trial.types.kv_cache else ""
     parts = (trial.plan.id, trial.fold.adapter_start or "", trial.types.weights, cached)

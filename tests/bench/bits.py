@@ -24,6 +24,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,9 @@ class Bench:
             heal(model, self.states, self.ids_NT, stored=lambda weight_OI: rounded_matrix(weight_OI, weights))
         return gguf.rounded(gguf.before_rounding(model)[0], weights)
 
-    def running(self, plan: FoldPlan, weights: str, folder: Path, held: ExitStack) -> ModelProcess:
+    def running(
+        self, plan: FoldPlan, weights: str, cache: str, folder: Path, held: ExitStack
+    ) -> ModelProcess:
         """The model in llama.cpp, not healed: that changes no speed."""
         folder.mkdir(exist_ok=True)
         model = gguf.rounded(gguf.before_rounding(fold(self.dense, plan))[0], weights)
@@ -213,7 +216,8 @@ class Bench:
         workplace = Path(held.enter_context(tempfile.TemporaryDirectory()))
         process = held.enter_context(ModelProcess(workplace, answers=LLAMA_CPP.module))
         tokens = list(range(1000, 1256)) if model.config.vocab_size > 1256 else list(range(10, 266))
-        process.ask("load", folder=str(folder), threads=1, context=512, tokens=tokens)
+        more = {"kv_cache": cache} if cache else {}
+        process.ask("load", folder=str(folder), threads=1, context=512, tokens=tokens, **more)
         return process
 
 
@@ -276,28 +280,30 @@ def measure(args: argparse.Namespace) -> None:
 
 def speed(args: argparse.Namespace) -> None:
     """Tokens per second in llama.cpp, in turns with the dense model in bf16; one thread of each."""
-    done = {(row["model"], row["plan"], row["type"]) for row in rows_of(args.out) if "prompt" in row}
+    done = {
+        (row["model"], row["plan"], row["type"], row.get("cache", ""))
+        for row in rows_of(args.out)
+        if "prompt" in row
+    }
     bench = Bench(args.model, asks=False)
     num_blocks = bench.dense.config.num_hidden_layers
     with tempfile.TemporaryDirectory() as place, ExitStack() as held:
-        dense = bench.running(FoldPlan.identity(num_blocks), "bf16", Path(place) / "dense", held)
-        for weights in args.types:
-            for text in args.plans or PLANS[num_blocks]:
-                key = (bench.name, text, weights)
-                if key in done:
-                    continue
-                with ExitStack() as here:
-                    other = bench.running(
-                        FoldPlan.parse(text, num_blocks), weights, Path(place) / "one", here
-                    )
-                    turns = [(dense.ask("turn"), other.ask("turn")) for _ in range(TURNS)]
-                row = dict(zip(("model", "plan", "type"), key, strict=True)) | {
-                    name: [[before[name], after[name]] for before, after in turns]
-                    for name in ("prompt", "decode")
-                }
-                with args.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(*key, *(ratio_words(row[name]) for name in ("prompt", "decode")), flush=True)
+        dense = bench.running(FoldPlan.identity(num_blocks), "bf16", "", Path(place) / "dense", held)
+        for weights, text, cache in product(args.types, args.plans or PLANS[num_blocks], args.caches):
+            key = (bench.name, text, weights, cache)
+            if key in done:
+                continue
+            plan = FoldPlan.parse(text, num_blocks)
+            with ExitStack() as here:
+                other = bench.running(plan, weights, cache, Path(place) / "one", here)
+                turns = [(dense.ask("turn"), other.ask("turn")) for _ in range(TURNS)]
+            row = dict(zip(("model", "plan", "type", "cache"), key, strict=True)) | {
+                name: [[before[name], after[name]] for before, after in turns]
+                for name in ("prompt", "decode")
+            }
+            with args.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(*key, *(ratio_words(row[name]) for name in ("prompt", "decode")), flush=True)
     print("done")
 
 
@@ -313,7 +319,9 @@ def ratio_words(turns: list[list[float]]) -> str:
 def show(args: argparse.Namespace) -> None:
     """One row for each plan and type of a model, the better order first."""
     rows = rows_of(args.out)
-    speeds = {(row["model"], row["plan"], row["type"]): row for row in rows if "prompt" in row}
+    speeds = {
+        (row["model"], row["plan"], row["type"], row.get("cache", "")): row for row in rows if "prompt" in row
+    }
     for model in dict.fromkeys(row["model"] for row in rows):
         measured = [row for row in rows if row["model"] == model and "kl" in row]
         if not measured:
@@ -327,7 +335,7 @@ def show(args: argparse.Namespace) -> None:
         )
         for row in sorted(measured, key=lambda row: (-row["bytes"], row["order"])):
             unseen = [one["kl"] for one in row["kinds"] if one["unseen"]]
-            found = speeds.get((model, row["plan"], row["type"]))
+            found = speeds.get((model, row["plan"], row["type"], row.get("cache", "")))
             told = [ratio_words(found[name]) if found else "" for name in ("prompt", "decode")]
             print(
                 f"| `{row['plan']}` | {row['type']} | {row.get('cache') or 'f16'} | {row['order']} "

@@ -51,6 +51,7 @@ from foldsearch.spec.space import Space
 
 REFERENCE = (4.0, 1.0)  # KL in nats a token, memory as a share of dense
 MARKS = (0.25, 0.5, 1.0)  # shares of the seconds at which the fronts are compared
+OUTSIDE = 2 * REFERENCE[0]  # what is told of a plan whose count is outside the range, which is not measured
 BEGIN = 10  # random plans that Optuna's samplers begin with
 SEEDLESS = ("criteria", "greedy")
 
@@ -139,7 +140,7 @@ def by_sampler(setting: Setting, sampler: optuna.samplers.BaseSampler, rng: rand
             for block in range(setting.num_blocks)
             if trial.suggest_categorical(str(block), (False, True))
         )
-        kl = (yield gone) if len(gone) in setting.counts else 2 * REFERENCE[0]
+        kl = yield gone
         study.tell(trial, [kl, -float(len(gone))])
 
 
@@ -198,9 +199,11 @@ def run_asking(ask: Asking, setting: Setting, memory: Memory, seconds: float) ->
         warnings.simplefilter("ignore")
         gone = next(ask)
         while spent.seconds < seconds:
-            plan = FoldPlan.dropping(sorted(gone), setting.num_blocks)
-            kl = memory.measure(screen, plan).kl
-            spent.path.append((spent.seconds, (kl, setting.share(plan))))
+            kl = OUTSIDE
+            if len(gone) in setting.counts:
+                plan = FoldPlan.dropping(sorted(gone), setting.num_blocks)
+                kl = memory.measure(screen, plan).kl
+                spent.path.append((spent.seconds, (kl, setting.share(plan))))
             try:
                 gone = ask.send(kl)
             except StopIteration:
