@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
+from itertools import chain
 from operator import attrgetter
 
 from foldsearch.bound import lower_bound
@@ -13,6 +14,7 @@ from foldsearch.errors import BudgetError, SpecError
 from foldsearch.fates import fate_named
 from foldsearch.plan.cost import GB, Budget, Cost, CostTable, Target, price
 from foldsearch.plan.plan import FoldPlan, is_foldable
+from foldsearch.plan.stored import widest_first
 from foldsearch.proposal import Fold, Groups, Proposal, Removed, fold_plan
 from foldsearch.runtimes import ALL_CAN, runtime_named
 from foldsearch.runtimes.nearest import nearest_removed
@@ -175,9 +177,14 @@ def repair(
     """The proposal itself if its lower bound fits, else the nearest one that does; None if none does.
 
     The count and the criterion stay. Nearest: what stands nearest in the fate's own table first, for each of these
-    more groups, then larger ones, then an earlier start, then smaller adapters.
+    more groups, then larger ones, then an earlier start, then smaller adapters; then the same in the other types that
+    the space has, the widest first.
     """
-    nearest = _nearest(proposal, space, len(table.blocks))
+    others = [types for types in widest_first(space.types) if types != proposal.types]
+    nearest = chain.from_iterable(
+        _nearest(replace(proposal, types=types), space, len(table.blocks))
+        for types in (proposal.types, *others)
+    )
     return next((other for other in nearest if budget.admits(lower_bound(other, table, target))), None)
 
 

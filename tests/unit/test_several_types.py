@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from optuna.trial import FixedTrial
 
+from foldsearch.bound import lower_bound
 from foldsearch.codec import from_json, to_json
 from foldsearch.plan.cost import price
 from foldsearch.plan.front import dominates
@@ -24,6 +25,7 @@ from foldsearch.report.view import RunView, author
 from foldsearch.run import Run
 from foldsearch.search.proposer import Line
 from foldsearch.search.records import Records
+from foldsearch.spec.fit import narrow, repair
 from foldsearch.spec.load import load_study
 from foldsearch.spec.study import Study
 from tests.fake_driver import study as small_study
@@ -98,9 +100,8 @@ def test_every_trial_is_of_one_type_and_priced_in_it(records: Records) -> None:
     assert {trial.types for trial in baselines} == {run.study.space.types[0]}
 
 
-def test_a_plan_is_measured_once_in_each_type(records: Records) -> None:
-    pairs = [(trial.plan, trial.types) for trial in finished(records)]
-    assert len(set(pairs)) == len(pairs)
+def test_a_plan_counts_once_in_each_type(records: Records) -> None:
+    pairs = {(trial.plan, trial.types) for trial in finished(records)}
     assert len({plan for plan, _ in pairs}) < len(pairs)  # some plan was measured in several types
     assert len(best_of_plans(records.all())) == len(pairs)
     paths = {plan_path(records.run, trial) for trial in finished(records)}
@@ -155,6 +156,21 @@ def test_a_screened_plan_is_trained_in_the_widest_type_that_fits(tmp_path: Path)
         assert fits["bf16"] == (expected == "bf16")
         records.queue_plan(plan)
         assert records.ask()[1].types.weights == expected
+
+
+def test_what_cannot_fit_in_its_types_takes_the_widest_that_can(records: Records) -> None:
+    run = records.run
+    space = narrow(run.study.space, run.table, run.target, run.budget)
+    for count in (1, 7):
+        asked = replace(removing("window", count), types=space.types[0])
+        found = repair(asked, space, run.table, run.target, run.budget)
+        fitting = [
+            types
+            for types in widest_first(space.types)
+            if run.budget.admits(lower_bound(replace(asked, types=types), run.table, run.target))
+        ]
+        assert found == replace(asked, types=fitting[0])
+        assert (fitting[0] == space.types[0]) == (count == 7)
 
 
 def test_reports_name_the_type(records: Records) -> None:
