@@ -298,10 +298,9 @@ def _export(parser: argparse.ArgumentParser) -> None:
         f"study's target.runtime; where that is {runtimes.ALL_CAN}, {runtimes.STOCK} for a plan that stock blocks run "
         "exactly and that shares nothing",
     )
-    types = ", ".join(dict.fromkeys(name for runtime in runtimes.RUNTIMES for name in runtime.types))
-    parser.add_argument(
-        "--type", metavar="TYPE", help=f"how a GGUF stores weights: {types}; by default as the dtype is"
-    )
+    of = [f"{one.name}: {', '.join(one.types)}" for one in runtimes.RUNTIMES if one.types]
+    types = f"how weights are stored in the file. {'; '.join(of)}; by default as the dtype is"
+    parser.add_argument("--type", metavar="TYPE", help=types)
     cached = "the type of keys and values with which llama.cpp checks a GGUF, and that the lines of its card name: "
     cached += f"{', '.join(CACHE_TYPES)}; by default as the study's target says"
     parser.add_argument("--kv-cache", metavar="TYPE", help=cached)
