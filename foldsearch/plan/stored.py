@@ -80,6 +80,11 @@ class StoredTypes:
         cached = f"a KV cache in {self.kv_cache}" if self.kv_cache else ""
         return " and ".join(filter(None, (self.weights, cached)))
 
+    @property
+    def label(self) -> str:
+        """The same for the rows of a table and the marks of a picture: "q4_0, KV q8_0"."""
+        return ", ".join(filter(None, (self.weights, f"KV {self.kv_cache}" if self.kv_cache else "")))
+
 
 AS_TARGET = StoredTypes()
 

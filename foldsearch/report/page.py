@@ -148,9 +148,10 @@ def _trial_table(view: RunView) -> str:
         + f"<td>{'' if perplexity is None else f'{perplexity:.2f}'}<td><td class=l>{_cost_cells(dense, dense)}"
         + _time_cells(view, view.folder.timed_dense)
     )
+    whole = _svg(FoldPlan.identity(view.folder.num_blocks))
     for rival in view.rivals:
         rows.append(
-            f"<tr class=dense><td>dense {rival.types}<td class=l>{_svg(FoldPlan.identity(view.folder.num_blocks))}"
+            f"<tr class=dense><td>dense {rival.types.label}<td class=l>{whole}"
             f"{_figure_cells(rival.search, rival.report, kinds)}<td><td class=l>{_cost_cells(rival.cost, dense)}"
             f"{_time_cells(view, rival.cost)}"
         )

@@ -348,7 +348,7 @@ def _draw_rivals(view: RunView, axes: Axes, frame: _Frame) -> None:
             label="" if number else "dense, fewer bits",
         )  # fmt: skip
         axes.annotate(
-            f"{rival.types} {place.beyond}", (place.x, place.y), xytext=(6, 5), textcoords="offset points",
+            f"{rival.types.label} {place.beyond}", (place.x, place.y), xytext=(6, 5), textcoords="offset points",
             fontsize=7, color=INK,
         )  # fmt: skip
 

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from foldsearch.search.dry_run import DryRun
     from foldsearch.search.screened import Screened
 from foldsearch.search.screened import SEARCH
-from foldsearch.spec.study import Study
+from foldsearch.spec.study import TYPED, Study
 
 WIDTH_OF_LOGS = 120  # characters of a line where the output is no terminal
 
@@ -254,8 +254,9 @@ def _front_rows(view: RunView, every: bool) -> list[dict[str, str | Text]]:
     rows = [dense | _files(view, FoldPlan.identity(folder.num_blocks))]
     for rival in view.rivals:
         cost = _price(rival.cost, folder.dense)
-        named = {"trial": f"dense {rival.types}", "plan": dense["plan"]}
-        rows.append(named | _figures(rival.search, rival.report) | cost)
+        named = {"trial": f"dense {rival.types.label}", "plan": dense["plan"]}
+        in_file: dict[str, str | Text] = {f"{TYPED} MB": megabytes(rival.cost.stored_bytes)}
+        rows.append(named | _figures(rival.search, rival.report) | cost | in_file)
     for trial in shown:
         final, on_front = trial.final, trial.number in front
         authors = ", ".join(view.authors(trial))

@@ -417,7 +417,7 @@ def author(proposal: Proposal) -> str:
 
     Also in which types it is stored, where the space has several.
     """
-    return ", ".join(filter(None, (_chosen_by(proposal), str(proposal.types))))
+    return ", ".join(filter(None, (_chosen_by(proposal), proposal.types.label)))
 
 
 def searched_types(folder: Run) -> StoredTypes:

@@ -176,7 +176,7 @@ def test_what_cannot_fit_in_its_types_takes_the_widest_that_can(records: Records
 def test_reports_name_the_type(records: Records) -> None:
     view = RunView.open(records.run.path)
     trial = next(trial for trial in view.front if trial.types.weights == "q4_0")
-    assert any(str(trial.types) in words for words in view.authors(trial))
+    assert any(trial.types.label in words for words in view.authors(trial))
     cached = f", run with a KV cache in {trial.types.kv_cache}" if trial.types.kv_cache else ""
     assert f"in q4_0{cached} (the default)" in terminal.runtimes_words(view, trial.plan, trial.types)
 
@@ -185,7 +185,7 @@ def test_a_proposal_keeps_its_type() -> None:
     asked = replace(removing("uniform", 2), types=StoredTypes("q5_0", "q8_0"))
     assert Proposal.from_json(json.loads(json.dumps(asked.to_json()))) == asked
     assert from_json(Trial, json.loads(json.dumps(to_json(Trial(3, proposal=asked))))).types == asked.types
-    assert author(asked) == "uniform, q5_0 and a KV cache in q8_0"
+    assert author(asked) == "uniform, q5_0, KV q8_0"
 
 
 def test_a_proposal_of_a_run_that_knew_no_types_of_caches_is_read() -> None:
