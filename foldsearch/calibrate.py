@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Rounds", "Subject", "calibrated", "latency_of"]
 
-SCHEMA = 1  # of what is kept; raise it when a turn, or what is read of it, changes
-SHARES = (1.0, 2 / 3, 1 / 3)  # of the blocks, that are measured
+SCHEMA = 2  # of what is kept; raise it when a turn, or what is read of it, changes
+SHARES = (1.0, 2 / 3, 1 / 2, 1 / 3)  # of the blocks, that are measured
 SMALLER = (1.0, 0.5, 0.25)  # of these shares, where memory does not hold the whole model as often
 FEWEST_ROUNDS, MOST_ROUNDS, TIMED_SECONDS = 3, 9, 24.0
 ROOM = 1.5  # of the bytes of all measured models, that their processes take
@@ -193,7 +193,7 @@ def _plans(subject: Subject) -> Iterator[FoldPlan]:
             yield from plans
             return
     raise InputError(
-        f"latency is measured with at least a quarter of the model in memory three times over; that needs "
+        f"latency is measured with at least a quarter of the model in memory several times over; that needs "
         f"{max(needed, building) / GB:.1f} GB, and {free_memory() / GB:.1f} GB are free. Take the latency out of the "
         "budget and the objectives."
     )

@@ -1,4 +1,4 @@
-"""How long a plan takes in the program that runs it: straight lines through a few measured models of fewer blocks.
+"""How long a plan takes in the program that runs it: straight pieces through a few measured models of fewer blocks.
 
 A program reads a prompt in a time that grows with the multiplications of the blocks, and writes a token in one that
 grows with the bytes that it reads for them: weights, and what is cached. What does not depend on the blocks, such as
@@ -8,8 +8,10 @@ the logits, is the constant part of a line. Source: ours; decision 0030.
 from __future__ import annotations
 
 import statistics
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 from foldsearch.errors import BudgetError
@@ -31,14 +33,28 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Milliseconds as a straight line. fixed_ms: without any work. unit_ms: of a unit of work (a MAC, a byte)."""
+    """Milliseconds over work (MACs, bytes): a straight line, or straight pieces between what was measured.
+
+    fixed_ms: without any work. unit_ms: of a unit of work. pieces: work and milliseconds of what was measured, the
+    least first, both growing; where there are any, times lie on the pieces between them, the first and the last of
+    which go on, and the line is not used.
+    """
 
     fixed_ms: float
     unit_ms: float
+    pieces: tuple[tuple[float, float], ...] = ()
 
     def at(self, work: float) -> float:
-        """Milliseconds for so much work."""
-        return self.fixed_ms + self.unit_ms * work
+        """Milliseconds for so much work; never less for more of it, and never below zero."""
+        if not self.pieces:
+            return self.fixed_ms + self.unit_ms * work
+        place = bisect_left([one for one, _ in self.pieces], work)
+        place = min(max(place, 1), len(self.pieces) - 1)
+        (before, ms), (after, later_ms) = self.pieces[place - 1 : place + 1]
+        unit_ms = (later_ms - ms) / (after - before)
+        if work < before and ms < unit_ms * before:  # a piece that would end below zero
+            unit_ms = ms / before
+        return ms + unit_ms * (work - before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +124,7 @@ def fit_line(points: Sequence[tuple[float, float]], what: str) -> Line:
     """The line through (work, milliseconds) whose relative errors are least squares; it never falls below zero.
 
     An exact line is found exactly. Where noise makes the constant part negative, the line goes through nothing instead.
+    Where the times grow from each amount of work to the next, straight pieces go through all of them.
 
     Args:
         points: of at least two different amounts of work.
@@ -129,11 +146,19 @@ def fit_line(points: Sequence[tuple[float, float]], what: str) -> Line:
             f"the time {what} must grow with the blocks that run; got {told} from the fewest blocks to the most. "
             "Measure again when the machine is quiet, or take the latency out of the budget and the objectives."
         )
+    pieces = _growing(points)
     fixed = mean_ms - slope * mean_work
     if fixed >= 0:
-        return Line(fixed, slope)
+        return Line(fixed, slope, pieces)
     through = sum(w * work * ms for w, (work, ms) in zip(weights, points, strict=True))
-    return Line(0.0, through / sum(w * work**2 for w, (work, _) in zip(weights, points, strict=True)))
+    return Line(0.0, through / sum(w * work**2 for w, (work, _) in zip(weights, points, strict=True)), pieces)
+
+
+def _growing(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """The points, the least work first; none where some more work took no longer, which is noise."""
+    ordered = tuple(sorted(points))
+    grows = all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(ordered))
+    return ordered if grows and len(ordered) > 2 else ()  # two are a line
 
 
 def timed(blocks: int, prompt_ms: Sequence[float], decode_ms: Sequence[float]) -> Timed:

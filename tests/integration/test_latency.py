@@ -272,6 +272,6 @@ def test_transformers_is_measured_in_processes_of_its_own(
 def test_llama_cpp_is_measured(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     subject, found = measured("gguf", tmp_path)
-    assert [one.blocks for one in found.timed] == [24, 16, 8]
+    assert [one.blocks for one in found.timed] == [24, 16, 12, 8]
     assert "llama.cpp" in found.where
     check_lines(subject, found)

@@ -6,11 +6,14 @@ Oracles: lines and prices by hand; rounds of a machine whose speed is known.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from foldsearch import calibrate
 from foldsearch.bound import lower_bound
@@ -61,6 +64,36 @@ def test_a_constant_part_below_zero_is_clamped() -> None:
     assert line.unit_ms == pytest.approx(
         (1 + 6 / 9 + 15 / 25) / (1 + 4 / 9 + 9 / 25)
     )  # least relative squares
+
+
+def test_between_what_was_measured_times_are_on_straight_pieces() -> None:
+    """By hand; below the first one towards nothing, where its piece would end below zero."""
+    line = fit_line([(20, 3.0), (10, 1.0), (40, 4.0)], "")
+    assert line.pieces == ((10, 1.0), (20, 3.0), (40, 4.0))
+    for work_done, ms in ((5, 0.5), (10, 1.0), (15, 2.0), (20, 3.0), (30, 3.5), (40, 4.0), (50, 4.5)):
+        assert line.at(work_done) == pytest.approx(ms)
+    assert fit_line([(10, 2.0), (20, 2.5), (40, 4.0)], "").at(4) == pytest.approx(1.7)
+
+
+def test_noise_that_turns_the_order_round_leaves_the_line() -> None:
+    line = fit_line([(10, 1.0), (20, 0.9), (40, 4.0)], "")
+    assert line.pieces == ()
+    assert line.at(30) == line.fixed_ms + 30 * line.unit_ms
+
+
+@given(st.lists(st.tuples(st.integers(1, 10**6), st.floats(1e-3, 1e4)), min_size=3, max_size=6))
+def test_times_never_fall_with_more_work(points: list[tuple[int, float]]) -> None:
+    assume(len({amount for amount, _ in points}) > 1)
+    try:
+        line = fit_line(points, "")
+    except BudgetError:
+        return
+    amounts = sorted({0, 1, 10**6 + 1, *(amount for amount, _ in points)})
+    times = [line.at(amount) for amount in amounts]
+    assert times[0] >= -1e-9
+    assert all(a <= b * (1 + 1e-9) + 1e-9 for a, b in pairwise(times))
+    if line.pieces:
+        assert all(line.at(amount) == pytest.approx(ms) for amount, ms in points)
 
 
 @pytest.mark.parametrize("times", [(5.0, 4.0, 3.0), (4.0, 4.0, 4.0)])
@@ -188,8 +221,8 @@ def test_lines_come_of_three_counts_and_are_kept(tmp_path: Path) -> None:
     asked = subject(num_hidden_layers=6)
     machine = Machine(asked)
     found = calibrated(asked, tmp_path, run=machine)
-    assert machine.asked == [[6, 4, 2]]
-    assert [one.blocks for one in found.timed] == [6, 4, 2]
+    assert machine.asked == [[6, 4, 3, 2]]
+    assert [one.blocks for one in found.timed] == [6, 4, 3, 2]
     table = replace(asked.table, latencies=(found,))
     for text in ("0-5", "0 2-4", "0 5", "0 1a 2m 3"):  # those between and beyond too
         plan = FoldPlan.parse(text, 6)
@@ -228,9 +261,9 @@ def test_fewer_blocks_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.
     asked = subject(num_hidden_layers=12)
     machine = Machine(asked)
     whole = price(FoldPlan.identity(12), asked.table, asked.target).stored_bytes
-    monkeypatch.setattr(calibrate, "free_memory", lambda: 2 * whole)
+    monkeypatch.setattr(calibrate, "free_memory", lambda: 2.7 * whole)
     found = calibrated(asked, tmp_path, run=machine)
-    assert machine.asked == [[6, 4, 2]]
+    assert machine.asked == [[6, 4, 3, 2]]
     exact = work(FoldPlan.identity(12), asked.table, asked.target, 40)
     assert found.times(exact)[1] == pytest.approx(1 + exact.decode_bytes / 500)
     monkeypatch.setattr(calibrate, "free_memory", lambda: 10)
