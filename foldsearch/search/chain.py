@@ -16,7 +16,7 @@ Shapes: L blocks, S states in use, P plans, F features, W steps of what is saved
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -120,11 +120,12 @@ class Prices:
 
     def saved(self, code: str) -> int:
         """Steps that a plan saves; they are rounded down for each block."""
-        numbers = [self.states.index(state) for state in KEPT + code]
-        return sum(
-            int(self.saved_LSS[block, before, after])
-            for block, (before, after) in enumerate(pairwise(numbers))
-        )
+        return int(self.saved_by([code])[0])
+
+    def saved_by(self, codes: Sequence[str]) -> NDArray[np.int64]:
+        """Steps that each of these plans saves, (P,)."""
+        before_PL, after_PL = _pairs(codes, self.states, len(self.saved_LSS))
+        return np.asarray(self.saved_LSS[np.arange(len(self.saved_LSS)), before_PL, after_PL].sum(1))
 
 
 # ---- the sum
@@ -149,21 +150,6 @@ class Chain:
             float(self.terms_LSS[block, before, after])
             for block, (before, after) in enumerate(pairwise(numbers))
         )
-
-    def near(self, code: str, penalty: float) -> Chain:
-        """A chain in which each block that is in another state than in this plan costs so much more."""
-        terms_LSS = self.terms_LSS + penalty
-        for block, state in enumerate(code):
-            terms_LSS[block, :, self.states.index(state)] -= penalty
-        return Chain(self.states, terms_LSS)
-
-    def dearer(self, states: str, penalty: float) -> Chain:
-        """A chain in which each block in one of these states costs so much more."""
-        terms_LSS = self.terms_LSS.copy()
-        for state in states:
-            if state in self.states:
-                terms_LSS[:, :, self.states.index(state)] += penalty
-        return Chain(self.states, terms_LSS)
 
     def best(self, prices: Prices, least: int, keep: int = 1) -> list[str]:
         """The `keep` plans with the lowest sums of those that save `least` steps or more, best first."""
@@ -223,6 +209,9 @@ class ChainFit:
 
     Attributes:
         states: that may occur, kept first.
+        known: the KL of the plans that were measured, by the states of their blocks, nats per token.
+        prior_F, spread_F: what is expected of the terms before any plan is measured: mean and standard deviation.
+        mean_F: what is expected of them now.
     """
 
     def __init__(self, states: str, num_blocks: int, known: Mapping[str, float]) -> None:
@@ -234,58 +223,74 @@ class ChainFit:
             known: the KL of plans by the states of their blocks, nats per token; others are left out.
         """
         known = {code: kl for code, kl in known.items() if set(code) <= set(states)}
-        self.states, self._num_blocks = states, num_blocks
-        terms = [
-            term
-            for block in range(num_blocks)
-            for before in states
-            for after in states
-            for term, _ in _terms_of(block, before, after)
-        ]
-        self._columns = {term: number for number, term in enumerate(dict.fromkeys(terms))}
-        features_PF = np.zeros((len(known), len(self._columns)))
-        for row, code in enumerate(known):
-            for block, (before, after) in enumerate(pairwise(KEPT + code)):
-                for term, weight in _terms_of(block, before, after):
-                    features_PF[row, self._columns[term]] += weight
-        wanted_P = np.asarray(list(known.values()), dtype=float)
-        sure_P = 1 / (NOISE * np.abs(wanted_P) + LEAST_NOISE)
+        self.states, self.known = states, known
+        names, self._weights_LSSF = _weights(states, num_blocks)
+        self._wanted_P = np.asarray(list(known.values()), dtype=float)
+        sure_P = 1 / (NOISE * np.abs(self._wanted_P) + LEAST_NOISE)
         alone = sorted(kl for code, kl in known.items() if code.strip(KEPT) in (DROPPED, LINEAR))
         typical = alone[len(alone) // 2] if alone else TYPICAL
-        prior_F = np.asarray([typical if name == WHOLE else 0.0 for name, _ in self._columns])
-        spread_F = np.asarray([SPREADS[name] for name, _ in self._columns])
-        scaled_PF = features_PF * sure_P[:, None]
-        precision_FF = scaled_PF.T @ scaled_PF + np.diag(spread_F**-2)
-        self._known, self._wanted_P = known, wanted_P
-        self._features_PF, self._scaled_PF = features_PF, scaled_PF
+        self.prior_F = np.asarray([typical if name == WHOLE else 0.0 for name in names])
+        self.spread_F = np.asarray([SPREADS[name] for name in names])
+        self._features_PF = self.features(list(known))
+        self._scaled_PF = self._features_PF * sure_P[:, None]
+        precision_FF = self._scaled_PF.T @ self._scaled_PF + np.diag(self.spread_F**-2)
         self._factor_FF = np.linalg.cholesky(precision_FF)
-        self._mean_F = np.linalg.solve(
-            precision_FF, scaled_PF.T @ (wanted_P * sure_P) + prior_F * spread_F**-2
-        )
+        learnt_F = self._scaled_PF.T @ (self._wanted_P * sure_P)
+        self.mean_F = np.linalg.solve(precision_FF, learnt_F + self.prior_F * self.spread_F**-2)
+
+    def features(self, codes: Sequence[str]) -> Floats:
+        """How often each term counts in each of these plans, (P, F)."""
+        before_PL, after_PL = _pairs(codes, self.states, len(self._weights_LSSF))
+        features_PF = np.zeros((len(codes), self._weights_LSSF.shape[-1]))
+        for block, weights_SSF in enumerate(self._weights_LSSF):
+            features_PF += weights_SSF[before_PL[:, block], after_PL[:, block]]
+        return features_PF
 
     def mean(self) -> Chain:
         """The likeliest terms."""
-        return self._chain(self._mean_F)
+        return self._chain(self.mean_F)
 
     def left_out(self) -> dict[str, float]:
         """Of each plan that was measured, what the others foretell."""
-        told_P = self._features_PF @ self._mean_F
+        told_P = self._features_PF @ self.mean_F
         # How much a plan's own figure moves what is told of it: the diagonal of the hat matrix.
         own_P = (np.linalg.solve(self._factor_FF, self._scaled_PF.T) ** 2).sum(0)
         told_P -= own_P / (1 - own_P) * (self._wanted_P - told_P)
-        return dict(zip(self._known, told_P.tolist(), strict=True))
+        return dict(zip(self.known, told_P.tolist(), strict=True))
 
     def draw(self, rng: random.Random) -> Chain:
         """Terms as likely as they are."""
-        noise_F = np.asarray([rng.gauss(0.0, 1.0) for _ in self._mean_F])
-        return self._chain(self._mean_F + np.linalg.solve(self._factor_FF.T, noise_F))
+        noise_F = np.asarray([rng.gauss(0.0, 1.0) for _ in self.mean_F])
+        return self._chain(self.mean_F + np.linalg.solve(self._factor_FF.T, noise_F))
 
     def _chain(self, terms_F: Floats) -> Chain:
-        terms_LSS = np.zeros((self._num_blocks, len(self.states), len(self.states)))
-        for block, i, j in np.ndindex(terms_LSS.shape):
-            found = _terms_of(block, self.states[i], self.states[j])
-            terms_LSS[block, i, j] = sum(weight * terms_F[self._columns[term]] for term, weight in found)
-        return Chain(self.states, terms_LSS)
+        return Chain(self.states, np.asarray(self._weights_LSSF @ terms_F))
+
+
+def _pairs(codes: Sequence[str], states: str, num_blocks: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of each block of each plan the number of the state before it (of the first: kept), and of its own, (P, L)."""
+    letters_PL = np.asarray([list(KEPT + code) for code in codes], dtype="U1").reshape(-1, num_blocks + 1)
+    numbers_PL = np.zeros(letters_PL.shape, dtype=np.int64)
+    for number, state in enumerate(states):
+        numbers_PL[letters_PL == state] = number
+    return numbers_PL[:, :-1], numbers_PL[:, 1:]
+
+
+def _weights(states: str, num_blocks: int) -> tuple[list[str], Floats]:
+    """The names of the terms, and how often each counts for a block in one state after one in another, (L, S, S, F)."""
+    found = {
+        (block, i, j): list(_terms_of(block, before, after))
+        for block in range(num_blocks)
+        for i, before in enumerate(states)
+        for j, after in enumerate(states)
+    }
+    every = dict.fromkeys(term for terms in found.values() for term, _ in terms)
+    columns = {term: number for number, term in enumerate(every)}
+    weights_LSSF = np.zeros((num_blocks, len(states), len(states), len(columns)))
+    for at, terms in found.items():
+        for term, weight in terms:
+            weights_LSSF[(*at, columns[term])] = weight
+    return [name for name, _ in columns], weights_LSSF
 
 
 def _terms_of(block: int, before: str, after: str) -> Iterator[tuple[tuple[str, int], float]]:

@@ -16,9 +16,11 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import zip_longest
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from itertools import islice, zip_longest
 from typing import Any
+
+import numpy as np
 
 from foldsearch import cache
 from foldsearch.bound import lower_bound
@@ -44,25 +46,23 @@ from foldsearch.search.chain import (
     HALVES,
     KEPT,
     LINEAR,
-    STEPS,
-    Chain,
     ChainFit,
     Prices,
     code_of,
     plan_of,
 )
+from foldsearch.search.nearby import Nearby, steps_from
 from foldsearch.search.screened import Promoted, Screened, compared_criteria, screened_states
 from foldsearch.spec.fit import can_run, held_removal
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import TIMES
 
 ROUND = 8  # plans between two fits of the chain; sorted, so that they have their beginnings in common
-MOVES = 4  # of so many plans two are asked for at large, and two near the front, one of them with halves of blocks
-NEAR = 0.02  # of a plan's KL: what a block that differs from it costs more, at least
-REACH = 4  # blocks that differ, over which what the sum did not foretell fades
-# What half a block costs more in a draw, nats, until no more are asked for than the space allows.
-TOO_MANY = (0.0, 0.02, 0.04, 0.08, 0.16, 0.32)
+DRAWN = 2  # of a round: asked for at large; the others are steps from plans that nothing beats
+WITH_HALVES = 2  # of a round: steps that take halves of blocks too, where the space has them
+MOST_STEPS = 8000  # that are looked at; of more, a sample
 BEST = 8  # plans of a draw that are looked at, the best first: some may be known
+GONE = (DROPPED, LINEAR)
 ANY = "uniform"  # a criterion: the bound of a plan is the same for all
 TRIES = 20  # draws until a plan is found that was not measured
 RIVAL_COUNTS = 3  # at which criteria are asked, over the range of the space
@@ -241,66 +241,70 @@ class Screening:
         if not self._counts():
             return batch
         codes = {code: one.quality.kl for one in self.found if (code := self._code(one.plan)) is not None}
-        whole, every = (ChainFit(states, num_blocks, codes) for states in (self._whole_states, self._states))
-        parents = self.front()
-        for index in range(ROUND):
-            if index % 2 == 0 or not parents:
-                found, author = self._drawn(whole, batch), "chain"
-            else:
-                found, author = self._moved(whole if index % MOVES == 1 else every, parents, batch), "move"
+        whole = ChainFit(self._whole_states, num_blocks, codes)
+        for _ in range(DRAWN):
+            found = self._drawn(whole, batch)
             if found is not None:
-                batch[found] = author
+                batch[found] = "chain"
+        halves = WITH_HALVES if self._states != self._whole_states else 0
+        for plan in self._near(whole, batch, ROUND - DRAWN - halves):
+            batch[plan] = "move"
+        if halves:
+            for plan in self._near(ChainFit(self._states, num_blocks, codes), batch, halves):
+                batch[plan] = "move"
         return batch
 
-    def _drawn(self, fit: ChainFit, taken: Iterable[FoldPlan]) -> FoldPlan | None:
+    def _drawn(self, fit: ChainFit, taken: Container[FoldPlan]) -> FoldPlan | None:
         """The best new plan of a draw, at a size that is drawn too."""
         for _ in range(TRIES):
             prices = self._rng.choice(self._prices[fit.states])
             whole = sorted(prices.saved_LSS[:, 0, 1])
             least = self._rng.choice(self._counts()) * int(whole[len(whole) // 2])
-            found = self._first_new(fit.draw(self._rng), prices, least, taken)
-            if found is not None:
-                return found
+            for code in fit.draw(self._rng).best(prices, least, keep=BEST):
+                plan = self._new(code, taken)
+                if plan is not None:
+                    return plan
         return None
 
-    def _moved(
-        self, fit: ChainFit, parents: Sequence[Screened], taken: Iterable[FoldPlan]
-    ) -> FoldPlan | None:
-        """The best new plan of a draw, near one that nothing beats."""
-        codes = [(code, one.quality.kl) for one in parents if (code := self._code(one.plan)) is not None]
-        codes = [(code, kl) for code, kl in codes if set(code) <= set(fit.states)]
-        mean = fit.mean()
-        for _ in range(TRIES if codes else 0):
-            prices, (code, kl) = self._rng.choice(self._prices[fit.states]), self._rng.choice(codes)
-            # What the sum did not foretell is taken to be so nearby too, less with every block that differs.
-            penalty = max(NEAR * kl, (mean.kl(code) - kl) / REACH)
-            least = prices.saved(code)
-            if fit.states != self._whole_states:  # sizes between those of whole blocks too
-                least = max(0, least - self._rng.randrange(STEPS // 2))
-            found = self._first_new(fit.draw(self._rng).near(code, penalty), prices, least, taken)
-            if found is not None:
-                return found
-        return None
+    def _near(self, fit: ChainFit, taken: Container[FoldPlan], count: int) -> Iterator[FoldPlan]:
+        """The most promising new plans a step from those that nothing beats."""
+        front = {code: one.quality.kl for one in self.front() if (code := self._code(one.plan)) is not None}
+        counts = set(self._space.every_count(len(self._context.table.blocks)))
+        steps = dict.fromkeys(
+            step
+            for code in front
+            if set(code) <= set(fit.states)
+            for step in steps_from(code, fit.states)
+            if step not in fit.known and sum(map(step.count, GONE)) in counts
+        )
+        codes = list(steps)
+        if len(codes) > MOST_STEPS:
+            codes = self._rng.sample(codes, MOST_STEPS)
+        if not codes:
+            return
+        # Each is to beat the best plan that saves as much: memory, or FLOPs.
+        prices = self._rng.choice(self._prices[self._states])
+        saved_F, kl_F = prices.saved_by(list(front)), np.asarray(list(front.values()))
+        saves_CF = saved_F >= prices.saved_by(codes)[:, None]
+        best_C = np.where(saves_CF, kl_F, 2 * kl_F.max()).min(1)  # what saves more than any is welcome
+        found = 0
+        for code in islice(Nearby(fit, list(front)).most_promising(codes, best_C), TRIES * count):
+            plan = self._new(code, taken)
+            if plan is not None:
+                found += 1
+                yield plan
+            if found == count:
+                return
 
-    def _first_new(
-        self, chain: Chain, prices: Prices, least: int, taken: Iterable[FoldPlan]
-    ) -> FoldPlan | None:
-        """The best plan by a chain that may be asked for and saves so much; few are looked at."""
-        known = {*self._found, *self._refused, *taken}
-        codes: list[str] = []
-        for penalty in TOO_MANY if chain.states != self._whole_states else TOO_MANY[:1]:
-            best = chain.dearer(HALVES, penalty).best(prices, least, keep=BEST)
-            codes = [code for code in best if self._num_halves(code) <= self._most_halves]
-            if codes:
-                break
-        for code in codes:
-            try:
-                plan = self._held(plan_of(code))
-            except PlanError:  # nothing runs, or nothing attends
-                continue
-            if plan not in known and self._may_be(plan) and self._is_of_the_range(plan) and self._fits(plan):
-                return plan
-        return None
+    def _new(self, code: str, taken: Container[FoldPlan]) -> FoldPlan | None:
+        """The plan, or the nearest that can run; None where it was measured, or may not be asked for."""
+        try:
+            plan = self._held(plan_of(code))
+        except PlanError:  # nothing runs, or nothing attends
+            return None
+        if plan in self._found or plan in self._refused or plan in taken:
+            return None
+        return plan if self._may_be(plan) and self._is_of_the_range(plan) and self._fits(plan) else None
 
     def _held(self, plan: FoldPlan) -> FoldPlan:
         """The plan, or the nearest that drops as many blocks, where the runtime holds it only so."""

@@ -7,7 +7,8 @@ Every way asks for plans one by one and learns the figure of each: KL to dense o
 a screening of the demo measures it. Seconds are of the processor, on one thread: those of the measurements, and those
 in which a way thinks. A plan that DIR has the figures of is not measured again, and counts with the seconds that it
 took. The figure of a way is the hypervolume of its front in KL and memory (as a share of dense), below 4 nats and all
-of the memory. --cheap does not heal and judges 160 tokens: another landscape, more plans.
+of the memory, of plans within the budget: others are stepping stones. --cheap does not heal and judges 160 tokens:
+another landscape, more plans.
 
 Ways: `search` is what foldsearch does; `random` draws a count and blocks; `evolution` changes a block or two of a plan
 of the front; `nsga2`, `tpe` (multivariate, in groups) and `gp` are Optuna's samplers over a truth value for each block,
@@ -77,6 +78,11 @@ class Setting:
     def share(self, plan: FoldPlan) -> float:
         cost = price(plan, self.context.table, self.context.target)
         return cost.memory_bytes / self.context.run.dense.memory_bytes
+
+    def fitting(self, points: Sequence[Point]) -> list[Point]:
+        """Those of plans within the budget."""
+        most = self.share(FoldPlan.dropping(range(self.counts[0]), self.num_blocks))
+        return [point for point in points if point[1] <= most]
 
     def drawn(self, rng: random.Random) -> frozenset[int]:
         """A count of the range, and so many blocks."""
@@ -249,7 +255,9 @@ def measure(args: argparse.Namespace) -> None:
             else:
                 spent = run_asking(way, seed, setting, memory, args.seconds)
             fronts = {
-                str(mark): volume([point for at, point in spent.path if at <= mark * args.seconds])
+                str(mark): volume(
+                    setting.fitting([point for at, point in spent.path if at <= mark * args.seconds])
+                )
                 for mark in MARKS
             }
             least = {

@@ -103,14 +103,6 @@ def test_what_is_saved_is_rounded_down() -> None:
             assert saved - 5 * prices.step < prices.saved(code) * prices.step <= saved + 1e-9
 
 
-def test_near_a_plan_costs_by_the_blocks_that_differ() -> None:
-    chain, code = planted(0), "kdkddkkk"
-    near = chain.near(code, 0.1)
-    for other in (code, "kdkdkkkk", "dkkddkkk", "d" * N):
-        differ = sum(a != b for a, b in zip(code, other, strict=True))
-        assert near.kl(other) == pytest.approx(chain.kl(other) + 0.1 * differ)
-
-
 def test_a_sum_by_hand() -> None:
     terms = np.zeros((3, 2, 2))
     terms[:, :, 1] = [[1.0, 1.1], [2.0, 2.5], [4.0, 4.1]]
