@@ -58,7 +58,7 @@ from foldsearch.spec.space import Space
 from foldsearch.spec.study import TIMES
 
 ROUND = 8  # plans between two fits of the chain; sorted, so that they have their beginnings in common
-DRAWN = 2  # of a round: asked for at large; the others are steps from plans that nothing beats
+DRAWN = 1  # of a round: asked for at large; the others are steps from plans that nothing beats
 WITH_HALVES = 2  # of a round: steps that take halves of blocks too, where the space has them
 MOST_STEPS = 8000  # that are looked at; of more, a sample
 BEST = 8  # plans of a draw that are looked at, the best first: some may be known
