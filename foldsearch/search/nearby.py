@@ -105,15 +105,14 @@ class Nearby:
 
         Args:
             codes: of the candidates, each once.
-            best_C: the KL that each has to beat, nats per token; what counts is the share by which it is beaten.
+            best_C: the KL that each has to beat, nats per token.
         """
         told = self._told(codes)
         mean_C, known_PC = self._posterior(told)
-        best_C = np.maximum(best_C, LEAST)
         variance_C = told.variance() - (known_PC**2).sum(0)
         left_C = np.ones(len(codes), dtype=bool)
         while left_C.any():
-            gain_C = _improvement(best_C, mean_C, np.sqrt(variance_C)) / best_C
+            gain_C = _improvement(best_C, mean_C, np.sqrt(variance_C))
             found = int(np.argmax(np.where(left_C, gain_C, -np.inf)))
             left_C[found] = False
             yield codes[found]
