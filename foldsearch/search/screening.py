@@ -67,8 +67,8 @@ ANY = "uniform"  # a criterion: the bound of a plan is the same for all
 TRIES = 20  # draws until a plan is found that was not measured
 RIVAL_COUNTS = 3  # at which criteria are asked, over the range of the space
 STAGE = "screening plans"
-LENGTH = 128  # tokens of a sequence
-SCHEMA = 3  # of what is kept; raise it when healing, judging, or what they read here changes
+LENGTH = 64  # tokens of a sequence: more documents at as many tokens tell more (docs/log.md)
+SCHEMA = 4  # of what is kept; raise it when healing, judging, or what they read here changes
 
 
 class Screening:

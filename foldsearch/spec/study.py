@@ -219,7 +219,7 @@ class ScreenSettings(TomlTable):
     share: Annotated[float, Field(gt=0, lt=1)] = 0.45
     promoted: Positive = 6
     healed_tokens: Positive = 768
-    judged_tokens: Positive = 512
+    judged_tokens: Positive = 1024
 
 
 class HalvingSettings(TomlTable):
