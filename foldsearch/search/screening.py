@@ -2,8 +2,8 @@
 
 1. the rivals: what the quick criteria choose, at a few counts, so that a search of little time ends with the best one;
 2. every block dropped alone: what each is worth;
-3. rounds: plans that a model of all measured ones asks for (see `foldsearch.search.chain`), at every size that the
-   budget allows, and near the plans that nothing beats so far;
+3. rounds: a few plans at large, of sizes that the budget allows, that a regression over all measured ones asks for (see
+   `foldsearch.search.chain`); most are steps from plans that nothing beats so far (see `foldsearch.search.nearby`);
 4. those that nothing beats at the end are promoted: the line of trials begins with them.
 
 What is measured is kept in the cache by model and text: a run that goes on, or one with another budget, has it at once,
