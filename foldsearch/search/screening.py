@@ -64,7 +64,7 @@ MOST_STEPS = 8000  # that are looked at; of more, a sample
 BEST = 8  # plans of a draw that are looked at, the best first: some may be known
 GONE = (DROPPED, LINEAR)
 ANY = "uniform"  # a criterion: the bound of a plan is the same for all
-TRIES = 20  # draws until a plan is found that was not measured
+TRIES = 20  # draws, or steps, until a plan is found that was not measured
 RIVAL_COUNTS = 3  # at which criteria are asked, over the range of the space
 STAGE = "screening plans"
 LENGTH = 64  # tokens of a sequence: more documents at as many tokens tell more (docs/log.md)
@@ -269,11 +269,11 @@ class Screening:
     def _near(self, fit: ChainFit, taken: Container[FoldPlan], count: int) -> Iterator[FoldPlan]:
         """The most promising new plans a step from those that nothing beats."""
         front = {code: one.quality.kl for one in self.front() if (code := self._code(one.plan)) is not None}
+        parents = [code for code in front if set(code) <= set(fit.states)]
         counts = set(self._space.every_count(len(self._context.table.blocks)))
         steps = dict.fromkeys(
             step
-            for code in front
-            if set(code) <= set(fit.states)
+            for code in parents
             for step in steps_from(code, fit.states)
             if step not in fit.known and sum(map(step.count, GONE)) in counts
         )
@@ -288,7 +288,7 @@ class Screening:
         saves_CF = saved_F >= prices.saved_by(codes)[:, None]
         best_C = np.where(saves_CF, kl_F, 2 * kl_F.max()).min(1)  # what saves more than any is welcome
         found = 0
-        for code in islice(Nearby(fit, list(front)).most_promising(codes, best_C), TRIES * count):
+        for code in islice(Nearby(fit, parents).most_promising(codes, best_C), TRIES * count):
             plan = self._new(code, taken)
             if plan is not None:
                 found += 1
