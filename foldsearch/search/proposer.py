@@ -37,6 +37,7 @@ from foldsearch.spec.propose import baseline, baseline_count, baseline_fits, fir
 
 CLOSING_COUNTS = 2
 CLOSING_ROUNDS = 2  # closing trials may move the front to other counts: look again, where time allows
+BEFORE_RIVAL = 2  # promoted plans that are trained first: the best one and the knee
 
 
 class Line:
@@ -82,8 +83,9 @@ class Line:
     def _begin(self, promoted: Promoted) -> None:
         line = [self.records.screened(plan) for plan in promoted.plans]
         if promoted.rival is not None:
-            # Criteria were compared with what was promoted: the best is trained, to see what that is worth.
-            line.append(self.records.baseline(*promoted.rival))
+            # Criteria were compared with what was promoted: the best is trained, to see what that is worth. Early,
+            # so that a run of little time says it too.
+            line.insert(BEFORE_RIVAL, self.records.baseline(*promoted.rival))
         run, space = self.records.run, self.records.space
         for criterion, count, origin in first_trials(space, run.table, run.target, run.budget):
             if not promoted.plans or (origin == "baseline" and criterion not in compared_criteria(space)):

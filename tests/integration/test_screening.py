@@ -347,7 +347,7 @@ def test_a_run_begins_with_what_was_promoted(
     run_search(study, place / "searched", on_event=events.append)
     records = read_trials(Run.open(place / "searched"))
     origins = [record.proposal.origin for record in records if record.proposal is not None]
-    assert origins[:4] == ["screened"] * 3 + ["baseline"]
+    assert origins[:4] == ["screened", "screened", "baseline", "screened"]
     found = read_screened(Run.open(place / "searched").screened)
     assert len(found) == 24
     plans = {one.plan for one in found}
