@@ -34,6 +34,7 @@ from foldsearch.model.blocks import decoder_blocks, family_of
 from foldsearch.model.folded import linears
 from foldsearch.model.head import last_hidden
 from foldsearch.model.parts import NORM_EPS, Borrowed, OutputNorm
+from foldsearch.model.ridge import gram_matrix
 from foldsearch.model.states import in_float64
 from foldsearch.plan.plan import AdapterStart
 from foldsearch.progress import CountProgress
@@ -243,7 +244,7 @@ def _second_moments(
         if args[0] is not read:  # linears that read the same states share their product
             (read,) = args
             x_MI = read.detach().flatten(0, -2).float()
-            product = in_float64(x_MI.T @ x_MI)
+            product = in_float64(gram_matrix(x_MI))
         moments[linear] = moments[linear] + product if linear in moments else product
 
     with ExitStack() as stack:

