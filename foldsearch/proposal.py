@@ -144,7 +144,7 @@ class RecoveryChoice:
         PlanError: one of them is out of its range.
     """
 
-    learning_rate: float = 0.05
+    learning_rate: float = 0.035
     delta_rank: int = 8
     trains: Trained = "deltas"
 

@@ -52,7 +52,7 @@ from foldsearch.model.tokens import TokenSet
 from foldsearch.model.training import RecoveryTraining, Trained
 from foldsearch.paths import printable
 
-TOGETHER = 8  # elements of a vector that may move as far as those of a low-rank factor
+TOGETHER = 8  # elements that make one output, of a vector or a factor, which may each move by the whole rate
 LEAST = 0.1  # RMS of a vector that is counted at least
 LAST_BLOCKS = 3  # arXiv 2411.15558
 
@@ -220,15 +220,17 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
 def step_units(model: PreTrainedModel) -> dict[str, float]:
     """How far a step at learning rate 1 moves an element of each trained parameter, by name, after `attach` [ours].
 
-    Of low-rank factors: up by the RMS of the weights beside it, down by the RMS of a random start. A vector of width D
-    (norms, γ) by `TOGETHER` / D of its own RMS: AdamW moves all its elements at once, and what D of them do together is
-    D / R times what the R of a factor do. So it is for the I elements of a matrix that make one output. That of a
-    vector counts as `LEAST` at least, so that what starts at or near nothing can grow: γ, and biases of norms.
+    Of low-rank factors: up by the RMS of the weights beside it, down by the RMS of a random start. AdamW moves all
+    elements at once, and what D of them do together is D / R times what R of them do. So a vector of width D (norms, γ)
+    moves by `TOGETHER` / D of its own RMS, and so it is for the I elements of a matrix that make one output, and for
+    the R of a delta, where these are more than `TOGETHER`; adapters of children, which are to become something of their
+    own, move by the whole rate. That of a vector counts as `LEAST` at least, so that what starts at or near nothing can
+    grow: γ, and biases of norms.
     """
     units: dict[str, float] = {}
     for path, module in model.named_modules():
         if isinstance(module, Delta):
-            units[f"{path}.up"] = _rms(module.linear.weight)  # type: ignore[arg-type]
+            units[f"{path}.up"] = _share(len(module.down)) * _rms(module.linear.weight)  # type: ignore[arg-type]
         elif isinstance(module, Borrowed) and module.up is not None:
             owner = module.owner
             units[f"{path}.up"] = _rms((owner.linear if isinstance(owner, Delta) else owner).weight)  # type: ignore[arg-type]

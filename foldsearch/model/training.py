@@ -63,7 +63,7 @@ class RecoveryTraining:
     tenth. clip: of the gradient's norm.
     """
 
-    learning_rate: float = 0.05
+    learning_rate: float = 0.035
     trains: Trained = "deltas"
     delta_rank: int = 8
     next_token: float = 0.0

@@ -61,8 +61,8 @@ class Recover(TomlTable):
     """
 
     learning_rate: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (
-        0.02,
-        0.1,
+        0.015,
+        0.08,
     )
     delta_ranks: Annotated[tuple[Rank, ...], Field(min_length=1)] = (8,)
     trains: Annotated[tuple[Trained, ...], Field(min_length=1)] = ("deltas",)

