@@ -26,13 +26,17 @@ def health(view: RunView) -> list[str]:
 
 def _against_baselines(view: RunView) -> Iterator[str]:
     """The front's plans that no simple baseline gives, against the best baseline of about the same cost or less."""
-    gains = [
-        gain for trial in view.front if not view.baseline(trial) and (gain := view.gain(trial)) is not None
-    ]
+    found = [trial for trial in view.front if not view.baseline(trial)]
+    gains = [gain for trial in found if (gain := view.gain(trial)) is not None]
     if not view.baselines:
         yield "No simple baseline was trained, so nothing says what the search is worth."
+    elif not found:
+        yield "The search found nothing on the front beside the simple baselines."
     elif not gains:
-        yield "The search found nothing on the front beside the simple baselines, or nothing to compare with them."
+        yield (
+            f"No simple baseline of about the cost of the {len(found)} other plans on the front, or less, was trained, "
+            "so nothing says what the search is worth."
+        )
     else:
         better = sum(gain < 0 for gain in gains)
         yield (

@@ -351,7 +351,8 @@ class Screening:
     def promoted(self) -> Promoted:
         """What is worth training: the best plan, the knee, others of the front at even distances in size; and a rival.
 
-        The rival is the best of the criteria that were compared, at the count nearest to the best plan's.
+        The rival is the best of the criteria that were compared, at the count nearest to the knee's, if it is not among
+        the promoted itself: that would tell nothing of the search.
         """
         front = sorted(self.front(), key=lambda one: one.quality.kl)
         if not front:
@@ -360,14 +361,20 @@ class Screening:
         even = [front[round(i * (len(front) - 1) / max(1, most - 1))] for i in range(most)]
         middle = front[knee([self._point(one) for one in front])]
         plans = tuple(dict.fromkeys(one.plan for one in (front[0], middle, *even)))[:most]
-        wanted, compared = _num_removed(plans[0]), compared_criteria(self._space)
+        wanted, compared = _num_removed(middle.plan), compared_criteria(self._space)
         rivals = [
-            (abs(_num_removed(one.plan) - wanted), one.quality.kl, author, _num_removed(one.plan))
+            (
+                one.plan in plans,
+                abs(_num_removed(one.plan) - wanted),
+                one.quality.kl,
+                author,
+                _num_removed(one.plan),
+            )
             for one in self.found
             for author in one.authors
             if author in compared and self._fits(one.plan)
         ]
-        return Promoted(plans, min(rivals)[2:] if rivals else None)
+        return Promoted(plans, min(rivals)[3:] if rivals else None)
 
     def _point(self, one: Screened) -> tuple[float, ...]:
         cost = price(one.plan, self._context.table, self._context.target)

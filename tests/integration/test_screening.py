@@ -16,7 +16,7 @@ from foldsearch.fates.replace import Networks
 from foldsearch.model.screen import Screen
 from foldsearch.model.tokens import Kinds
 from foldsearch.plan.cost import GB, price
-from foldsearch.plan.front import dominates
+from foldsearch.plan.front import dominates, knee
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.prepare import prepare_context
 from foldsearch.run import Run
@@ -103,13 +103,19 @@ def test_the_front_is_what_brute_force_finds(screened: Screening, context: Trial
     assert set(promoted.plans) <= undominated
     lowest = min(undominated, key=lambda plan: points[plan][0])
     assert promoted.plans[0] == lowest
+    plans = sorted(undominated, key=lambda plan: points[plan][0])
+    middle = len(plans[knee([points[plan] for plan in plans])].dropped)
     at_count = {
-        (abs(len(one.plan.dropped) - len(lowest.dropped)), one.quality.kl): (author, len(one.plan.dropped))
+        (one.plan in promoted.plans, abs(len(one.plan.dropped) - middle), one.quality.kl): (
+            author,
+            len(one.plan.dropped),
+        )
         for one in screened.found
         for author in one.authors
         if author in SPACE.criteria
     }
     assert promoted.rival == at_count[min(at_count)]
+    assert not min(at_count)[0]  # else it would tell nothing of the search
 
 
 def test_what_is_known_is_there_at_once_and_not_measured_again(

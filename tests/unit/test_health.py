@@ -34,16 +34,36 @@ def with_rate(trial: Trial, rate: float) -> Trial:
 
 
 def test_the_front_is_held_against_the_baselines(view: RunView) -> None:
-    gains = [view.gain(trial) for trial in view.front if not view.baseline(trial)]
-    told = [gain for gain in gains if gain is not None]
+    others = [trial for trial in view.front if not view.baseline(trial)]
+    told = [gain for gain in map(view.gain, others) if gain is not None]
     (words,) = (one for one in health(view) if "baseline" in one)
     if told:
         assert f"Of {len(told)} plans" in words
         assert f"{sum(gain < 0 for gain in told)} have a lower report KL" in words
+    elif others:
+        assert f"of the {len(others)} other plans on the front, or less, was trained" in words
     else:
         assert "found nothing on the front" in words
     none = replace(view, trials=tuple(trial for trial in view.trials if trial not in view.baselines))
-    assert any("No simple baseline" in one for one in health(none))
+    assert any("No simple baseline was trained" in one for one in health(none))
+
+
+def test_a_baseline_that_costs_more_says_nothing_of_the_search(view: RunView) -> None:
+    dearest = max(view.baselines, key=lambda trial: trial.cost.memory_bytes)
+    simple = {trial.plan for trial in view.baselines}
+    cheaper = {
+        trial.plan
+        for trial in view.finished
+        if trial.plan not in simple and 1.03 * trial.cost.memory_bytes < dearest.cost.memory_bytes
+    }
+    of_these = (one for one in view.trials if one.draft and one.plan in {dearest.plan, *cheaper})
+    alone = replace(view, trials=tuple(of_these))
+    others = [trial for trial in alone.front if not alone.baseline(trial)]
+    assert others
+    (words,) = (one for one in health(alone) if "baseline" in one)
+    assert words.startswith(
+        f"No simple baseline of about the cost of the {len(others)} other plans on the front"
+    )
 
 
 @pytest.mark.parametrize(("share", "words"), [(0.0, "lower end"), (1.0, "upper end"), (0.5, "")])
