@@ -27,9 +27,7 @@ BIAS_RIDGE = 1e-9  # a bias is free
 # What is factored in float32 where a ridge is only tried: the least eigenvalue is 1, and the largest one at most the
 # number of features over the ridge, as each feature adds 1 over the ridge to the trace.
 MOST_FLOAT32 = 2e4
-GRAM_PARTS = (
-    4  # of the columns of a Gram matrix; ten of sixteen products of parts are made, in 0.65 of the time
-)
+GRAM_PARTS = 4  # of the columns of a Gram matrix: ten of sixteen products are made, in 0.65 of the time
 
 
 class RidgeSums(Protocol):
