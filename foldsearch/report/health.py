@@ -40,8 +40,8 @@ def _against_baselines(view: RunView) -> Iterator[str]:
     else:
         better = sum(gain < 0 for gain in gains)
         yield (
-            f"Of {len(gains)} plans on the front that no simple baseline gives, {better} have a lower report KL than "
-            f"the best baseline of about their cost or less (Δ KL {min(gains):+.3f} to {max(gains):+.3f})."
+            f"Of the plans on the front that no simple baseline gives, {better} of {len(gains)} have a lower report KL "
+            f"than the best baseline of about their cost or less (Δ KL {min(gains):+.3f} to {max(gains):+.3f})."
         )
 
 

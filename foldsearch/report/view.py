@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import correlation
 from typing import NamedTuple
 
-from foldsearch.criteria import criterion_of
+from foldsearch.criteria import criterion_names, criterion_of
 from foldsearch.errors import RunError
 from foldsearch.paths import command, printable
 from foldsearch.plan.cost import GB, Cost
@@ -164,12 +164,21 @@ class RunView:
 
     def authors(self, trial: Trial) -> tuple[str, ...]:
         """Who chose the blocks of a trial's plan, each once: a criterion, or who gave the plan."""
-        return tuple(dict.fromkeys(author(proposal) for proposal in self.proposals(trial)))
+        proposed = [author(proposal) for proposal in self.proposals(trial)]
+        screened = [_criterion_words(name) for name in self._screened_by.get(trial.plan, ())]
+        return tuple(dict.fromkeys((*proposed, *screened)))
 
     def baseline(self, trial: Trial) -> str | None:
-        """The first simple baseline that gives a trial's plan; gates are not simple."""
-        named = (p.removed.criterion for p in self.proposals(trial) if p.removed and p.origin == "baseline")
+        """The first simple baseline that gives a trial's plan, or gave it to the screening; gates are not simple."""
+        named = [p.removed.criterion for p in self.proposals(trial) if p.removed and p.origin == "baseline"]
+        named += self._screened_by.get(trial.plan, ())
         return next((name for name in named if criterion_of(name).is_simple), None)
+
+    @cached_property
+    def _screened_by(self) -> dict[FoldPlan, tuple[str, ...]]:
+        """The criteria that chose a plan which was screened."""
+        names = criterion_names()
+        return {one.plan: tuple(name for name in one.authors if name in names) for one in self.screened}
 
     @cached_property
     def front(self) -> tuple[Trial, ...]:
@@ -432,10 +441,14 @@ def _chosen_by(proposal: Proposal) -> str:
         return proposal.origin
     if removed is None:
         return "sharing" if fold.groups else "attention"
-    name = removed.criterion.replace("block_influence", "influence").replace("_", " ")
+    name = _criterion_words(removed.criterion)
     if removed.setting is not None:
         name += f" {removed.setting:g}"
     return f"{name} → {removed.fate.title}" if removed.fate.title else name
+
+
+def _criterion_words(name: str) -> str:
+    return name.replace("block_influence", "influence").replace("_", " ")
 
 
 def by_cost(trial: Trial) -> tuple[int, int, int]:

@@ -66,6 +66,21 @@ def test_who_stopped_because_another_trial_measured_the_plan_is_among_its_author
     assert len(more.finished) == len(view.finished)
 
 
+def test_a_plan_that_a_criterion_gave_to_the_screening_is_a_baseline(view: RunView) -> None:
+    """Whoever proposed it to be trained; not one that gates gave, which are not simple, or the search itself."""
+    trial = next(trial for trial in view.finished if view.baseline(trial) is None)
+    for authors, found, named in (
+        (("move", "block_influence"), "block_influence", True),
+        (("gate",), None, True),
+        (("chain", "move", "alone", "earlier run"), None, False),
+    ):
+        told = replace(view)
+        vars(told)["screened"] = [Screened(trial.plan, authors, trial.quality)]
+        assert told.baseline(trial) == found
+        assert (set(told.authors(trial)) > set(view.authors(trial))) == named
+        assert (trial in told.baselines) == (found is not None)
+
+
 @pytest.mark.parametrize(
     ("proposal", "words"),
     [
