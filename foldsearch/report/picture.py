@@ -262,9 +262,9 @@ def _draw_points(view: RunView, figure: Figure, axes: Axes, drawn: Sequence[Tria
     bar.set_label(words, fontsize=8, color=INK)
     bar.ax.tick_params(labelsize=8, colors=INK)
     bar.outline.set_visible(False)
-    # Quality falls with memory: where there is much of both, there is no point to hide.
+    # KL falls with memory: where there is much of both, there is no point to hide.
     axes.legend(
-        fontsize=8, frameon=True, facecolor="white", edgecolor="none", framealpha=0.85, loc="center right"
+        fontsize=8, frameon=True, facecolor="white", edgecolor="none", framealpha=0.85, loc="upper right"
     )
 
 
@@ -363,8 +363,9 @@ def _draw_budget(view: RunView, axes: Axes, frame: _Frame) -> None:
     else:
         x, _, beyond = frame.place(x, 0.0)
         words, side = f"budget {beyond} ", "right" if "→" in beyond else "left"
+    # At the bottom: the legend is at the top.
     axes.text(
-        x, 0.99, words, transform=axes.get_xaxis_transform(), fontsize=8, color=FAINT, ha=side, va="top"
+        x, 0.05, words, transform=axes.get_xaxis_transform(), fontsize=8, color=FAINT, ha=side, va="bottom"
     )
 
 
