@@ -5,6 +5,7 @@ model with what it says on the three token sets.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,8 +138,10 @@ def open_workbench(context: TrialContext, progress: StageProgress = silent) -> W
     # By the file of the token sets, not by its path: a run's folder is renamed when the run begins.
     tokens = context.run.tokens.stat() if context.run.tokens.exists() else None
     file = tokens and (tokens.st_dev, tokens.st_ino, tokens.st_mtime_ns)
-    key = (file, context.files, context.device, context.study.rungs[-1] > 0)
-    if key not in _open:
+    key = (file, context.files, context.device, context.study.seed)
+    num_trained = sequences_trained(context.study)
+    known = _open.get(key)
+    if known is None or len(known.trained.ids_NT) < min(num_trained, len(known.splits.recovery.ids_NT)):
         close_workbench()  # one model at a time
         cache.let_go()
         if context.files.folder.is_relative_to(context.cache_dir):
@@ -155,10 +158,20 @@ def open_workbench(context: TrialContext, progress: StageProgress = silent) -> W
                 progress=lambda share: progress(f"asking the dense model ({tokens.name})", share),
             )
 
-        recovery = ask(splits.recovery) if context.study.rungs[-1] else None
-        asked = (ask(splits.search), recovery, ask(splits.report))
-        _open[key] = Workbench(dense, context.files, context.table, splits, *asked, context.cache_dir)
+        # Healing may read far more of the recovery texts than training comes to: of the rest nothing is asked.
+        trained = splits.recovery.shuffled(context.study.seed)
+        trained = trained.of(list(range(min(num_trained, len(trained.ids_NT)))))
+        asked = (ask(splits.search), ask(trained) if num_trained else None, ask(splits.report))
+        _open[key] = Workbench(
+            dense, context.files, context.table, splits, trained, *asked, context.cache_dir
+        )
     return _open[key]
+
+
+def sequences_trained(study: Study) -> int:
+    """How many recovery sequences the last rung's training reads, those that it reads again included."""
+    of_step = study.recovery.batch * study.splits.sequence_length
+    return math.ceil(study.rungs[-1] / of_step) * study.recovery.batch
 
 
 def close_workbench() -> None:

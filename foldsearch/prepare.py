@@ -193,13 +193,14 @@ def _asked(context: TrialContext, progress: StageProgress) -> TrialContext:
         told.setdefault(stage, []).append((time.monotonic(), share))
         progress(stage, share)
 
-    splits = open_workbench(context, say).splits
+    bench = open_workbench(context, say)
+    sets = (bench.splits.search, bench.trained, bench.splits.report)
     seconds = time.monotonic() - began
     # Torch is imported and the model opened before; where the answers are in the cache, nothing is told.
     asking, tokens = 0.0, 0.0
     for stage, shares in told.items():
         (then, first), (now, last) = shares[0], shares[-1]
-        asked = next(one for one in (splits.search, splits.recovery, splits.report) if one.name in stage)
+        asked = next(one for one in sets if one.name in stage)
         asking, tokens = asking + now - then, tokens + (last - first) * asked.ids_NT.numel()
     pace = asking / (ASKING * tokens) if tokens else 0.0
     return replace(context, asking_seconds=seconds, token_seconds=pace)

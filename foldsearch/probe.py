@@ -57,7 +57,5 @@ def _train_a_step(proposal: Proposal, context: TrialContext, say: StageProgress)
     training = training_of(study, plan, proposal.recovery)
     # What the loss comes to, or that there is nothing to train, is for a trial to tell.
     with suppress(Diverged, InputError):
-        recovery = Recovery(
-            fold(bench.dense, plan), training, bench.splits.recovery, bench.recovery, study.rungs[-1]
-        )
+        recovery = Recovery(fold(bench.dense, plan), training, bench.trained, bench.recovery, study.rungs[-1])
         recovery.train(training.batch * study.splits.sequence_length)

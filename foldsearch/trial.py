@@ -264,7 +264,7 @@ class Course:
             bench = self._bench
             assert bench.recovery is not None, "the study has a rung that trains"
             self._recovery = Recovery(
-                self._model, training, bench.splits.recovery, bench.recovery, study.rungs[-1], self._before
+                self._model, training, bench.trained, bench.recovery, study.rungs[-1], self._before
             )
             if self._folder.optimizer.exists():
                 self._recovery.load(self._folder.optimizer)  # it may be ahead of the record

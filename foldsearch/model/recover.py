@@ -255,8 +255,9 @@ def _rms(values: Tensor) -> float:
 class Recovery:
     """The recovery training of one folded model; it can stop at any number of tokens and go on, also from disk.
 
-    model: a folded model, changed in place by `attach`. total_tokens: where the learning rate's cosine ends.
-    tokens_before: that the model was trained on before, in this order of the texts; they count among all others.
+    model: a folded model, changed in place by `attach`. tokens: trained on in this order, then again in random ones.
+    targets: what the dense model says on them. total_tokens: where the learning rate's cosine ends. tokens_before: that
+    the model was trained on before, in this order of the texts; they count among all others.
     """
 
     def __init__(
@@ -373,12 +374,12 @@ class Recovery:
                 module.train(mode)
 
     def _sequences(self) -> Iterator[int]:
-        """Yield every sequence once, then once more in another random order, and so on without end."""
+        """Yield every sequence once, then once more in a random order, and so on without end."""
         generator = random.Random(self.settings.seed)
+        order = list(range(len(self.tokens.ids_NT)))
         while True:
-            order = list(range(len(self.tokens.ids_NT)))
-            generator.shuffle(order)
             yield from order
+            generator.shuffle(order)
 
     def _pass_over(self, tokens: int) -> None:
         """Leave out the next sequences of the order, which were trained on."""

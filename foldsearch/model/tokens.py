@@ -15,6 +15,7 @@ Shapes: N sequences, T tokens of a sequence, P = T − 1 positions that predict 
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -140,6 +141,12 @@ class TokenSet:
             self.text_NT[rows],
             self.kinds.take(self.kinds.of_N[rows]),
         )
+
+    def shuffled(self, seed: int) -> TokenSet:
+        """The sequences in a random order; that of as many is always the same."""
+        rows = list(range(len(self.ids_NT)))
+        random.Random(seed).shuffle(rows)
+        return self.of(rows)
 
     @property
     def scored(self) -> torch.Tensor:

@@ -28,18 +28,20 @@ SCHEMA = 5
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Workbench:
-    """The dense model, mapped, and what it says on the three token sets.
+    """The dense model, mapped, and what it says on the token sets.
 
-    files: that it was opened from. table: what its blocks cost. recovery: None where the study trains nothing.
-    cache_dir: of all that is computed from it.
+    files: that it was opened from. table: what its blocks cost. splits: the token sets, whole. trained: the recovery
+    sequences that training comes to, in its order; recovery: what the dense model says on these. cache_dir: of all that
+    is computed from it.
     """
 
     dense: PreTrainedModel
     files: DenseFiles
     table: CostTable
     splits: Splits
+    trained: TokenSet
     search: DenseTargets
-    recovery: DenseTargets | None
+    recovery: DenseTargets | None  # None where nothing is trained
     report: DenseTargets
     cache_dir: Path
 

@@ -91,6 +91,7 @@ class Arms:
         if length < whole:
             pieces = text.cut(length)
             text = pieces.of(range(0, len(pieces.ids_NT), len(pieces.ids_NT) // len(text.ids_NT)))
+        text = text.shuffled(0)
         settings = RecoveryTraining(
             learning_rate=rate, trains=arm, delta_rank=rank, batch=batch * whole // length
         )

@@ -128,7 +128,8 @@ def linear_healed(bench: Bench, tokens: TokenSet) -> PreTrainedModel:
 
 def recovered(bench: Bench, tokens: TokenSet, model: PreTrainedModel | None = None) -> PreTrainedModel:
     model = model or bench.kept()
-    training = Recovery(model, RecoveryTraining(), tokens, bench.targets(tokens), TRAINED)
+    text = tokens.shuffled(0)
+    training = Recovery(model, RecoveryTraining(), text, bench.targets(text), TRAINED)
     training.train(TRAINED, None)
     return model.eval()
 

@@ -74,10 +74,10 @@ class Bench:
         bench = open_workbench(context)
         self.dense = bench.dense
         self.recovery, self.report = bench.splits.recovery, bench.splits.report
-        self.recovery_targets, self.report_targets = bench.recovery, bench.report
+        self.report_targets = bench.report
         if not begun:
             self.recovery, self.report = without_begin(self.recovery), without_begin(self.report)
-            self.recovery_targets, self.report_targets = self.ask(self.recovery), self.ask(self.report)
+            self.report_targets = self.ask(self.report)
 
     def ask(self, tokens: TokenSet) -> DenseTargets:
         files, cache_dir = self.context.files, self.context.cache_dir
@@ -135,7 +135,8 @@ def train(bench: Bench, text: str, recipe: str, seed: int, marks: list[int]) -> 
     kl, perplexity = bench.measure(model)
     found = {"kl": {"0": kl}, "perplexity": {"0": perplexity}}
     settings = RecoveryTraining(learning_rate=learning_rate, seed=seed, **weights)
-    recovery = Recovery(model, settings, bench.recovery, bench.recovery_targets, max(marks))
+    text = bench.recovery.shuffled(seed)
+    recovery = Recovery(model, settings, text, bench.ask(text), max(marks))
     if not in_units:
         as_before(recovery)
     for mark in sorted(marks):

@@ -256,7 +256,7 @@ def work_alone(run_folder: Path, plan: str, number: int) -> None:
     watcher.join()
     end = trimmed_bytes()
     model = fold(bench.dense, FoldPlan.parse(plan, 30))
-    recovery = Recovery(model, RecoveryTraining(delta_rank=8), bench.splits.recovery, bench.recovery, 1)
+    recovery = Recovery(model, RecoveryTraining(delta_rank=8), bench.trained, bench.recovery, 1)
     recovery.train(1)  # Adam's state is made by the first step
     trained = sum(parameter.numel() for parameter in recovery.trained.values())
     weights = sum(path.stat().st_size for path in Path(context.files.folder).glob("*.safetensors"))

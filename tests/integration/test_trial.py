@@ -32,6 +32,7 @@ from foldsearch.fates import Replace, Share
 from foldsearch.model import gates, states, workbench
 from foldsearch.model.fold import fold
 from foldsearch.model.healing import METHODS
+from foldsearch.model.judge import ask_dense
 from foldsearch.model.recover import Recovery
 from foldsearch.model.states import residual_states
 from foldsearch.model.training import HealMethod
@@ -776,6 +777,23 @@ def test_the_dense_weights_are_never_written(context):
     run(context)
     assert before == [path.read_bytes() for path in files]
     assert all(torch.equal(tensor, values[name]) for name, tensor in dense.state_dict().items())
+
+
+def test_the_dense_model_is_asked_on_what_training_reads_and_no_more(context):
+    """Two steps of two sequences read four of the recovery texts' eight, whatever healing reads of them."""
+    step = 2 * 16
+    bench = open_workbench(of_study(context, rungs=(0, 2 * step - 1)))
+    four = bench.trained.ids_NT
+    assert four.shape == (4, 16)
+    torch.testing.assert_close(bench.recovery.hidden_NPD, ask_dense(bench.dense, bench.trained).hidden_NPD)
+    # Who trains for less is content with that; longer training begins with the same four.
+    assert open_workbench(of_study(context, rungs=(0, step))) is bench
+    longer = open_workbench(of_study(context, rungs=(0, 9 * step)))
+    whole = longer.splits.recovery.ids_NT
+    assert torch.equal(longer.trained.ids_NT[:4], four)
+    assert longer.recovery.hidden_NPD.shape[:2] == (8, 15)
+    assert sorted(longer.trained.ids_NT.tolist()) == sorted(whole.tolist()) != whole.tolist()
+    assert open_workbench(of_study(context, rungs=(0,))) is longer
 
 
 def test_preparing_again_gives_the_same_run(prepared):
