@@ -7,8 +7,8 @@ is solved again by ridge regression:
     min over ΔD of  Σ_t w_t ‖y_t − x_t − ΔD h_t‖² + λ Σ_i q_i ‖ΔD_i‖²
 
 with h what the matrix reads, x the position's output as it is, y the dense model's state before the next position, and
-q_i = Σ_t w_t h_ti² for column i of the matrix: what a column adds to the stream costs alike, however much it reads
-(one ridge for all columns healed less, on texts of the same kind and of another; docs/log.md).
+q_i = Σ_t w_t h_ti² over all of the text, for column i of the matrix: what a column adds to the stream costs alike,
+however much it reads (one ridge for all columns healed less, on texts of the same kind and of another; docs/log.md).
 The healed output is what the next position reads. Nothing is added to the model: no tensor, no byte, no FLOP, and a
 model that only dropped blocks stays in its stock architecture. Source: ours, after ReplaceMe's fused map (arXiv
 2505.02819) and the layer-by-layer least squares of one-shot pruning.

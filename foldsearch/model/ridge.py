@@ -4,13 +4,16 @@ The text comes in two parts: "fitted", and "held out", which ridges are chosen o
 solutions: sums over tokens (`Moments`), in the size of the features; and the tokens themselves (`Tokens`, the kernel
 form), where there are fewer of these.
 
+A ridge is counted in what a column reads, squared, over all of the text: a part takes its tokens' share of it. So a
+token weighs against it alike in both parts, and the products of tokens serve both.
+
 Shapes: M tokens, D width of the stream, F features (the last one the bias, where there is one).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,8 +27,8 @@ LEAST_SQUARE = (
     1e-6  # of the mean square: a column that reads next to nothing counts as one that reads so much
 )
 BIAS_RIDGE = 1e-9  # a bias is free
-# What is factored in float32 where a ridge is only tried: the least eigenvalue is 1, and the largest one at most the
-# number of features over the ridge, as each feature adds 1 over the ridge to the trace.
+# What may be solved in float32: the least eigenvalue is the ridge at least, and the largest one about the number of
+# features at most, as each feature that is read adds about 1 to the trace.
 MOST_FLOAT32 = 2e4
 GRAM_PARTS = 4  # of the columns of a Gram matrix: ten of sixteen products are made, in 0.65 of the time
 
@@ -40,10 +43,15 @@ class RidgeSums(Protocol):
     square: float
 
     def add(self, part: str, features_MF: Tensor, wanted_MD: Tensor, weight_M1: Tensor) -> None:
-        """Take up the tokens of a batch, all of one part."""
+        """Take up the tokens of a batch, all of one part, before anything is solved."""
 
     def solved(self, ridge: float, parts: Sequence[str]) -> Tensor:
-        """The solution on these parts, (F, D), float32, on the writer's device; NaN where rounding leaves none."""
+        """The solution on these parts, (F, D), float32, on the writer's device; NaN where rounding leaves none.
+
+        Args:
+            ridge: see the top.
+            parts: the fitted one, or both.
+        """
 
     def error(self, ridge: float, share: float) -> float | None:
         """Mean relative squared error on the held-out tokens of a share of the solution on the fitted ones, which is
@@ -64,6 +72,14 @@ def gram_matrix(features_MF: Tensor) -> Tensor:
     return gram_FF
 
 
+def needs_float64(writer: StreamWriter, ridge: float) -> bool:
+    """Whether float32 leaves too little of a solution: a bias is free, so its equations are nearly singular.
+
+    MPS has no float64 and no Cholesky of its own: there, what is in float64 runs on the CPU.
+    """
+    return writer.has_bias or writer.device.type == "mps" or writer.num_features / ridge > MOST_FLOAT32
+
+
 def sums_for(writer: StreamWriter, num_tokens: int) -> RidgeSums:
     """What solves faster: sums over features, or over tokens where there are fewer of these."""
     return Tokens(writer) if num_tokens < writer.num_features else Moments(writer)
@@ -76,6 +92,8 @@ class Moments:
         self._writer = writer
         self._grams: dict[str, Tensor] = {}
         self._crosses: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = {}
+        self._equations: dict[tuple[tuple[str, ...], torch.dtype], tuple[Tensor, Tensor, Tensor]] = {}
         self.square = 0.0
 
     def add(self, part: str, features_MF: Tensor, wanted_MD: Tensor, weight_M1: Tensor) -> None:
@@ -90,31 +108,56 @@ class Moments:
         ):
             product = in_float64(product)
             sums[part] = sums[part] + product if part in sums else product
+        self._tokens[part] = self._tokens.get(part, 0) + len(features_MF)
         if part == "fitted":
             self.square += float(wanted_MD.square().sum(dtype=torch.float64))
 
     def solved(self, ridge: float, parts: Sequence[str]) -> Tensor:
         """The solution on these parts."""
-        gram_FF, cross_FD = (self._over(sums, parts) for sums in (self._grams, self._crosses))
+        dtype = torch.float64 if needs_float64(self._writer, ridge) else torch.float32
+        gram_FF, cross_FD, root_F = self._equations_of(tuple(parts), dtype)
         size = len(gram_FF) - self._writer.has_bias
-        diagonal = gram_FF.diagonal().clone()
-        mean = float(diagonal[:size].mean())
-        gram_FF.diagonal()[:size] += ridge * diagonal[:size].clamp_min(LEAST_SQUARE * mean)
-        gram_FF.diagonal()[size:] += BIAS_RIDGE * mean
-        factor_FF, failed = torch.linalg.cholesky_ex(gram_FF)
+        regular_FF = gram_FF.clone()
+        regular_FF.diagonal()[:size] += ridge
+        regular_FF.diagonal()[size:] += 1.0
+        factor_FF, failed = torch.linalg.cholesky_ex(regular_FF)
         if failed:
             return torch.full_like(cross_FD, math.nan, device=self._writer.device, dtype=torch.float32)
-        return torch.cholesky_solve(cross_FD, factor_FF).to(self._writer.device, torch.float32)
+        solution_FD = torch.cholesky_solve(cross_FD, factor_FF) / root_F[:, None]
+        return solution_FD.to(self._writer.device, torch.float32)
 
     def error(self, ridge: float, share: float) -> None:
         """None: a product of two such sums takes longer than the tokens themselves."""
 
-    @staticmethod
-    def _over(sums: dict[str, Tensor], parts: Sequence[str]) -> Tensor:
-        total = sums[parts[0]].clone()
-        for part in parts[1:]:
-            total += sums[part]
-        return total
+    def _equations_of(self, parts: tuple[str, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Gram matrix and cross products in units in which a ridge is the same for all columns; and these units.
+
+        The latest ones are kept, for the next ridge.
+        """
+        if (parts, dtype) not in self._equations:
+            gram_FF, cross_FD = (_sum_of(sums, parts) for sums in (self._grams, self._crosses))
+            size = len(gram_FF) - self._writer.has_bias
+            square_F = _sum_of({part: gram.diagonal() for part, gram in self._grams.items()}, self._grams)
+            mean = float(square_F[:size].mean())
+            square_F[:size].clamp_(min=LEAST_SQUARE * mean)
+            square_F[size:] = BIAS_RIDGE * mean
+            share = sum(self._tokens[part] for part in parts) / sum(self._tokens.values())
+            root_F = (share * square_F).sqrt()
+            gram_FF /= root_F
+            gram_FF /= root_F[:, None]
+            cross_FD /= root_F[:, None]
+            made = gram_FF.to(dtype), cross_FD.to(dtype), root_F.to(dtype)
+            self._equations = {(parts, dtype): made}
+        return self._equations[parts, dtype]
+
+
+def _sum_of(values: Mapping[str, Tensor], parts: Iterable[str]) -> Tensor:
+    """The sum over some parts, in memory of its own."""
+    first, *others = (values[part] for part in parts)
+    total = first.clone()
+    for value in others:
+        total += value
+    return total
 
 
 class Tokens:
@@ -125,30 +168,28 @@ class Tokens:
 
     def __init__(self, writer: StreamWriter) -> None:
         self._writer = writer
-        self._rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        self._kernels: dict[tuple[str, ...], _Kernel] = {}  # once, for all ridges
+        self._rows: dict[str, list[tuple[Tensor, Tensor]]] = {"fitted": [], "held out": []}
+        self._made: _Kernel | None = None  # once, for all ridges and both parts
         self._foretold: dict[float, Tensor | None] = {}  # by the ridge, for any share
         self.square = 0.0
 
     def add(self, part: str, features_MF: Tensor, wanted_MD: Tensor, weight_M1: Tensor) -> None:
         """Take up the tokens of a batch, all of one part."""
         root_M1 = weight_M1.sqrt()
-        self._rows.setdefault(part, []).append((features_MF * root_M1, wanted_MD * root_M1))
+        self._rows[part].append((features_MF * root_M1, wanted_MD * root_M1))
         if part == "fitted":
             self.square += float(self._rows[part][-1][1].square().sum(dtype=torch.float64))
 
     def solved(self, ridge: float, parts: Sequence[str]) -> Tensor:
         """The solution on these parts."""
-        kernel = self._kernel(*parts)
-        factor_MM = kernel.factor(ridge)
+        kernel = self._kernel
+        num = kernel.num_fitted if tuple(parts) == ("fitted",) else len(kernel.wanted_MD)
+        factor_MM = kernel.factor(num, ridge, exact=needs_float64(self._writer, ridge))
         if factor_MM is None:
-            size = (kernel.scaled_MF.shape[1] + self._writer.has_bias, kernel.wanted_MD.shape[1])
+            size = (self._writer.num_features, kernel.wanted_MD.shape[1])
             return torch.full(size, math.nan, device=self._writer.device)
-        dual_MD = torch.cholesky_solve(in_float64(kernel.wanted_MD), factor_MM)
-        solution_FD = kernel.scaled_MF.T @ (dual_MD / ridge).to(kernel.scaled_MF)
-        if self._writer.has_bias:
-            solution_FD = torch.cat((solution_FD, (kernel.scaled_bias_1M @ dual_MD).to(solution_FD)))
-        return solution_FD
+        dual_MD = torch.cholesky_solve(kernel.wanted_MD[:num].to(factor_MM), factor_MM)
+        return kernel.solution(dual_MD, ridge)
 
     def error(self, ridge: float, share: float) -> float | None:
         """In the size of the tokens: with k the products of rows, held-out ones are foretold as k_hf (k_ff + 1)⁻¹ Y.
@@ -162,78 +203,99 @@ class Tokens:
         foretold_HD = self._foretold[ridge]
         if foretold_HD is None:
             return math.inf
-        _, wanted_HD = self._joined("held out")
-        left_HD = wanted_HD - share * foretold_HD
+        left_HD = self._kernel.wanted_MD[self._kernel.num_fitted :] - share * foretold_HD
         total = float(left_HD.square().sum(dtype=torch.float64))
         return math.inf if math.isnan(total) else total / len(left_HD)
 
     def _foretell(self, ridge: float) -> Tensor | None:
         """What the solution on the fitted tokens adds to held-out ones; None where rounding leaves none."""
-        kernel = self._kernel("fitted")
-        exact = self._writer.has_bias or self._writer.device.type == "mps"
-        exact = exact or kernel.scaled_MF.shape[1] / ridge > MOST_FLOAT32
-        factor_MM = kernel.factor(ridge, exact=exact)
+        kernel, exact = self._kernel, needs_float64(self._writer, ridge)
+        fitted = slice(kernel.num_fitted)
+        factor_MM = kernel.factor(kernel.num_fitted, ridge, exact=exact)
         if factor_MM is None:
             return None
-        held_out_HF, _ = self._joined("held out")
-        if kernel.others_MH is None:
-            kernel.others_MH = kernel.products_with(held_out_HF)
-        others_MH = (in_float64(kernel.others_MH) if exact else kernel.others_MH) / ridge
-        if self._writer.has_bias:
-            others_MH += kernel.scaled_bias_1M.T @ in_float64(held_out_HF[:, -1:].T)
+        others_MH = kernel.products(fitted, slice(kernel.num_fitted, None), ridge, exact=exact)
         shares_MH = torch.cholesky_solve(others_MH, factor_MM).to(kernel.wanted_MD)
-        return shares_MH.T @ kernel.wanted_MD
+        return shares_MH.T @ kernel.wanted_MD[fitted]
 
-    def _joined(self, *parts: str) -> tuple[Tensor, Tensor]:
-        features, wanted = zip(*(row for part in parts for row in self._rows[part]), strict=True)
-        return (features[0], wanted[0]) if len(features) == 1 else (torch.cat(features), torch.cat(wanted))
+    @property
+    def _kernel(self) -> _Kernel:
+        if self._made is None:
+            features, wanted = zip(*self._rows["fitted"], *self._rows["held out"], strict=True)
+            num_fitted = sum(len(rows) for rows, _ in self._rows["fitted"])
+            self._made = _Kernel.of(torch.cat(features), torch.cat(wanted), num_fitted, self._writer.has_bias)
+        return self._made
 
-    def _kernel(self, *parts: str) -> _Kernel:
-        if parts not in self._kernels:
-            self._kernels[parts] = _Kernel.of(*self._joined(*parts), self._writer.has_bias)
-        return self._kernels[parts]
 
-
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Kernel:
-    """Tokens that are fitted to, whatever the ridge. Features are without the bias.
+    """Both parts' tokens, the fitted ones first, whatever the ridge. Features are without the bias.
 
     Attributes:
-        scaled_MF: features over the squares that their penalty goes by, float32.
-        products_MM: of features and scaled features, float32.
+        num_fitted: tokens of the first part.
+        features_MF: in units in which a ridge is the same for all columns, float32.
+        root_F: these units.
+        products_MM: of tokens, float32.
         wanted_MD: float32.
-        scaled_bias_1M, bias_products_MM: of the bias, its ridge in them, float64; 0 without one.
-        others_MH: of scaled features and those of held-out tokens, float32; when it was asked for.
+        bias_MB: of the bias, in its units, (M, 1), float64; (M, 0) without one.
+        bias_root: its units.
     """
 
-    scaled_MF: Tensor
+    num_fitted: int
+    features_MF: Tensor
+    root_F: Tensor
     products_MM: Tensor
     wanted_MD: Tensor
-    scaled_bias_1M: Tensor
-    bias_products_MM: Tensor
-    others_MH: Tensor | None = None
+    bias_MB: Tensor
+    bias_root: float
 
     @classmethod
-    def of(cls, features_MF: Tensor, wanted_MD: Tensor, has_bias: bool) -> _Kernel:
+    def of(cls, features_MF: Tensor, wanted_MD: Tensor, num_fitted: int, has_bias: bool) -> _Kernel:
         size = features_MF.shape[1] - has_bias
         own_MF = features_MF[:, :size]
         square_F = own_MF.square().sum(0)
         mean = float(square_F.mean())
-        scaled_MF = own_MF / square_F.clamp_min(LEAST_SQUARE * mean)
-        products_MM = scaled_MF @ own_MF.T
-        bias_1M = in_float64(features_MF[:, size:].T if has_bias else products_MM.new_zeros(1, 1))
-        scaled_1M = bias_1M / (BIAS_RIDGE * mean) if has_bias else bias_1M
-        return cls(scaled_MF, products_MM, wanted_MD, scaled_1M, bias_1M.T @ scaled_1M)
+        root_F = square_F.clamp_min(LEAST_SQUARE * mean).sqrt()
+        scaled_MF = own_MF / root_F
+        bias_root = (BIAS_RIDGE * mean) ** 0.5
+        bias_MB = features_MF[:, size:] / bias_root if has_bias else features_MF[:, :0]
+        return cls(
+            num_fitted,
+            scaled_MF,
+            root_F,
+            gram_matrix(scaled_MF.T),
+            wanted_MD,
+            in_float64(bias_MB),
+            bias_root,
+        )
 
-    def products_with(self, features_HF: Tensor) -> Tensor:
-        """With the features of other tokens, without the bias."""
-        return self.scaled_MF @ features_HF[:, : self.scaled_MF.shape[1]].T
+    def products(self, rows: slice, columns: slice, ridge: float, *, exact: bool) -> Tensor:
+        """F R⁻¹ Fᵀ of some tokens with others, where the former are a part that is solved on."""
+        share = len(self.wanted_MD[rows]) / len(self.wanted_MD)
+        part_MM = self.products_MM[rows, columns]
+        part_MM = (in_float64(part_MM) if exact else part_MM) / (ridge * share)
+        if self.bias_MB.shape[1]:
+            part_MM += self.bias_MB[rows] @ self.bias_MB[columns].T / share
+        return part_MM
 
-    def factor(self, ridge: float, *, exact: bool = True) -> Tensor | None:
-        """Of F R⁻¹ Fᵀ + 1, by Cholesky; None where rounding leaves none. `exact`: in float64, else in float32."""
-        regular_MM = (in_float64(self.products_MM) if exact else self.products_MM) / ridge
-        if exact:
-            regular_MM += self.bias_products_MM
+    def factor(self, num: int, ridge: float, *, exact: bool) -> Tensor | None:
+        """Of F R⁻¹ Fᵀ + 1 of the first tokens, by Cholesky; None where rounding leaves none.
+
+        Args:
+            num: of tokens.
+            ridge: see the top.
+            exact: in float64, else in float32.
+        """
+        regular_MM = self.products(slice(num), slice(num), ridge, exact=exact)
         regular_MM.diagonal().add_(1.0)
         factor_MM, failed = torch.linalg.cholesky_ex(regular_MM)
         return None if failed else factor_MM
+
+    def solution(self, dual_MD: Tensor, ridge: float) -> Tensor:
+        """R⁻¹ Fᵀ times what was solved for the first tokens, (F, D), float32, the bias last."""
+        num = len(dual_MD)
+        share = num / len(self.wanted_MD)
+        solution_FD = self.features_MF[:num].T @ (dual_MD / (ridge * share)).to(self.features_MF)
+        solution_FD /= self.root_F[:, None]
+        bias_1D = self.bias_MB[:num].T @ dual_MD.to(self.bias_MB) / (share * self.bias_root)
+        return torch.cat((solution_FD, bias_1D.to(solution_FD))) if len(bias_1D) else solution_FD

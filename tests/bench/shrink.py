@@ -109,7 +109,9 @@ def taking(way: str) -> Iterator[None]:
         healing._heal_one = kept
 
 
-def _heal_one(way: str, place: Place, writer: StreamWriter, text: StreamText, run, first_ridge: int):
+def _heal_one(
+    way: str, place: Place, writer: StreamWriter, text: StreamText, run, first_ridge: int, *_: object
+):
     """`foldsearch.model.heal._heal_one`, with a choice of how much is taken."""
     number, _, rule = way.partition(" ")
     share = float(number) if number[0].isdigit() else 1.0

@@ -102,7 +102,8 @@ def test_each_matrix_takes_a_share_of_the_weighted_ridge_solution_on_the_models_
 
         def solved(rows: slice, h=h, x=x, y=y, weight=weight, ridge=block.ridge, inputs=inputs) -> Tensor:
             features = h[rows] * weight[rows, None].sqrt()
-            squares = features[:, :inputs].square().sum(0)
+            # A ridge goes by what is read on all of the text, and a part takes its share of that.
+            squares = (h[:, :inputs].square() * weight[:, None]).sum(0) * len(features) / len(h)
             squares = squares.clamp_min(
                 1e-6 * squares.mean()
             )  # a unit of OPT's may be dead on all of the text

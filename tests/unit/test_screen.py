@@ -88,7 +88,9 @@ def test_what_is_kept_stays_in_its_bound(tmp_path):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("ridge", [1e-2, 1.0, 100.0])
 def test_few_tokens_are_solved_as_many_are(bias, ridge):
-    """The kernel form of ridge regression has the solution of the normal equations; here both are solved."""
+    """The kernel form of ridge regression has the solution of the normal equations; in float32 too, where they are well
+    conditioned. Oracle: least squares in float64, a ridge as rows of its own.
+    """
     generator = torch.Generator().manual_seed(0)
     features_MF, wanted_MD = (torch.randn(40, size, generator=generator) for size in (64, 8))
     if bias:
@@ -96,7 +98,7 @@ def test_few_tokens_are_solved_as_many_are(bias, ridge):
     weight_M1 = torch.rand(40, 1, generator=generator)
 
     class Writer:
-        has_bias, device, norm = bias, torch.device("cpu"), None
+        has_bias, device, norm, num_features = bias, torch.device("cpu"), None, 64
 
     tokens, moments = Tokens(Writer()), Moments(Writer())
     for part, here in (("fitted", slice(0, 15)), ("fitted", slice(15, 25)), ("held out", slice(25, 40))):
@@ -104,8 +106,18 @@ def test_few_tokens_are_solved_as_many_are(bias, ridge):
             sums.add(part, features_MF[here], wanted_MD[here], weight_M1[here])
     # both round products of features to float32: a relative 1e-6, which the least ridge here raises a hundredfold
     close = {"rtol": 1e-3, "atol": 1e-5}
-    for parts in (("fitted",), ("fitted", "held out")):
-        torch.testing.assert_close(*(sums.solved(ridge, parts) for sums in (tokens, moments)), **close)
+    root_M1 = weight_M1.sqrt()
+    squares = (features_MF * root_M1).square().sum(0).double()
+    for parts, num in ((("fitted",), 25), (("fitted", "held out"), 40)):
+        weights = (ridge * squares * num / 40).sqrt()
+        if bias:
+            weights[-1] = 0.0  # free, and in the sums all but free
+        expected = torch.linalg.lstsq(
+            torch.cat(((features_MF * root_M1)[:num].double(), weights.diag())),
+            torch.cat(((wanted_MD * root_M1)[:num], torch.zeros(64, 8))).double(),
+        ).solution.float()
+        for sums in (tokens, moments):
+            torch.testing.assert_close(sums.solved(ridge, parts), expected, **close)
     assert tokens.square == pytest.approx(moments.square)
     for share in (1.0, 0.5):
         left_MD = wanted_MD[25:] - share * features_MF[25:] @ moments.solved(ridge, ("fitted",))
