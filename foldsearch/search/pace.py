@@ -30,6 +30,27 @@ def rung_work(study: Study, rung: int) -> float:
     return HEALING * healed + TRAINING * trained + (splits.search + report) * length
 
 
+def trial_seconds(study: Study, token_seconds: float) -> float:
+    """Seconds from the beginning to the last rung of a trial that folds nothing; see `Pace` for `token_seconds`."""
+    return token_seconds * sum(rung_work(study, rung) for rung in range(len(study.rungs)))
+
+
+def screening_seconds(study: Study, left: float, closing: float, trial: float) -> float:
+    """How much of the time of a run its screening has: its share, and what trials would leave of the rest.
+
+    Those of a round take about as long as one another, and one that would not end in time is not begun.
+
+    Args:
+        study: of the run.
+        left: seconds.
+        closing: those of them that are kept for what comes after the last trial.
+        trial: that one takes; 0 where it is not known.
+    """
+    share = study.screen.share * left
+    rest = left - closing - share
+    return share + (rest % trial if 0 < trial <= rest else 0.0)
+
+
 @dataclass(slots=True)
 class _Observed:
     """Seconds, and what they were spent on."""

@@ -131,7 +131,7 @@ class Line:
             return None
         first = not any(trial.state == "finished" for trial in known)
         if self.records.anyone_waits:
-            return self.records.ask() if first or self._typical() <= self.left else None
+            return self.records.ask() if first or self._next_seconds() <= self.left else None
         if self._may_begin(known, first=first):
             return self.records.ask()
         if num_running and self.study.seconds is None:
@@ -183,6 +183,11 @@ class Line:
         expected = (under_way + to_begin * self._typical()) / self.study.jobs
         return max(0.0, min(max(expected, under_way / max(1, running)), self.left))
 
+    def _next_seconds(self) -> float:
+        """Of the trial that is next in line; of a typical one where that is not known."""
+        known = self.records.next_in_line()
+        return self._typical() if known is None else self.pace.whole(known[0], first_rung=known[1])
+
     def _typical(self) -> float:
         """Seconds of a trial that nobody stops: of a baseline, with its share of the gates that are trained."""
         space, run = self.records.space, self.records.run
@@ -216,7 +221,7 @@ class Line:
             return ""
         if self.left <= 0:
             return f"the {clock(seconds)} of this run are spent, so nothing begins. Give it more: {again} T"
-        one, rungs = self._typical(), f"{self.study.rungs[-1]:,} tokens"
+        one, rungs = self._next_seconds(), f"{self.study.rungs[-1]:,} tokens"
         if one > self.left:
             return (
                 f"a whole trial takes about {clock(one)} here, but {clock(self.left)} are left: no trial is likely to "

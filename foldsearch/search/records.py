@@ -51,7 +51,7 @@ from foldsearch.search.storage import (
     study_name,
 )
 from foldsearch.spec.fit import can_run, narrow, repair
-from foldsearch.spec.propose import Plain, plain_answers, propose, propose_recovery, propose_types
+from foldsearch.spec.propose import Plain, baseline, plain_answers, propose, propose_recovery, propose_types
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import Objective
 
@@ -237,7 +237,7 @@ class Records:
         """What `queue` puts in line."""
         plain = plain_answers(self.space, criterion, num_removed, self._best_setting(criterion))
         propose(plain, self.space, self.run.num_blocks)
-        return InLine(plain.answers, {"origin": origin}, closing)
+        return InLine(plain.answers, {"origin": origin, "removes": [criterion, num_removed]}, closing)
 
     def screened(self, plan: FoldPlan) -> InLine:
         """What `queue_plan` puts in line."""
@@ -304,6 +304,23 @@ class Records:
     def anyone_waits(self) -> bool:
         """Whether an interrupted or a queued trial is still to be run."""
         return bool(self._interrupted) or any(trial.state == "waiting" for trial in self._trials)
+
+    def next_in_line(self) -> tuple[Proposal, int] | None:
+        """What `ask` gives next, and the rung that it begins with: an interrupted or a queued trial; None of others."""
+        if self._interrupted:
+            trial = self.get(self._interrupted[0])
+            return (trial.proposal, len(trial.results)) if trial.proposal is not None else None
+        waiting = (trial.number for trial in self._trials if trial.state == "waiting")
+        number = next(waiting, None)
+        if number is None:
+            return None
+        attributes = self.study.get_trials(deepcopy=False)[number].user_attrs
+        if "given" in attributes:
+            return Proposal(Given(from_json(FoldPlan, attributes["given"]))), 0
+        if "removes" in attributes:
+            criterion, count = attributes["removes"]
+            return baseline(self.space, criterion, count, self.run.num_blocks), 0
+        return None
 
     def put_back(self, number: int) -> None:
         """Ask for a running trial once more, before any other: nobody is at work on it."""

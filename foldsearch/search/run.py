@@ -60,6 +60,7 @@ from foldsearch.search.messages import (
     decode,
 )
 from foldsearch.search.own_ray import check_ray, own_ray
+from foldsearch.search.pace import screening_seconds, trial_seconds
 from foldsearch.search.proposer import Line, Proposer
 from foldsearch.search.records import Records, read_rows, read_trials
 from foldsearch.search.screened import Promoted, is_screened, write_screened
@@ -235,23 +236,29 @@ def _search(context: Any, trial: str, on_event: OnEvent, place: Workplace) -> No
         on_event(Notice(notice))
     records = Records(run)
     began, asking = time.monotonic(), getattr(context, "asking_seconds", 0.0)
+    place = on_device(place, run.study, context.device)
+    threads = min(place.share.cpus, num_cpus()) if place.joined is None else place.share.cpus
+    # Trials have fewer cores than the asking had, and those of one machine share its processor.
+    slower = max(num_cpus() / threads, run.study.jobs if place.joined is None else 1)
+    token_seconds = getattr(context, "token_seconds", 0.0) * slower
+    closing = _closing_seconds(context)
     earlier = [] if records.all() else warm_plans(run)
-    promoted = _screened(records, context, asking, earlier, on_event)
+    screening = math.inf
+    if run.study.seconds is not None:
+        left = run.study.seconds - asking - records.elapsed
+        screening = screening_seconds(run.study, left, closing, trial_seconds(run.study, token_seconds))
+    promoted = _screened(records, context, asking, earlier, on_event, screening)
     promoted = begun_with(promoted, earlier, run.study.screen.promoted)
     if context.device != "cpu":
         from foldsearch.context import close_workbench
 
         close_workbench()  # the workers open their own: the driver's copy would take their room
-    place = on_device(place, run.study, context.device)
-    threads = min(place.share.cpus, num_cpus()) if place.joined is None else place.share.cpus
-    # Trials have fewer cores than the asking had, and those of one machine share its processor.
-    slower = max(num_cpus() / threads, run.study.jobs if place.joined is None else 1)
     line = Line(
         records,
         promoted=promoted,
         spent=asking + time.monotonic() - began,
-        closing=_closing_seconds(context),
-        token_seconds=getattr(context, "token_seconds", 0.0) * slower,
+        closing=closing,
+        token_seconds=token_seconds,
     )
     if words := line.begin_words():
         on_event(Notice(words))
@@ -305,11 +312,24 @@ def _probe(records: Records, context: Any, place: Workplace) -> Proposal | None:
 
 
 def _screened(
-    records: Records, context: Any, asking: float, earlier: Sequence[Trained], on_event: OnEvent
+    records: Records,
+    context: Any,
+    asking: float,
+    earlier: Sequence[Trained],
+    on_event: OnEvent,
+    seconds: float = math.inf,
 ) -> Promoted:
     """Screen plans for a run that has no trials yet; what of them is to be trained. What it took up is let go of.
 
     What is known of the model and the text is told first.
+
+    Args:
+        records: of the run.
+        context: of its trials.
+        asking: seconds that the dense model was asked for.
+        earlier: plans that are measured first.
+        on_event: told what happens.
+        seconds: that the screening may take.
     """
     run, study = records.run, records.run.study
     if records.all() or not _is_real(context):
@@ -319,9 +339,6 @@ def _screened(
         if words := known_words(run, (), trained):
             on_event(Notice(words))
         return Promoted()
-    seconds = math.inf
-    if study.seconds is not None:
-        seconds = max(1.0, study.screen.share * (study.seconds - asking - records.elapsed))
     from foldsearch.search.screening import Screening  # it needs torch, which fakes do without
 
     began = time.monotonic()
@@ -329,7 +346,7 @@ def _screened(
         screening = Screening(
             context,
             records.space,
-            seconds=seconds,
+            seconds=max(1.0, seconds),
             progress=lambda stage, share: on_event(Preparing(stage, share)),
         )
         if words := known_words(run, screening.take_over(), trained):

@@ -14,11 +14,14 @@ from types import SimpleNamespace
 import pytest
 
 from foldsearch.errors import SpecError
+from foldsearch.plan.plan import FoldPlan
 from foldsearch.progress import TimeUp
 from foldsearch.run import Run
 from foldsearch.search import proposer, run, worker
+from foldsearch.search.pace import Pace, screening_seconds, trial_seconds
 from foldsearch.search.proposer import Line
 from foldsearch.search.records import Records, read_trials
+from foldsearch.search.screened import Promoted
 from tests.fake_driver import study
 from tests.fake_trial import NUM_BLOCKS, ORDERS, TABLE, trial_at
 from tests.proposals import ordered_plan
@@ -153,6 +156,56 @@ def test_a_time_too_short_for_one_trial_is_said_and_gives_what_it_can(tmp_path: 
     assert [record.state for record in known[:4]] == ["finished"] * 4
     assert not any(record.state == "cut" for record in known)
     assert {record.number for record in again.front()} & {0, 1, 2, 3}
+
+
+def test_who_waits_in_line_is_reckoned_by_itself(tmp_path: Path, clock: Clock) -> None:
+    """A plan that is given trains no gates: it begins where one of four trials that did would not end in time."""
+    plans = [FoldPlan.dropping(range(6), NUM_BLOCKS), FoldPlan.dropping(range(1, 7), NUM_BLOCKS)]
+    records = new_records(tmp_path / "run", seconds=300.0, jobs=1)
+    line = Line(records, promoted=Promoted((plans[0], plans[1]), ("gate", 6)), token_seconds=0.0024)
+    asked = line.next(num_running=0)
+    assert asked is not None
+    first = trial_at(plans[0], line.study, 2, asked[1], asked[0])
+    results = [replace(one, seconds=end) for one, end in zip(first.results, (10.0, 40.0, 100.0), strict=True)]
+    records.record(replace(first, results=tuple(results)))
+    line.began(0)
+    records.finish(0)
+    clock.now += 190  # of 300; a trial takes 100, and what it has of the gates besides
+    assert line.left == 110 < line._typical()
+    assert line._next_seconds() == pytest.approx(100)
+    asked = line.next(num_running=0)
+    assert asked is not None
+    assert asked[1].plan == plans[1]
+    records.put_back(asked[0])  # interrupted: it goes on from where it was
+    assert line._next_seconds() == pytest.approx(100)
+    again = line.next(num_running=0)
+    assert again is not None
+    assert again[0] == asked[0]
+    # Then the rival, whose gates are trained.
+    assert line._next_seconds() > 110
+    assert line.next(num_running=0) is None
+
+
+@pytest.mark.parametrize(
+    ("left", "closing", "trial", "expected"),
+    [
+        (1000.0, 0.0, 0.0, 450.0),  # it is not known how long a trial takes
+        (1000.0, 0.0, 600.0, 450.0),  # none would end in time, so nothing is lost where it is tried
+        (1000.0, 50.0, 200.0, 550.0),  # two rounds in 500 s
+        (1000.0, 50.0, 250.0, 450.0),
+    ],
+)
+def test_screening_has_what_rounds_of_trials_would_leave(
+    left: float, closing: float, trial: float, expected: float
+) -> None:
+    assert screening_seconds(study(), left, closing, trial) == pytest.approx(expected)
+
+
+def test_a_trial_that_folds_nothing_takes_as_long_as_its_rungs(tmp_path: Path) -> None:
+    """Oracle: the pace, asked for each rung of the dense model; of 2.4 ms a token, 100 s."""
+    run = new_records(tmp_path / "run").run
+    of_rungs = sum(Pace(run, 0.0024).rung(rung, run.dense) for rung in range(3))
+    assert trial_seconds(run.study, 0.0024) == pytest.approx(of_rungs)
 
 
 def test_without_a_limit_all_trials_run(tmp_path: Path, clock: Clock) -> None:
