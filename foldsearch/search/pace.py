@@ -36,7 +36,7 @@ def trial_seconds(study: Study, token_seconds: float) -> float:
 
 
 def screening_seconds(study: Study, left: float, closing: float, trial: float) -> float:
-    """How much of the time of a run its screening has: its share, and what trials would leave of the rest.
+    """How much of the time of a run its screening has: about its share, so that the rest holds whole rounds of trials.
 
     Those of a round take about as long as one another, and one that would not end in time is not begun.
 
@@ -48,7 +48,12 @@ def screening_seconds(study: Study, left: float, closing: float, trial: float) -
     """
     share = study.screen.share * left
     rest = left - closing - share
-    return share + (rest % trial if 0 < trial <= rest else 0.0)
+    if not 0 < trial <= rest:
+        return share
+    rounds = round(rest / trial)
+    if rounds * trial - rest > share / 2:
+        rounds -= 1
+    return share + rest - rounds * trial
 
 
 @dataclass(slots=True)

@@ -210,9 +210,9 @@ class RecoverySettings(TomlTable):
 class ScreenSettings(TomlTable):
     """Plans that are healed and measured on little text before any is trained (see `foldsearch.search.screening`).
 
-    plans: that are measured, unless the time for them is up; 0 screens nothing. share: of the run's time; to it comes
-    what whole rounds of trials would leave of the rest. promoted: how many of them are trained. healed_tokens: of the
-    recovery text, that each plan is healed on; judged_tokens: of the search text, that it is measured on.
+    plans: that are measured, unless the time for them is up; 0 screens nothing. share: of the run's time, about: the
+    rest is to hold whole rounds of trials. promoted: how many of them are trained. healed_tokens: of the recovery text,
+    that each plan is healed on; judged_tokens: of the search text, that it is measured on.
     """
 
     plans: Annotated[int, Field(ge=0)] = 200

@@ -191,14 +191,24 @@ def test_who_waits_in_line_is_reckoned_by_itself(tmp_path: Path, clock: Clock) -
     [
         (1000.0, 0.0, 0.0, 450.0),  # it is not known how long a trial takes
         (1000.0, 0.0, 600.0, 450.0),  # none would end in time, so nothing is lost where it is tried
-        (1000.0, 50.0, 200.0, 550.0),  # two rounds in 500 s
+        (1000.0, 50.0, 225.0, 500.0),  # two rounds in 500 s, and 50 s are left
+        (1000.0, 50.0, 180.0, 410.0),  # 40 s more, and there are three
         (1000.0, 50.0, 250.0, 450.0),
+        (1000.0, 500.0, 35.0, 465.0),  # one in 50 s; two would fit if screening gave 20
     ],
 )
-def test_screening_has_what_rounds_of_trials_would_leave(
+def test_screening_leaves_time_for_whole_rounds_of_trials(
     left: float, closing: float, trial: float, expected: float
 ) -> None:
+    """The share is 0.45."""
     assert screening_seconds(study(), left, closing, trial) == pytest.approx(expected)
+
+
+def test_screening_gives_at_most_half_of_its_share() -> None:
+    """20 of 100 s; a second trial of 50 s would take all of them, one of 44 s takes 8."""
+    asked = study(**{"screen.share": 0.2})
+    assert screening_seconds(asked, 100.0, 0.0, 50.0) == pytest.approx(50.0)
+    assert screening_seconds(asked, 100.0, 0.0, 44.0) == pytest.approx(12.0)
 
 
 def test_a_trial_that_folds_nothing_takes_as_long_as_its_rungs(tmp_path: Path) -> None:
