@@ -11,13 +11,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from foldsearch.bound import lower_bound
-from foldsearch.plan.cost import Cost
+from foldsearch.plan.cost import Cost, price
+from foldsearch.plan.plan import FoldPlan
 from foldsearch.proposal import Proposal
 from foldsearch.record import Trial
 from foldsearch.run import Run
 from foldsearch.search.dry_run import GATE_STEP_TOKENS, HEALING
+from foldsearch.spec.propose import baseline_count
+from foldsearch.spec.space import Space
 from foldsearch.spec.study import Study
 
+WITH_START = 1.05  # of the time of a round: the first one's workers open the model
 TRAINING = 3.0  # a token of training costs about three forward passes
 
 
@@ -30,11 +34,6 @@ def rung_work(study: Study, rung: int) -> float:
     return HEALING * healed + TRAINING * trained + (splits.search + report) * length
 
 
-def trial_seconds(study: Study, token_seconds: float) -> float:
-    """Seconds from the beginning to the last rung of a trial that folds nothing; see `Pace` for `token_seconds`."""
-    return token_seconds * sum(rung_work(study, rung) for rung in range(len(study.rungs)))
-
-
 def screening_seconds(study: Study, left: float, closing: float, trial: float) -> float:
     """How much of the time of a run its screening has: about its share, so that the rest holds whole rounds of trials.
 
@@ -44,10 +43,10 @@ def screening_seconds(study: Study, left: float, closing: float, trial: float) -
         study: of the run.
         left: seconds.
         closing: those of them that are kept for what comes after the last trial.
-        trial: that one takes; 0 where it is not known.
+        trial: that one is thought to take; 0 where it is not known.
     """
     share = study.screen.share * left
-    rest = left - closing - share
+    rest, trial = left - closing - share, WITH_START * trial
     if not 0 < trial <= rest:
         return share
     rounds = round(rest / trial)
@@ -109,6 +108,14 @@ class Pace:
         if observed is not None and observed.shares:
             return observed.seconds / observed.shares * self._share(cost)
         return self._token() * rung_work(self.run.study, number) * self._share(cost)
+
+    def largest(self, space: Space) -> float:
+        """Seconds of a trial whose plan is given, and drops no more blocks than the budget asks for."""
+        run = self.run
+        count = baseline_count(space, run.table, run.target, run.budget)
+        count = max(1, space.counts(run.num_blocks)[0]) if count is None else count
+        cost = price(FoldPlan.dropping(range(count), run.num_blocks), run.table, run.target)
+        return sum(self.rung(rung, cost) for rung in range(len(run.study.rungs)))
 
     def whole(self, proposal: Proposal, *, first_rung: int = 0, cached_gates: bool = False) -> float:
         """Seconds that a trial of this proposal takes from a rung on, if nothing stops it."""

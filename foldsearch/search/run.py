@@ -60,7 +60,7 @@ from foldsearch.search.messages import (
     decode,
 )
 from foldsearch.search.own_ray import check_ray, own_ray
-from foldsearch.search.pace import screening_seconds, trial_seconds
+from foldsearch.search.pace import Pace, screening_seconds
 from foldsearch.search.proposer import Line, Proposer
 from foldsearch.search.records import Records, read_rows, read_trials
 from foldsearch.search.screened import Promoted, is_screened, write_screened
@@ -246,7 +246,8 @@ def _search(context: Any, trial: str, on_event: OnEvent, place: Workplace) -> No
     screening = math.inf
     if run.study.seconds is not None:
         left = run.study.seconds - asking - records.elapsed
-        screening = screening_seconds(run.study, left, closing, trial_seconds(run.study, token_seconds))
+        one = Pace(run, token_seconds).largest(records.space) if token_seconds else 0.0
+        screening = screening_seconds(run.study, left, closing, one)
     promoted = _screened(records, context, asking, earlier, on_event, screening)
     promoted = begun_with(promoted, earlier, run.study.screen.promoted)
     if context.device != "cpu":

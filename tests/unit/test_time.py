@@ -14,11 +14,13 @@ from types import SimpleNamespace
 import pytest
 
 from foldsearch.errors import SpecError
+from foldsearch.plan.cost import price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.progress import TimeUp
+from foldsearch.proposal import Given, Proposal
 from foldsearch.run import Run
 from foldsearch.search import proposer, run, worker
-from foldsearch.search.pace import Pace, screening_seconds, trial_seconds
+from foldsearch.search.pace import WITH_START, Pace, screening_seconds
 from foldsearch.search.proposer import Line
 from foldsearch.search.records import Records, read_trials
 from foldsearch.search.screened import Promoted
@@ -120,14 +122,14 @@ def test_time_is_kept_for_what_comes_after_the_trials(tmp_path: Path, clock: Clo
 
 
 def test_closing_trials_that_do_not_fit_are_left_out_and_said(tmp_path: Path, clock: Clock) -> None:
-    records = new_records(tmp_path / "run", seconds=330.0, trials=6, budget={})
+    records = new_records(tmp_path / "run", seconds=340.0, trials=6, budget={})
     line = Line(records, token_seconds=0.0024)
     simulate(line, clock, (10.0, 30.0, 60.0))
     assert line.elapsed() <= 330
     left_out = proposer.missing_baselines(records)
     assert left_out
     words = line.end_words()
-    assert "Not all fits into 5:30: " in words
+    assert "Not all fits into 5:40: " in words
     criterion, count = left_out[0]
     assert f"{criterion.replace('_', ' ')} at {count} blocks" in words
 
@@ -201,21 +203,25 @@ def test_screening_leaves_time_for_whole_rounds_of_trials(
     left: float, closing: float, trial: float, expected: float
 ) -> None:
     """The share is 0.45."""
-    assert screening_seconds(study(), left, closing, trial) == pytest.approx(expected)
+    assert screening_seconds(study(), left, closing, trial / WITH_START) == pytest.approx(expected)
 
 
 def test_screening_gives_at_most_half_of_its_share() -> None:
     """20 of 100 s; a second trial of 50 s would take all of them, one of 44 s takes 8."""
     asked = study(**{"screen.share": 0.2})
-    assert screening_seconds(asked, 100.0, 0.0, 50.0) == pytest.approx(50.0)
-    assert screening_seconds(asked, 100.0, 0.0, 44.0) == pytest.approx(12.0)
+    assert screening_seconds(asked, 100.0, 0.0, 50.0 / WITH_START) == pytest.approx(50.0)
+    assert screening_seconds(asked, 100.0, 0.0, 44.0 / WITH_START) == pytest.approx(12.0)
 
 
-def test_a_trial_that_folds_nothing_takes_as_long_as_its_rungs(tmp_path: Path) -> None:
-    """Oracle: the pace, asked for each rung of the dense model; of 2.4 ms a token, 100 s."""
-    run = new_records(tmp_path / "run").run
-    of_rungs = sum(Pace(run, 0.0024).rung(rung, run.dense) for rung in range(3))
-    assert trial_seconds(run.study, 0.0024) == pytest.approx(of_rungs)
+def test_no_trial_of_a_given_plan_takes_longer_than_the_largest(tmp_path: Path) -> None:
+    """Oracle: what each plan takes that drops blocks and keeps the budget."""
+    records = new_records(tmp_path / "run")
+    run, pace = records.run, Pace(records.run, 0.0024)
+    plans = [FoldPlan.dropping(range(count), NUM_BLOCKS) for count in range(1, NUM_BLOCKS)]
+    fitting = [plan for plan in plans if run.budget.admits(price(plan, run.table, run.target))]
+    assert len(fitting) < len(plans)
+    every = [pace.whole(Proposal(Given(plan))) for plan in fitting]
+    assert pace.largest(records.space) == pytest.approx(max(every))
 
 
 def test_without_a_limit_all_trials_run(tmp_path: Path, clock: Clock) -> None:
