@@ -23,9 +23,7 @@ from foldsearch.spec.propose import first_trials
 from foldsearch.spec.study import Study
 
 GATE_STEP_TOKENS = 512  # for estimates
-HEALING = (
-    1.6  # forward passes that a token of healing costs, measured 1.3: its own, the sums over it, the solving
-)
+HEALING = 1.3  # forward passes that a token of healing costs: its own, the sums over it, the solving
 TIGHT = 0.5  # of the free memory: an estimate may be wrong by so much
 
 
