@@ -243,12 +243,11 @@ def _search(context: Any, trial: str, on_event: OnEvent, place: Workplace) -> No
     token_seconds = getattr(context, "token_seconds", 0.0) * slower
     closing = _closing_seconds(context)
     earlier = [] if records.all() else warm_plans(run)
-    screening = math.inf
+    seconds = math.inf
     if run.study.seconds is not None:
-        left = run.study.seconds - asking - records.elapsed
         one = Pace(run, token_seconds).largest(records.space) if token_seconds else 0.0
-        screening = screening_seconds(run.study, left, closing, one)
-    promoted = _screened(records, context, asking, earlier, on_event, screening)
+        seconds = screening_seconds(run.study, run.study.seconds - asking - records.elapsed, closing, one)
+    promoted = _screened(records, context, asking, earlier, on_event, seconds)
     promoted = begun_with(promoted, earlier, run.study.screen.promoted)
     if context.device != "cpu":
         from foldsearch.context import close_workbench

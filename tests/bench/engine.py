@@ -1,7 +1,8 @@
-"""How near evaluation is to what the processor can do: three ratios, in CPU seconds of one thread.
+r"""How near evaluation is to what the processor can do: three ratios, in CPU seconds of one thread.
 
     python tests/bench/engine.py [--dtype bfloat16] [--length 512] [--rounds 3]
-    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python tests/bench/engine.py --dtype float32
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+        python tests/bench/engine.py --dtype float32
 
 1. a sweep over all single drops of 30 blocks, head and all, that shares what plans have in common: against each of them
    run by itself (aim: at most 0.68; half of the blocks, which is what there is to save, and the head: 0.62);
