@@ -75,6 +75,7 @@ WAYS = (
     Way("gates, healed", GATES, 16384, trained=True),
     Way("screened, dropped", None),
     Way("screened, healed", None, 16384, trained=True),
+    Way("screened, healed", None, 8192, trained=True),
     Way("screened, healed", None, 32768, trained=True),
     Way("screened, healed", None, 65536, trained=True),
     Way("screened, healed", None, 131072, trained=True),
