@@ -67,7 +67,7 @@ def test_a_node_that_dies(cluster: Cluster, tmp_path: Path) -> None:
     log = cluster.shared / "executed.log"
     log.touch()
     search = cluster.python("-m", "tests.away", "run", cluster.address)
-    until = time.monotonic() + 240
+    until = time.monotonic() + 330  # it takes minutes where the machine has other work
     while not any(line.startswith("second") for line in log.read_text().splitlines()):
         if search.poll() is not None or time.monotonic() > until:
             search.kill()
