@@ -30,7 +30,7 @@ from foldsearch.model.head import last_hidden
 from foldsearch.progress import CountProgress
 
 SCHEMA = 1  # of the files; raise it when what is written in them changes
-MOST_BYTES = 2 * 10**9
+MOST_BYTES = 4 * 10**9
 BATCH_TOKENS = 2048
 SHORTEST = 128  # tokens of a sequence that is cut; shorter ones say too little of what comes later
 

@@ -9,7 +9,7 @@ from foldsearch.errors import InputError
 
 GATE_STEPS = 20
 FITTED_TOKENS = 8192  # of a text, that what is new in a folded model is fitted to
-HEALED_TOKENS = 8192  # of a text, that a folded model is healed on
+HEALED_TOKENS = 16384  # of a text, that a folded model is healed on
 HealMethod = Literal["ridge", "fused", "fused-cosine", "rescale"]  # see `foldsearch.model.healing`
 Trained = Literal["deltas", "last", "healed"]  # see `foldsearch.model.recover.attach`
 LinearStart = Literal["ridge", "patch"]  # see `foldsearch.model.replacements.FitSettings`

@@ -157,7 +157,7 @@ class SplitSettings(TomlTable):
 
     sequence_length: Annotated[int, Field(ge=2)] = 256
     search: Positive = 16
-    recovery: Positive = 64
+    recovery: Positive = 128
     report: Positive = 32
 
 

@@ -34,7 +34,7 @@ from foldsearch.model.judge import DenseTargets, dense_targets, judge
 from foldsearch.model.recover import Diverged, Recovery
 from foldsearch.model.states import residual_states, text_to_fit
 from foldsearch.model.tokens import TokenSet
-from foldsearch.model.training import HEALED_TOKENS, RecoveryTraining, Trained
+from foldsearch.model.training import RecoveryTraining, Trained
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.prepare import make_study_splits
 from foldsearch.spec.load import load_study
@@ -42,6 +42,7 @@ from foldsearch.spec.load import load_study
 NUM_BLOCKS, EACH = 30, 8
 PLANS = {"8": "0-3 6-12 19-29", "15": "0-2 8-11 19-22 24 27-29"}
 MARKS = (4096, 8192)
+SEQUENCES, HEALED = 64, 8192  # of 256 tokens; tokens of them that the plans are healed on
 USUAL = {"length": 256, "rank": 8, "batch": 2}
 
 
@@ -53,7 +54,8 @@ class Arms:
         cache_dir = source.default_cache_dir()
         files = source.prepare(found, dtype="float32", cache_dir=cache_dir)
         self.out, self.dense = out, source.open_dense(files)
-        study = load_study("default", {"splits.report": EACH * len(load_study("default").sources())})
+        sizes = {"splits.recovery": SEQUENCES, "splits.report": EACH * len(load_study("default").sources())}
+        study = load_study("default", sizes)
         self.splits = make_study_splits(study, source.open_tokenizer(files), notice=print)
         self.kept = {"model_hash": files.content_hash, "cache_dir": cache_dir}
         self.healed: dict[str, dict[str, torch.Tensor]] = {}
@@ -64,7 +66,7 @@ class Arms:
     def model(self, dropped: str) -> PreTrainedModel:
         plan = FoldPlan.parse(PLANS[dropped], NUM_BLOCKS)
         if dropped not in self.healed:
-            ids_NT = text_to_fit(self.splits.recovery.ids_NT, HEALED_TOKENS)
+            ids_NT = text_to_fit(self.splits.recovery.ids_NT, HEALED)
             states = residual_states(self.dense, ids_NT, **self.kept)
             self.healed[dropped] = heal(fold(self.dense, plan), states, ids_NT).values
         return fold(self.dense, plan, self.healed[dropped])

@@ -67,6 +67,7 @@ class Bench:
         sources = [one.model_dump(exclude_none=True) for one in base.sources()]
         sources.append({"source": "package:gensim", "kind": "Wikipedia"})
         more = {"kinds.unseen": ["encyclopedia", "Wikipedia"], "splits.report": EACH * len(sources)}
+        more["splits.recovery"] = 64
         study = load_study("default", {"data": sources, **more})
         self.splits = make_study_splits(study, source.open_tokenizer(self.files), notice=print)
         self.report = self.splits.report

@@ -67,7 +67,7 @@ def test_the_default_study_has_four_kinds_and_one_that_is_unseen() -> None:
     names = ("speech", "reference", "dialogue", "technical", "encyclopedia")
     for tokens, shares in (
         (splits.search, (4, 4, 4, 4, 0)),
-        (splits.recovery, (16, 16, 16, 16, 0)),
+        (splits.recovery, (32, 32, 32, 32, 0)),
         (splits.report, (7, 7, 6, 6, 6)),
     ):
         kinds = [tokens.kinds.names[index] for index in tokens.kinds.of_N]

@@ -328,11 +328,11 @@ OWN_AND = '["a", "own:", { source = "b", kind = "talk" }, { source = "c", kind =
 @pytest.mark.parametrize(
     ("data", "more", "expected"),
     [
-        ('["a", "own:"]', "", ("own", 32)),  # of 64: half is of the kind "a"
-        (OWN_AND, "", ("own", 21)),  # a third, as there are three kinds
-        (OWN_AND, '[kinds]\nunseen = ["talk"]', ("own", 32)),  # what is unseen takes no share of it
-        ('[{ source = "a", weight = 3 }, { source = "own:", kind = "mine", weight = 1 }]', "", ("mine", 16)),
-        ('{ search = "a", recovery = "own:", report = "b" }', "", ("own", 64)),
+        ('["a", "own:"]', "", ("own", 64)),  # of 128: half is of the kind "a"
+        (OWN_AND, "", ("own", 43)),  # a third, as there are three kinds
+        (OWN_AND, '[kinds]\nunseen = ["talk"]', ("own", 64)),  # what is unseen takes no share of it
+        ('[{ source = "a", weight = 3 }, { source = "own:", kind = "mine", weight = 1 }]', "", ("mine", 32)),
+        ('{ search = "a", recovery = "own:", report = "b" }', "", ("own", 128)),
         ('["a", "b"]', "", ("", 0)),
     ],
 )
@@ -354,7 +354,7 @@ def test_own_text_is_a_kind_of_the_recovery_texts(
         (
             '[{ source = "a", weight = 300 }, { source = "own:", weight = 1 }]',
             "",
-            "'own:' must be at least one of the recovery sequences; got none of 64",
+            "'own:' must be at least one of the recovery sequences; got none of 128",
         ),
     ],
 )
