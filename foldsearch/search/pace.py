@@ -113,8 +113,9 @@ class Pace:
         """Seconds of a trial whose plan is given, and drops no more blocks than the budget asks for."""
         run = self.run
         count = baseline_count(space, run.table, run.target, run.budget)
-        count = max(1, space.counts(run.num_blocks)[0]) if count is None else count
-        cost = price(FoldPlan.dropping(range(count), run.num_blocks), run.table, run.target)
+        count = space.counts(run.num_blocks)[0] if count is None else count
+        plan = FoldPlan.dropping(range(min(count, run.num_blocks - 1)), run.num_blocks)
+        cost = price(plan, run.table, run.target)
         return sum(self.rung(rung, cost) for rung in range(len(run.study.rungs)))
 
     def whole(self, proposal: Proposal, *, first_rung: int = 0, cached_gates: bool = False) -> float:

@@ -454,7 +454,8 @@ def test_a_split_of_one_document_has_no_standard_error(view: RunView) -> None:
 def test_tokens_of_healing_and_of_training_are_both_told(view: RunView) -> None:
     trial = view.finished[0]
     assert trial.last.recovery_tokens
-    models = f"Models: healed on 16,384 tokens, forward only; trained on {view.folder.study.rungs[-1]:,} tokens at most."
+    most = f"{view.folder.study.rungs[-1]:,}"
+    models = f"Models: healed on 16,384 tokens, forward only; trained on {most} tokens at most."
     assert models in " ".join(text_of(terminal.front_report(view, width=300), 300).split())
     assert models in page._page(view)
     healed = replace(trial, healing=Healing(8192, 20, 18, 0.5, 0.375, 41.0))
