@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from foldsearch.errors import InputError
 from foldsearch.model.blocks import decoder_blocks, family_of, residual_multiplier
-from foldsearch.model.head import POSITIONS_AT_ONCE, head_logits, last_hidden
+from foldsearch.model.head import judged_logits, last_hidden
 from foldsearch.model.tokens import TokenSet
 from foldsearch.progress import CountProgress
 
@@ -277,15 +277,9 @@ def block_runs(model: PreTrainedModel, ids_NT: Tensor) -> list[Callable[[Tensor]
 
 def next_token_losses(dense: PreTrainedModel, hidden_BTD: Tensor, ids_BT: Tensor) -> Tensor:
     """Next-token loss of each position but the last, (B, T - 1), in nats, without all their logits in memory."""
-    losses = [
-        nn.functional.cross_entropy(head_logits(dense, hidden_CD), next_C, reduction="none")
-        for hidden_CD, next_C in zip(
-            hidden_BTD[:, :-1].flatten(0, 1).split(POSITIONS_AT_ONCE),
-            ids_BT[:, 1:].flatten().split(POSITIONS_AT_ONCE),
-            strict=True,
-        )
-    ]
-    return torch.cat(losses).view(len(ids_BT), -1)
+    hidden_MD, next_M = hidden_BTD[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()
+    normaliser_M, logit_M, _ = judged_logits(dense, hidden_MD, next_M, next_M)
+    return (normaliser_M - logit_M).view(len(ids_BT), -1)
 
 
 class BlockRun:

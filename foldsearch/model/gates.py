@@ -39,7 +39,7 @@ from transformers import PreTrainedModel
 from foldsearch.errors import InputError
 from foldsearch.model.blocks import decoder_blocks
 from foldsearch.model.evidence import BlockRun, measure_evidence
-from foldsearch.model.head import POSITIONS_AT_ONCE, head_logits, last_hidden, log_normaliser
+from foldsearch.model.head import head_normaliser, last_hidden, positions_at_once
 from foldsearch.model.judge import DenseTargets, ask_dense, cross_terms
 from foldsearch.model.tokens import TokenSet
 from foldsearch.model.training import GateTraining
@@ -414,10 +414,10 @@ def kl_to_dense(
     negentropy, dense_hidden, rows = targets.flat()
     loss_B = torch.zeros(num_sequences, device=hidden_BTD.device)
     slope = torch.zeros_like(hidden) if slopes else None
-    for place_C in torch.split(place_M, POSITIONS_AT_ONCE):
+    for place_C in torch.split(place_M, positions_at_once(dense)):
         hidden_CD = hidden[place_C].detach().requires_grad_(slopes)
         with torch.set_grad_enabled(slopes):
-            normaliser_C = log_normaliser(head_logits(dense, hidden_CD))
+            normaliser_C = head_normaliser(dense, hidden_CD)
             cross_C = cross_terms(dense, hidden_CD, targets, (dense_hidden[place_C], rows[place_C]))
             kl_C = (negentropy[place_C] - cross_C + normaliser_C) / count_B[place_C // num_positions]
         loss_B.index_add_(0, place_C // num_positions, kl_C.detach())

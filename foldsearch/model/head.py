@@ -5,15 +5,20 @@ Shapes: B sequences, T positions, M positions, C of a chunk, R rows of it, D wid
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 POSITIONS_AT_ONCE = (
     64  # 64 × V logits in float32 are 12 MB at V = 49,152: a whole sequence's would not stay in cache
 )
+TRAINED_AT_ONCE = 256  # where one copy of them is made, not the four that autograd makes; 50 MB in float32
 JUDGED_AT_ONCE = 512  # the head's weights are read once for so many; 50 MB of bfloat16 logits
-ROWS_IN_CACHE = 4  # of those, in float32 at a time: 0.8 MB
+ROWS_IN_CACHE = 4  # of logits, in float32 at a time: 0.8 MB
 
 
 def last_hidden(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
@@ -34,6 +39,64 @@ def head_logits(model: PreTrainedModel, hidden_MD: Tensor) -> Tensor:
         logits_MV = logits_MV / divisor
     softcap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2
     return logits_MV if softcap is None else softcap * torch.tanh(logits_MV / softcap)
+
+
+def token_logits(model: PreTrainedModel, hidden_MD: Tensor, token_M: Tensor) -> Tensor:
+    """The logit of one token a position, in float32, (M): products with the rows of these tokens alone."""
+    head = model.get_output_embeddings()
+    logit_M: Tensor = (hidden_MD.float() * head.weight[token_M].float()).sum(-1)
+    if head.bias is not None:
+        logit_M = logit_M + head.bias[token_M].float()
+    logit_M = logit_M / logits_divisor(model)
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    return logit_M if softcap is None else softcap * torch.tanh(logit_M / softcap)
+
+
+def positions_at_once(model: PreTrainedModel) -> int:
+    """How many positions `head_normaliser` should be given at a time."""
+    return TRAINED_AT_ONCE if has_linear_head(model) else POSITIONS_AT_ONCE
+
+
+def head_normaliser(model: PreTrainedModel, hidden_MD: Tensor) -> Tensor:
+    """log Σ_v exp(logit) in float32, (M). The head is frozen: a gradient is that of the hidden states."""
+    if not has_linear_head(model):
+        return log_normaliser(head_logits(model, hidden_MD))
+    weight_VD = model.get_output_embeddings().weight
+    normaliser_M: Tensor = _Normaliser.apply(hidden_MD, weight_VD, logits_divisor(model))  # type: ignore[no-untyped-call]
+    return normaliser_M
+
+
+class _Normaliser(torch.autograd.Function):
+    """log Σ_v exp(h · W_v / divisor) of a linear head, and its slope in h, which is the mean row Σ_v p_v W_v / divisor.
+
+    The slope is made at once, while a few rows of logits are in cache. Walked back by autograd, each chunk of logits
+    would be read and written in full about ten times (docs/log.md).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, divisor: float) -> Tensor:
+        """The normaliser, (M), float32."""
+        p_MV = functional.linear(hidden_MD, weight_VD)
+        rows = ROWS_IN_CACHE if hidden_MD.device.type == "cpu" else len(p_MV)
+        normaliser_M = torch.empty(len(p_MV), dtype=torch.float32, device=p_MV.device)
+        for part_RV, normaliser_R in zip(p_MV.split(rows), normaliser_M.split(rows), strict=True):
+            exact_RV = part_RV.float()
+            exact_RV /= divisor
+            highest_R1 = exact_RV.amax(-1, keepdim=True)
+            total_R1 = exact_RV.sub_(highest_R1).exp_().sum(-1, keepdim=True)
+            normaliser_R.copy_((total_R1.log() + highest_R1)[:, 0])
+            if ctx.needs_input_grad[0]:
+                part_RV.copy_(exact_RV.div_(total_R1))
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(p_MV @ weight_VD / divisor)
+        return normaliser_M
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope_M: Tensor) -> tuple[Tensor, None, None]:
+        """Of the hidden states alone."""
+        (mean_row_MD,) = ctx.saved_tensors
+        return (slope_M[:, None] * mean_row_MD.float()).to(mean_row_MD.dtype), None, None
 
 
 def has_linear_head(model: PreTrainedModel) -> bool:

@@ -43,7 +43,7 @@ from transformers.pytorch_utils import Conv1D
 
 from foldsearch.errors import FoldsearchError, InputError, is_out_of_memory
 from foldsearch.model.blocks import decoder_blocks, family_of
-from foldsearch.model.head import POSITIONS_AT_ONCE, head_logits, last_hidden, log_normaliser
+from foldsearch.model.head import head_normaliser, last_hidden, positions_at_once, token_logits
 from foldsearch.model.judge import DenseTargets, cross_terms
 from foldsearch.model.kept import DamagedFileError, read_tensors, read_words, write_tensors
 from foldsearch.model.parts import Borrowed, OutputNorm, Replaced
@@ -463,12 +463,12 @@ class Recovery:
         negentropy, dense_hidden, rows_of_head = targets.flat()
         scored = targets.scored_NP.flatten()
         num_scored, power = whole
-        for start in range(0, len(hidden), POSITIONS_AT_ONCE):
-            here = slice(start, start + POSITIONS_AT_ONCE)
+        size = positions_at_once(self.model)
+        for start in range(0, len(hidden), size):
+            here = slice(start, start + size)
             hidden_MD = hidden[here]
-            logits_MV = head_logits(self.model, hidden_MD)
-            normaliser_M = log_normaliser(logits_MV)
-            next_loss_M = normaliser_M - logits_MV.gather(1, following[here, None])[:, 0]
+            normaliser_M = head_normaliser(self.model, hidden_MD)
+            next_loss_M = normaliser_M - token_logits(self.model, hidden_MD, following[here])
             cross_M = cross_terms(self.model, hidden_MD, targets, (dense_hidden[here], rows_of_head[here]))
             kl_M = negentropy[here] - cross_M + normaliser_M
             far_M = (hidden_MD.float() - dense_hidden[here].float()).square().mean(-1) / power

@@ -30,7 +30,6 @@ from foldsearch.model.evidence import (
     greedy_order,
     influence_order,
     measure_evidence,
-    next_token_losses,
 )
 from foldsearch.model.gates import (
     POSITIONS,
@@ -125,7 +124,9 @@ def descend(
             else:
                 leaf_BTD = hidden_BTD.detach().requires_grad_()
                 scored_BP = scored_NP[row_B]
-                loss_BP = next_token_losses(dense, leaf_BTD, ids_NT[row_B]).where(scored_BP, 0.0)
+                logits_BPV = head_logits(dense, leaf_BTD[:, :-1])
+                loss_BP = nn.functional.cross_entropy(logits_BPV.mT, ids_NT[row_B][:, 1:], reduction="none")
+                loss_BP = loss_BP.where(scored_BP, 0.0)
                 loss_B = loss_BP.sum(1) / scored_BP.sum(1)
                 (slope_BTD,) = torch.autograd.grad(loss_B.sum(), leaf_BTD)
             assert slope_BTD is not None

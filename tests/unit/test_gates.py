@@ -106,7 +106,7 @@ def _stop(_done: int, _total: int) -> None:
 def test_kl_and_its_slope_equal_autograd_on_whole_logits(
     dense: LlamaForCausalLM, ids_NT: Tensor, monkeypatch: pytest.MonkeyPatch, front: int
 ) -> None:
-    monkeypatch.setattr("foldsearch.model.gates.POSITIONS_AT_ONCE", 5)
+    monkeypatch.setattr("foldsearch.model.head.TRAINED_AT_ONCE", 5)
     target_BTD = last_hidden(dense, ids_NT)
     targets = ask_dense(dense, as_tokens(ids_NT, front))
     first = max(front - 1, 0)  # scored: the last token in front predicts the first one of the text

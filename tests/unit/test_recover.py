@@ -301,7 +301,7 @@ def test_children_follow_their_owner():
 
 
 @pytest.mark.parametrize("front", [0, 3])
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite"])
 @pytest.mark.parametrize("weights", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0.3, 0.7, 0.1)])
 def test_the_gradient_is_that_of_the_plain_loss(name, weights, front, monkeypatch):
     """Chunked over positions and without full logits, against autograd through full logits.
