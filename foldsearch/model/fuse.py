@@ -89,7 +89,7 @@ def _fuse_one(
     to_stream_FD = writer.to_stream()
 
     def solved(parts: Sequence[str]) -> Tensor:
-        of_parts = [(here, h_MF) for here, h_MF in read if text.part(here) in parts]
+        of_parts = [(here, h_MF) for here, h_MF in read.batches if text.part(here) in parts]
         change_DD = solve(
             torch.cat([writer.features(h_MF) @ to_stream_FD for _, h_MF in of_parts]),
             torch.cat([text.own_NTD[here].flatten(0, 1).float() for here, _ in of_parts]),
@@ -99,8 +99,8 @@ def _fuse_one(
 
     before = text.missed(place, read, weight_NT1)
     after = text.missed(place, read, weight_NT1, solved(("fitted",)))
-    text.take(place, read, solved(("fitted", "held out")))
-    return HealedBlock(place.position, 0.0, before, after)
+    text.take(read, solved(("fitted", "held out")))
+    return HealedBlock(place.position, 0.0, before, after, writer.path)
 
 
 def by_squares(written_MD: Tensor, _own_MD: Tensor, missing_MD: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 After blocks were taken out, the next block reads a stream that it was not trained for. So, in execution order and on
 the folded model's own states so far, the matrix through which a position writes to the stream (`down_proj` in a Llama)
-is solved again by ridge regression:
+is solved again by ridge regression, and before it, in the same way, the one that its attention writes by:
 
     min over ΔD of  Σ_t w_t ‖y_t − x_t − ΔD h_t‖² + λ Σ_i q_i ‖ΔD_i‖²
 
@@ -12,6 +12,10 @@ however much it reads (one ridge for all columns healed less, on texts of the sa
 The healed output is what the next position reads. Nothing is added to the model: no tensor, no byte, no FLOP, and a
 model that only dropped blocks stays in its stock architecture. Source: ours, after ReplaceMe's fused map (arXiv
 2505.02819) and the layer-by-layer least squares of one-shot pruning.
+
+What the attention writes is solved for what the output of the whole position lacks, as if the MLP would not read it.
+The change is kept where the position, run again with it, is nearer on held-out sequences; then the last matrix is
+solved for what is left.
 
 A token weighs 1 / ‖r‖², r what the dense blocks from here to there add: every token's relative error counts alike
 (see replacements.py). λ, and whether anything changes at all, is chosen on held-out sequences; of what is found a share
@@ -30,7 +34,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -57,29 +61,32 @@ from foldsearch.progress import CountProgress
 
 RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # in squares of what a column reads
 TRIED = 3  # ridges, the best of them and its neighbours
-FIRST_RIDGE = 5  # of them; a block begins with the one that served the block before it
+FIRST_RIDGE = 5  # of them; a matrix begins with the one that served such a matrix of the position before
 # Of every change that is found, the share that is made. What is left of it is missed by the positions that follow, each
 # of which makes its share of that: a correction is spread over many matrices in small steps, as in boosting, and none
 # goes as far as the fitted text alone would have it. A larger ridge is not the same, and is worse (docs/log.md).
 TAKEN = 0.7
+TAKEN_BEFORE = 0.5  # of what an attention writes, which the MLP of its position is solved after (docs/log.md)
 
 
 @dataclass(frozen=True, slots=True)
 class HealedBlock:
-    """One position that was solved.
+    """A matrix of one position that was solved.
 
     Attributes:
         position: in the folded model.
         ridge: that was chosen, in squares of what a column reads; None where no change was best; 0 of methods that have
             none (fuse.py, rescale.py).
-        before: mean relative squared error of its output on held-out tokens, as it was.
+        before: mean relative squared error of the position's output on held-out tokens, as it was.
         after: the same, with what is taken of what was found on the others.
+        path: of the matrix, in its block; empty where all of the position changed (rescale.py).
     """
 
     position: int
     ridge: float | None
     before: float
     after: float
+    path: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,7 +95,7 @@ class Healed:
 
     Attributes:
         values: the new parameters by their names in the folded model.
-        blocks: what was solved, in execution order.
+        blocks: what was solved, in execution order; up to two matrices a position.
         tokens: of the text that was fitted to.
     """
 
@@ -107,10 +114,9 @@ def heal(
     """Heal a folded model in place: what it is changed in are new tensors, so no other model's memory is written.
 
     Matrices that more than one position runs stay as they are, as do those of children: a change that is good at one
-    depth would be made at others too. A block without MLP is solved in what its attention writes, a network in place of
-    blocks in its last matrix. Experts are not solved, which would take each one's own tokens: a block that has some is
-    solved in what its attention writes, as if that were added to the output of the block, and keeps the solution only
-    where the block with its experts is nearer for it. What stands before the first change runs on the dense model's
+    depth would be made at others too; so does what an attention writes where the MLP after it stays. A network in place
+    of blocks is solved in its last matrix. Experts are not solved, which would take each one's own tokens: a block that
+    has some is solved in what its attention writes alone. What stands before the first change runs on the dense model's
     states, and is not solved.
 
     Args:
@@ -129,12 +135,19 @@ def heal(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Step:
-    """What healing came to at one position: the states after it, its new parameters, what is told, and the ridge."""
+    """What healing came to at one position.
+
+    Attributes:
+        own_NTD: the states after it.
+        values: its new parameters, by their names in the block.
+        blocks: what was solved.
+        ridges: that served matrices so far, by their numbers: of what is not last in its position, and of what is.
+    """
 
     own_NTD: Tensor
-    values: dict[str, Tensor]
-    block: HealedBlock | None
-    ridge: int
+    values: dict[str, Tensor] = field(default_factory=dict)
+    blocks: tuple[HealedBlock, ...] = ()
+    ridges: tuple[int, int] = (FIRST_RIDGE, FIRST_RIDGE)
 
     @property
     def num_bytes(self) -> int:
@@ -157,6 +170,7 @@ class Healer:
         most_bytes: int = 0,
         stored: Stored | None = None,
         states_only: bool = False,
+        with_attention: bool = True,
     ) -> None:
         """See `heal` for the others.
 
@@ -168,6 +182,7 @@ class Healer:
             stored: see `heal`.
             states_only: parameters are not kept, which take most of the memory: only the states of a model are right,
                 it is not healed itself.
+            with_attention: whether what attentions write is solved before the last matrix of a position.
 
         Raises:
             InputError: there is only one sequence to fit to.
@@ -177,6 +192,7 @@ class Healer:
         self._num_text = num - num_led
         self._num_fitted = num_fitted(self._num_text, length)
         self._most_bytes, self._states_only = most_bytes, states_only
+        self._with_attention = with_attention
         self._kept: OrderedDict[tuple[str, ...], _Step] = OrderedDict()
         self._kept_bytes = 0
         self.num_steps = 0  # positions that were computed, not taken from what is kept
@@ -187,6 +203,8 @@ class Healer:
     def heal(self, model: PreTrainedModel, progress: CountProgress | None = None) -> tuple[Healed, Tensor]:
         """Heal a folded model in place; also its states after the last position, for the sequences that are led."""
         places = _joined(places_of(model))
+        if not self._with_attention:
+            places = [replace(place, attention=None) for place in places]
         begin = 0 if self._stored else first_touched(places)
         with self._lock:
             if any(place.reads not in self._inputs for place in places):
@@ -196,28 +214,26 @@ class Healer:
         text = StreamText(self._states, own_NTD, (self._num_fitted, self._num_text), model.device)
         values: dict[str, Tensor] = {}
         blocks: list[HealedBlock] = []
-        ridge = FIRST_RIDGE
+        ridges = (FIRST_RIDGE, FIRST_RIDGE)
         for index, place in enumerate(places[begin:], begin):
             key = tuple(one.key for one in places[: index + 1])
             step = self._known(key)
             if step is None:
-                step = self._step(place, text, ridge)
+                step = self._step(place, text, ridges)
                 self._keep(key, step)
             else:
                 text.own_NTD = step.own_NTD
-                for name, value in step.values.items():
-                    assert place.writer is not None
-                    place.writer.take(name, value)
-            ridge = step.ridge
+                for writer in place.writers:
+                    writer.take(step.values)
+            ridges = step.ridges
             values |= {f"{place.path}.{name}": value for name, value in step.values.items()}
-            if step.block is not None:
-                blocks.append(step.block)
+            blocks += step.blocks
             if progress is not None:
                 progress(index + 1 - begin, len(places) - begin)
         tokens = self._num_text * self._ids_NT.shape[1] if blocks else 0
         return Healed(values, tuple(blocks), tokens), text.own_NTD[self._num_text :]
 
-    def _step(self, place: Place, text: StreamText, ridge: int) -> _Step:
+    def _step(self, place: Place, text: StreamText, ridges: tuple[int, int]) -> _Step:
         others, named = self._inputs[place.reads]
 
         def run(own_BTD: Tensor) -> Tensor:
@@ -225,13 +241,18 @@ class Healer:
 
         if self._most_bytes:
             text.own_NTD = text.own_NTD.clone()  # that of the position before is kept
-        if place.writer is None:
+        values: dict[str, Tensor] = {}
+        blocks: list[HealedBlock] = []
+        for writer in place.writers:
+            share = TAKEN if writer is place.writer else TAKEN_BEFORE
+            block, ridge = _heal_one(place, writer, text, run, (ridges[writer.is_last], share), self._stored)
+            ridges = (ridges[0], ridge) if writer.is_last else (ridge, ridges[1])
+            blocks.append(block)
+            if block.ridge is not None and not self._states_only:
+                values |= writer.parameters()
+        if not blocks or not place.writers[-1].is_last:
             text.advance(run)
-            return _Step(text.own_NTD, {}, None, ridge)
-        block, ridge = _heal_one(place, place.writer, text, run, ridge, self._stored)
-        is_told = block.ridge is not None and not self._states_only
-        values = place.writer.parameters() if is_told else {}
-        return _Step(text.own_NTD, values, block, ridge)
+        return _Step(text.own_NTD, values, tuple(blocks), ridges)
 
     def _known(self, key: tuple[str, ...]) -> _Step | None:
         with self._lock:
@@ -283,15 +304,27 @@ def _heal_one(
     writer: StreamWriter,
     text: StreamText,
     run: Callable[[Tensor], Tensor],
-    first_ridge: int,
+    start: tuple[int, float],
     stored: Stored | None,
 ) -> tuple[HealedBlock, int]:
-    """Solve one position, and let the text go through it; also the ridge that served, by its number."""
+    """Solve one matrix of a position.
+
+    Afterwards the text has gone through the position if the matrix is its last; else it stands before it, as it did.
+
+    Args:
+        start: the ridge that served before, by its number, and the share of what is found that is taken.
+
+    Returns:
+        What is told, and the ridge that served, by its number.
+    """
+    first_ridge, share = start
     weight_NT1 = text.weights(place)
     sums = sums_for(writer, text.num_tokens)
-    reads_NTD = text.own_NTD if writer.is_last else text.own_NTD.clone()
+    reads_NTD = text.own_NTD
+    if not writer.is_last:
+        text.own_NTD = reads_NTD.clone()
     read = text.read(run, writer)
-    for here, h_MF in read:
+    for here, h_MF in read.batches:
         if (part := text.part(here)) != "led":
             weight_M1 = weight_NT1[here].flatten(0, 1)
             sums.add(part, writer.features(h_MF), text.missing(place, here), weight_M1)
@@ -309,11 +342,6 @@ def _heal_one(
         known = sums.error(RIDGES[number], share)
         return text.missed(place, read, weight_NT1, share * fitted(number)) if known is None else known
 
-    def rerun() -> float:
-        text.own_NTD = reads_NTD.clone()
-        text.advance(run)
-        return text.missed(place, read, weight_NT1)
-
     before = text.missed(place, read, weight_NT1)
     if not math.isfinite(before + sums.square):
         raise ModelError(
@@ -321,49 +349,42 @@ def _heal_one(
             f"not a finite number. Compute in float32, or leave healing out."
         )
     number = _best_ridge(missed, first_ridge)
-    after = missed(number, TAKEN)
+    after, solution_FD = missed(number, share), None
     if after < before:
-        solution_FD = TAKEN * sums.solved(RIDGES[number], ("fitted", "held out"))
-        if bool(solution_FD.isfinite().all()):
-            if stored is not None:  # rounded, it may be no better than the rounded matrix that was there
-                fitted_FD = writer.as_stored(TAKEN * fitted(number), stored)
-                after = text.missed(place, read, weight_NT1, fitted_FD)
-                solution_FD = writer.as_stored(solution_FD, stored)
-            if not writer.is_last:
-                after = _change_before_experts(writer, rerun, before, (TAKEN * fitted(number), solution_FD))
-                ridge = RIDGES[number] if after < before else None
-                return HealedBlock(place.position, ridge, before, after), number
-            if after < before:
-                text.take(place, read, solution_FD)
-                return HealedBlock(place.position, RIDGES[number], before, after), number
-    return HealedBlock(place.position, None, before, before), number
+        solution_FD = share * sums.solved(RIDGES[number], ("fitted", "held out"))
+    if not writer.is_last:
+        text.own_NTD = reads_NTD
+    if solution_FD is not None and bool(solution_FD.isfinite().all()):
+        if stored is not None:  # rounded, it may be no better than the rounded matrix that was there
+            solution_FD = writer.as_stored(solution_FD, stored)
+        if stored is not None or not writer.is_last:
+            fitted_FD = share * fitted(number)
+            if stored is not None:
+                fitted_FD = writer.as_stored(fitted_FD, stored)
+            after = (
+                text.missed(place, read, weight_NT1, fitted_FD)
+                if writer.is_last
+                else _missed_after(writer, fitted_FD, lambda: text.missed_if_run(place, run, weight_NT1))
+            )
+        if after < before:
+            if writer.is_last:
+                text.take(read, solution_FD)
+            else:
+                writer.add(solution_FD)
+            return HealedBlock(place.position, RIDGES[number], before, after, writer.path), number
+    return HealedBlock(place.position, None, before, before, writer.path), number
 
 
-def _change_before_experts(
-    writer: StreamWriter, rerun: Callable[[], float], before: float, changes: tuple[Tensor, Tensor]
-) -> float:
-    """Change a matrix that experts read the output of, if its position is better with it.
+def _missed_after(writer: StreamWriter, change_FD: Tensor, missed: Callable[[], float]) -> float:
+    """The error of a position with a change of a matrix that an MLP or experts read the output of.
 
-    What experts make of a change is no linear function of it, so the position runs with it.
-
-    Args:
-        writer: of the position, whose `is_last` is false.
-        rerun: lets the position run as it is now; its error on held-out tokens.
-        before: that error, as it was.
-        changes: what the fitted tokens ask for, and what all do.
-
-    Returns:
-        The error with what the fitted tokens ask for; `before` where that is no less, and nothing has changed.
+    What they make of it is no linear function of it, so the position runs with it. The matrix is then as it was.
     """
-    old, (fitted_FD, change_FD) = writer.parameters(), changes
-    writer.add(fitted_FD)
-    after = rerun()
-    for name, value in old.items():
-        writer.take(name, value)
-    if after < before:
-        writer.add(change_FD)
-    rerun()
-    return min(after, before)
+    old = writer.parameters()
+    writer.add(change_FD)
+    error = missed()
+    writer.take(old)
+    return error
 
 
 def _best_ridge(error: Callable[[int], float], first: int) -> int:

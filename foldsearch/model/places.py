@@ -15,7 +15,7 @@ Shapes: N sequences, T positions, M tokens of a batch, D width of the stream, F 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -57,7 +57,8 @@ class Place:
         ends: depth up to which the dense model's blocks have had their turn after it.
         meets: depth of the dense state that its output should be; a gap follows where it is not `ends`.
         is_touched: whether it is not the dense block at its depth, or a gap follows.
-        writer: what writes to the stream, and is this position's alone; else None.
+        writer: what writes to the stream last, and is this position's alone; else None.
+        attention: what the attention before it writes by, where that is this position's alone too; else None.
     """
 
     position: int
@@ -69,6 +70,14 @@ class Place:
     meets: int
     is_touched: bool
     writer: StreamWriter | None
+    attention: StreamWriter | None = None
+
+    @property
+    def writers(self) -> tuple[StreamWriter, ...]:
+        """What can be solved, in the order in which it runs; nothing where the last of it is not this position's."""
+        if self.writer is None:
+            return ()
+        return (self.writer,) if self.attention is None else (self.attention, self.writer)
 
     @property
     def is_before_gap(self) -> bool:
@@ -89,6 +98,7 @@ def places_of(model: PreTrainedModel) -> list[Place]:
         following = slots[position + 1]["home"] if position + 1 < len(slots) else num_blocks
         meets = max(covered, following)  # a block that runs again follows on what is covered already
         is_dense = "replaced" not in slot and home == slot["attention"] == slot["mlp"] == position
+        given = block, slot, family, shared, residual_multiplier(model.config)
         places.append(
             Place(
                 position,
@@ -99,7 +109,8 @@ def places_of(model: PreTrainedModel) -> list[Place]:
                 covered,
                 meets,
                 not is_dense or meets != home + 1,
-                writer_of(block, slot, family, shared, residual_multiplier(model.config)),
+                writer_of(*given),
+                attention_writer_of(*given),
             )
         )
     return places
@@ -151,6 +162,19 @@ def writer_of(
     return unit_writer(block, family.mlp, shared, multiplier)
 
 
+def attention_writer_of(
+    block: nn.Module, slot: dict[str, Any], family: Family, shared: set[int], multiplier: float = 1.0
+) -> StreamWriter | None:
+    """What the attention writes before an MLP that reads it; see `writer_of`."""
+    is_replaced = isinstance(block.get_submodule(family.mlp.modules[-1]), Replaced)
+    if is_replaced or slot["attention"] is None or slot["mlp"] is None or family.has_experts(block):
+        return None
+    writer = unit_writer(block, family.attention_of(block), shared, multiplier)
+    if writer is not None:
+        writer.is_last = False
+    return writer
+
+
 def unit_writer(
     block: nn.Module, unit: Unit, shared: set[int], multiplier: float = 1.0
 ) -> StreamWriter | None:
@@ -180,8 +204,8 @@ class StreamWriter:
         has_bias: whether the module adds one.
         device: of its weights.
         multiplier: of what it writes, before it is added; a network's is undone by the network.
-        is_last: whether nothing of its position reads what it writes; else experts do, and a change of it is a change
-            of theirs too.
+        is_last: whether nothing of its position reads what it writes; else an MLP or experts do, and a change of it is
+            a change of theirs too.
     """
 
     multiplier: float = 1.0
@@ -253,9 +277,11 @@ class StreamWriter:
             change_FD = torch.where(self._per_gain() != 0, change_FD * self._gain(), 0.0)
         return change_FD
 
-    def take(self, name: str, value: Tensor) -> None:
-        """Take up what `parameters` told."""
-        self._put(name.rpartition(".")[2], value)
+    def take(self, values: Mapping[str, Tensor]) -> None:
+        """Take up what `parameters` told, where it is among these."""
+        for name in self.parameters():
+            if name in values:
+                self._put(name.rpartition(".")[2], values[name])
 
     def parameters(self) -> dict[str, Tensor]:
         """What `add` changes, by its name in the block."""
@@ -334,6 +360,19 @@ def num_fitted(num: int, length: int) -> int:
     return num - max(1, round(HELD_OUT * num))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Read:
+    """What a matrix read of a text.
+
+    Attributes:
+        writer: whose matrix it is.
+        batches: of sequences, each with (M, F).
+    """
+
+    writer: StreamWriter
+    batches: list[tuple[slice, Tensor]]
+
+
 class StreamText:
     """The folded model's own states at one depth, over all of the text, beside the dense model's at every depth.
 
@@ -388,8 +427,11 @@ class StreamText:
         for here in self.batches():
             self.own_NTD[here] = run(self.own_NTD[here])
 
-    def read(self, run: Callable[[Tensor], Tensor], writer: StreamWriter) -> list[tuple[slice, Tensor]]:
-        """Let a position run; what its matrix reads, (M, F), for each batch: a few depths of states in all."""
+    def read(self, run: Callable[[Tensor], Tensor], writer: StreamWriter) -> Read:
+        """Let a position run; what a matrix of it reads: a few depths of states in all.
+
+        Sequences that are led along do not run where the position is to run again.
+        """
         read: list[tuple[slice, Tensor]] = []
 
         def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -398,20 +440,32 @@ class StreamText:
         handle = writer.module.register_forward_pre_hook(keep)
         try:
             for here in self.batches():
-                self.own_NTD[here] = run(self.own_NTD[here])
+                if writer.is_last or self.part(here) != "led":
+                    self.own_NTD[here] = run(self.own_NTD[here])
         finally:
             handle.remove()
-        return read
+        return Read(writer, read)
 
-    def missing(self, place: Place, here: slice) -> Tensor:
-        """What the output of a position, which is the own state now, lacks; (M, D), float32."""
-        wanted_BTD = self._states[place.meets][here].to(self.own_NTD.device)
-        return (wanted_BTD.float() - self.own_NTD[here].float()).flatten(0, 1)
+    def missing(self, place: Place, here: slice, own_BTD: Tensor | None = None) -> Tensor:
+        """What the output of a position lacks, which is the own state now or is given; (M, D), float32."""
+        own_BTD = self.own_NTD[here] if own_BTD is None else own_BTD
+        wanted_BTD = self._states[place.meets][here].to(own_BTD.device)
+        return (wanted_BTD.float() - own_BTD.float()).flatten(0, 1)
+
+    def missed_if_run(self, place: Place, run: Callable[[Tensor], Tensor], weight_NT1: Tensor) -> float:
+        """Of the held-out tokens, the mean relative squared error that a position would leave; it does not run."""
+        total, tokens = 0.0, 0
+        for here in self.batches():
+            if self.part(here) == "held out":
+                left_MD = self.missing(place, here, run(self.own_NTD[here]))
+                total += _square(left_MD, weight_NT1[here])
+                tokens += len(left_MD)
+        return math.inf if math.isnan(total) else total / tokens
 
     def missed(
         self,
         place: Place,
-        read: list[tuple[slice, Tensor]],
+        read: Read,
         weight_NT1: Tensor,
         solution_FD: Tensor | None = None,
     ) -> float:
@@ -424,24 +478,21 @@ class StreamText:
             solution_FD: a change of its matrix, which its output is without.
         """
         total, tokens = 0.0, 0
-        for here, h_MF in read:
+        for here, h_MF in read.batches:
             if self.part(here) == "held out":
                 left_MD = self.missing(place, here)
                 if solution_FD is not None:
-                    assert place.writer is not None
-                    left_MD = left_MD - place.writer.change(h_MF, solution_FD)
-                weight_M1 = weight_NT1[here].flatten(0, 1)
-                total += float((left_MD.square() * weight_M1).sum(dtype=torch.float64))
-                tokens += len(weight_M1)
+                    left_MD = left_MD - read.writer.change(h_MF, solution_FD)
+                total += _square(left_MD, weight_NT1[here])
+                tokens += len(left_MD)
         return math.inf if math.isnan(total) else total / tokens
 
-    def take(self, place: Place, read: list[tuple[slice, Tensor]], solution_FD: Tensor) -> None:
-        """Change the matrix of a position that has run, and its output."""
-        assert place.writer is not None
-        for here, h_MF in read:
+    def take(self, read: Read, solution_FD: Tensor) -> None:
+        """Change the last matrix of a position that has run, and its output."""
+        for here, h_MF in read.batches:
             own_BTD = self.own_NTD[here]
-            own_BTD += place.writer.change(h_MF, solution_FD).view_as(own_BTD).to(own_BTD.dtype)
-        place.writer.add(solution_FD)
+            own_BTD += read.writer.change(h_MF, solution_FD).view_as(own_BTD).to(own_BTD.dtype)
+        read.writer.add(solution_FD)
 
     def weights(self, place: Place) -> Tensor:
         """1 / size² of what the dense model adds from what a position reads to what it should meet, (N, T, 1)."""
@@ -460,3 +511,8 @@ class StreamText:
                 "not finite numbers. Compute in float32, or leave healing out."
             )
         return (1 / sizes_NT1.clamp_min(max(LEAST_SIZE * mean, 1e-12))).to(self.own_NTD.device)
+
+
+def _square(left_MD: Tensor, weight_BT1: Tensor) -> float:
+    """The weighted sum of squares, summed in float64."""
+    return float((left_MD.square() * weight_BT1.flatten(0, 1)).sum(dtype=torch.float64))

@@ -169,8 +169,9 @@ def _attach_last(model: PreTrainedModel, *_: int) -> None:
 def _attach_healed(model: PreTrainedModel, *_: int) -> None:
     places = places_of(model)
     for place in places[first_touched(places) :]:
-        if place.writer is not None and isinstance(place.writer.module, nn.Linear | Conv1D):
-            _shift_weight(place.writer.module)
+        for writer in place.writers:
+            if isinstance(writer.module, nn.Linear | Conv1D):
+                _shift_weight(writer.module)
 
 
 _ATTACH: dict[Trained, Callable[[PreTrainedModel, int, int], None]] = {

@@ -66,7 +66,12 @@ class Screen:
                 "and screen.judged_tokens, or set screen.plans to 0."
             )
         self._healer = Healer(
-            states, every.ids_NT, num_led=len(tokens.ids_NT), most_bytes=SCREEN_BYTES, states_only=True
+            states,
+            every.ids_NT,
+            num_led=len(tokens.ids_NT),
+            most_bytes=SCREEN_BYTES,
+            states_only=True,
+            with_attention=False,
         )
 
     @property

@@ -23,7 +23,7 @@ from foldsearch.progress import StageProgress, counting
 Value = TypeVar("Value")
 BASE_RANK = 1 / 16  # of the base-block metric, in widths of the model: FlexiGPT's 256 for 4,096
 # Of what is kept. The keys hold what can be set; raise it when the code, or a constant, that computes them changes.
-SCHEMA = 6
+SCHEMA = 7
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -89,8 +89,9 @@ def _trained_bytes(run: Run) -> int:
 
 
 def _healed_bytes(run: Run) -> int:
-    """Of what healing changes: of each MLP the matrix that writes, which is half of its weights at most; float32."""
-    return 4 * sum(block.mlp.weights for block in run.table.blocks) // 2 if run.study.healing.tokens else 0
+    """Of what healing changes: of each unit the matrix that writes, which is half of its weights at most; float32."""
+    weights = sum(block.attention.weights + block.mlp.weights for block in run.table.blocks)
+    return 4 * weights // 2 if run.study.healing.tokens else 0
 
 
 @dataclass(frozen=True, slots=True)

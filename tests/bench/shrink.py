@@ -26,8 +26,9 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -35,11 +36,10 @@ from torch import Tensor
 from foldsearch.cache import default_cache_dir
 from foldsearch.model import heal as healing
 from foldsearch.model import source
-from foldsearch.model.blocks import FAMILIES
 from foldsearch.model.fold import fold
 from foldsearch.model.heal import RIDGES, Healer
 from foldsearch.model.judge import dense_targets, judge
-from foldsearch.model.places import Place, StreamText, StreamWriter, unit_writer
+from foldsearch.model.places import Place, StreamText, StreamWriter
 from foldsearch.model.ridge import sums_for
 from foldsearch.model.states import residual_states, text_to_fit
 from foldsearch.plan.plan import FoldPlan
@@ -93,7 +93,8 @@ class Bench:
         if tokens:
             ids_NT = self.text(tokens)
             with taking(way):
-                Healer(residual_states(self.dense, ids_NT, **self.kept), ids_NT).heal(model)
+                states = residual_states(self.dense, ids_NT, **self.kept)
+                Healer(states, ids_NT, with_attention=way.startswith("attention")).heal(model)
         seconds = time.process_time() - began
         quality = asdict(judge(model, self.report, self.targets))
         return {
@@ -109,27 +110,26 @@ class Bench:
 @contextmanager
 def taking(way: str) -> Iterator[None]:
     """Heal in this way."""
-    kept = healing._heal_one
-    healing._heal_one = lambda *given: _heal_one(way, *given)
-    try:
+    first, *shares = way.split(" ")
+    if first == "attention":
+        before, last = (float(share) for share in shares)
+        changed = patch.multiple(healing, TAKEN_BEFORE=before, TAKEN=last)
+    else:
+        changed = patch.object(healing, "_heal_one", lambda *given: _heal_one(way, *given))
+    with changed:
         yield
-    finally:
-        healing._heal_one = kept
 
 
 def _heal_one(
-    way: str, place: Place, writer: StreamWriter, text: StreamText, run, first_ridge: int, *_: object
+    way: str, place: Place, writer: StreamWriter, text: StreamText, run, start: tuple[int, float], *_: object
 ):
     """`foldsearch.model.heal._heal_one`, with a choice of how much is taken."""
     number, _, rule = way.partition(" ")
-    if number == "attention":
-        first, _, number = rule.partition(" ")
-        _heal_attention(float(first), place, text, run)
     share = float(number) if number[0].isdigit() else 1.0
     weight_NT1 = text.weights(place)
     sums = sums_for(writer, text.num_tokens)
     read = text.read(run, writer)
-    for here, h_MF in read:
+    for here, h_MF in read.batches:
         if (part := text.part(here)) != "led":
             weight_M1 = weight_NT1[here].flatten(0, 1)
             sums.add(part, writer.features(h_MF), text.missing(place, here), weight_M1)
@@ -140,7 +140,7 @@ def _heal_one(
         if ridge is not None and ridge not in found:
             found[ridge] = sums.solved(RIDGES[ridge], ("fitted",))
         errors = []
-        for here, h_MF in read:
+        for here, h_MF in read.batches:
             if text.part(here) == "held out":
                 left_MD = text.missing(place, here)
                 if ridge is not None:
@@ -153,7 +153,7 @@ def _heal_one(
 
     before = float(error_N(None).mean())
     by = share if rule == "chosen" else 1.0
-    best = healing._best_ridge(lambda ridge: float(error_N(ridge, by).mean()), first_ridge)
+    best = healing._best_ridge(lambda ridge: float(error_N(ridge, by).mean()), start[0])
     served = best
     if number.startswith("ridge+"):
         best = min(best + int(number.removeprefix("ridge+")), len(RIDGES) - 1)
@@ -168,40 +168,8 @@ def _heal_one(
     if not (after < before and bool(solution_FD.isfinite().all())):
         return healing.HealedBlock(place.position, None, before, before), served
     SCALES.append((place.position, RIDGES[best], *_scales(place, writer, text, read, solution_FD)))
-    text.take(place, read, solution_FD)
+    text.take(read, solution_FD)
     return healing.HealedBlock(place.position, RIDGES[best], before, after), served
-
-
-def _heal_attention(share: float, place: Place, text: StreamText, run) -> None:
-    """Solve what attention writes for what the position lacks, where the position is nearer for it.
-
-    The position has not run after it.
-    """
-    writer = unit_writer(place.block, FAMILIES["llama"].attention_of(place.block), set())
-    assert writer is not None
-    writer.is_last = False
-    place, weight_NT1, reads_NTD = replace(place, writer=writer), text.weights(place), text.own_NTD.clone()
-    sums = sums_for(writer, text.num_tokens)
-    read = text.read(run, writer)
-    for here, h_MF in read:
-        sums.add(
-            text.part(here),
-            writer.features(h_MF),
-            text.missing(place, here),
-            weight_NT1[here].flatten(0, 1),
-        )
-    found = {number: sums.solved(ridge, ("fitted",)) for number, ridge in enumerate(RIDGES)}
-    before = text.missed(place, read, weight_NT1)
-    best = min(found, key=lambda number: text.missed(place, read, weight_NT1, found[number]))
-    every_FD = share * sums.solved(RIDGES[best], ("fitted", "held out"))
-
-    def rerun() -> float:
-        text.own_NTD = reads_NTD.clone()
-        text.advance(run)
-        return text.missed(place, read, weight_NT1)
-
-    healing._change_before_experts(writer, rerun, before, (share * found[best], every_FD))
-    text.own_NTD = reads_NTD
 
 
 SCALES: list[tuple] = []
@@ -210,7 +178,7 @@ SCALES: list[tuple] = []
 def _scales(place: Place, writer: StreamWriter, text: StreamText, read, solution_FD: Tensor) -> list[float]:
     """By which factor the change would best be multiplied, for each sequence that is led along."""
     scales: list[float] = []
-    for here, h_MF in read:
+    for here, h_MF in read.batches:
         if text.part(here) == "led":
             before, after = text._states[place.reads][here].float(), text._states[place.meets][here].float()
             size_M1 = (after - before).square().sum(-1).flatten()[:, None]
@@ -233,8 +201,8 @@ def scales(bench: Bench, plan: str, tokens: int) -> None:
     report = report.of(rows)
     every = torch.cat((ids_NT, report.ids_NT))
     with taking("1"):
-        healer = Healer(residual_states(bench.dense, every, **bench.kept), every, num_led=len(rows))
-        healer.heal(bench.folded(plan))
+        states = residual_states(bench.dense, every, **bench.kept)
+        Healer(states, every, num_led=len(rows), with_attention=False).heal(bench.folded(plan))
     print(f"| {plan}, {tokens:,} tokens | mean over positions | quarter | median | three quarters |")
     print("|---|---|---|---|---|")
     for kind, name in enumerate(report.kinds.names):

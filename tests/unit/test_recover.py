@@ -147,7 +147,8 @@ def test_the_last_three_blocks_are_trained_whole(name):
 def test_what_healing_solves_is_trained_alone():
     """Block 0 comes before the gap, and block 1 is followed by it."""
     trained = attach(folded("llama", "0-1 3-4"), 2, trains="healed")
-    expected = [f"model.layers.{i}.mlp.down_proj.parametrizations.weight.0.change" for i in (1, 2, 3)]
+    paths = [f"{i}.{path}" for i in (1, 2, 3) for path in ("mlp.down_proj", "self_attn.o_proj")]
+    expected = [f"model.layers.{path}.parametrizations.weight.0.change" for path in paths]
     assert sorted(trained) == expected
     with pytest.raises(InputError, match=r"nothing of this plan is healed.*trains = .deltas."):
         attach(folded("llama", "0-4"), 2, trains="healed")
