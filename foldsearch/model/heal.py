@@ -65,8 +65,8 @@ FIRST_RIDGE = 5  # of them; a matrix begins with the one that served such a matr
 # Of every change that is found, the share that is made. What is left of it is missed by the positions that follow, each
 # of which makes its share of that: a correction is spread over many matrices in small steps, as in boosting, and none
 # goes as far as the fitted text alone would have it. A larger ridge is not the same, and is worse (docs/log.md).
-TAKEN = 0.7
-TAKEN_BEFORE = 0.5  # of what an attention writes, which the MLP of its position is solved after (docs/log.md)
+TAKEN = 0.6
+TAKEN_BEFORE = 0.3  # of what an attention writes, which the MLP of its position is solved after (docs/log.md)
 
 
 @dataclass(frozen=True, slots=True)

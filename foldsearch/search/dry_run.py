@@ -23,7 +23,8 @@ from foldsearch.spec.propose import first_trials
 from foldsearch.spec.study import Study
 
 GATE_STEP_TOKENS = 512  # for estimates
-HEALING = 1.3  # forward passes that a token of healing costs: its own, the sums over it, the solving
+HEALING = 2.0  # forward passes that a token of healing costs: its own, the sums over it, the solving
+SCREENED = 1.3  # the same where what attentions write stays as it is, as in a screening
 TIGHT = 0.5  # of the free memory: an estimate may be wrong by so much
 
 
@@ -151,7 +152,7 @@ def plan_search(
     gate_tokens = 3 * gates * study.gates.steps * GATE_STEP_TOKENS
     forward = run.dense.prefill_macs + table.head_macs
     screened = is_screened(study, space)
-    screen_tokens = HEALING * study.screen.healed_tokens + study.screen.judged_tokens
+    screen_tokens = SCREENED * study.screen.healed_tokens + study.screen.judged_tokens
     work = trials * tokens + gate_tokens + study.screen.plans * screen_tokens * screened
     seconds = forward * work / rate  # trials at a time share the processor
     if study.seconds is not None:

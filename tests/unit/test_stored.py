@@ -109,7 +109,7 @@ def test_what_is_healed_on_rounded_weights_is_what_a_file_holds(name: str, text:
     assert changed
     assert all(block.after < block.before for block in changed)
     if text == "0-4":  # also before any gap: no position reads what the dense model's does
-        assert len(healed.blocks) == NUM_BLOCKS
+        assert len(healed.blocks) == 2 * NUM_BLOCKS
     values = dict(model.named_parameters())
     for path in healed.values:
         if path.endswith("weight"):
