@@ -43,7 +43,7 @@ class Passes:
         found = heal(model, residual_states(self.arms.dense, ids_NT, **self.arms.kept), ids_NT)
         seconds = time.process_time() - began
         changed = sum(block.ridge is not None for block in found.blocks)
-        self.tell(f"{name}, {changed} of {len(found.blocks)} positions, {seconds:.0f} CPU s", model)
+        self.tell(f"{name}, {changed} of {len(found.blocks)} matrices, {seconds:.0f} CPU s", model)
         return model
 
     def tell(self, name: str, model: PreTrainedModel) -> None:
