@@ -83,13 +83,13 @@ def _heal(
     text = open_workbench(context).fit_text(settings.tokens)
     states = text.states_in_order(counting(say, "residual states"))
     healed = METHODS[settings.method].heal(model, states, text.ids_NT, counting(say, "healing"))
-    solved = len(healed.blocks)
+    positions = healed.positions
     healing = Healing(
         tokens=healed.tokens,
-        solved=solved,
-        changed=sum(block.ridge is not None for block in healed.blocks),
-        before=sum(block.before for block in healed.blocks) / solved,
-        after=sum(block.after for block in healed.blocks) / solved,
+        solved=len(positions),
+        changed=sum(position.ridge is not None for position in positions),
+        before=sum(position.before for position in positions) / len(positions),
+        after=sum(position.after for position in positions) / len(positions),
         seconds=time.perf_counter() - began,
         method=settings.method,
     )

@@ -35,7 +35,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -102,6 +102,22 @@ class Healed:
     values: dict[str, Tensor]
     blocks: tuple[HealedBlock, ...]
     tokens: int
+
+    @property
+    def positions(self) -> list[HealedBlock]:
+        """What was solved at each position as one: from before its first matrix to after its last one.
+
+        The ridge is the last one that was chosen; None where none of its matrices was changed.
+        """
+        found: list[HealedBlock] = []
+        for _, blocks in groupby(self.blocks, key=lambda block: block.position):
+            first, *others = blocks
+            ridges = [block.ridge for block in (first, *others) if block.ridge is not None]
+            last = others[-1] if others else first
+            found.append(
+                HealedBlock(first.position, ridges[-1] if ridges else None, first.before, last.after)
+            )
+        return found
 
 
 def heal(

@@ -20,7 +20,7 @@ from foldsearch.model import places as positions
 from foldsearch.model.blocks import decoder_blocks, family_of, residual_multiplier
 from foldsearch.model.evidence import block_runs, hidden_of
 from foldsearch.model.fold import cast, fold
-from foldsearch.model.heal import RIDGES, TAKEN, TAKEN_BEFORE, Healer, heal
+from foldsearch.model.heal import RIDGES, TAKEN, TAKEN_BEFORE, Healed, HealedBlock, Healer, heal
 from foldsearch.model.states import residual_states
 from foldsearch.plan.plan import FoldPlan
 from tests.tiers import some
@@ -289,6 +289,22 @@ def test_before_experts_it_is_the_attention_that_is_solved_and_the_block_is_run_
             ran_NTD = run(ran_NTD)
         errors.append(float((states[NUM_BLOCKS] - ran_NTD)[NUM_FITTED:].square().sum(-1).mean()))
     assert errors[0] < errors[1]
+
+
+def test_a_position_is_told_from_before_its_attention_to_after_its_last_matrix():
+    attention, mlp = "self_attn.o_proj", "mlp.down_proj"
+    blocks = (
+        HealedBlock(1, 0.3, 0.5, 0.4, attention),
+        HealedBlock(1, None, 0.41, 0.41, mlp),
+        HealedBlock(2, None, 0.6, 0.6, attention),
+        HealedBlock(2, 3.0, 0.6, 0.2, mlp),
+        HealedBlock(4, None, 0.1, 0.1, mlp),
+    )
+    assert Healed({}, blocks, 512).positions == [
+        HealedBlock(1, 0.3, 0.5, 0.41),
+        HealedBlock(2, 3.0, 0.6, 0.2),
+        HealedBlock(4, None, 0.1, 0.1),
+    ]
 
 
 # ---- which positions
