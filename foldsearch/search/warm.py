@@ -27,7 +27,7 @@ from foldsearch.search.screened import Promoted, Screened
 from foldsearch.spec.fit import can_run
 from foldsearch.spec.study import Study
 
-SCHEMA = 2  # of what is kept
+SCHEMA = 3  # of what is kept
 LISTED = 5  # plans of each list that are told, at even distances of the front
 
 
