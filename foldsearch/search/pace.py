@@ -8,6 +8,7 @@ asking the dense model.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from foldsearch.bound import lower_bound
@@ -22,6 +23,9 @@ from foldsearch.spec.space import Space
 from foldsearch.spec.study import Study
 
 WITH_START = 1.05  # of the time of a round: the first one's workers open the model
+# Of a round, what screening gives at most for one more: it is also what the last round may be late by, and then the
+# time that was given is lost, as a round that would not end in time is not begun.
+GIVEN = 0.25
 TRAINING = 3.0  # a token of training costs about three forward passes
 
 
@@ -49,7 +53,7 @@ def screening_seconds(study: Study, left: float, closing: float, trial: float) -
     rest, trial = left - closing - share, WITH_START * trial
     if not 0 < trial <= rest:
         return share
-    rounds = round(rest / trial)
+    rounds = math.floor(rest / trial + GIVEN)
     if rounds * trial - rest > share / 2:
         rounds -= 1
     return share + rest - rounds * trial

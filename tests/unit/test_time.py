@@ -194,9 +194,10 @@ def test_who_waits_in_line_is_reckoned_by_itself(tmp_path: Path, clock: Clock) -
         (1000.0, 0.0, 0.0, 450.0),  # it is not known how long a trial takes
         (1000.0, 0.0, 600.0, 450.0),  # none would end in time, so nothing is lost where it is tried
         (1000.0, 50.0, 225.0, 500.0),  # two rounds in 500 s, and 50 s are left
-        (1000.0, 50.0, 180.0, 410.0),  # 40 s more, and there are three
+        (1000.0, 50.0, 180.0, 410.0),  # 40 s more, and there are three: 2.78 would fit
+        (1000.0, 50.0, 190.0, 570.0),  # 2.63 would fit: two of them, and 120 s are left
         (1000.0, 50.0, 250.0, 450.0),
-        (1000.0, 500.0, 35.0, 465.0),  # one in 50 s; two would fit if screening gave 20
+        (1000.0, 500.0, 35.0, 465.0),  # one in 50 s, 15 s are left
     ],
 )
 def test_screening_leaves_time_for_whole_rounds_of_trials(
@@ -207,10 +208,10 @@ def test_screening_leaves_time_for_whole_rounds_of_trials(
 
 
 def test_screening_gives_at_most_half_of_its_share() -> None:
-    """20 of 100 s; a second trial of 50 s would take all of them, one of 44 s takes 8."""
-    asked = study(**{"screen.share": 0.2})
-    assert screening_seconds(asked, 100.0, 0.0, 50.0 / WITH_START) == pytest.approx(50.0)
-    assert screening_seconds(asked, 100.0, 0.0, 44.0 / WITH_START) == pytest.approx(12.0)
+    """10 of 100 s; a third trial of 32.5 s would take 7.5 of them, one of 31 s takes 3."""
+    asked = study(**{"screen.share": 0.1})
+    assert screening_seconds(asked, 100.0, 0.0, 32.5 / WITH_START) == pytest.approx(35.0)
+    assert screening_seconds(asked, 100.0, 0.0, 31.0 / WITH_START) == pytest.approx(7.0)
 
 
 def test_no_trial_of_a_given_plan_takes_longer_than_the_largest(tmp_path: Path) -> None:
