@@ -22,7 +22,8 @@ from foldsearch.spec.propose import baseline_count
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import Study
 
-WITH_START = 1.05  # of the time of a round: the first one's workers open the model
+START = 20.0  # seconds from a screening to the first trials: Ray begins, its workers read the libraries and the model
+LONGEST = 1.05  # of a trial's time: a round takes as long as the longest of its trials
 # Of a round, what screening gives at most for one more: it is also what the last round may be late by, and then the
 # time that was given is lost, as a round that would not end in time is not begun.
 GIVEN = 0.25
@@ -50,7 +51,7 @@ def screening_seconds(study: Study, left: float, closing: float, trial: float) -
         trial: that one is thought to take; 0 where it is not known.
     """
     share = study.screen.share * left
-    rest, trial = left - closing - share, WITH_START * trial
+    rest, trial = left - closing - share - START, LONGEST * trial
     if not 0 < trial <= rest:
         return share
     rounds = math.floor(rest / trial + GIVEN)

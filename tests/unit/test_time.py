@@ -20,7 +20,7 @@ from foldsearch.progress import TimeUp
 from foldsearch.proposal import Given, Proposal
 from foldsearch.run import Run
 from foldsearch.search import proposer, run, worker
-from foldsearch.search.pace import WITH_START, Pace, screening_seconds
+from foldsearch.search.pace import LONGEST, START, Pace, screening_seconds
 from foldsearch.search.proposer import Line
 from foldsearch.search.records import Records, read_trials
 from foldsearch.search.screened import Promoted
@@ -203,15 +203,15 @@ def test_who_waits_in_line_is_reckoned_by_itself(tmp_path: Path, clock: Clock) -
 def test_screening_leaves_time_for_whole_rounds_of_trials(
     left: float, closing: float, trial: float, expected: float
 ) -> None:
-    """The share is 0.45."""
-    assert screening_seconds(study(), left, closing, trial / WITH_START) == pytest.approx(expected)
+    """The share is 0.45. What it takes to begin the first trials is closed off too."""
+    assert screening_seconds(study(), left, closing - START, trial / LONGEST) == pytest.approx(expected)
 
 
 def test_screening_gives_at_most_half_of_its_share() -> None:
     """10 of 100 s; a third trial of 32.5 s would take 7.5 of them, one of 31 s takes 3."""
     asked = study(**{"screen.share": 0.1})
-    assert screening_seconds(asked, 100.0, 0.0, 32.5 / WITH_START) == pytest.approx(35.0)
-    assert screening_seconds(asked, 100.0, 0.0, 31.0 / WITH_START) == pytest.approx(7.0)
+    assert screening_seconds(asked, 100.0, -START, 32.5 / LONGEST) == pytest.approx(35.0)
+    assert screening_seconds(asked, 100.0, -START, 31.0 / LONGEST) == pytest.approx(7.0)
 
 
 def test_no_trial_of_a_given_plan_takes_longer_than_the_largest(tmp_path: Path) -> None:
