@@ -44,7 +44,7 @@ def test_a_screened_plan_is_the_healed_and_judged_one(name, tmp_path):
         model = fold(dense, plan)
         Healer(states, text, with_attention=False).heal(
             model
-        )  # half of the time, for a figure that ranks alike
+        )  # as a screening heals
         alone, found = judge(model, judged, targets), screen.measure(plan)
         assert found.kl == pytest.approx(alone.kl, abs=1e-5)
         assert found.perplexity == pytest.approx(alone.perplexity, rel=1e-4)
