@@ -42,9 +42,7 @@ def test_a_screened_plan_is_the_healed_and_judged_one(name, tmp_path):
     states = residual_states(dense, text, model_hash="x", cache_dir=tmp_path)
     for plan in (FoldPlan.parse(text, NUM_BLOCKS) for text in PLANS):
         model = fold(dense, plan)
-        Healer(states, text, with_attention=False).heal(
-            model
-        )  # as a screening heals
+        Healer(states, text, with_attention=False).heal(model)  # as a screening heals
         alone, found = judge(model, judged, targets), screen.measure(plan)
         assert found.kl == pytest.approx(alone.kl, abs=1e-5)
         assert found.perplexity == pytest.approx(alone.perplexity, rel=1e-4)
