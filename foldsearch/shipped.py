@@ -17,7 +17,7 @@ from foldsearch.model.judge import judge
 from foldsearch.plan.cost import Target, price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Quality
-from foldsearch.progress import Notice, StageProgress, silent, unheard
+from foldsearch.progress import CountProgress, Notice, StageProgress, silent, unheard
 from foldsearch.record import DenseRival
 from foldsearch.runtimes import runtime_named
 from foldsearch.spec.study import TYPED
@@ -30,7 +30,13 @@ IN_FLOAT32 = 3.0
 Split = Literal["search", "report"]
 
 
-def judged(model: PreTrainedModel, context: TrialContext, split: Split, target: Target) -> Quality:
+def judged(
+    model: PreTrainedModel,
+    context: TrialContext,
+    split: Split,
+    target: Target,
+    progress: CountProgress | None = None,
+) -> Quality:
     """Quality of a model on a token set of the run, with the weights that the target stores.
 
     Args:
@@ -38,17 +44,25 @@ def judged(model: PreTrainedModel, context: TrialContext, split: Split, target: 
         context: of the run.
         split: of its texts.
         target: says in which type matrices are stored.
+        progress: told how many sequences are done.
     """
-    return judged_each(model, context, (split,), target)[0]
+    return judged_each(model, context, (split,), target, progress)[0]
 
 
 def judged_each(
-    model: PreTrainedModel, context: TrialContext, splits: Sequence[Split], target: Target
+    model: PreTrainedModel,
+    context: TrialContext,
+    splits: Sequence[Split],
+    target: Target,
+    progress: CountProgress | None = None,
 ) -> list[Quality]:
     """See `judged`, on several token sets: weights are rounded once."""
     bench = open_workbench(context)
     held, dense = (as_stored(model, target), bench.dense) if target.rounds else (model, None)
-    return [judge(held, getattr(bench.splits, one), getattr(bench, one), dense=dense) for one in splits]
+    return [
+        judge(held, getattr(bench.splits, one), getattr(bench, one), dense=dense, progress=progress)
+        for one in splits
+    ]
 
 
 def as_stored(model: PreTrainedModel, target: Target) -> PreTrainedModel:

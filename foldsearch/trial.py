@@ -12,6 +12,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -26,7 +27,7 @@ from foldsearch.model.training import RecoveryTraining
 from foldsearch.plan.cost import Target
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Quality, RungResult, Setback, trained_for
-from foldsearch.progress import StageProgress, TimeUp, silent
+from foldsearch.progress import CountProgress, StageProgress, TimeUp, silent
 from foldsearch.proposal import Proposal, RecoveryChoice
 from foldsearch.rebuild import (
     attached,
@@ -42,6 +43,7 @@ from foldsearch.shipped import judged
 from foldsearch.spec.study import Study
 
 EXTENSION_NEXT_TOKEN = 0.5  # weight of the next-token loss for extensions, where the study does not say
+MEASURING, REPORTING = "measuring", "measuring on report tokens"  # stages
 SAVE_SECONDS = 60  # of training, after which its state is written: so much is lost where it is killed
 RATE_AFTER_SETBACK = 0.25  # of the learning rate, where training left the model worse than it was
 
@@ -295,9 +297,18 @@ class Course:
         recovery.go_back(kept, self._rate)
 
     def _measure(self) -> Quality:
-        self._say("measuring", 0.0)
+        self._say(MEASURING, 0.0)
         model = self._merged() if self._target.rounds else self._model
-        return judged(model, self._context, "search", self._target)
+        return judged(model, self._context, "search", self._target, self._measured(MEASURING))
+
+    def _measured(self, stage: str) -> CountProgress:
+        """A listener to a measurement, which is let finish when the time is up: it is what that was spent for."""
+
+        def say(done: int, total: int) -> None:
+            with suppress(TimeUp):
+                self._say(stage, done / total)
+
+        return say
 
     def _merged(self) -> PreTrainedModel:
         """The model as it is now, what is trained merged: built again, as merging cannot be undone."""
@@ -314,4 +325,4 @@ class Course:
             model = merge(model) if self._target.rounds else model
         else:
             model = self._merged() if self._target.rounds else self._model
-        return judged(model, self._context, "report", self._target)
+        return judged(model, self._context, "report", self._target, self._measured(REPORTING))

@@ -34,6 +34,7 @@ from foldsearch.model.head import (
 )
 from foldsearch.model.tokens import Over, TokenSet
 from foldsearch.plan.result import KindQuality, Quality
+from foldsearch.progress import CountProgress
 
 TOKENS_AT_ONCE = 4096  # of the blocks, when judging
 SCHEMA = 2  # of the kept answers: 2 has the positions that are scored
@@ -190,11 +191,13 @@ def judge(
     *,
     hidden_NTD: Tensor | None = None,
     dense: PreTrainedModel | None = None,
+    progress: CountProgress | None = None,
 ) -> Quality:
     """The quality of a model on a token set, beside the dense one.
 
     hidden_NTD: of the model on these tokens, after its final norm, where that is known already. dense: the dense model,
-    where `model` has a head of its own (rounded weights); else its head is the dense one's.
+    where `model` has a head of its own (rounded weights); else its head is the dense one's. progress: told how many
+    sequences are done.
 
     KL(dense ‖ model), the next-token loss and agreement are means over the scored positions (see `TokenSet`); where
     there are several kinds of text, the KL is one figure made of those of the kinds (see `Kinds`). A
@@ -227,6 +230,8 @@ def judge(
         kl_parts.append(negentropy[here] - cross + normaliser)
         loss_parts.append(normaliser - next_logit)
         same_parts.append(same)
+        if progress is not None:
+            progress(batch.stop, len(tokens.ids_NT))
     shape = targets.loss_NP.shape
     kl_NP, loss_NP, same_NP = (
         torch.cat(parts).cpu().double().view(shape) for parts in (kl_parts, loss_parts, same_parts)

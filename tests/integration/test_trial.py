@@ -93,9 +93,22 @@ def run(context: TrialContext, number: int = 0, proposal: Proposal = SHARING) ->
     return list(run_trial(proposal, context, number=number))
 
 
+def test_what_is_measured_is_let_finish_when_the_time_is_up(context):
+    """The listener raises as soon as measuring tells that it goes on, as it does in a search."""
+
+    def late(stage: str, share: float) -> None:
+        if stage.startswith("measuring") and share > 0:
+            raise TimeUp(stage)
+
+    *_, last = run_trial(SHARING, context, number=3, progress=late)
+    assert last.state == "finished"
+    assert last.final.kl > 0
+
+
 def test_a_result_for_every_rung(context):
-    stages = []
-    results = list(run_trial(SHARING, context, number=3, progress=lambda stage, share: stages.append(stage)))
+    told = []
+    results = list(run_trial(SHARING, context, number=3, progress=lambda *at: told.append(at)))
+    stages = [stage for stage, _ in told]
     assert [len(trial.results) for trial in results] == [1, 2, 3]
     assert [trial.last.recovery_tokens for trial in results] == list(RUNGS)
     assert [trial.state for trial in results] == ["running", "running", "finished"]
@@ -113,6 +126,8 @@ def test_a_result_for_every_rung(context):
     assert results[2].quality.kl < results[1].quality.kl < results[0].quality.kl
     assert 0 < results[0].last.seconds < results[1].last.seconds < results[2].last.seconds
     assert {"recovery", "measuring"} <= set(stages)
+    assert [share for stage, share in told if stage == "measuring"] == [0.0, 1.0] * len(RUNGS)
+    assert [share for stage, share in told if stage == "measuring on report tokens"] == [1.0]
     for step, trial in enumerate(results):
         expected = (trial.quality.kl, trial.cost.memory_bytes / 1e9, trial.cost.flops)
         assert point(results[-1], ("kl", "memory", "flops"), step) == expected
@@ -505,7 +520,7 @@ def test_an_extension_is_compared_by_perplexity(context, monkeypatch):
     plan = FoldPlan.parse("0-1 1=1+r2+n 2-4", NUM_BLOCKS)
     real, perplexities = trials.judged, iter([30.0, 20.0, 25.0])
 
-    def judged(model, context, split, target):
+    def judged(model, context, split, target, progress):
         quality = real(model, context, split, target)
         return quality if split == "report" else replace(quality, perplexity=next(perplexities))
 

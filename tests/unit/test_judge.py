@@ -164,7 +164,9 @@ def test_batches_and_chunks_change_nothing(monkeypatch):
     monkeypatch.setattr("foldsearch.model.head.JUDGED_AT_ONCE", 13)
     monkeypatch.setattr("foldsearch.model.head.ROWS_IN_CACHE", 3)
     monkeypatch.setattr(judging, "batches", lambda n, length: batches(n, length, 2 * length))
-    parts = judge(model, TOKENS, ask_dense(dense, TOKENS))
+    told: list[tuple[int, int]] = []
+    parts = judge(model, TOKENS, ask_dense(dense, TOKENS), progress=lambda *at: told.append(at))
+    assert told == [(2, 7), (4, 7), (6, 7), (7, 7)]
     assert parts.kl == pytest.approx(whole.kl, rel=1e-5)
     assert parts.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
     assert parts.agreement == whole.agreement
