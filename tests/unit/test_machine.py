@@ -1,4 +1,11 @@
-"""What "auto" stands for: the law is that of the processor as oneDNN may use it, not of what its flags say."""
+"""What "auto" stands for: the law is that of the processor as oneDNN may use it, not of what its flags say.
+
+How threads wait is told by the runtime of OpenMP itself, where it is GNU's.
+"""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -30,3 +37,16 @@ def test_auto_is_what_is_multiplied_fast(
     assert choose_precision("bfloat16", "cpu") == "bfloat16"  # who names one gets it
     assert computing_dtype("bfloat16") == precision
     assert computing_dtype("float16") == computing_dtype("float32") == "float32"
+
+
+@pytest.mark.parametrize(("given", "asleep"), [(None, True), ("ACTIVE", False)])
+def test_threads_sleep_while_they_wait_unless_somebody_said_otherwise(
+    given: str | None, asleep: bool
+) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    env |= {"OMP_DISPLAY_ENV": "VERBOSE"} | ({"OMP_WAIT_POLICY": given} if given else {})
+    words = "from foldsearch.machine import wait_asleep; wait_asleep(); import torch"
+    told = subprocess.run([sys.executable, "-c", words], env=env, capture_output=True, text=True, check=True)
+    if "GOMP_SPINCOUNT" not in told.stderr:
+        pytest.skip("torch has another runtime of OpenMP here")
+    assert ("GOMP_SPINCOUNT = '0'" in told.stderr) == asleep
