@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from foldsearch.arguments import PLAN, command_line
 from foldsearch.errors import InputError, VerificationError, is_out_of_memory
 from foldsearch.files import check_writable, disk_is_full
-from foldsearch.machine import collect_seldom, wait_asleep
+from foldsearch.machine import collect_seldom, spin_briefly
 from foldsearch.paths import check_path, command, printable, stem_beside
 from foldsearch.plan.extend import extended, rank_of
 from foldsearch.plan.plan import FoldPlan
@@ -49,7 +49,7 @@ _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EL
 def entry() -> None:
     """The console script."""
     collect_seldom()
-    wait_asleep()
+    spin_briefly()
     code = main()
     ignore_stops()
     sys.exit(code)

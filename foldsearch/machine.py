@@ -16,6 +16,7 @@ from pathlib import Path
 from foldsearch.errors import InputError
 
 DEVICES = ("cpu", "cuda", "mps")  # on which a run may begin
+SPINS = 10_000  # looks of a thread that waits for another, before it sleeps: 300,000 by default
 MACS_PER_SECOND = 3e10  # of a core in a forward pass, where nothing is known of it
 
 
@@ -27,13 +28,15 @@ def collect_seldom() -> None:
     gc.set_threshold(50_000, 20, 20)
 
 
-def wait_asleep() -> None:
-    """Let torch's threads sleep while they wait for each other: for processes that import torch, before they do.
+def spin_briefly() -> None:
+    """Let torch's threads wait for each other awake for a moment only: for processes that import torch, before they do.
 
-    By default they spin, which is no faster on a quiet machine and takes three to five times as long where another
-    program has a processor now and then. Who has set `OMP_WAIT_POLICY` keeps it.
+    By default GNU's OpenMP lets them spin for long, so where another program has the processor of one, a step takes
+    three to four times as long. Without any spinning, models write tokens at half the speed. Who has set how threads
+    wait keeps it.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS)
 
 
 def num_cpus() -> int:

@@ -18,7 +18,7 @@ from ray import cloudpickle, tune
 
 from foldsearch.errors import describe_error, quote_error
 from foldsearch.files import alone, disk_is_full, write_json
-from foldsearch.machine import collect_seldom, wait_asleep
+from foldsearch.machine import collect_seldom, spin_briefly
 from foldsearch.progress import TimeUp, TrialTimeUp
 from foldsearch.proposal import Proposal
 from foldsearch.record import Trial, read_trial
@@ -59,7 +59,7 @@ class TrialRunner(tune.Trainable):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As Tune makes it; what `setup` is given is read in there, which imports torch."""
         collect_seldom()
-        wait_asleep()
+        spin_briefly()
         super().__init__(*args, **kwargs)
 
     def setup(  # type: ignore[override]  # `runner_for` adds the others

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from foldsearch.machine import choose_precision, computing_dtype
+from foldsearch.machine import SPINS, choose_precision, computing_dtype
 
 
 @pytest.mark.parametrize(
@@ -39,14 +39,16 @@ def test_auto_is_what_is_multiplied_fast(
     assert computing_dtype("float16") == computing_dtype("float32") == "float32"
 
 
-@pytest.mark.parametrize(("given", "asleep"), [(None, True), ("ACTIVE", False)])
-def test_threads_sleep_while_they_wait_unless_somebody_said_otherwise(
-    given: str | None, asleep: bool
-) -> None:
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, SPINS), ({"OMP_WAIT_POLICY": "PASSIVE"}, 0), ({"GOMP_SPINCOUNT": "123"}, 123)],
+    ids=["nothing", "policy", "count"],
+)
+def test_threads_spin_briefly_unless_somebody_said_otherwise(given: dict[str, str], spins: int) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
-    env |= {"OMP_DISPLAY_ENV": "VERBOSE"} | ({"OMP_WAIT_POLICY": given} if given else {})
-    words = "from foldsearch.machine import wait_asleep; wait_asleep(); import torch"
+    env |= {"OMP_DISPLAY_ENV": "VERBOSE", **given}
+    words = "from foldsearch.machine import spin_briefly; spin_briefly(); import torch"
     told = subprocess.run([sys.executable, "-c", words], env=env, capture_output=True, text=True, check=True)
     if "GOMP_SPINCOUNT" not in told.stderr:
         pytest.skip("torch has another runtime of OpenMP here")
-    assert ("GOMP_SPINCOUNT = '0'" in told.stderr) == asleep
+    assert f"GOMP_SPINCOUNT = '{spins}'" in told.stderr
