@@ -22,7 +22,10 @@ from foldsearch.spec.propose import baseline_count
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import Study
 
-START = 20.0  # seconds from a screening to the first trials: Ray begins, its workers read the libraries and the model
+# Seconds that the first round takes longer than the others, 26 to 34 in four demos on two cores: Ray begins (12), its
+# workers read the libraries and the model (8), and drafts ask the dense model for residual states. A round that is lost
+# for a few seconds costs more than a few seconds of screening.
+START = 40.0
 LONGEST = 1.05  # of a trial's time: a round takes as long as the longest of its trials
 # Of a round, what screening gives at most for one more: it is also what the last round may be late by, and then the
 # time that was given is lost, as a round that would not end in time is not begun.
