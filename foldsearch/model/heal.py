@@ -310,7 +310,7 @@ def _joined(places: list[Place]) -> list[Place]:
     for index, (place, after) in enumerate(pairwise(places)):
         network = after.writer.module if after.writer else None
         if isinstance(network, Replaced) and not bool(network.down.any()):
-            key = f"{place.key} joined"
+            key = f"{place.key} joined {after.meets}"
             found[index] = replace(place, meets=after.meets, is_touched=True, key=key)
     return found
 

@@ -19,18 +19,25 @@ from foldsearch.search.chain import ATTENTION_ONLY, DROPPED, KEPT, LINEAR, MLP_O
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import Study
 
+EARLIER = "earlier run"  # an author
 SEARCH = "search"  # in tables: whoever asked for plans but the criteria
 
 
 @dataclass(frozen=True, slots=True)
 class Screened:
     """A plan as it was screened. authors: who asked for it, in order: criteria, "alone", "chain", "move"
-    or "earlier run".
+    or `EARLIER`.
     """
 
     plan: FoldPlan
     authors: tuple[str, ...]
     quality: Quality
+
+    @property
+    def searchers(self) -> tuple[str, ...]:
+        """Its authors that are no criteria."""
+        names = criterion_names()
+        return tuple(author for author in self.authors if author not in names)
 
     def asked_by(self, author: str) -> Screened:
         """The same plan, which this one asked for too."""

@@ -17,6 +17,7 @@ import math
 import random
 import time
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice, zip_longest
 from typing import Any
 
@@ -46,13 +47,14 @@ from foldsearch.search.chain import (
     HALVES,
     KEPT,
     LINEAR,
+    MLP_ONLY,
     ChainFit,
     Prices,
     code_of,
     plan_of,
 )
 from foldsearch.search.nearby import Nearby, steps_from
-from foldsearch.search.screened import Promoted, Screened, compared_criteria, screened_states
+from foldsearch.search.screened import EARLIER, Promoted, Screened, compared_criteria, screened_states
 from foldsearch.spec.fit import can_run, held_removal
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import TIMES
@@ -68,7 +70,7 @@ TRIES = 20  # draws, or steps, until a plan is found that was not measured
 RIVAL_COUNTS = 3  # at which criteria are asked, over the range of the space
 STAGE = "screening plans"
 LENGTH = 64  # tokens of a sequence: more documents at as many tokens tell more (docs/log.md)
-SCHEMA = 6  # of what is kept; raise it when healing, judging, or what they read here changes
+SCHEMA = 7  # of what is kept; raise it when healing, judging, or what they read here changes
 
 
 class Screening:
@@ -142,6 +144,9 @@ class Screening:
                     break
         finally:
             self._keep()  # also where it is stopped
+        self._found = {
+            plan: one if one.authors else one.asked_by(EARLIER) for plan, one in self._found.items()
+        }
         return self.found
 
     def _keep(self) -> None:
@@ -151,16 +156,17 @@ class Screening:
             every = {one.plan: one for one in (from_json(Screened, value) for value in kept or [])}
             for plan, one in every.items():
                 if plan in self._found:
-                    for author in one.authors:
+                    for author in one.searchers:
                         self._found[plan] = self._found[plan].asked_by(author)
                 elif self._may_be(plan):
-                    self._found[plan] = one
+                    # What a criterion chose there may be of another seed or device; here it is asked again.
+                    self._found[plan] = replace(one, authors=one.searchers)
             return [to_json(one) for one in (every | self._found).values()]
 
         cache.json_grown(self._path, grow)
 
     def _batches(self, asked: Sequence[FoldPlan]) -> Iterator[dict[FoldPlan, str]]:
-        yield {plan: "earlier run" for plan in asked if self._may_be(plan)}
+        yield {plan: EARLIER for plan in asked if self._may_be(plan)}
         yield dict(self._rivals())
         yield {self._removing([block]): "alone" for block in range(len(self._context.table.blocks))}
         while batch := self._round():
@@ -330,8 +336,11 @@ class Screening:
         return code if code is not None and set(code) <= set(self._states) else None
 
     def _is_of_the_range(self, plan: FoldPlan) -> bool:
-        """Whether as many blocks go as the space allows."""
-        return _num_removed(plan) in self._space.every_count(plan.num_blocks)
+        """Whether as many blocks go as the space allows, and as many attentions as it asks for."""
+        num_removed = _num_removed(plan)
+        least = self._space.attention_counts(plan.num_blocks, num_removed)[0]
+        enough = least == 0 or (self._code(plan) or "").count(MLP_ONLY) >= least
+        return enough and num_removed in self._space.every_count(plan.num_blocks)
 
     def _may_be(self, plan: FoldPlan) -> bool:
         """Whether the plan can be screened, and is of what the space allows."""
@@ -363,18 +372,12 @@ class Screening:
         plans = tuple(dict.fromkeys(one.plan for one in (front[0], middle, *even)))[:most]
         wanted, compared = _num_removed(middle.plan), compared_criteria(self._space)
         rivals = [
-            (
-                one.plan in plans,
-                abs(_num_removed(one.plan) - wanted),
-                one.quality.kl,
-                author,
-                _num_removed(one.plan),
-            )
+            (abs(_num_removed(one.plan) - wanted), one.quality.kl, author, _num_removed(one.plan))
             for one in self.found
             for author in one.authors
-            if author in compared and self._fits(one.plan)
+            if author in compared and one.plan not in plans and self._fits(one.plan)
         ]
-        return Promoted(plans, min(rivals)[3:] if rivals else None)
+        return Promoted(plans, min(rivals)[2:] if rivals else None)
 
     def _point(self, one: Screened) -> tuple[float, ...]:
         cost = price(one.plan, self._context.table, self._context.target)

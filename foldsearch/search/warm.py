@@ -88,7 +88,8 @@ def check_warm(study: Study) -> None:
 
 
 def warm_plans(run: Run) -> list[Trained]:
-    """What the run that the study names has trained, and keeps the budget of this one; nothing where none is named.
+    """What the run that the study names has trained, and keeps the budget of this one in some type, the best first;
+    nothing where none is named.
 
     Raises:
         RunError: there is no such run, or it is of another model or text.
@@ -112,14 +113,16 @@ def warm_plans(run: Run) -> list[Trained]:
             f"a search takes over from a run of the same model and texts, but '{printable(folder)}' was made with "
             f"other {', '.join(differ)}. Name a run of this model, data and [splits], or leave --warm-from out."
         )
-    return _affordable(run, trained_by(other, read_trials(other)))
+    found = [one for one in trained_by(other, read_trials(other)) if _keeps_budget(run, one.plan, AS_TARGET)]
+    # What keeps the budget only in a narrower type than it was measured in will be worse than its KL says.
+    return sorted(found, key=lambda one: (not _keeps_budget(run, one.plan, one.types), one.kl))
 
 
 def begun_with(promoted: Promoted, trained: Sequence[Trained], most: int) -> Promoted:
-    """What a run begins with: up to half of it the best of what an earlier run trained, the rest as screened."""
+    """What a run begins with: up to half of it the first of what an earlier run trained, the rest as screened."""
     if not trained:
         return promoted
-    best = [one.plan for one in sorted(trained, key=lambda one: one.kl)]
+    best = [one.plan for one in trained]
     taken = best[: max(1, most // 2) if promoted.plans else most]
     return replace(promoted, plans=tuple(dict.fromkeys((*taken, *promoted.plans)))[:most])
 
@@ -148,7 +151,7 @@ def known_trained(run: Run, cache_dir: Path) -> list[Trained]:
     kept: list[Any] = cache.json_grown(path, lambda known: known or [])
     known = [from_json(Trained, value) for value in kept]
     ours = {_rounded_to(run, types) for types in run.study.space.types}
-    return _affordable(run, [one for one in known if one.types in ours])
+    return [one for one in known if one.types in ours and _keeps_budget(run, one.plan, one.types)]
 
 
 def _path(run: Run, cache_dir: Path) -> Path | None:
@@ -162,8 +165,9 @@ def _path(run: Run, cache_dir: Path) -> Path | None:
 # ---- in words
 
 
-def known_words(run: Run, screened: Iterable[Screened], trained: Sequence[Trained]) -> str:
+def known_words(run: Run, screened: Iterable[Screened], trained: Iterable[Trained]) -> str:
     """What is known within the budget: the fronts of what was trained and of what was screened; empty if nothing is."""
+    trained = [one for one in dict.fromkeys(trained) if _keeps_budget(run, one.plan, one.types)]
     lists = (
         ("trained", [(one.plan, one.kl, f"trial {one.trial} of {one.run}", one.types) for one in trained]),
         ("screened, KL of little text", [(one.plan, one.quality.kl, "", AS_TARGET) for one in screened]),
@@ -185,10 +189,7 @@ def _costs(run: Run, plans: Iterable[tuple[FoldPlan, float, str, StoredTypes]]) 
     return [(price(plan, run.table, run.target.storing(types)), kl) for plan, kl, _, types in plans]
 
 
-def _affordable(run: Run, trained: Iterable[Trained]) -> list[Trained]:
-    return [
-        one
-        for one in trained
-        if can_run(one.plan, run.table, run.target)
-        and run.budget.admits(price(one.plan, run.table, run.target))
-    ]
+def _keeps_budget(run: Run, plan: FoldPlan, types: StoredTypes) -> bool:
+    """Whether a plan can run and keeps the budget, stored so; `AS_TARGET`: in the narrowest types of the space."""
+    target = run.target.storing(types)
+    return can_run(plan, run.table, target) and run.budget.admits(price(plan, run.table, target))

@@ -21,7 +21,7 @@ from foldsearch.plan.plan import FoldPlan
 from foldsearch.prepare import prepare_context
 from foldsearch.run import Run
 from foldsearch.search import screening as screenings
-from foldsearch.search.chain import code_of
+from foldsearch.search.chain import MLP_ONLY, code_of
 from foldsearch.search.events import Event, Preparing, SearchDone
 from foldsearch.search.records import Records, read_trials
 from foldsearch.search.run import run_search
@@ -106,23 +106,20 @@ def test_the_front_is_what_brute_force_finds(screened: Screening, context: Trial
     plans = sorted(undominated, key=lambda plan: points[plan][0])
     middle = len(plans[knee([points[plan] for plan in plans])].dropped)
     at_count = {
-        (one.plan in promoted.plans, abs(len(one.plan.dropped) - middle), one.quality.kl): (
-            author,
-            len(one.plan.dropped),
-        )
+        (abs(len(one.plan.dropped) - middle), one.quality.kl): (author, len(one.plan.dropped))
         for one in screened.found
         for author in one.authors
         if author in SPACE.criteria
+        and one.plan not in promoted.plans  # else it would tell nothing of the search
     }
     assert promoted.rival == at_count[min(at_count)]
-    assert not min(at_count)[0]  # else it would tell nothing of the search
 
 
 def test_what_is_known_is_there_at_once_and_not_measured_again(
     screened: Screening, context: TrialContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A later run has all that was measured before it measures anything, and another budget's part of it too."""
-    known = {one.plan: one for one in screened.found}
+    known = {one.plan: (one.quality, set(one.authors)) for one in screened.found}
     real, measured = Screen.measure, []
 
     def note(self: Screen, plan: FoldPlan, *rest: Any) -> Any:
@@ -133,7 +130,7 @@ def test_what_is_known_is_there_at_once_and_not_measured_again(
     again = Screening(
         of_study(context, screen=ScreenSettings(plans=2, healed_tokens=128, judged_tokens=64)), SPACE
     )
-    found = {one.plan: one for one in again.run()}
+    found = {one.plan: (one.quality, set(one.authors)) for one in again.run()}
     assert known.items() <= found.items()
     assert set(measured) == found.keys() - known.keys()
     assert len(measured) == 2
@@ -331,7 +328,7 @@ def test_a_plan_that_two_ask_for_is_both_ones(context: TrialContext, tmp_path: P
     other = Screening(replace(context, cache_dir=tmp_path), SPACE)
     other._measure({plan: "chain"})
     other._keep()
-    assert other.found[0].authors == ("chain", "alone", "uniform")
+    assert other.found[0].authors == ("chain", "alone")  # what was chosen there may be of another seed
 
 
 def test_nothing_outside_the_space_is_promoted(screened: Screening, context: TrialContext) -> None:
@@ -341,6 +338,46 @@ def test_nothing_outside_the_space_is_promoted(screened: Screening, context: Tri
     screening.run()
     assert {len(one.plan.dropped) for one in screening.found} - {2, 3}
     assert {len(plan.dropped) for plan in screening.promoted().plans} <= {2, 3}
+
+
+def test_what_another_seed_chose_is_not_this_one_s(
+    study: Study, context: TrialContext, tmp_path: Path
+) -> None:
+    """Oracle: a run that shares no cache."""
+    random = SPACE.model_copy(update={"criteria": ("random", "uniform"), "attention": (0.0, 0.0)})
+
+    def rivals(seed: int, cache: str) -> dict[FoldPlan, set[str]]:
+        of = of_study(replace(context, cache_dir=tmp_path / cache), seed=seed)
+        screening = Screening(of, random)
+        screening.run()
+        return {one.plan: set(one.authors) & QUICK for one in screening.found if set(one.authors) & QUICK}
+
+    alone = rivals(0, "own")
+    assert rivals(5, "shared") != alone
+    assert rivals(0, "shared") == alone
+
+
+def test_what_keeps_more_attentions_than_the_space_is_not_promoted(
+    context: TrialContext, tmp_path: Path
+) -> None:
+    thin = SPACE.model_copy(update={"attention": (0.4, 0.4)})
+    screening = Screening(replace(context, cache_dir=tmp_path), thin)
+    screening.run()
+    assert screening.found
+    for plan in screening.promoted().plans:
+        least, _ = thin.attention_counts(NUM_BLOCKS, NUM_BLOCKS - len(plan.slots))
+        assert (code_of(plan) or "").count(MLP_ONLY) >= least
+
+
+def test_a_rival_that_is_promoted_is_no_rival(context: TrialContext, tmp_path: Path) -> None:
+    """A space of one plan."""
+    space = SPACE.model_copy(
+        update={"removal": (0.8, 0.8), "criteria": ("uniform",), "attention": (0.0, 0.0)}
+    )
+    screening = Screening(replace(context, cache_dir=tmp_path), space)
+    plan = next(plan for plan, author in screening._rivals() if author == "uniform")
+    screening._measure({plan: "uniform"})
+    assert screening.promoted() == Promoted((plan,), None)
 
 
 def test_a_run_begins_with_what_was_promoted(

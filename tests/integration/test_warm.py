@@ -68,7 +68,9 @@ def test_what_was_trained_is_taken_over_as_far_as_it_fits(earlier: TrialContext,
     trials = Records(earlier.run).all()
     assert {one.plan for one in trained_by(earlier.run, trials)} == {one.plan for one in front(trials)}
     free = later(earlier, tmp_path / "free")
-    assert {one.trial for one in warm_plans(free.run)} == {one.number for one in front(trials)}
+    found = warm_plans(free.run)
+    assert {one.trial for one in found} == {one.number for one in front(trials)}
+    assert found == sorted(found, key=lambda one: one.kl)
     bounded = later(earlier, tmp_path / "bounded", budget=between(earlier))
     (one,) = warm_plans(bounded.run)
     assert len(one.plan.dropped) == 3
@@ -135,7 +137,7 @@ def test_a_run_of_another_text_or_model_is_refused(earlier: TrialContext, tmp_pa
 
 def test_half_of_what_a_run_begins_with_may_be_from_an_earlier_one() -> None:
     plans = [FoldPlan.dropping([block], NUM_BLOCKS) for block in range(NUM_BLOCKS)]
-    trained = [Trained(plan, 1.0 - 0.1 * number, 64, "run", number) for number, plan in enumerate(plans[:3])]
+    trained = [Trained(plan, 0.1, 64, "run", 0) for plan in (plans[2], plans[1], plans[0])]  # the best first
     screened = Promoted(tuple(plans[2:]), ("uniform", 1))
     assert begun_with(screened, [], 4) == screened
     assert begun_with(screened, trained, 4) == Promoted(
@@ -156,6 +158,8 @@ def test_only_the_front_is_told(earlier: TrialContext) -> None:
     assert str(plans[1]) in words
     assert str(plans[0]) not in words
     assert known_words(run, (), []) == ""
+    one = Trained(plans[0], 1.0, 64, "r", 0)  # a run that is named is mostly known to the cache too
+    assert "trained: 1 plans" in known_words(run, (), [one, one])
 
 
 def test_a_run_that_is_not_there_is_told_before_anything_is_read(study: Study, tmp_path: Path) -> None:

@@ -74,6 +74,25 @@ def test_what_plans_have_in_common_is_computed_once_and_changes_no_bit(tmp_path,
         assert all(torch.equal(ours[key], value) for key, value in theirs.items())
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("first", "then"), [("0-1 2-3~linear 4", "0-1 2~linear 3-4"), ("0-1 2~linear 3-4", "0-1 2-3~linear 4")]
+)
+def test_a_gap_that_begins_alike_and_ends_elsewhere_has_nothing_in_common(name, first, then, tmp_path):
+    """The position before it is solved for what is to come after it."""
+    dense, text = dense_model(name), ids(64, 0)
+    states = residual_states(dense, text, model_hash="x", cache_dir=tmp_path)
+    healer = Healer(states, text, most_bytes=10**9, with_attention=False)
+    healer.heal(fold(dense, FoldPlan.parse(first, NUM_BLOCKS)))
+    alone, shared = (fold(dense, FoldPlan.parse(then, NUM_BLOCKS)) for _ in range(2))
+    expected, _ = Healer(states, text, with_attention=False).heal(alone)
+    found, _ = healer.heal(shared)
+    assert found.blocks == expected.blocks
+    assert any(block.ridge is not None for block in found.blocks)
+    ours, theirs = shared.state_dict(), alone.state_dict()
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+
+
 def test_what_is_kept_stays_in_its_bound(tmp_path):
     dense, text = dense_model("llama"), ids(6, 0)
     states = residual_states(dense, text, model_hash="x", cache_dir=tmp_path)

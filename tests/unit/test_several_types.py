@@ -25,6 +25,7 @@ from foldsearch.report.view import RunView, author
 from foldsearch.run import Run
 from foldsearch.search.proposer import Line
 from foldsearch.search.records import Records
+from foldsearch.search.warm import Trained, known_words
 from foldsearch.spec.fit import narrow, repair
 from foldsearch.spec.load import load_study
 from foldsearch.spec.study import Study
@@ -156,6 +157,16 @@ def test_a_screened_plan_is_trained_in_the_widest_type_that_fits(tmp_path: Path)
         assert fits["bf16"] == (expected == "bf16")
         records.queue_plan(plan)
         assert records.ask()[1].types.weights == expected
+
+
+def test_what_is_known_within_the_budget_keeps_it_as_it_was_measured(records: Records) -> None:
+    """One dropped block keeps the budget in 4 bits only."""
+    plan = FoldPlan.dropping([1], NUM_BLOCKS)
+    wide, narrow = (Trained(plan, 0.1, 64, "run", number, weights) for number, weights in enumerate(TYPES))
+    words = known_words(records.run, (), [wide, narrow])
+    assert "trial 1 of run" in words
+    assert "trial 0 of run" not in words
+    assert known_words(records.run, (), [wide]) == ""
 
 
 def test_what_cannot_fit_in_its_types_takes_the_widest_that_can(records: Records) -> None:
