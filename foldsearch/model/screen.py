@@ -65,6 +65,7 @@ class Screen:
                 f"sequences of {every.ids_NT.shape[1]} tokens do not, {states.shape[1]} do. Lower screen.healed_tokens "
                 "and screen.judged_tokens, or set screen.plans to 0."
             )
+        self.fault = ""  # why the latest plan without finite figures has none
         self._healer = Healer(
             states,
             every.ids_NT,
@@ -101,7 +102,7 @@ class Screen:
         """Measure plans, several at once; what they come to as they end, None where that is no finite number.
 
         Neighbours are measured one after the other, so plans come in an order in which these begin alike. The figures
-        are the same however many are measured at once.
+        are the same however many are measured at once, to the rounding of products on fewer threads.
 
         Args:
             plans: to measure.
@@ -145,7 +146,10 @@ class Screen:
 
         try:
             quality = self.measure(plan, go_on)
-        except (ModelError, _Stopped):
+        except ModelError as error:
+            self.fault = str(error)
+            return None
+        except _Stopped:
             return None
         return quality if math.isfinite(quality.kl) else None
 

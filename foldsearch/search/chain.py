@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -112,8 +113,9 @@ class Prices:
             for number, state in enumerate(states[1:], 1):
                 values_LSS[block, :, number] = saved(block, state)
                 if state == LINEAR and block:  # one matrix for both
-                    both = saved(block - 1, LINEAR, LINEAR) - saved(block - 1, LINEAR)
-                    values_LSS[block, number, number] = both
+                    with suppress(PlanError):  # of two blocks both: nothing would attend
+                        both = saved(block - 1, LINEAR, LINEAR) - saved(block - 1, LINEAR)
+                        values_LSS[block, number, number] = both
         step = float(values_LSS.max()) / STEPS
         saved_LSS = np.maximum(0, np.floor(values_LSS / step + 1e-6)).astype(np.int64)
         return cls(states, saved_LSS, step)

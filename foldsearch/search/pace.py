@@ -120,8 +120,10 @@ class Pace:
     def largest(self, space: Space) -> float:
         """Seconds of a trial whose plan is given, and drops no more blocks than the budget asks for."""
         run = self.run
+        fewest = space.counts(run.num_blocks)[0]
         count = baseline_count(space, run.table, run.target, run.budget)
-        count = space.counts(run.num_blocks)[0] if count is None else count
+        if count is None or run.budget.admits(run.timed_dense):  # baselines drop more than they must then
+            count = max(1, fewest)
         plan = FoldPlan.dropping(range(min(count, run.num_blocks - 1)), run.num_blocks)
         cost = price(plan, run.table, run.target)
         return sum(self.rung(rung, cost) for rung in range(len(run.study.rungs)))

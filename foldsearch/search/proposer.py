@@ -52,7 +52,6 @@ class Line:
         records: Records,
         *,
         promoted: Promoted = Promoted(),  # noqa: B008  # it is frozen
-        spent: float = 0.0,
         closing: float = 0.0,
         token_seconds: float = 0.0,
     ) -> None:
@@ -61,7 +60,6 @@ class Line:
         Args:
             records: of the run.
             promoted: what of the plans that were screened is to be trained.
-            spent: seconds of its time that this process has spent already.
             closing: seconds of its time that are kept for what comes after the last trial.
             token_seconds: see `Pace`; 0 where it is not known.
         """
@@ -69,7 +67,7 @@ class Line:
         run = records.run
         self.study = run.study
         self._before = records.elapsed
-        self._began = time.monotonic() - spent
+        self._began = time.monotonic()
         self._closing_seconds = closing
         self._failed_before = {trial.number for trial in records.all() if trial.state == "failed"}
         self.is_over = False  # a trial was cut: its next step would have ended after the time is up

@@ -281,12 +281,12 @@ class Records:
 
     @property
     def num_screened(self) -> int:
-        """How many plans were screened before the first trial."""
+        """How many plans this run screened before its first trial."""
         found: int = self.study.user_attrs.get("screened", 0)
         return found
 
     def note_screened(self, count: int, promoted: int) -> None:
-        """Write down how many plans were screened, and how many of them are to be trained."""
+        """Write down how many plans this run screened, and how many plans of a screening are to be trained."""
         self.study.set_user_attr("screened", count)
         self.study.set_user_attr("promoted", promoted)
 

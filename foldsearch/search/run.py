@@ -253,10 +253,11 @@ def _search(context: Any, trial: str, on_event: OnEvent, place: Workplace) -> No
         from foldsearch.context import close_workbench
 
         close_workbench()  # the workers open their own: the driver's copy would take their room
+    # At once: a process that is killed before a trial ends has spent it too.
+    records.note_elapsed(records.elapsed + asking + time.monotonic() - began)
     line = Line(
         records,
         promoted=promoted,
-        spent=asking + time.monotonic() - began,
         closing=closing,
         token_seconds=token_seconds,
     )
@@ -358,7 +359,7 @@ def _screened(
         raise
     write_screened(records.run.screened, found)
     promoted = screening.promoted()
-    records.note_screened(len(found), len(promoted.plans))
+    records.note_screened(screening.num_new, len(promoted.plans))
     return promoted
 
 

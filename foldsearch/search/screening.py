@@ -29,7 +29,7 @@ from foldsearch.codec import from_json, to_json
 from foldsearch.context import TrialContext, open_workbench
 from foldsearch.criteria import CRITERIA
 from foldsearch.draft import choose_blocks
-from foldsearch.errors import PlanError
+from foldsearch.errors import ModelError, PlanError
 from foldsearch.fates import Drop, Fate, Replace
 from foldsearch.model.judge import dense_targets
 from foldsearch.model.screen import Screen
@@ -121,6 +121,11 @@ class Screening:
         )
 
     @property
+    def num_new(self) -> int:
+        """How many plans this screening measured itself."""
+        return self._num_new
+
+    @property
     def found(self) -> list[Screened]:
         """What was measured, in order."""
         return list(self._found.values())
@@ -165,25 +170,35 @@ class Screening:
 
         cache.json_grown(self._path, grow)
 
-    def _batches(self, asked: Sequence[FoldPlan]) -> Iterator[dict[FoldPlan, str]]:
-        yield {plan: EARLIER for plan in asked if self._may_be(plan)}
-        yield dict(self._rivals())
-        yield {self._removing([block]): "alone" for block in range(len(self._context.table.blocks))}
+    def _batches(self, asked: Sequence[FoldPlan]) -> Iterator[dict[FoldPlan, tuple[str, ...]]]:
+        """Plans and who asks for them, which may be several."""
+        yield {plan: (EARLIER,) for plan in asked if self._may_be(plan)}
+        rivals = dict[FoldPlan, tuple[str, ...]]()
+        for plan, criterion in self._rivals():
+            rivals[plan] = (*rivals.get(plan, ()), criterion)
+        yield rivals
+        yield {self._removing([block]): ("alone",) for block in range(len(self._context.table.blocks))}
         while batch := self._round():
-            yield batch
+            yield {plan: (author,) for plan, author in batch.items()}
 
     def _is_over(self) -> bool:
         spent = time.monotonic() - self._began
-        share = max(self._num_new / self._settings.plans, spent / self._seconds)
+        asked = self._num_new + len(self._refused)  # also where no plan has finite figures it comes to an end
+        share = max(asked / self._settings.plans, spent / self._seconds)
         self._say(STAGE, min(1.0, share))
         return share >= 1
 
-    def _measure(self, batch: Mapping[FoldPlan, str]) -> None:
-        """Measure what of a batch is not known, and note it in an order that does not depend on what ended first."""
+    def _measure(self, batch: Mapping[FoldPlan, tuple[str, ...]]) -> None:
+        """Measure what of a batch is not known, and note it in an order that does not depend on what ended first.
+
+        Raises:
+            ModelError: no plan so far has finite figures, and several were tried.
+        """
         new = []
         for plan in sorted(batch, key=_in_order):
             if plan in self._found:
-                self._found[plan] = self._found[plan].asked_by(batch[plan])
+                for author in batch[plan]:
+                    self._found[plan] = self._found[plan].asked_by(author)
             elif plan not in self._refused and can_run(plan, self._context.table, self._context.target):
                 new.append(plan)
         new = new[: self._settings.plans - self._num_new]
@@ -195,9 +210,14 @@ class Screening:
         finally:
             for plan in new:
                 if quality := ended.get(plan):
-                    self._found[plan] = Screened(plan, (batch[plan],), quality)
+                    self._found[plan] = Screened(plan, batch[plan], quality)
                 elif plan in ended:
                     self._refused.add(plan)
+        if not self._found and len(self._refused) >= ROUND:
+            raise ModelError(
+                f"a screening must find plans of finite figures, but none of {len(self._refused)} has: "
+                f"{self._screen.fault or 'their KL is no number.'}"
+            )
 
     # ---- what is asked for
 
@@ -375,7 +395,8 @@ class Screening:
             (abs(_num_removed(one.plan) - wanted), one.quality.kl, author, _num_removed(one.plan))
             for one in self.found
             for author in one.authors
-            if author in compared and one.plan not in plans and self._fits(one.plan)
+            if author in compared and one.plan not in plans
+            if self._is_of_the_range(one.plan) and self._fits(one.plan)
         ]
         return Promoted(plans, min(rivals)[2:] if rivals else None)
 

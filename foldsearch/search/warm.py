@@ -16,10 +16,10 @@ from foldsearch import cache
 from foldsearch.codec import from_json, to_json
 from foldsearch.errors import RunError
 from foldsearch.paths import local, printable
-from foldsearch.plan.cost import GB, Cost, price
+from foldsearch.plan.cost import GB, Cost, Target, price
 from foldsearch.plan.front import non_dominated
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.stored import AS_TARGET, StoredTypes
+from foldsearch.plan.stored import DTYPE_TYPES, StoredTypes
 from foldsearch.record import Trial, front
 from foldsearch.run import Run
 from foldsearch.search.records import read_trials
@@ -113,9 +113,11 @@ def warm_plans(run: Run) -> list[Trained]:
             f"a search takes over from a run of the same model and texts, but '{printable(folder)}' was made with "
             f"other {', '.join(differ)}. Name a run of this model, data and [splits], or leave --warm-from out."
         )
-    found = [one for one in trained_by(other, read_trials(other)) if _keeps_budget(run, one.plan, AS_TARGET)]
+    found = [one for one in trained_by(other, read_trials(other)) if _keeps_budget(run, one.plan, run.target)]
     # What keeps the budget only in a narrower type than it was measured in will be worse than its KL says.
-    return sorted(found, key=lambda one: (not _keeps_budget(run, one.plan, one.types), one.kl))
+    return sorted(
+        found, key=lambda one: (not _keeps_budget(run, one.plan, _target_of(run, one.types)), one.kl)
+    )
 
 
 def begun_with(promoted: Promoted, trained: Sequence[Trained], most: int) -> Promoted:
@@ -151,7 +153,9 @@ def known_trained(run: Run, cache_dir: Path) -> list[Trained]:
     kept: list[Any] = cache.json_grown(path, lambda known: known or [])
     known = [from_json(Trained, value) for value in kept]
     ours = {_rounded_to(run, types) for types in run.study.space.types}
-    return [one for one in known if one.types in ours and _keeps_budget(run, one.plan, one.types)]
+    return [
+        one for one in known if one.types in ours and _keeps_budget(run, one.plan, _target_of(run, one.types))
+    ]
 
 
 def _path(run: Run, cache_dir: Path) -> Path | None:
@@ -167,10 +171,11 @@ def _path(run: Run, cache_dir: Path) -> Path | None:
 
 def known_words(run: Run, screened: Iterable[Screened], trained: Iterable[Trained]) -> str:
     """What is known within the budget: the fronts of what was trained and of what was screened; empty if nothing is."""
-    trained = [one for one in dict.fromkeys(trained) if _keeps_budget(run, one.plan, one.types)]
+    kept = [(one, _target_of(run, one.types)) for one in dict.fromkeys(trained)]
+    kept = [(one, target) for one, target in kept if _keeps_budget(run, one.plan, target)]
     lists = (
-        ("trained", [(one.plan, one.kl, f"trial {one.trial} of {one.run}", one.types) for one in trained]),
-        ("screened, KL of little text", [(one.plan, one.quality.kl, "", AS_TARGET) for one in screened]),
+        ("trained", [(one.plan, one.kl, f"trial {one.trial} of {one.run}", target) for one, target in kept]),
+        ("screened, KL of little text", [(one.plan, one.quality.kl, "", run.target) for one in screened]),
     )
     lines = []
     for title, every in lists:
@@ -185,11 +190,16 @@ def known_words(run: Run, screened: Iterable[Screened], trained: Iterable[Traine
     return "\n".join(["known before this run, within its budget:", *lines]) if lines else ""
 
 
-def _costs(run: Run, plans: Iterable[tuple[FoldPlan, float, str, StoredTypes]]) -> list[tuple[Cost, float]]:
-    return [(price(plan, run.table, run.target.storing(types)), kl) for plan, kl, _, types in plans]
+def _target_of(run: Run, types: StoredTypes) -> Target:
+    """The target with what a plan was measured in; where a space has several types, no type is that of the dtype."""
+    weights = types.weights or (run.target.weights and DTYPE_TYPES[run.target.dtype])
+    return run.target.storing(StoredTypes(weights, types.kv_cache))
 
 
-def _keeps_budget(run: Run, plan: FoldPlan, types: StoredTypes) -> bool:
-    """Whether a plan can run and keeps the budget, stored so; `AS_TARGET`: in the narrowest types of the space."""
-    target = run.target.storing(types)
+def _costs(run: Run, plans: Iterable[tuple[FoldPlan, float, str, Target]]) -> list[tuple[Cost, float]]:
+    return [(price(plan, run.table, target), kl) for plan, kl, _, target in plans]
+
+
+def _keeps_budget(run: Run, plan: FoldPlan, target: Target) -> bool:
+    """Whether a plan can run and keeps the budget, stored as the target has it."""
     return can_run(plan, run.table, target) and run.budget.admits(price(plan, run.table, target))

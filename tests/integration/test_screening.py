@@ -12,6 +12,7 @@ import torch
 
 from foldsearch.context import TrialContext, close_workbench, open_workbench
 from foldsearch.criteria import CRITERIA
+from foldsearch.errors import ModelError
 from foldsearch.fates.replace import Networks
 from foldsearch.model.screen import Screen
 from foldsearch.model.tokens import Kinds
@@ -24,7 +25,7 @@ from foldsearch.search import screening as screenings
 from foldsearch.search.chain import MLP_ONLY, code_of
 from foldsearch.search.events import Event, Preparing, SearchDone
 from foldsearch.search.records import Records, read_trials
-from foldsearch.search.run import run_search
+from foldsearch.search.run import Search, run_search
 from foldsearch.search.screened import (
     Promoted,
     compared_criteria,
@@ -163,7 +164,7 @@ def test_plans_are_of_what_the_space_has(
 
 def test_a_damaged_entry_is_begun_again(context: TrialContext, tmp_path: Path) -> None:
     fresh = Screening(replace(context, cache_dir=tmp_path), SPACE)
-    fresh._measure({FoldPlan.parse("0-3", NUM_BLOCKS): "move"})
+    fresh._measure({FoldPlan.parse("0-3", NUM_BLOCKS): ("move",)})
     fresh._path.parent.mkdir(parents=True)
     fresh._path.write_text('[{"plan": {"pl')
     fresh._keep()
@@ -176,7 +177,7 @@ def test_two_runs_add_to_what_is_known(screened: Screening, context: TrialContex
     first, second = (Screening(context, SPACE) for _ in range(2))
     plans = [FoldPlan.parse(text, NUM_BLOCKS) for text in ("0a 1-4", "0-3 4a")]
     for one, plan in zip((first, second), plans, strict=True):
-        one._measure({plan: "move"})
+        one._measure({plan: ("move",)})
     first._keep()
     second._keep()
     kept = {one["plan"]["plan"] for one in json.loads(path.read_text())["value"]}
@@ -320,13 +321,13 @@ def test_a_plan_that_two_ask_for_is_both_ones(context: TrialContext, tmp_path: P
     fresh = Screening(replace(context, cache_dir=tmp_path), SPACE)
     plan = FoldPlan.dropping([2], NUM_BLOCKS)
     for author in ("alone", "uniform", "alone"):
-        fresh._measure({plan: author})
+        fresh._measure({plan: (author,)})
     (one,) = fresh.found
     assert one.authors == ("alone", "uniform")
     assert screened_by_count([one]) == {1: {"search": one, "uniform": one}}
     fresh._keep()
     other = Screening(replace(context, cache_dir=tmp_path), SPACE)
-    other._measure({plan: "chain"})
+    other._measure({plan: ("chain",)})
     other._keep()
     assert other.found[0].authors == ("chain", "alone")  # what was chosen there may be of another seed
 
@@ -338,6 +339,29 @@ def test_nothing_outside_the_space_is_promoted(screened: Screening, context: Tri
     screening.run()
     assert {len(one.plan.dropped) for one in screening.found} - {2, 3}
     assert {len(plan.dropped) for plan in screening.promoted().plans} <= {2, 3}
+    alone = Screening(context, SPACE.model_copy(update={"removal": (0.8, 0.8), "attention": (0.0, 0.0)}))
+    alone.take_over()
+    assert alone.promoted().rival is None
+    alone.run()
+    assert alone.promoted().rival is None or alone.promoted().rival[1] == 4
+
+
+def test_a_run_that_is_killed_before_a_trial_ends_has_spent_its_screening(
+    study: Study, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOLDSEARCH_CACHE", str(place / "cache of the killed"))
+    close_workbench()
+    began: list[float] = []
+
+    def killed(search: Search, *_: Any) -> None:
+        began.append(search.line.elapsed())
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Search, "run_trials", killed)
+    with pytest.raises(ZeroDivisionError):
+        run_search(study, place / "killed")
+    noted = Records(Run.open(place / "killed")).elapsed
+    assert 0 < noted == pytest.approx(began[0], abs=0.5)  # the clock goes on between the two
 
 
 def test_what_another_seed_chose_is_not_this_one_s(
@@ -369,6 +393,30 @@ def test_what_keeps_more_attentions_than_the_space_is_not_promoted(
         assert (code_of(plan) or "").count(MLP_ONLY) >= least
 
 
+def test_each_criterion_that_chose_a_plan_has_it(context: TrialContext, tmp_path: Path) -> None:
+    """The block with the least influence is the best window of one block, too."""
+    screening = Screening(replace(context, cache_dir=tmp_path), SPACE)
+    screening.run()
+    (one,) = (
+        found
+        for found in screening.found
+        if {"block_influence", "window"} <= set(found.authors) and len(found.plan.dropped) == 1
+    )
+    row = screened_by_count(screening.found)[1]
+    assert row["block_influence"] == row["window"] == one
+
+
+def test_where_no_plan_has_finite_figures_it_ends_and_says_why(
+    context: TrialContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise ModelError("the output of position 4 is not a finite number")
+
+    monkeypatch.setattr(Screen, "measure", fails)
+    with pytest.raises(ModelError, match=r"none of \d+ has: the output of position 4"):
+        Screening(replace(context, cache_dir=tmp_path), SPACE).run()
+
+
 def test_a_rival_that_is_promoted_is_no_rival(context: TrialContext, tmp_path: Path) -> None:
     """A space of one plan."""
     space = SPACE.model_copy(
@@ -376,7 +424,7 @@ def test_a_rival_that_is_promoted_is_no_rival(context: TrialContext, tmp_path: P
     )
     screening = Screening(replace(context, cache_dir=tmp_path), space)
     plan = next(plan for plan, author in screening._rivals() if author == "uniform")
-    screening._measure({plan: "uniform"})
+    screening._measure({plan: ("uniform",)})
     assert screening.promoted() == Promoted((plan,), None)
 
 

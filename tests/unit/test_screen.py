@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -187,25 +188,36 @@ def test_no_plan_is_begun_when_it_is_over(tmp_path):
 
 
 def test_who_stops_waits_for_no_plan(tmp_path, monkeypatch):
-    """Plans that are being measured end at their next position."""
-    steps = []
-    real = healing._heal_one
-    monkeypatch.setattr(healing, "_heal_one", lambda *rest: (steps.append(0), real(*rest))[1])
+    """A plan that is being measured ends at its next position: of its four, it is held at the second."""
+    real, steps, here = healing._heal_one, [], threading.local()
+    held, stopping = threading.Event(), threading.Event()
+
+    def step(*rest):
+        here.steps = getattr(here, "steps", 0) + 1
+        steps.append(threading.get_ident())
+        if here.steps == 2:
+            held.set()
+            stopping.wait(60)
+            time.sleep(0.3)  # until the pool is told
+        return real(*rest)
+
+    monkeypatch.setattr(healing, "_heal_one", step)
     told = []
 
     def stop() -> bool:
         told.append(0)
-        if len(told) == 3:
+        if len(told) == 3:  # the short plan has ended
+            held.wait(60)
+            stopping.set()
             raise KeyboardInterrupt
         return False
 
     monkeypatch.setattr(screens, "num_at_once", lambda *_: 2)
-    plans = [FoldPlan.parse(text, NUM_BLOCKS) for text in ("1-4", "0 2-4", "0-1 3-4", "0-2 4", "0-3")]
+    plans = [FoldPlan.parse(text, NUM_BLOCKS) for text in ("1-4", "0 2-4", "0-3", "0-1 3-4")]
     with pytest.raises(KeyboardInterrupt):
         list(screen_of(tmp_path).measure_each(plans, stop))
-    ended = len(steps)
-    assert ended < sum(len(plan.slots) for plan in plans)
-    assert threading.active_count() == 1 or not any("ThreadPool" in t.name for t in threading.enumerate())
+    assert sorted(map(steps.count, set(steps))) == [1, 2]  # "0-3" has one position to solve, "1-4" four
+    assert not any("ThreadPool" in thread.name for thread in threading.enumerate())
 
 
 def test_a_plan_without_finite_figures_is_told_as_none(tmp_path, monkeypatch):

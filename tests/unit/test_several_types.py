@@ -162,11 +162,11 @@ def test_a_screened_plan_is_trained_in_the_widest_type_that_fits(tmp_path: Path)
 def test_what_is_known_within_the_budget_keeps_it_as_it_was_measured(records: Records) -> None:
     """One dropped block keeps the budget in 4 bits only."""
     plan = FoldPlan.dropping([1], NUM_BLOCKS)
-    wide, narrow = (Trained(plan, 0.1, 64, "run", number, weights) for number, weights in enumerate(TYPES))
-    words = known_words(records.run, (), [wide, narrow])
-    assert "trial 1 of run" in words
-    assert "trial 0 of run" not in words
-    assert known_words(records.run, (), [wide]) == ""
+    own, wide, narrow = (Trained(plan, 0.1, 64, "run", i, weights) for i, weights in enumerate(("", *TYPES)))
+    words = known_words(records.run, (), [own, wide, narrow])
+    assert "trial 2 of run" in words
+    assert "trial 1 of run" not in words
+    assert known_words(records.run, (), [own, wide]) == ""  # of its own dtype: of the wide one
 
 
 def test_what_cannot_fit_in_its_types_takes_the_widest_that_can(records: Records) -> None:

@@ -136,7 +136,8 @@ def test_closing_trials_that_do_not_fit_are_left_out_and_said(tmp_path: Path, cl
 
 def test_a_time_too_short_for_one_trial_is_said_and_gives_what_it_can(tmp_path: Path, clock: Clock) -> None:
     records = new_records(tmp_path / "run", seconds=60.0)
-    line = Line(records, token_seconds=0.0024, spent=10.0)
+    records.note_elapsed(10.0)
+    line = Line(records, token_seconds=0.0024)
     assert "no trial is likely to reach the last rung (6,830 tokens)" in line.begin_words()
     assert line.left == 50
     simulate(line, clock, (10.0, 30.0, 60.0))
@@ -214,13 +215,14 @@ def test_screening_gives_at_most_half_of_its_share() -> None:
     assert screening_seconds(asked, 100.0, -START, 31.0 / LONGEST) == pytest.approx(7.0)
 
 
-def test_no_trial_of_a_given_plan_takes_longer_than_the_largest(tmp_path: Path) -> None:
+@pytest.mark.parametrize("budget", [{}, {"budget": {}}], ids=["budget", "no budget"])
+def test_no_trial_of_a_given_plan_takes_longer_than_the_largest(budget: dict, tmp_path: Path) -> None:
     """Oracle: what each plan takes that drops blocks and keeps the budget."""
-    records = new_records(tmp_path / "run")
+    records = new_records(tmp_path / "run", **budget)
     run, pace = records.run, Pace(records.run, 0.0024)
     plans = [FoldPlan.dropping(range(count), NUM_BLOCKS) for count in range(1, NUM_BLOCKS)]
     fitting = [plan for plan in plans if run.budget.admits(price(plan, run.table, run.target))]
-    assert len(fitting) < len(plans)
+    assert (len(fitting) < len(plans)) == (not budget)
     every = [pace.whole(Proposal(Given(plan))) for plan in fitting]
     assert pace.largest(records.space) == pytest.approx(max(every))
 
