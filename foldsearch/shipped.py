@@ -12,21 +12,25 @@ from foldsearch.codec import to_json
 from foldsearch.context import TrialContext, open_workbench
 from foldsearch.errors import ModelError
 from foldsearch.files import write_json
+from foldsearch.machine import MACS_PER_SECOND, num_cpus
 from foldsearch.model.gguf.kv_cache import round_kv_cache
 from foldsearch.model.judge import judge
+from foldsearch.model.workbench import Workbench
 from foldsearch.plan.cost import Target, price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Quality
+from foldsearch.plan.stored import StoredTypes
 from foldsearch.progress import CountProgress, Notice, StageProgress, silent, unheard
 from foldsearch.record import DenseRival
 from foldsearch.runtimes import runtime_named
-from foldsearch.spec.study import TYPED
+from foldsearch.spec.study import TYPED, Study
 
 # Forward passes that a token takes of a rival: two heads, as that of dense is another, and the rounding of its weights.
 RIVAL = 2.0
 # They compute in float32: how much longer that takes where the dense model was asked in bfloat16, as it is on AMX. The
 # rivals of the demo took 36 s there, where 14 s were reckoned without it.
 IN_FLOAT32 = 3.0
+RIVALS = "rivals"  # where they are kept in the cache
 Split = Literal["search", "report"]
 
 
@@ -88,13 +92,33 @@ class _Measured:
 
 
 def rivals_seconds(context: TrialContext) -> float:
-    """Seconds that `measure_rivals` takes, by those of asking the dense model; 0 where its answers were known."""
-    study = context.study
+    """Seconds that `measure_rivals` takes for what is not known yet.
+
+    By those of asking the dense model; where its answers were known, by what a core is thought to do.
+    """
+    study, run, bench = context.study, context.run, open_workbench(context)
     if study.budget.gb is None:
         return 0.0
+    new = [
+        types
+        for types in study.rivals()
+        if not bench.knows(RIVALS, bench.splits.report, **_of(bench, study, types))
+    ]
     tokens = (study.splits.search + study.splits.report) * study.splits.sequence_length
     slower = IN_FLOAT32 if context.files.dtype == "bfloat16" else 1.0
-    return slower * RIVAL * tokens * context.token_seconds * len(study.rivals())
+    thought = (run.dense.prefill_macs + run.table.head_macs) / (MACS_PER_SECOND * num_cpus())
+    return slower * RIVAL * tokens * (context.token_seconds or thought) * len(new)
+
+
+def _target_of(study: Study, types: StoredTypes) -> Target:
+    return study.target.stored_in(types.weights, TYPED).storing(types)
+
+
+def _of(bench: Workbench, study: Study, types: StoredTypes) -> dict[str, str]:
+    """What the figures of a rival depend on, beside the dense model and the report texts."""
+    of = {"search": bench.splits.search.content_hash, "weights": types.weights}
+    cached = _target_of(study, types).kv_cache
+    return of | ({"kv_cache": cached} if cached else {})
 
 
 def measure_rivals(
@@ -119,14 +143,14 @@ def measure_rivals(
     found = []
     for number, types in enumerate(rivals):
         progress(f"the dense model in {types}", number / len(rivals))
-        target = settings.stored_in(types.weights, TYPED).storing(types)
+        target = _target_of(context.study, types)
 
         def measure() -> _Measured:
             return _Measured(*judged_each(bench.dense, context, ("search", "report"), target))  # noqa: B023
 
-        texts = bench.splits.search.content_hash
-        kind = {"weights": types.weights} | ({"kv_cache": target.kv_cache} if target.kv_cache else {})
-        known, _ = bench.once("rivals", _Measured, bench.splits.report, measure, search=texts, **kind)
+        known, _ = bench.once(
+            RIVALS, _Measured, bench.splits.report, measure, **_of(bench, context.study, types)
+        )
         cost = price(FoldPlan.identity(len(context.table.blocks)), context.table, target)
         found.append(DenseRival(types.weights, cost, known.search, known.report, target.kv_cache))
     write_json(context.run.rivals, [to_json(one) for one in found])

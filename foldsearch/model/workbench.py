@@ -58,10 +58,17 @@ class Workbench:
             tokens, settings: with the model, all that it depends on.
             compute: asked where it is not known.
         """
+        value, known = cache.json_once(self._entry(name, tokens, settings), lambda: to_json(compute()))
+        return from_json(kind, value), known
+
+    def knows(self, name: str, tokens: TokenSet, **settings: Any) -> bool:
+        """Whether `once` has the answer on this machine."""
+        return self._entry(name, tokens, settings).exists()
+
+    def _entry(self, name: str, tokens: TokenSet, settings: dict[str, Any]) -> Path:
         text = [tokens.content_hash, *([tokens.kinds.over] if len(tokens.kinds.names) > 1 else [])]
         key = cache.key(SCHEMA, self.files.content_hash, self.files.dtype, text, settings)
-        value, known = cache.json_once(self.cache_dir / name / f"{key}.json", lambda: to_json(compute()))
-        return from_json(kind, value), known
+        return self.cache_dir / name / f"{key}.json"
 
     def fit_text(self, tokens: int) -> FitText:
         """The beginnings of as many sequences of the recovery text as hold so many tokens in all."""

@@ -14,6 +14,7 @@ from foldsearch import api, shipped
 from foldsearch.context import TrialContext, open_workbench
 from foldsearch.errors import PlanError
 from foldsearch.model.judge import judge
+from foldsearch.model.workbench import Workbench
 from foldsearch.plan.cost import price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.rebuild import check_rebuilt, recovered_model
@@ -104,14 +105,23 @@ def test_without_a_budget_of_bytes_there_is_no_rival(context: TrialContext) -> N
     assert rivals_seconds(dataclasses.replace(without, token_seconds=1.0)) == 0
 
 
-def test_what_rivals_take_is_known_before_the_trials(context: TrialContext) -> None:
-    """Two of them, over the search and the report tokens."""
-    splits = open_workbench(context).splits
-    tokens = splits.search.ids_NT.numel() + splits.report.ids_NT.numel()
-    assert rivals_seconds(dataclasses.replace(context, token_seconds=0.5)) == shipped.RIVAL * 0.5 * 2 * tokens
+def test_what_rivals_take_is_known_before_the_trials(
+    context: TrialContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of them, over the search and the report tokens; what is in the cache takes nothing."""
+    bench = open_workbench(context)
+    monkeypatch.setattr(shipped, "open_workbench", lambda _: bench)
+    tokens = bench.splits.search.ids_NT.numel() + bench.splits.report.ids_NT.numel()
+    asked = dataclasses.replace(context, token_seconds=0.5)
+    measure_rivals(context)
+    assert rivals_seconds(asked) == 0
+    monkeypatch.setattr(Workbench, "knows", lambda *_, **__: False)
+    assert rivals_seconds(asked) == shipped.RIVAL * 0.5 * 2 * tokens
     files = dataclasses.replace(context.files, dtype="bfloat16")  # they compute in float32
-    slower = rivals_seconds(dataclasses.replace(context, files=files, token_seconds=0.5))
+    slower = rivals_seconds(dataclasses.replace(asked, files=files))
     assert slower == shipped.IN_FLOAT32 * shipped.RIVAL * 0.5 * 2 * tokens
+    # The dense model's answers were known, so nothing was timed: they take their time all the same.
+    assert rivals_seconds(dataclasses.replace(context, token_seconds=0.0)) > 0
 
 
 @pytest.mark.parametrize(
