@@ -134,7 +134,7 @@ def test_what_is_known_is_there_at_once_and_not_measured_again(
     found = {one.plan: (one.quality, set(one.authors)) for one in again.run()}
     assert known.items() <= found.items()
     assert set(measured) == found.keys() - known.keys()
-    assert len(measured) == 2
+    assert len(measured) == 2 == again.num_new  # what is known is told apart from what is measured
     out_of_time = Screening(context, SPACE, seconds=1e-9)
     assert {one.plan for one in out_of_time.run()} >= known.keys()
 

@@ -94,13 +94,14 @@ def test_the_best_plans_are_those_of_all(seed: int, states: str, num_blocks: int
     assert chain.best(prices, num_blocks * STEPS + 1) == []
 
 
-def test_what_is_saved_is_rounded_down() -> None:
+@pytest.mark.parametrize("num_blocks", [5, 2])  # of two, one matrix for both is no plan
+def test_what_is_saved_is_rounded_down(num_blocks: int) -> None:
     """Oracle: the price itself; a whole block is 10, so a step is 10 / STEPS."""
-    prices = Prices.of(STATES, 5, price)
-    for code in every_code(STATES, 5):
+    prices = Prices.of(STATES, num_blocks, price)
+    for code in every_code(STATES, num_blocks):
         if set(code) & {"k", "a"}:  # something attends
-            saved = price(FoldPlan.identity(5)) - price(plan_of(code))
-            assert saved - 5 * prices.step < prices.saved(code) * prices.step <= saved + 1e-9
+            saved = price(FoldPlan.identity(num_blocks)) - price(plan_of(code))
+            assert saved - num_blocks * prices.step < prices.saved(code) * prices.step <= saved + 1e-9
 
 
 def test_a_sum_by_hand() -> None:
