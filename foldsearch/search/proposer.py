@@ -218,7 +218,9 @@ class Line:
         if seconds is None:
             return ""
         if self.left <= 0:
-            return f"the {clock(seconds)} of this run are spent, so nothing begins. Give it more: {again} T"
+            kept = clock(self._closing_seconds) if self.elapsed() < seconds else ""
+            kept = f", but for {kept} to measure the dense model in fewer bits" if kept else ""
+            return f"the {clock(seconds)} of this run are spent{kept}, so nothing begins. Give it more: {again} T"
         one, rungs = self._next_seconds(), f"{self.study.rungs[-1]:,} tokens"
         if one > self.left:
             return (

@@ -449,6 +449,9 @@ def test_seconds_end_the_search(tmp_path: Path, study: Study) -> None:
     records.note_elapsed(50.0)
     assert run_line(records) == []
     assert "are spent, so nothing begins" in Line(records).begin_words()
+    records.note_elapsed(records.elapsed / 2)
+    words = Line(records, closing=records.run.study.seconds).begin_words()
+    assert "to measure the dense model in fewer bits, so nothing begins" in words
 
 
 def test_seconds_are_counted_over_processes(records: Records) -> None:
