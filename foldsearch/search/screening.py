@@ -356,7 +356,9 @@ class Screening:
         return code if code is not None and set(code) <= set(self._states) else None
 
     def _is_of_the_range(self, plan: FoldPlan) -> bool:
-        """Whether as many blocks go as the space allows, and as many attentions as it asks for."""
+        """Whether something goes, as many blocks as the space allows, and as many attentions as it asks for."""
+        if plan == FoldPlan.identity(plan.num_blocks):
+            return False
         num_removed = _num_removed(plan)
         least = self._space.attention_counts(plan.num_blocks, num_removed)[0]
         enough = least == 0 or (self._code(plan) or "").count(MLP_ONLY) >= least

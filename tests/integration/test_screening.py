@@ -364,6 +364,21 @@ def test_a_run_that_is_killed_before_a_trial_ends_has_spent_its_screening(
     assert 0 < noted == pytest.approx(began[0], abs=0.5)  # the clock goes on between the two
 
 
+def test_the_dense_model_is_never_what_was_found(context: TrialContext, tmp_path: Path) -> None:
+    """Where nothing bounds what is kept, a step back from one dropped block leads to it, and nothing beats its KL."""
+    free = of_study(
+        replace(context, cache_dir=tmp_path),
+        screen=ScreenSettings(plans=40, healed_tokens=128, judged_tokens=64),
+    )
+    screening = Screening(free, SPACE)
+    screening.run()
+    dense = FoldPlan.identity(NUM_BLOCKS)
+    assert dense not in {one.plan for one in screening.found}
+    screening._measure({dense: ("earlier run",)})  # by a screening before this was so
+    assert dense not in {one.plan for one in screening.front()}
+    assert dense not in screening.promoted().plans
+
+
 def test_what_another_seed_chose_is_not_this_one_s(
     study: Study, context: TrialContext, tmp_path: Path
 ) -> None:
