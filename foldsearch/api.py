@@ -161,12 +161,17 @@ def dry_run(study: Study, progress: StageProgress = silent, notice: Notice = unh
     table = cost_table(found, config)
     say_part(study, found, table, notice)
     study.narrowed(table)  # refused before the text is read
+    check_warm(study, table)
     if study.has_times:
         cache_dir = default_cache_dir()
         check_cache(cache_dir)
         table = with_times(study, found, config, table, cache_dir, (progress, notice))
         study.narrowed(table)
-    make_study_splits(study, open_tokenizer(found), progress, notice=notice)
+    splits = make_study_splits(study, open_tokenizer(found), progress, notice=notice)
+    tokens = splits.hashes()
+    if study.own_text()[1]:
+        del tokens["recovery"]  # the text that the model writes itself is not among them yet
+    check_warm(study, table, tokens)
     progress("counting proposals", 0.0)
     return plan_search(study, table)
 
@@ -430,14 +435,17 @@ def recover_trial(
     Raises:
         RunError: the trial was not measured, or somebody else is at work in the run, or the model or the tokens are
             others than the run was made with.
-        InputError: it was trained on as many tokens already, or by another `trains`.
+        InputError: it was trained on more tokens already, or by another `trains`.
     """
     from foldsearch.context import read_splits
-    from foldsearch.further import recover_further
+    from foldsearch.further import is_done, recover_further, standing
     from foldsearch.prepare import prepare_context
 
     trial, folder = run.pick(number=number), run.folder
     with folder.held():
+        if is_done(standing(folder, number, asked), folder.trial(number), asked):
+            notice(f"trial {number} was trained on {asked.tokens:,} tokens already.")
+            return
         held = read_splits(folder).recovery.ids_NT.numel()
         if asked.tokens > held:
             notice(

@@ -19,11 +19,11 @@ from foldsearch.context import TrialContext
 from foldsearch.errors import InputError, RunError
 from foldsearch.machine import Machine
 from foldsearch.model.recover import saved_tokens
-from foldsearch.model.training import FurtherTraining, Trained
+from foldsearch.model.training import FurtherTraining
 from foldsearch.paths import printable
 from foldsearch.progress import StageProgress, TimeUp, silent
 from foldsearch.record import Trial, read_trial
-from foldsearch.run import TrialFolder
+from foldsearch.run import RunFolder, TrialFolder
 from foldsearch.trial import Course, go_on
 
 STEPS = 8  # after which the model is measured, of the way to the last token
@@ -39,7 +39,8 @@ def recover_further(
 ) -> Iterator[Trial]:
     """Train a trial that reached the last rung further; yields it, with all of its results, after every step.
 
-    It may be closed or killed at any time: the same call goes on from the state that was written last.
+    Nothing where it has come so far already. It may be closed or killed at any time: the same call goes on from the
+    state that was written last.
 
     Args:
         number: of the trial.
@@ -48,7 +49,7 @@ def recover_further(
         progress: told the stage, and its share of this step.
 
     Raises:
-        InputError: it was trained on as many tokens already, or by another `trains`.
+        InputError: it was trained on more tokens already, or by another `trains`.
         RunError: the trial was not measured.
     """
     began = time.perf_counter()
@@ -56,12 +57,9 @@ def recover_further(
         torch.set_num_threads(context.threads)
     deadline = None if asked.seconds is None else time.monotonic() + asked.seconds
     place = context.run.trial(number)
-    trial = _begun(number, place, context, asked.trains)
-    if asked.tokens <= (done := trial.last.recovery_tokens):
-        raise InputError(
-            f"tokens are those in all, and must be more than the {done:,} that trial {number} was trained on; got "
-            f"{asked.tokens:,}. Give more."
-        )
+    trial = standing(context.run, number, asked)
+    if is_done(trial, place, asked):
+        return
     marks = marks_until(asked.tokens, trial, context)
     context = _with_rungs(context, trial, marks)
     trial = replace(trial, state="running", reason="")
@@ -101,25 +99,49 @@ def _rungs_of(trial: Trial, context: TrialContext) -> int:
     return len(known.results)
 
 
-def _begun(number: int, place: TrialFolder, context: TrialContext, trains: Trained | None) -> Trial:
-    """The trial as it stands: as it was trained further, or as the run left it."""
+def standing(run: RunFolder, number: int, asked: FurtherTraining) -> Trial:
+    """The trial as it stands: as it was trained further, or as the run left it.
+
+    Args:
+        run: the folder of its run.
+        number: of the trial.
+        asked: how far it is to be trained, and how.
+
+    Raises:
+        InputError: it was trained on more tokens already, or by another `trains`.
+        RunError: the trial was not measured.
+    """
+    place = run.trial(number)
     known, earlier = read_trial(place), read_trial(place.further)
     if known is None or known.state != "finished":
         raise RunError(
             f"only a trial that reached the last rung can be trained further, but trial {number} of "
-            f"'{printable(context.run.path)}' did not. Name another one."
+            f"'{printable(run.path)}' did not. Name another one."
         )
-    if earlier is not None:
-        if trains not in (None, earlier.recovery.trains):
-            raise InputError(
-                f"training that goes on trains what it began with, and trial {number} was trained further by "
-                f"'{earlier.recovery.trains}'; got '{trains}'. Take that, or remove "
-                f"'{printable(place.further.path)}' to begin anew."
-            )
-        return earlier
-    recovery = replace(known.recovery, trains=trains or known.recovery.trains)
-    assert known.proposal is not None
-    return replace(known, proposal=replace(known.proposal, recovery=recovery), files={})
+    if earlier is not None and asked.trains not in (None, earlier.recovery.trains):
+        raise InputError(
+            f"training that goes on trains what it began with, and trial {number} was trained further by "
+            f"'{earlier.recovery.trains}'; got '{asked.trains}'. Take that, or remove "
+            f"'{printable(place.further.path)}' to begin anew."
+        )
+    if earlier is None:
+        assert known.proposal is not None
+        recovery = replace(known.recovery, trains=asked.trains or known.recovery.trains)
+        trial = replace(known, proposal=replace(known.proposal, recovery=recovery), files={})
+    else:
+        trial = earlier
+    done = trial.last.recovery_tokens
+    if asked.tokens <= done and not is_done(trial, place, asked):
+        raise InputError(
+            f"tokens are those in all, and must be more than the {done:,} that trial {number} was trained on; got "
+            f"{asked.tokens:,}. Give more."
+        )
+    return trial
+
+
+def is_done(trial: Trial, place: TrialFolder, asked: FurtherTraining) -> bool:
+    """Whether a trial that was trained further has come to the end that is asked for."""
+    return place.further.record.exists() and trial.ended and trial.last.recovery_tokens == asked.tokens
 
 
 def _with_rungs(context: TrialContext, trial: Trial, marks: tuple[int, ...]) -> TrialContext:

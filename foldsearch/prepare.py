@@ -113,6 +113,7 @@ def prepare_context(
     *,
     cache_dir: Path | None = None,
     check: Callable[[CostTable], object] = lambda table: None,
+    accept: Callable[[Identity], object] = lambda made: None,
     progress: StageProgress = silent,
     notice: Notice = unheard,
 ) -> TrialContext:
@@ -127,6 +128,7 @@ def prepare_context(
         run_folder: made, where it is not there, once the model and the text can be used.
         cache_dir: of models and of all that is computed from them; `default_cache_dir()` if None.
         check: told what the blocks cost before the text is read; what it raises ends the preparation.
+        accept: told what the run is made of before the dense model is asked; so too.
         progress: told what is being done.
         notice: told what a person should know, in words.
 
@@ -179,7 +181,9 @@ def prepare_context(
         check(table)
     context = TrialContext(Run(run_folder, study, table, files.note), files, cache_dir, device)
     if made is None:
-        context.run.write_identity(_identity_of(context, found, content, splits))
+        made = _identity_of(context, found, content, splits)
+        context.run.write_identity(made)
+    accept(made)
     context = _asked(context, progress)
     return replace(context, asking_seconds=context.asking_seconds + writing_seconds)
 
@@ -347,13 +351,9 @@ def _keep_splits(splits: Splits, run_folder: Path, made: Identity | None) -> Non
     """
     folder = RunFolder(run_folder)
     if made is not None:
-        made.check_tokens(_token_hashes(splits), run_folder)
+        made.check_tokens(splits.hashes(), run_folder)
     if not folder.tokens.exists():
         write_splits(folder.tokens, splits)
-
-
-def _token_hashes(splits: Splits) -> dict[str, str]:
-    return {one.name: one.content_hash for one in (splits.search, splits.recovery, splits.report)}
 
 
 def _identity_of(
@@ -369,7 +369,7 @@ def _identity_of(
         commit=found.commit,
         dtype=context.files.dtype,
         device=context.device,
-        tokens=_token_hashes(splits),
+        tokens=splits.hashes(),
         places=tuple(Location.of(typed, context.run.path) for typed in dict.fromkeys(here)),
     )
 

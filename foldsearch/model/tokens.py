@@ -218,6 +218,10 @@ class Splits:
     def __post_init__(self) -> None:
         check_disjoint({one.name: one.documents for one in (self.search, self.recovery, self.report)})
 
+    def hashes(self) -> dict[str, str]:
+        """Of each set by its name; 64 hex digits."""
+        return {one.name: one.content_hash for one in (self.search, self.recovery, self.report)}
+
 
 def check_disjoint(documents: Mapping[str, Iterable[str]]) -> None:
     """Refuse hashes that two splits have in common."""

@@ -8,6 +8,7 @@ where they were measured (see `foldsearch.plan.latency`).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from decimal import ROUND_CEILING, Context, Decimal
 
 from foldsearch.errors import BudgetError
 from foldsearch.plan.kinds import kind_named
@@ -266,6 +267,12 @@ class Budget:
             and (self.prompt_ms is None or cost.prompt_ms is None or cost.prompt_ms <= self.prompt_ms)
             and (self.decode_ms is None or cost.decode_ms is None or cost.decode_ms <= self.decode_ms)
         )
+
+
+def no_less(value: float, digits: int = 6) -> str:
+    """A number in so many digits, rounded up: what is told as the least that a budget may be can be typed as one."""
+    up = Context(prec=digits, rounding=ROUND_CEILING).create_decimal(Decimal(value))
+    return f"{float(up):.{digits}g}"
 
 
 def parse_flops(text: str, dense: Cost) -> int:

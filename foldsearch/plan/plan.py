@@ -369,6 +369,11 @@ def _parse_word(word: str, seen: set[int], num_blocks: int) -> list[Slot | Repla
     part = match.groupdict()
     home, last = int(part["home"]), int(part["last"] or part["home"])
     carried = part["rank"] is not None or part["norm"] is not None
+    highest = max(int(part[name] or 0) for name in ("home", "last", "source", "source_mlp"))
+    if 0 < num_blocks <= highest:  # before a list of that length is made
+        raise PlanError(
+            f"'{word}' names block {highest}, but blocks go from 0 to {num_blocks - 1}. Name blocks that there are."
+        )
     if last < home:
         up = word.replace(f"{part['home']}-{part['last']}", f"{part['last']}-{part['home']}", 1)
         raise PlanError(f"'{word}': a range goes up. Write {up}.")
@@ -379,8 +384,6 @@ def _parse_word(word: str, seen: set[int], num_blocks: int) -> list[Slot | Repla
     if part["last"] is not None and (part["unit"] or part["source"] or carried):
         raise PlanError(f"'{word}': a range is of whole blocks. Write the blocks one by one.")
     if part["source"] is None:
-        if last > max(home, num_blocks - 1):  # before a list of that length is made
-            raise PlanError(f"'{word}' names block {last}, but blocks go from 0 to {num_blocks - 1}.")
         for block in range(home, last + 1):
             if block in seen:
                 raise PlanError(

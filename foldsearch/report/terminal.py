@@ -585,7 +585,7 @@ def results_table(trial: Trial, rungs: int | None = None) -> Group:
             "" if report is None else with_error(report.kl, report.kl_se, ".4f"),
             f"{result.seconds:.0f}",
         )
-    words = f"{trial.cost.memory_bytes / GB:.4f} GB, {trial.cost.flops:.4g} FLOPs per token at decode"
+    words = f"{trial.cost.memory_bytes / GB:.6g} GB, {trial.cost.flops:.6g} FLOPs per token at decode"
     if trial.cost.prompt_ms is not None and trial.cost.decode_ms is not None:
         prompt, token = milliseconds(trial.cost.prompt_ms), milliseconds(trial.cost.decode_ms)
         words += f", {prompt} ms for a prompt, {token} ms for a token"

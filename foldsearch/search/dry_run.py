@@ -33,8 +33,8 @@ def dense_fits(run: Run) -> str:
     budget, dense = run.budget, price(FoldPlan.identity(run.num_blocks), run.table, run.target)
     if budget.is_open or not budget.admits(dense):
         return ""
-    words = [f"{dense.memory_bytes / GB:.4f} GB" if budget.memory_bytes is not None else ""]
-    words += [f"{dense.flops:.4g} FLOPs per token" if budget.flops is not None else ""]
+    words = [f"{dense.memory_bytes / GB:.6g} GB" if budget.memory_bytes is not None else ""]
+    words += [f"{dense.flops:.6g} FLOPs per token" if budget.flops is not None else ""]
     words += [f"{dense.prompt_ms:.4g} ms for the prompt" if budget.prompt_ms and dense.prompt_ms else ""]
     words += [f"{dense.decode_ms:.4g} ms for a token" if budget.decode_ms and dense.decode_ms else ""]
     needs = " and ".join(word for word in words if word)

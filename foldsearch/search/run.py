@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from foldsearch.errors import RunError, SpecError, describe_error, quote_error
 from foldsearch.files import disk_is_full
 from foldsearch.machine import num_cpus
 from foldsearch.paths import command, printable
-from foldsearch.plan.cost import GB
+from foldsearch.plan.cost import GB, CostTable
 from foldsearch.proposal import Proposal
 from foldsearch.record import Trial, point
 from foldsearch.run import Run, RunFolder
@@ -70,6 +71,7 @@ from foldsearch.search.warm import (
     Trained,
     begun_with,
     check_warm,
+    check_warm_made,
     keep_trained,
     known_trained,
     known_words,
@@ -173,13 +175,23 @@ def run_search(
                 elif words := network_words(folder):
                     note(words)
                 context = load_function(prepare)(
-                    study, draft, check=study.narrowed, progress=say, notice=note
+                    study,
+                    draft,
+                    check=partial(_check, study),
+                    accept=partial(check_warm_made, study),
+                    progress=say,
+                    notice=note,
                 )
-                warm_plans(context.run)  # refused before there is a run
                 run = context.run.begin(folder)
             with _resumable(run, on_event):
                 _search(replace(context, run=run), trial, tell, place)
         return run
+
+
+def _check(study: Study, table: CostTable) -> None:
+    """Whether a model of such blocks can keep the study's budget, and begin with what the study names."""
+    study.narrowed(table)
+    check_warm(study, table)
 
 
 class _Asking:

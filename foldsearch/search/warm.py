@@ -15,13 +15,14 @@ from typing import Any
 from foldsearch import cache
 from foldsearch.codec import from_json, to_json
 from foldsearch.errors import RunError
+from foldsearch.identity import Identity
 from foldsearch.paths import local, printable
-from foldsearch.plan.cost import GB, Cost, Target, price
+from foldsearch.plan.cost import GB, Cost, CostTable, Target, price
 from foldsearch.plan.front import non_dominated
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.stored import DTYPE_TYPES, StoredTypes
 from foldsearch.record import Trial, front
-from foldsearch.run import Run
+from foldsearch.run import Run, RunFolder
 from foldsearch.search.records import read_trials
 from foldsearch.search.screened import Promoted, Screened
 from foldsearch.spec.fit import can_run
@@ -77,14 +78,56 @@ def _rounded_to(run: Run, types: StoredTypes) -> StoredTypes:
 # ---- a run that is named
 
 
-def check_warm(study: Study) -> None:
-    """Whether the run that a study is to begin with is there; whether it fits is known when the text is read.
+def check_warm(study: Study, table: CostTable | None = None, tokens: dict[str, str] | None = None) -> None:
+    """Whether the run that a study is to begin with is there and, as far as it can be told, of the same model and text.
+
+    Args:
+        study: that may name a run.
+        table: what the blocks of its model cost, where that is known.
+        tokens: hashes of its token sets by their names, of those that are known.
 
     Raises:
         RunError: it is not.
     """
-    if study.warm_from is not None:
-        Run.open(local(study.warm_from))
+    if study.warm_from is None:
+        return
+    other = Run.open(local(study.warm_from))
+    theirs = other.identity()
+    differ = ["config"] if table is not None and table.blocks != other.table.blocks else []
+    if theirs is not None and tokens is not None:
+        differ += _other_tokens(tokens, theirs)
+    _refuse(other, differ)
+
+
+def check_warm_made(study: Study, ours: Identity) -> None:
+    """Whether the run that a study is to begin with was made of the same.
+
+    Raises:
+        RunError: it was not, or does not say what it was made of.
+    """
+    if study.warm_from is None:
+        return
+    other = Run.open(local(study.warm_from))
+    if (theirs := other.identity()) is None:
+        raise RunError(
+            "a search takes over from a run that says what it was made of, but there is no identity.json in "
+            f"'{printable(other.path)}'. Leave --warm-from out."
+        )
+    parts = ("weights", "config")
+    differ = [part for part in parts if getattr(ours.content, part) != getattr(theirs.content, part)]
+    _refuse(other, [*differ, *_other_tokens(ours.tokens, theirs)])
+
+
+def _other_tokens(tokens: dict[str, str], theirs: Identity) -> list[str]:
+    return [f"{name} tokens" for name, known in tokens.items() if known != theirs.tokens.get(name)]
+
+
+def _refuse(other: Run, differ: list[str]) -> None:
+    if differ:
+        raise RunError(
+            f"a search takes over from a run of the same model and texts, but '{printable(other.path)}' was made with "
+            f"other {', '.join(differ)}. Name a run of this model, data and [splits], or leave --warm-from out."
+        )
 
 
 def warm_plans(run: Run) -> list[Trained]:
@@ -96,23 +139,13 @@ def warm_plans(run: Run) -> list[Trained]:
     """
     if run.study.warm_from is None:
         return []
-    folder = local(run.study.warm_from)
-    other = Run.open(folder)
-    ours, theirs = run.identity(), other.identity()
-    if ours is None or theirs is None:
+    if (ours := run.identity()) is None:
         raise RunError(
-            "a search takes over from a run that says what it was made of, but there is no identity.json in "
-            f"'{printable(folder if theirs is None else run.path)}'. Leave --warm-from out."
+            "a run takes over from another one when it says what it was made of, but there is no identity.json in "
+            f"'{printable(run.path)}'. Leave --warm-from out."
         )
-    differ = [
-        part for part in ("weights", "config") if getattr(ours.content, part) != getattr(theirs.content, part)
-    ]
-    differ += [f"{name} tokens" for name in ours.tokens if ours.tokens[name] != theirs.tokens.get(name)]
-    if differ:
-        raise RunError(
-            f"a search takes over from a run of the same model and texts, but '{printable(folder)}' was made with "
-            f"other {', '.join(differ)}. Name a run of this model, data and [splits], or leave --warm-from out."
-        )
+    check_warm_made(run.study, ours)
+    other = Run.open(local(run.study.warm_from))
     found = [one for one in trained_by(other, read_trials(other)) if _keeps_budget(run, one.plan, run.target)]
     # What keeps the budget only in a narrower type than it was measured in will be worse than its KL says.
     return sorted(
@@ -174,7 +207,7 @@ def known_words(run: Run, screened: Iterable[Screened], trained: Iterable[Traine
     kept = [(one, _target_of(run, one.types)) for one in dict.fromkeys(trained)]
     kept = [(one, target) for one, target in kept if _keeps_budget(run, one.plan, target)]
     lists = (
-        ("trained", [(one.plan, one.kl, f"trial {one.trial} of {one.run}", target) for one, target in kept]),
+        ("trained", [(one.plan, one.kl, _where(one, run), target) for one, target in kept]),
         ("screened, KL of little text", [(one.plan, one.quality.kl, "", run.target) for one in screened]),
     )
     lines = []
@@ -183,11 +216,20 @@ def known_words(run: Run, screened: Iterable[Screened], trained: Iterable[Traine
         best = sorted(non_dominated(points), key=lambda i: points[i][0])
         shown = [best[round(i * (len(best) - 1) / (LISTED - 1))] for i in range(LISTED)] if best else []
         if best:
-            lines.append(f"  {title}: {len(every)} plans, {len(best)} of them on their front")
+            some = f", {len(set(shown))} of these here" if len(best) > LISTED else ""
+            lines.append(f"  {title}: {len(every)} plans, {len(best)} of them on their front{some}")
         for i in dict.fromkeys(shown):
             plan, kl, where, _ = every[i]
-            lines.append(f"    {points[i][1]:.4f} GB  KL {kl:.3f}  {plan}  {printable(where)}".rstrip())
+            lines.append(f"    {points[i][1]:.6g} GB  KL {kl:.3f}  {plan}  {where}".rstrip())
     return "\n".join(["known before this run, within its budget:", *lines]) if lines else ""
+
+
+def _where(one: Trained, run: Run) -> str:
+    """Where a plan was trained. Only its figures are left where its run is gone, or this one has taken its folder."""
+    folder = Path(one.run)
+    if folder == run.path.absolute() or not RunFolder(folder).study_file.is_file():
+        return "of a run that is gone"
+    return f"trial {one.trial} of {printable(one.run)}"
 
 
 def _target_of(run: Run, types: StoredTypes) -> Target:

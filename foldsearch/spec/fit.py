@@ -12,7 +12,7 @@ from operator import attrgetter
 from foldsearch.bound import lower_bound
 from foldsearch.errors import BudgetError, SpecError
 from foldsearch.fates import fate_named
-from foldsearch.plan.cost import GB, Budget, Cost, CostTable, Target, price
+from foldsearch.plan.cost import GB, Budget, Cost, CostTable, Target, no_less, price
 from foldsearch.plan.plan import FoldPlan, is_foldable
 from foldsearch.plan.stored import widest_first
 from foldsearch.proposal import Fold, Groups, Proposal, Removed, fold_plan
@@ -296,21 +296,21 @@ def _unreachable(space: Space, table: CostTable, target: Target, budget: Budget)
     if budget.memory_bytes is not None:
         words.append(f"{budget.memory_bytes / GB:.6g} GB")
     if budget.flops is not None:
-        words.append(f"{budget.flops:.4g} FLOPs per token")
+        words.append(f"{budget.flops:.6g} FLOPs per token")
     fastest = ""
     for bound, term, what in _times(table, target, budget):
-        words.append(f"{bound:.4g} ms {what}")
+        words.append(f"{bound:.6g} ms {what}")
         reached = [
             (term(found) or 0.0, str(of))
             for types in space.types
             for of, found in (smallest(space, table, target.storing(types), term),)
         ]
         ms, example = min(reached)
-        fastest += f" Its fastest takes {ms:.4g} ms {what}, with a plan such as '{example}'."
+        fastest += f" Its fastest takes {no_less(ms, 4)} ms {what}, with a plan such as '{example}'."
     return (
         f"no plan of the space '{space.name}' keeps the budget of {' and '.join(words)}: its smallest reaches "
-        f"{cost.memory_bytes / GB:.4f} GB and {cost.flops:.4g} FLOPs per token with a plan such as '{plan}'.{fastest} "
-        f"{', '.join(remedies)}, or let the space remove more (removal, now up to {space.removal[1]:g})."
+        f"{no_less(cost.memory_bytes / GB)} GB and {no_less(cost.flops)} FLOPs per token with a plan such as '{plan}'."
+        f"{fastest} {', '.join(remedies)}, or let the space remove more (removal, now up to {space.removal[1]:g})."
     )
 
 

@@ -126,6 +126,7 @@ class _Order:
 
 def test_more_tokens_go_on_after_the_end(context: TrialContext) -> None:
     *_, first = train(context)
+    assert train(context) == []  # it has come so far
     *_, more = train(context, 3 * END)
     assert more.results[: len(first.results)] == first.results
     assert more.last.recovery_tokens == 3 * END
@@ -288,7 +289,7 @@ def run(context: TrialContext, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_verb_tells_every_step_and_reports_show_it(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert foldsearch("recover", run, "--trial", 0, "--tokens", END) == 0
     told = capsys.readouterr()
@@ -312,6 +313,17 @@ def test_the_verb_tells_every_step_and_reports_show_it(
     )
     written = json.loads((tmp_path / "out" / "card.json").read_text())["recipe"]
     assert written["trial"]["results"][-1]["recovery_tokens"] == END
+
+    # oracle: a model that cannot be read is no fault where nothing is to be trained
+    with monkeypatch.context() as patch:
+        patch.setattr("foldsearch.prepare.prepare_context", None)
+        assert foldsearch("recover", run, "--trial", 0, "--tokens", END) == 0
+        told = capsys.readouterr()
+        assert f"trial 0 was trained on {END} tokens already" in told.err
+        assert "go through them" not in told.err
+        assert "+2" in told.out
+        assert foldsearch("recover", run, "--trial", 0, "--tokens", END - 1) == 2
+        assert f"must be more than the {END}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
