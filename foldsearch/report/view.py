@@ -16,7 +16,7 @@ from typing import NamedTuple
 from foldsearch.criteria import criterion_names, criterion_of
 from foldsearch.errors import RunError
 from foldsearch.paths import command, printable
-from foldsearch.plan.cost import GB, Cost
+from foldsearch.plan.cost import GB, Cost, no_less
 from foldsearch.plan.front import knee
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Quality, rounded
@@ -331,7 +331,7 @@ class RunView:
     def _none_keeps(self, bounds: Sequence[_Bound]) -> str:
         asked = " and ".join(f"{bound.most:g} {bound.what}" for bound in bounds)
         least = " and ".join(
-            f"{min(value for trial in self.finished if (value := bound.term(trial.cost)) is not None):.4g} {bound.what}"
+            f"{no_less(min(x for trial in self.finished if (x := bound.term(trial.cost)) is not None))} {bound.what}"
             for bound in bounds
         )
         smallest = "the smallest needs" if len(bounds) == 1 else "the least of each is"

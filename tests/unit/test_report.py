@@ -279,8 +279,11 @@ def test_picking(view: RunView) -> None:
     for number in (5, 7, 99):
         with pytest.raises(RunError, match=f"reached the last rung can be picked, got {number}"):
             view.pick(number=number)
-    with pytest.raises(RunError, match=r"fits 0\.001 GB: the smallest needs 0\.00"):
+    with pytest.raises(RunError, match=r"fits 0\.001 GB: the smallest needs 0\.00") as told:
         view.pick(max_gb=0.001)
+    needs = re.search(r"smallest needs (\S+) GB", str(told.value))
+    assert needs is not None
+    assert view.pick(max_gb=float(needs[1])).cost == smallest.cost  # what is told is enough, as it is told
 
 
 def test_all_reports_together_look_for_the_front_once(
