@@ -301,7 +301,7 @@ def point_of(kl: float, cost: Cost, objectives: Sequence[Objective]) -> tuple[fl
 
 
 def best_of_plans(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials that measured a plan to the last rung, each plan once in the same types.
+    """The trials that measured a plan to the last rung, each plan once in the same types, by number.
 
     A plan was measured twice where the training of the first diverged or was stopped, or where adapters start in two
     ways: the best of its results counts.
@@ -312,7 +312,7 @@ def best_of_plans(trials: Sequence[Trial]) -> list[Trial]:
             known = best.setdefault((trial.plan, trial.types), trial)
             if trial.quality.kl < known.quality.kl:
                 best[trial.plan, trial.types] = trial
-    return list(best.values())
+    return sorted(best.values(), key=lambda trial: trial.number)
 
 
 def front(

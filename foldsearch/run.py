@@ -347,12 +347,12 @@ class Run(RunFolder):
             )
         try:
             study = study_from_json(value["study"])
-            table = RunFolder(path).read_table()
+            table, note = RunFolder(path).read_table(), str(value["note"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError, FoldsearchError) as error:
             raise RunError(
                 quote_error(f"the run folder '{printable(path)}' is incomplete", error, "Start a new run.")
             ) from error
-        return cls(path, study, table, value["note"])
+        return cls(path, study, table, note)
 
     def with_limits(self, study: Study) -> Run:
         """The same run with the limits of `study`; `keep_limits` writes them down.

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from foldsearch.codec import to_json
 from foldsearch.files import write_json
+from foldsearch.identity import Identity
 from foldsearch.plan.cost import BlockCost, CostTable, UnitCost, price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Quality, RungResult
@@ -52,6 +53,7 @@ def prepare(
     run_folder: Path,
     *,
     check: Callable[[CostTable], object] = lambda table: None,
+    accept: Callable[[Identity], object] = lambda made: None,
     progress: Callable[[str, float], None] | None = None,
     notice: Callable[[str], object] = lambda words: None,
 ) -> FakeContext:

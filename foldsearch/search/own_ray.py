@@ -41,6 +41,8 @@ from foldsearch.signals import handlers_kept, uninterrupted
 MOST_SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # of the path of a Unix socket
 STORE_BYTES = 100 * 10**6  # of Ray's object store; nothing large goes through it
 _PREFIX = "fold-"
+# Held by who made such a folder. No file of a run has this name: whoever keeps runs in /tmp may call one fold-this.
+_LOCK = "fold-ray.lock"
 _SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # the longest that Ray adds
 _MOST_PLACE_BYTES = MOST_SOCKET_BYTES - len(_SOCKET) - len(f"/{_PREFIX}12345678")
 _SHM = Path("/dev/shm")
@@ -490,7 +492,7 @@ def temporary_folder(place: Path) -> Iterator[Path]:
         _remove_abandoned(left)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
     try:
-        with (folder / "lock").open("w") as lock:
+        with (folder / _LOCK).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield folder
     finally:
@@ -503,7 +505,7 @@ def _remove_abandoned(folder: Path) -> None:
     try:
         if time.time() - folder.stat().st_mtime < _YOUNG_SECONDS:
             return  # whoever makes it may be about to take the lock
-        with (folder / "lock").open("r+") as lock:
+        with (folder / _LOCK).open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:

@@ -43,6 +43,7 @@ from foldsearch.record import State, Trial, front, point
 from foldsearch.run import Run
 from foldsearch.search.sampler import repeatable_sampler
 from foldsearch.search.storage import (
+    check_study_there,
     copy_study,
     is_begun,
     open_storage,
@@ -74,6 +75,8 @@ TOLD: dict[State, TrialState] = {
     "failed": TrialState.FAIL,
     "repeat": TrialState.FAIL,
 }
+
+ENDED_BY_HAND = "failed: its row was ended from outside, as a dashboard can"
 
 
 def read_trials(run: Run) -> list[Trial]:
@@ -131,6 +134,7 @@ def _opened_study(run: Run) -> Iterator[optuna.Study | None]:
             try:
                 study = optuna.load_study(study_name=study_name(run), storage=storage)
             except KeyError:  # the file is there and the study is not yet: the run was stopped in between
+                check_study_there(run, storage)
                 study = None
             yield study
     finally:
@@ -161,9 +165,11 @@ class Records:
         self.objectives: tuple[Objective, ...] = run.study.objectives
         self.space: Space = narrow(run.study.space, run.table, run.target, run.budget)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        storage = open_storage(run)
+        check_study_there(run, storage)
         self.study = optuna.create_study(
             study_name=study_name(run),
-            storage=open_storage(run),
+            storage=storage,
             directions=["minimize"] * len(self.objectives),
             load_if_exists=True,
         )
@@ -403,7 +409,10 @@ class Records:
         measured = [
             trial
             for trial in self._trials
-            if trial.proposal is not None and trial.state not in ("failed", "infeasible")
+            if trial.proposal is not None
+            and trial.state not in ("failed", "infeasible")
+            # A repeat that was never drafted measures nothing: who did may have failed since.
+            and not (trial.state == "repeat" and trial.draft is None)
         ]
         for trial in measured:
             if trial.fold == proposal.fold and trial.types == proposal.types:
@@ -527,17 +536,20 @@ class Records:
 
     def _queue_one_more(self, number: int) -> None:
         """A baseline must not be lost: blocks differ in price, and those that its criterion chose may be a hair too
-        cheap for the budget that their count was chosen for. Then it is tried with one block more.
+        cheap for the budget that their count was chosen for. Then it is tried with the next count.
         """
         trial = self.get(number)
         proposal, removed = trial.proposal, trial.removed
         if proposal is None or proposal.origin not in ("baseline", "start") or trial.closing:
             return
-        if removed is None or removed.count >= self.space.counts(self.run.num_blocks)[1]:
+        if removed is None:
+            return
+        more = removed.count + self.space.step
+        if more > self.space.counts(self.run.num_blocks)[1]:
             return
         if any(row.user_attrs.get("after") == number for row in self.study.get_trials(deepcopy=False)):
             return  # it was killed after this, and before the study was told
-        one = self.baseline(removed.criterion, removed.count + 1, origin=proposal.origin)
+        one = self.baseline(removed.criterion, more, origin=proposal.origin)
         self.put_in_line([replace(one, attributes={**one.attributes, "after": number})])
 
     def cut(self, number: int, reason: str) -> None:
@@ -564,7 +576,8 @@ class Records:
         values: Sequence[float] | None = None,
         **changes: Any,
     ) -> None:
-        self._change(number, state=state, reason=reason, **changes)
+        if not self._change(number, state=state, reason=reason, **changes):
+            return
         self.study.tell(number, values, state=TOLD[state])
         copy_study(self.run)
         if state == "finished":
@@ -572,12 +585,18 @@ class Records:
             nearest = sorted([*self._front, self.get(number)], key=lambda known: known.number)
             self._front = front(nearest, self.objectives)
 
-    def _change(self, number: int, **changes: Any) -> None:
-        self._keep(replace(self.get(number), **changes))
+    def _change(self, number: int, **changes: Any) -> bool:
+        return self._keep(replace(self.get(number), **changes))
 
-    def _keep(self, trial: Trial) -> None:
+    def _keep(self, trial: Trial) -> bool:
+        """Write a trial into its row; False where somebody else has ended the row, by which the trial has failed."""
+        try:
+            self._rows[trial.number].set_user_attr("trial", to_json(trial))
+        except optuna.exceptions.UpdateFinishedTrialError:
+            self._trials[trial.number] = replace(trial, state="failed", reason=ENDED_BY_HAND)
+            return False
         self._trials[trial.number] = trial
-        self._rows[trial.number].set_user_attr("trial", to_json(trial))
+        return True
 
     def _price(self, number: int, cost: Cost) -> None:
         violations = self.run.budget.violations(cost)
@@ -644,12 +663,15 @@ def note(trial: Trial) -> str:
 def _read(row: FrozenTrial) -> Trial:
     value = row.user_attrs.get("trial")  # absent where the run was stopped before the trial was proposed
     try:
-        return Trial(row.number) if value is None else from_json(Trial, value)
+        trial = Trial(row.number) if value is None else from_json(Trial, value)
     except (ValueError, KeyError, TypeError, FoldsearchError) as error:
         what = f"the row of trial {row.number} in the study of a run cannot be read"
         raise RunError(
             quote_error(what, error, "Put its copy back: foldsearch check RUN --repair")
         ) from error
+    if row.state.is_finished() and trial.state not in TOLD:
+        return replace(trial, state="failed", reason=ENDED_BY_HAND)
+    return trial
 
 
 class _Suggest:

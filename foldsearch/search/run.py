@@ -433,11 +433,15 @@ class Search:
         if _is_real(context) and self.records.front():
             from foldsearch.shipped import measure_rivals
 
-            measure_rivals(
-                context,
-                progress=lambda stage, share: self._tell(Preparing(stage, share)),
-                notice=lambda words: self._tell(Notice(words)),
-            )
+            try:
+                measure_rivals(
+                    context,
+                    progress=lambda stage, share: self._tell(Preparing(stage, share)),
+                    notice=lambda words: self._tell(Notice(words)),
+                )
+            finally:  # a part of the run's time, whatever ends it
+                with uninterrupted():
+                    self.records.note_elapsed(self.line.elapsed())
         self._trim_cache(context.cache_dir)
         known = self.records.all()
         states = [trial.state for trial in known]
@@ -537,9 +541,10 @@ class Search:
         # Halving wants quality first, in whichever order the study names its objectives.
         objectives = sorted(self.records.objectives, key=OBJECTIVES.index)
         others = {
-            other.plan: point(other, objectives, rung)
+            (other.plan, other.types): point(other, objectives, rung)
             for other in self.records.all()
-            if len(other.results) > rung and other.plan != trial.plan  # a plan does not compete with itself
+            # A plan does not compete with itself; in other types it is another model.
+            if len(other.results) > rung and (other.plan, other.types) != (trial.plan, trial.types)
         }
         decision = decide(
             point(trial, objectives),

@@ -92,6 +92,7 @@ def use_storage(folder: RunFolder, url: str) -> None:
         InputError: it is no URL, or the database cannot be opened.
         RunError: the run's study lies in its folder, or is not in this database.
     """
+    url = _from_anywhere(url)
     shown = without_secrets(url)
     if sqlalchemy.engine.make_url(url).database in (None, "", ":memory:"):
         raise InputError(
@@ -114,6 +115,35 @@ def use_storage(folder: RunFolder, url: str) -> None:
                 f"It was in '{before.url}'."
             )
     write_json(folder.storage_file, to_json(place))
+
+
+def _from_anywhere(url: str) -> str:
+    """The URL as it means the same file in every folder; one that is none comes back as it is."""
+    try:
+        parsed = sqlalchemy.engine.make_url(url)
+        is_file = parsed.get_backend_name() == "sqlite"
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        return url
+    name = parsed.database
+    if not is_file or name in (None, "", ":memory:") or name.startswith("file:"):
+        return url
+    return parsed._replace(database=os.path.abspath(name)).render_as_string(hide_password=False)
+
+
+def check_study_there(folder: RunFolder, storage: optuna.storages.RDBStorage) -> None:
+    """Whether the database holds the study of a run that has measured trials.
+
+    Raises:
+        RunError: it does not, so a search would begin again in its place.
+    """
+    place = place_of(folder)
+    if place is None or not any((folder.path / "trials").glob("*/trial.json")):
+        return
+    if place.study not in [one.study_name for one in storage.get_all_studies()]:
+        raise RunError(
+            f"'{printable(folder.path)}' has trials, but the database '{place.url}' does not hold their study "
+            f"'{place.study}'. Put a copy of the database back, or start a new run."
+        )
 
 
 def place_of(folder: RunFolder) -> StudyPlace | None:

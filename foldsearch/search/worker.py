@@ -179,6 +179,7 @@ class TrialRunner(tune.Trainable):
             shutil.copytree(self._place.path, aside)
             for path in self._place.kept:
                 path.unlink(missing_ok=True)
+            shutil.rmtree(self._place.further.path, ignore_errors=True)
         progress = _Progress(self._tell, deadline)
         if (seconds := self._context.run.study.trial_seconds) is not None:
             self._limit(seconds, known, progress)
@@ -206,7 +207,11 @@ class TrialRunner(tune.Trainable):
         if self._place.overdue.exists():
             self._place.overdue.unlink()
             raise TrialTimeUp(f"{words}, and this one said nothing for longer, so its worker was ended")
-        spent = known.last.seconds if known is not None and known.results and not known.known_from else 0.0
+        spent = 0.0
+        if known is not None and known.results:
+            # What was taken from another trial came with that one's seconds.
+            taken = (result.seconds for result in known.results if result.known_from is not None)
+            spent = known.last.seconds - max(taken, default=0.0)
         left = max(0.0, seconds - spent)
         progress.limit(time.monotonic() + left, words)
         watch = threading.Timer(left + max(LEAST_GRACE, seconds / 2), self._end_overdue)

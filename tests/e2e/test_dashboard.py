@@ -9,12 +9,14 @@ import json
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna_dashboard._note import get_note
 
 from foldsearch.plan.strip import strip
 from foldsearch.run import Run
@@ -31,6 +33,14 @@ def board(run_path: Path) -> Iterator[str]:
         line = process.stdout.readline()
         yield line.split()[1]
         process.terminate()
+
+
+def send(url: str, method: str, body: dict[str, Any]) -> None:
+    asked = urllib.request.Request(
+        url, json.dumps(body).encode(), {"Content-Type": "application/json"}, method=method
+    )
+    with urllib.request.urlopen(asked, timeout=60) as answer:
+        answer.read()
 
 
 def get(url: str) -> Any:
@@ -75,6 +85,32 @@ def test_the_dashboard_shows_trials_constraints_and_notes_live(board: str, run_p
             break
         time.sleep(0.5)
     assert found == ["Complete"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "api/trials/{row}/tell", {"state": "Fail"}),
+        ("DELETE", "api/studies/{study}", {}),
+        ("POST", "api/studies/{study}/rename", {"study_name": "another"}),
+    ],
+)
+def test_a_run_is_changed_by_foldsearch_alone(
+    board: str, run_path: Path, method: str, path: str, body: dict[str, str]
+) -> None:
+    """A button that fails a trial, or deletes the study, would take rows from a search that is at work."""
+    writer = Records(Run.open(run_path))
+    number, _ = writer.ask()
+    (summary,) = get(f"{board}api/studies")["study_summaries"]
+    row = writer._rows[number]._trial_id
+    before = read_trials(Run.open(run_path))
+    with pytest.raises(urllib.error.HTTPError) as told:
+        send(board + path.format(row=row, study=summary["study_id"]), method, body)
+    assert told.value.code == 403
+    assert "only notes can be written" in json.loads(told.value.read())["reason"]
+    assert read_trials(Run.open(run_path)) == before
+    send(f"{board}api/studies/{summary['study_id']}/note", "PUT", {"body": "look here", "version": 1})
+    assert get_note(writer.study) == "look here"
 
 
 def test_a_taken_port_is_told(board: str, run_path: Path) -> None:

@@ -194,6 +194,28 @@ def test_a_file_elsewhere_holds_a_study_too(tmp_path: Path) -> None:
     assert [trial.proposal for trial in read_trials(run)] == [trial.proposal for trial in read_trials(alone)]
 
 
+def test_a_file_elsewhere_is_the_same_in_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run = begin_there(tmp_path / "run", "sqlite:///mine.db")
+    run_process(run)
+    found = read_trials(run)
+    monkeypatch.chdir(tmp_path / "there")
+    assert found
+    assert read_trials(run) == found
+    assert not (tmp_path / "there" / "mine.db").exists()
+    # where the file has gone, nothing begins again over the trials that are there
+    (tmp_path / "here" / "mine.db").unlink()
+    for look in (read_trials, Records):
+        with pytest.raises(
+            RunError, match=r"has trials, but the database 'sqlite:.*mine\.db' does not hold their"
+        ):
+            look(run)
+
+
 @pytest.mark.parametrize(("kind", "told"), [("nfs4", True), ("ext4", False), ("cifs", True)])
 def test_a_network_file_system_is_told(kind: str, told: bool) -> None:
     def partitions(**_: object) -> list[SimpleNamespace]:

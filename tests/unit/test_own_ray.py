@@ -21,6 +21,7 @@ from foldsearch.errors import InputError, RunError
 from foldsearch.files import check_writable
 from foldsearch.model.source import check_cache, default_cache_dir
 from foldsearch.paths import local
+from foldsearch.run import RunFolder
 from foldsearch.search import own_ray
 from foldsearch.search.run import run_search
 from tests.fake_driver import study
@@ -135,19 +136,22 @@ def test_without_a_home_ray_gets_its_token_from_us(home: str, monkeypatch: pytes
 
 def test_what_killed_processes_left_goes_and_no_other(tmp_path: Path) -> None:
     old = time.time() - 2 * own_ray._YOUNG_SECONDS
-    for name in ("old", "young", "held", "another's"):
+    for name in ("old", "young", "held", "another's", "run"):
         folder = tmp_path / f"{own_ray._PREFIX}{name}"
         folder.mkdir()
-        if name != "another's":
-            (folder / "lock").touch()
+        if name == "run":  # that somebody called fold-run
+            with RunFolder(folder).held():
+                pass
+        elif name != "another's":
+            (folder / own_ray._LOCK).touch()
         if name != "young":
             os.utime(folder, (old, old))
-    with (tmp_path / f"{own_ray._PREFIX}held" / "lock").open("w") as held:
+    with (tmp_path / f"{own_ray._PREFIX}held" / own_ray._LOCK).open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with own_ray.temporary_folder(tmp_path) as ours:
             assert ours.is_dir()
     left = {path.name.removeprefix(own_ray._PREFIX) for path in tmp_path.iterdir()}
-    assert left == {"young", "held", "another's"}
+    assert left == {"young", "held", "another's", "run"}
 
 
 def test_the_machine_is_looked_at_before_anything_is_asked_of_it(

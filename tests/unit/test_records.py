@@ -29,9 +29,10 @@ from foldsearch.record import Trial, front, point, read_trial
 from foldsearch.run import Run
 from foldsearch.runtimes import runtime_named
 from foldsearch.search import dry_run
+from foldsearch.search.check import check_run, mend_for_resume
 from foldsearch.search.dry_run import plan_search
 from foldsearch.search.proposer import Line, missing_baselines
-from foldsearch.search.records import Records, note, read_trials
+from foldsearch.search.records import ENDED_BY_HAND, Records, note, read_trials
 from foldsearch.search.storage import STUDY_NAME
 from foldsearch.spec.load import shipped
 from foldsearch.spec.propose import baseline_count, is_baseline
@@ -422,6 +423,68 @@ def test_a_baseline_that_misses_the_budget_is_tried_with_one_block_more(tmp_path
         *((criterion, count, "baseline") for criterion in records.space.criteria[1:]),
         (criterion_in(proposal), count + 1, origin),
     ]
+
+
+def test_a_baseline_that_misses_the_budget_is_tried_with_the_next_count_of_the_space(tmp_path: Path) -> None:
+    asked = small_study(trials=12)
+    asked = asked.model_copy(update={"space": asked.space.model_copy(update={"step": 2})})
+    records = Records(new_run(tmp_path / "run", asked))
+    Line(records)
+    number, proposal = records.ask()
+    over = replace(trial_at(FoldPlan.identity(NUM_BLOCKS), asked, 0), results=())
+    tell(records, number, replace(over, state="infeasible"))
+    records.finish(number)
+    after = [row.user_attrs["removes"] for row in records.study.get_trials() if "after" in row.user_attrs]
+    assert after == [[criterion_in(proposal), count_of(proposal) + 2]]
+
+
+def test_a_repeat_stands_for_nothing_once_its_trial_has_failed(records: Records) -> None:
+    proposal = removing("block_influence", 3)
+    first, second = (records.ask()[0] for _ in range(2))
+    records._change(first, proposal=proposal)
+    assert records.foretell(proposal) == first
+    records._end(second, "repeat", f"the plan of trial {first}", proposal=proposal)
+    assert records.foretell(proposal) == first
+    records.fail(first, "crashed")
+    assert records.foretell(proposal) is None
+
+
+def test_the_front_is_in_the_same_order_in_a_process_that_goes_on(records: Records, study: Study) -> None:
+    """By order neighbours draw their parents. A plan is measured twice where its adapters start in two ways."""
+    plans = [FoldPlan.dropping(removed, NUM_BLOCKS) for removed in ([3, 4, 5, 6], [5, 6], [7, 8, 9])]
+    for plan, start, kl in zip(
+        (plans[0], plans[1], plans[0], plans[2]),
+        ("svd", "svd", "zero", "svd"),
+        (1, 0.1, 0.9, 0.5),
+        strict=True,
+    ):
+        number, _ = records.ask()
+        trial = changed_last(trial_at(plan, study, len(study.rungs) - 1), kl=kl)
+        records.record(replace(trial, number=number, proposal=given(plan, start=start)))
+        records.finish(number)
+    assert [trial.number for trial in records.front()] == [1, 2, 3]
+    assert Records(records.run).front() == records.front()
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_row_that_a_dashboard_ended_is_a_failed_trial(records: Records, study: Study, begun: bool) -> None:
+    """Its button sets the state of a row that is running, or waits."""
+    number, proposal = records.ask()
+    if begun:
+        tell(records, number, trial_at(plan_of(proposal), study, 0, proposal))
+    records.study._storage.set_trial_state_values(records._rows[number]._trial_id, TrialState.FAIL)
+    tell(records, number, trial_at(plan_of(proposal), study, 1, proposal))
+    assert (records.get(number).state, records.get(number).reason) == ("failed", ENDED_BY_HAND)
+    assert records.finish(number) == "failed"
+    assert records.front() == []
+    following, other = records.ask()
+    run_whole(records, following, other)
+    again = Records(records.run)
+    assert (again.get(number).state, again.get(number).reason) == ("failed", ENDED_BY_HAND)
+    assert again.get(following).state == "finished"
+    # Folders of these trials were never written, which both tell; of rows nothing is wrong.
+    assert not [fault for fault in check_run(records.run, repair=False).left if "its row is" in fault.words]
+    assert not [words for words in mend_for_resume(records.run) if "its row is" in words]
 
 
 def test_a_baseline_at_the_most_blocks_is_not_tried_with_more(tmp_path: Path) -> None:

@@ -23,15 +23,17 @@ from foldsearch.record import Draft, Trial, best_of_plans, plan_path, point
 from foldsearch.report import terminal
 from foldsearch.report.view import RunView, author
 from foldsearch.run import Run
+from foldsearch.search.halving import Decision
 from foldsearch.search.proposer import Line
 from foldsearch.search.records import Records
+from foldsearch.search.run import Search
 from foldsearch.search.warm import Trained, known_words
 from foldsearch.spec.fit import narrow, repair
 from foldsearch.spec.load import load_study
 from foldsearch.spec.study import Study
 from tests.fake_driver import study as small_study
 from tests.fake_trial import NUM_BLOCKS, ORDERS, TABLE, trial_at, with_results
-from tests.proposals import ordered_plan, removing
+from tests.proposals import given, ordered_plan, removing
 
 TYPES = ("bf16", "q4_0")
 CACHES = ("f16", "q8_0")
@@ -116,6 +118,30 @@ def test_the_front_is_of_plans_and_types(records: Records) -> None:
     assert {trial.types for trial in records.front()} == set(records.run.study.space.types)
 
 
+def test_halving_takes_a_plan_in_another_type_for_another_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Run.draft(tmp_path / "run") as draft:
+        run = Run(draft, study_of(), typed_table()).begin(tmp_path / "run")
+    records = Records(run)
+    plans = [FoldPlan.dropping([first, first + 1], NUM_BLOCKS) for first in (3, 5)]
+    for plan in plans:
+        for weights in TYPES:
+            number, _ = records.ask()
+            proposal = replace(given(plan), types=StoredTypes(weights, ""))
+            records.record(replace(trial_at(plan, run.study, 0, proposal), number=number, proposal=proposal))
+    beside: list[int] = []
+
+    def decide(point: object, others: list[object], **_: object) -> Decision:
+        beside.append(len(others))
+        return Decision(True, "")
+
+    monkeypatch.setattr("foldsearch.search.run.decide", decide)
+    search = Search(records, Line(records), lambda event: None)
+    search._halved(records.get(0))
+    assert beside == [len(plans) * len(TYPES) - 1]  # all but itself
+
+
 def test_a_repeat_is_foretold_in_its_own_type_only(records: Records) -> None:
     trial = finished(records)[0]
     assert trial.proposal is not None
@@ -164,8 +190,9 @@ def test_what_is_known_within_the_budget_keeps_it_as_it_was_measured(records: Re
     plan = FoldPlan.dropping([1], NUM_BLOCKS)
     own, wide, narrow = (Trained(plan, 0.1, 64, "run", i, weights) for i, weights in enumerate(("", *TYPES)))
     words = known_words(records.run, (), [own, wide, narrow])
-    assert "trial 2 of run" in words
-    assert "trial 1 of run" not in words
+    narrow_target = records.run.target.storing(narrow.types)
+    assert "trained: 1 plans" in words  # by its size, the narrow one
+    assert f"{price(plan, records.run.table, narrow_target).memory_bytes / 1e9:.6g} GB" in words
     assert known_words(records.run, (), [own, wide]) == ""  # of its own dtype: of the wide one
 
 
