@@ -582,7 +582,7 @@ def export_front(
     out.parent.mkdir(parents=True, exist_ok=True)
     one = replace(form, to=name, overwrite=False, compares=False)
     separate = sum(exported_bytes(trial.plan, folder.table, folder.target)[name] or 0 for trial in trials)
-    with whole_or_absent(out, separate) as temporary:
+    with whole_or_absent(out, separate, overwrite=form.overwrite, marks=(FAMILY,)) as temporary:
         for trial in trials:
             notice(f"trial {trial.number}: {trial.plan}")
             place = temporary / member_name(trial.number)
@@ -606,7 +606,7 @@ def write_passport(
         RunError: the trial was not measured, or the model is another one than the run was made with.
         InputError: the file exists, or cannot be written.
     """
-    from foldsearch.export.passport import passport
+    from foldsearch.export.passport import is_passport, passport
     from foldsearch.model.source import open_config, whole_config
     from foldsearch.model.whole import class_name
     from foldsearch.prepare import open_source
@@ -616,6 +616,11 @@ def write_passport(
     if out.exists() and (out.is_dir() or not overwrite):
         or_force = "" if out.is_dir() else ", or overwrite it with --force"
         raise InputError(f"{printable(out)} exists already. Choose another file, or move it away{or_force}.")
+    if out.exists() and not is_passport(out):
+        raise InputError(
+            f"only a plan is overwritten, but {printable(out)} is none that foldsearch wrote. Choose another file, or "
+            "move it away."
+        )
     check_writable(out.parent, "a plan")
     changes = [
         *(["healed in closed form"] if trial.healing is not None and trial.healing.changed else []),
@@ -785,6 +790,7 @@ def compare_words(run: RunView, folder: Path, prompt: str, *, num_tokens: int = 
 
     Raises:
         ModelError: `folder` is no exported model.
+        InputError: the tokenizer makes nothing of the prompt, or the program cannot go on after it.
     """
     import torch
 
@@ -794,10 +800,15 @@ def compare_words(run: RunView, folder: Path, prompt: str, *, num_tokens: int = 
     from foldsearch.model.fold import cast
     from foldsearch.model.source import open_dense, open_tokenizer
     from foldsearch.model.tokens import begun
+    from foldsearch.runtimes.process import ProcessError
 
     files = find_model(run.folder.study, run_folder=run.folder.path)
     tokenizer = open_tokenizer(files)
-    ids_BT = torch.tensor([begun(tokenizer, prompt)])
+    ids_BT = torch.tensor([begun(tokenizer, prompt)], dtype=torch.long)
+    if not ids_BT.numel():
+        raise InputError(
+            f"a prompt has one token at least, but the model's tokenizer makes none of {prompt!r}."
+        )
 
     def words(model: Any) -> str:
         made_BT = model.generate(
@@ -812,7 +823,12 @@ def compare_words(run: RunView, folder: Path, prompt: str, *, num_tokens: int = 
 
     runtime = runtime_of(folder)
     if runtime is not None and runtime.engine is not None and runtime.engine.is_installed:
-        return write_in(runtime.engine, folder, prompt, num_tokens), words(open_dense(files))
+        try:
+            theirs = write_in(runtime.engine, folder, prompt, num_tokens, context=ids_BT.numel() + num_tokens)
+        except ProcessError as error:
+            what = f"{printable(folder)} is written, but {runtime.engine.name} did not go on after the prompt"
+            raise InputError(quote_error(what, error, "Try a shorter one.")) from error
+        return theirs, words(open_dense(files))
     exported, _ = load_exported(folder)
     # the dense model lies in the precision that trials compute in; both are to write in the one that ships
     return words(exported), words(cast(open_dense(files), exported.dtype))

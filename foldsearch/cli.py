@@ -385,6 +385,7 @@ def _price(args: argparse.Namespace) -> int:
     from foldsearch.api import check_plan_text, measure_model
     from foldsearch.plan.plan import check_ranks
     from foldsearch.report.terminal import console, price_table
+    from foldsearch.runtimes import runtime_named
 
     check_plan_text(args.plan)
     study = _study(args)
@@ -393,7 +394,11 @@ def _price(args: argparse.Namespace) -> int:
     plan = FoldPlan.parse(args.plan, len(table.blocks))
     check_ranks(plan, table.width)
     out = console()
-    out.print(price_table(plan, table, study.target.value()))
+    target = study.target.value()
+    out.print(price_table(plan, table, target))
+    refusal = runtime_named(target.runtime).refusal(plan, by_position=table.by_position, family=table.family)
+    if target.rounds and refusal is not None:
+        _say(f"no export holds this plan in {target.types}: {target.runtime} has nothing for {refusal[0]}.")
     return 0
 
 
@@ -506,6 +511,8 @@ def _export(args: argparse.Namespace) -> int:
     args.trial = args.trial[0] if args.trial else None
     if args.to == PLAN:
         _refuse(f"--to {PLAN} writes no model", args, "--type", "--kv-cache", "--prompt", "--no-text")
+    if args.prompt is not None and not args.prompt.strip():
+        raise InputError("--prompt is a text to go on from, and it is blank. Write some words.")
     trial = _chosen(args, view)
     if args.to == PLAN:
         with _status() as progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
     from foldsearch.model.harness import TaskScore
     from foldsearch.report.view import RunView
 
+_STATE = (
+    "recovery_tokens",
+    "healing_tokens",
+    "weights",
+    "kv_cache",
+)  # what a trial is measured as, of its results
 _LONGEST_NAME = 50  # characters that a file name repeats of what was asked: of four bytes at most
 
 
@@ -123,8 +130,13 @@ def evaluate_trial(
     }
 
     def write(name: str, what: dict[str, Any]) -> Path:
+        told = {**about, **what}
         file = folder.evaluation(trial.number, name)
-        write_json(file, {**about, **what})
+        if file.exists() and _asked_of(json.loads(file.read_text())) != _asked_of(told):
+            # Another file of the same name, or the trial was trained further since: both results stay.
+            part = hashlib.sha256(repr(_asked_of(told)).encode()).hexdigest()[:8]
+            file = folder.evaluation(trial.number, f"{name}-{part}")
+        write_json(file, told)
         return file
 
     found = []
@@ -208,6 +220,13 @@ def _ask_task(
 
     pair = (models["dense"], models["folded"])
     return harness.run_task(pair, ready.tokenizer, ready.manager, task, limit=limit, progress=progress)
+
+
+def _asked_of(told: Any) -> list[Any]:
+    """What was asked, and of which state of the model."""
+    if not isinstance(told, dict):
+        return []
+    return [told.get(key) for key in ("sha256", "task", "plan", *_STATE)]
 
 
 def _file_names(asked: Asked) -> dict[str, str]:

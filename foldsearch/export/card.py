@@ -87,7 +87,8 @@ class ProbeFigures:
     """What the measured model says on the probe, and how far an export that is loaded elsewhere may be from it.
 
     of: what the tokens are, in words. tokens: that are predicted. perplexity: over these. tolerance: of the mean
-    absolute difference of their log-probabilities, and loss_tolerance: of the mean loss, in nats.
+    absolute difference of their log-probabilities, and loss_tolerance: of the mean loss, in nats. engine_tolerance: of
+    the same difference, in the program that the export is for, where it was not asked about these tokens.
     """
 
     of: str
@@ -95,6 +96,7 @@ class ProbeFigures:
     perplexity: float
     tolerance: float
     loss_tolerance: float
+    engine_tolerance: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

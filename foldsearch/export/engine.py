@@ -166,8 +166,8 @@ def _scored(job: EngineJob, process: ModelProcess, folder: Path) -> EngineFigure
     )
 
 
-def write_in(engine: Engine, folder: Path, prompt: str, num_tokens: int) -> str:
-    """How an export goes on after a text, in the program that it is for.
+def write_in(engine: Engine, folder: Path, prompt: str, num_tokens: int, *, context: int = 0) -> str:
+    """How an export goes on after a text, in the program that it is for; context: tokens that it has to hold, about.
 
     Raises:
         ProcessError: the program failed, or did not answer.
@@ -176,7 +176,11 @@ def write_in(engine: Engine, folder: Path, prompt: str, num_tokens: int) -> str:
         for attempt in range(TRIES):
             with ModelProcess(Path(name), answers=engine.module) as process:
                 try:
-                    given = {"threads": torch.get_num_threads(), "context": 1024, "tokens": [0]}
+                    given = {
+                        "threads": torch.get_num_threads(),
+                        "context": max(1024, 2 * context),
+                        "tokens": [0],
+                    }
                     process.ask("load", seconds=LOADING_SECONDS, folder=str(folder.resolve()), **given)
                     answer = process.ask("write", seconds=ANSWER_SECONDS, text=prompt, num_tokens=num_tokens)
                     return str(answer["text"]).strip()

@@ -67,10 +67,13 @@ def make_room(folder: Path, weight_bytes: int) -> None:
 
 
 @contextmanager
-def whole_or_absent(folder: Path, weight_bytes: int) -> Iterator[Path]:
+def whole_or_absent(
+    folder: Path, weight_bytes: int, *, overwrite: bool = False, marks: tuple[str, ...] = (CARD, FORMERLY)
+) -> Iterator[Path]:
     """A folder to write in, which gets its name when all went well, and else is removed.
 
-    What a killed process left beside it goes with the next export of the same name, once it is a day old.
+    What a killed process left beside it goes with the next export of the same name, once it is a day old. What came to
+    be under the name meanwhile is left alone, as by `check_new`.
     """
     temporary = beside(folder, "partial")
     _remove_abandoned(folder)
@@ -79,6 +82,7 @@ def whole_or_absent(folder: Path, weight_bytes: int) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         with uninterrupted():
+            check_new(folder, overwrite=overwrite, marks=marks)
             _rename(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foldsearch.model.blocks import BY_BLOCK
@@ -22,6 +23,15 @@ _BY_BLOCK = (
     *("num_hidden_layers", "max_window_layers", "full_attn_idxs", "mlp_only_layers", "decoder_sparse_step"),
     *BY_BLOCK,
 )
+
+
+def is_passport(path: Path) -> bool:
+    """Whether a file is what `passport` made."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and {"foldsearch", "plan", "base_model"} <= value.keys()
 
 
 def passport(

@@ -244,7 +244,10 @@ def _check_in_engine(folder: Path, runtime: Runtime, probe: Probe, workplace: Pa
         return
     job = EngineJob(engine, torch.get_num_threads(), probe.ids_NT, probe.text_NT)  # the program's own cache
     # As it was when the model was at hand, or what is known of others; and the probe was computed in the dtype.
-    tolerance = max(report.engine.tolerance, TOLERANCES[report.weights]) + found.card.probe.tolerance
+    of_probe = found.card.probe.engine_tolerance
+    tolerance = (
+        max(report.engine.tolerance, of_probe, TOLERANCES[report.weights]) + found.card.probe.tolerance
+    )
     try:
         with running(job, folder, workplace) as (process, figures):
             compared = compare(engine, figures, job.told_by(probe.log_probabilities_NP), tolerance)

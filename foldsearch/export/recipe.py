@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import metadata_load
+from yaml import YAMLError
 
 from foldsearch.context import TrialContext
 from foldsearch.export.card import UNKNOWN, Licences, Recipe
@@ -16,7 +18,6 @@ from foldsearch.plan.stored import StoredTypes
 from foldsearch.prepare import sources_of
 from foldsearch.record import Trial, read_trial
 
-_FRONT_MATTER = re.compile(r"\A---\s*\n.*?^license:\s*['\"]?(?P<name>[^\s'\"#]+)", re.DOTALL | re.MULTILINE)
 _FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE")
 
 
@@ -72,9 +73,13 @@ def _of_model(context: TrialContext) -> str:
 
 
 def _in_folder(folder: Path) -> str:
-    with suppress(OSError, UnicodeDecodeError):
-        if found := _FRONT_MATTER.search((folder / "README.md").read_text(encoding="utf-8")):
-            return found["name"]
+    with suppress(OSError, ValueError, YAMLError):
+        told = (metadata_load(folder / "README.md") or {}).get("license")
+        names = [
+            name for name in (told if isinstance(told, list) else [told]) if isinstance(name, str) and name
+        ]
+        if names:
+            return ", ".join(names)
     for name in _FILES:
         if (folder / name).is_file():
             return f"see {name} of the base model"

@@ -31,6 +31,7 @@ from foldsearch.export.card import (
 from foldsearch.export.chat import check_stops
 from foldsearch.export.checks import ELSEWHERE, LOSS_ROUNDING, ROUNDING, check_alone, check_here
 from foldsearch.export.dense import compare_in_engine, compare_in_torch
+from foldsearch.export.engine import EngineJob, expected, tolerance_of
 from foldsearch.export.figures import ExportReport
 from foldsearch.export.folder import check_new, make_room, whole_or_absent
 from foldsearch.export.readme import checked, loading_lines, model_card, not_checked
@@ -103,7 +104,7 @@ def export(
     extras = Beside(
         tokenizer, weights, shipment.base_model, str(shipment.plan), shipment.gguf, shipment.context, whole
     )
-    with whole_or_absent(folder, weight_bytes) as temporary:
+    with whole_or_absent(folder, weight_bytes, overwrite=overwrite) as temporary:
         notes += writer.write(shipped, temporary, extras)
         # numbers of a type that is none of torch's are held, as they are, in 32 bits
         held_in = shipment.dtype if is_same else weights if weights in DTYPE_BYTES else "float32"
@@ -185,6 +186,8 @@ def _write_cards(job: Job, shipment: Shipment, report: ExportReport, probe: Prob
         probe = _asked(job.measured, random_tokens(shipment.ids_NT, job.measured.config.vocab_size))
     probe = probe.cut()
     probe.write(job.folder)
+    # On random tokens a model is at a loss, and inputs of 8 bits move it further than on the text that was asked about.
+    engine_tolerance = 0.0 if shipment.shows_text or report.engine is None else _engine_tolerance(job, probe)
     dtype = job.dtype
     card = Card(
         foldsearch=__version__,
@@ -197,6 +200,7 @@ def _write_cards(job: Job, shipment: Shipment, report: ExportReport, probe: Prob
             perplexity=verify.perplexity(probe.log_probabilities_NP, probe.text_NT),
             tolerance=ELSEWHERE[dtype],
             loss_tolerance=LOSS_ROUNDING[dtype],
+            engine_tolerance=engine_tolerance,
         ),
         attention=job.attention,
         checked=tuple(checked(report)),
@@ -208,6 +212,14 @@ def _write_cards(job: Job, shipment: Shipment, report: ExportReport, probe: Prob
     )
     (job.folder / README).write_text(model_card(card, folder), encoding="utf-8")
     write_card(card, job.folder)
+
+
+def _engine_tolerance(job: Job, probe: Probe) -> float:
+    """How far the program that the export is for may be from torch on a probe (see `tolerance_of`)."""
+    assert job.runtime.engine is not None
+    asked = EngineJob(job.runtime.engine, torch.get_num_threads(), probe.ids_NT, probe.text_NT)
+    held = in_dtype(job.measured, torch.float32)
+    return tolerance_of(held, asked, expected(held, asked), job.weights)
 
 
 def check_export(
@@ -296,7 +308,7 @@ def _report(job: Job, shipment: Shipment, probe: Probe) -> ExportReport:
         prompt=compared.speeds["prompt"],
         decode=compared.speeds["decode"],
         measured_perplexity=measured_perplexity,
-        tokens=int(job.tokens["text_NT"].sum()),
+        tokens=int(job.tokens["text_NT"][:, 1:].sum()),  # that are foretold
         logits_max_difference=answer["logits_max_difference"],
         logits_difference=answer["logits_difference"],
         logits_tolerance=job.tolerance,

@@ -357,10 +357,13 @@ def runtimes_words(view: RunView, plan: FoldPlan, types: StoredTypes = AS_TARGET
                 other = f" in {target.weights}{cached}"
             held.append(f"{name} {megabytes(size)} MB{other}" + (" (the default)" if name == usual else ""))
     words = f"exports in {target.dtype} to {', '.join(held)}"
-    if lacking := [name for name, size in found.items() if size is None]:
-        refusal = runtime_named(lacking[0]).refusal(plan, by_position=table.by_position, family=table.family)
+    lacking: dict[str, list[str]] = {}  # runtimes by what they lack
+    for name in (name for name, size in found.items() if size is None):
+        refusal = runtime_named(name).refusal(plan, by_position=table.by_position, family=table.family)
         assert refusal is not None
-        words += f"; not to {' or '.join(lacking)}, which cannot hold {refusal[0]}"
+        lacking.setdefault(refusal[0], []).append(name)
+    for what, those in lacking.items():
+        words += f"; not to {' or '.join(those)}, which cannot hold {what}"
     return words
 
 
@@ -647,7 +650,7 @@ def price_table(plan: FoldPlan, table: CostTable, target: Target) -> Group:
         words = f"{name}, {unit}FLOPs per token"
         shown.add_row(words, f"{mine / size:.1f}", f"{full / size:.1f}", f"{mine / full:.1%}")
     words = f"{target.dtype}, a context of {target.context:,} tokens, batch {target.batch}, {target.runtime} weights"
-    words += f" in {target.types}" if target.types else ""
+    words += f" in {types}" if (types := str(target.types)) else ""
     return Group(Text(strip_ruler(plan)), strip_text(plan), Text(), shown, Text(), Text(words, style="dim"))
 
 

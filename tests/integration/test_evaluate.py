@@ -122,6 +122,20 @@ def test_a_part_is_written_beside_the_whole(place: Path) -> None:
     assert (written["items"], written["limit"]) == (5, 5)
 
 
+def test_another_file_of_the_same_name_takes_nothing_away(place: Path) -> None:
+    (place / "other").mkdir(exist_ok=True)
+    rows = (place / "q.jsonl").read_text().splitlines()
+    (place / "other" / "q.jsonl").write_text("\n".join(rows[:7]))
+    folder = place / "run" / "evaluations"
+    assert evaluate(place, "--questions", "q.jsonl")[0] == 0
+    first = (folder / "00000-q.json").read_text()
+    for _ in range(2):  # asked again it takes the place of its own results
+        assert evaluate(place, "--questions", "other/q.jsonl")[0] == 0
+        assert (folder / "00000-q.json").read_text() == first
+        (beside,) = folder.glob("00000-q-????????.json")
+        assert json.loads(beside.read_text())["items"] == 7
+
+
 # ---- what is refused, before a model is loaded
 
 

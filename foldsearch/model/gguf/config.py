@@ -90,7 +90,7 @@ class _Reading:
                 )
             sliding = [bool(entry) for entry in pattern]
         else:
-            period = default_period if pattern is None else int(pattern)
+            period = self.keys.integer("attention.sliding_window_pattern", default_period)
             sliding = [period == 0 or block % period < period - 1 for block in range(num_layers)]
         return ["sliding_attention" if entry else "full_attention" for entry in sliding]
 

@@ -142,6 +142,8 @@ def read_gguf(paths: tuple[Path, ...]) -> GgufFile:
 
 def _check_part(path: Path, metadata: dict[str, Any], number: int, count: int) -> None:
     said_count, said_number = metadata.get("split.count", 1) or 1, metadata.get("split.no", 0)
+    if not isinstance(said_count, int) or not isinstance(said_number, int):
+        raise ModelError(f"{path}: split.count and split.no must be whole numbers. Fetch the file again.")
     if said_count != count:
         raise ModelError(
             f"{path}: it says that it is part {said_number + 1} of {said_count}, but {count} "
