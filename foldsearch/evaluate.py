@@ -23,12 +23,8 @@ if TYPE_CHECKING:
     from foldsearch.model.harness import TaskScore
     from foldsearch.report.view import RunView
 
-_STATE = (
-    "recovery_tokens",
-    "healing_tokens",
-    "weights",
-    "kv_cache",
-)  # what a trial is measured as, of its results
+# What a result is of: what was asked, and of which state of the model.
+_RESULT_OF = ("sha256", "task", "plan", "recovery_tokens", "healing_tokens", "weights", "kv_cache")
 _LONGEST_NAME = 50  # characters that a file name repeats of what was asked: of four bytes at most
 
 
@@ -132,9 +128,10 @@ def evaluate_trial(
     def write(name: str, what: dict[str, Any]) -> Path:
         told = {**about, **what}
         file = folder.evaluation(trial.number, name)
-        if file.exists() and _asked_of(json.loads(file.read_text())) != _asked_of(told):
+        result_of = [told.get(key) for key in _RESULT_OF]
+        if file.exists() and _written_of(file) != result_of:
             # Another file of the same name, or the trial was trained further since: both results stay.
-            part = hashlib.sha256(repr(_asked_of(told)).encode()).hexdigest()[:8]
+            part = hashlib.sha256(repr(result_of).encode()).hexdigest()[:8]
             file = folder.evaluation(trial.number, f"{name}-{part}")
         write_json(file, told)
         return file
@@ -222,11 +219,13 @@ def _ask_task(
     return harness.run_task(pair, ready.tokenizer, ready.manager, task, limit=limit, progress=progress)
 
 
-def _asked_of(told: Any) -> list[Any]:
-    """What was asked, and of which state of the model."""
-    if not isinstance(told, dict):
-        return []
-    return [told.get(key) for key in ("sha256", "task", "plan", *_STATE)]
+def _written_of(file: Path) -> list[Any] | None:
+    """What a file of results is of; None where it cannot be read."""
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        return [told.get(key) for key in _RESULT_OF]
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
 
 
 def _file_names(asked: Asked) -> dict[str, str]:

@@ -49,7 +49,7 @@ class _Quiet(WSGIRequestHandler):
 
 
 def serve(path: Path, *, port: int = 8080, on_ready: Callable[[str], None] = print) -> None:
-    """Serve the dashboard of a run until interrupted; trials show up while the run goes on.
+    """Serve the dashboard of a run until interrupted; trials show up while the run goes on. It is read, but for notes.
 
     Args:
         path: the run folder.

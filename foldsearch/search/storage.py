@@ -107,13 +107,11 @@ def use_storage(folder: RunFolder, url: str) -> None:
     _given[shown] = url
     place = StudyPlace(shown, before.study if before else f"{STUDY_NAME}-{secrets.token_hex(8)}")
     storage = _open_database(place)
-    if before is not None and before.url != shown:
-        names = [one.study_name for one in storage.get_all_studies()]
-        if place.study not in names:
-            raise RunError(
-                f"a run goes on in the database that holds its study '{place.study}', but '{shown}' does not. "
-                f"It was in '{before.url}'."
-            )
+    if before is not None and before.url != shown and not _holds(storage, place):
+        raise RunError(
+            f"a run goes on in the database that holds its study '{place.study}', but '{shown}' does not. "
+            f"It was in '{before.url}'."
+        )
     write_json(folder.storage_file, to_json(place))
 
 
@@ -139,11 +137,15 @@ def check_study_there(folder: RunFolder, storage: optuna.storages.RDBStorage) ->
     place = place_of(folder)
     if place is None or not any((folder.path / "trials").glob("*/trial.json")):
         return
-    if place.study not in [one.study_name for one in storage.get_all_studies()]:
+    if not _holds(storage, place):
         raise RunError(
             f"'{printable(folder.path)}' has trials, but the database '{place.url}' does not hold their study "
             f"'{place.study}'. Put a copy of the database back, or start a new run."
         )
+
+
+def _holds(storage: optuna.storages.RDBStorage, place: StudyPlace) -> bool:
+    return place.study in [one.study_name for one in storage.get_all_studies()]
 
 
 def place_of(folder: RunFolder) -> StudyPlace | None:

@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -147,6 +148,13 @@ def test_a_run_ends_with_a_front_within_the_budget(run: Path, place: Path) -> No
     assert (run / "report" / "front.png").stat().st_size > 10_000
 
 
+def test_a_blank_prompt_is_refused_before_anything_is_written(run: Path, place: Path) -> None:
+    done = foldsearch("export", "runs/tiny", "--out", "blank", "--prompt", " ", cwd=place)
+    assert done.code == 2
+    assert "it is blank" in done.err
+    assert not (place / "blank").exists()
+
+
 def test_the_chosen_model_is_exported_as_it_was_measured(run: Path, place: Path) -> None:
     from foldsearch.export import load_exported
 
@@ -183,9 +191,16 @@ def test_a_plan_is_priced_without_text(place: Path) -> None:
     done = foldsearch("price", "0 2-4", cwd=place)
     assert done.code == 0, done.err
     assert "total, GB" in done.out
+    assert re.search(r"batch 1, \w+ weights$", done.out.strip())  # in the dtype's own numbers
     refused = foldsearch("price", "0 2-5", cwd=place)
     assert refused.code == 2
     assert "blocks go from 0 to 4" in refused.err
+    held = foldsearch("price", "0 2-4", "--weights", "q8_0", cwd=place)
+    assert "no export holds" not in held.err
+    assert "gguf weights in q8_0" in held.out
+    other = foldsearch("price", "0-2~linear 3-4", "--weights", "q8_0", cwd=place)
+    assert other.code == 0, other.err
+    assert "no export holds this plan in q8_0: gguf has nothing for" in other.err
 
 
 def test_a_model_is_inspected(place: Path) -> None:

@@ -22,6 +22,7 @@ from foldsearch.export import Shipment, checks, export, load_exported, ship
 from foldsearch.export import dense as beside_dense
 from foldsearch.export.card import read_card
 from foldsearch.export.figures import Predicted
+from foldsearch.export.folder import whole_or_absent
 from foldsearch.model.fold import cast, fold
 from foldsearch.model.parts import Borrowed
 from foldsearch.plan.plan import FoldPlan
@@ -298,3 +299,18 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch, error):
     with pytest.raises((KeyboardInterrupt, InputError)):
         export(model, None, tmp_path / "out", Shipment(plan, "folded", "float32", IDS))
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other.5.partial", ".out.4.partial"]
+
+
+def test_a_folder_that_came_to_be_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def export() -> None:
+        with whole_or_absent(out, 1) as temporary:
+            (temporary / "model").write_text("new")
+            out.mkdir()
+            (out / "mine.txt").write_text("somebody else's")
+
+    with pytest.raises(InputError, match="exists already"):
+        export()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]

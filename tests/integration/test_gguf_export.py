@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from foldsearch import runtimes
 from foldsearch.errors import InputError, ModelError, PlanError, VerificationError
-from foldsearch.export import Shipment, engine, export
+from foldsearch.export import Shipment, engine, export, load_exported
 from foldsearch.export.card import read_card
 from foldsearch.export.recheck import recheck
 from foldsearch.model.blocks import FAMILIES
@@ -317,6 +318,27 @@ def shipment(**more: Any) -> Shipment:
 @pytest.fixture(scope="module")
 def base() -> PreTrainedModel:
     return dense("llama", vocab_size=320)
+
+
+def test_without_text_the_tolerance_is_of_the_probe_that_is_asked(base, tmp_path: Path) -> None:
+    """On random tokens 8-bit inputs move a model by another amount than on the text that the export was checked on.
+
+    Oracle: what rounding the inputs does to the model on that probe, by torch, of the file's own numbers.
+    """
+    pytest.importorskip("xllamacpp")
+    out = tmp_path / "out"
+    report = export(folded(base, DROPPED), bytes_tokenizer(), out, shipment(weights="q8_0", shows_text=False))
+    card = read_card(out)
+    held, _ = load_exported(out)
+    with np.load(out / "check.npz") as kept:
+        ids_NT, text_NT = (torch.from_numpy(kept[name]) for name in ("ids_NT", "text_NT"))
+    assert runtime_named("gguf").engine is not None
+    asked = engine.EngineJob(runtime_named("gguf").engine, torch.get_num_threads(), ids_NT, text_NT)
+    expected = engine.tolerance_of(held.float(), asked, engine.expected(held.float(), asked), "q8_0")
+    assert card.probe.engine_tolerance == pytest.approx(expected, rel=0.05)
+    assert report.engine is not None
+    assert card.probe.engine_tolerance != report.engine.tolerance
+    assert recheck(out).faults == []
 
 
 def test_an_export_is_checked_in_llama_cpp(base, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 import transformers as tf
 import yaml
 
-from foldsearch.export.passport import passport
+from foldsearch.export.passport import is_passport, passport
 from foldsearch.model.fold import fold
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.runtimes import stock
@@ -101,3 +101,17 @@ def test_weights_that_differ_are_told():
     told = made("0 2-4", changed="healed in closed form")["weights"]
     assert told.startswith("others than the base model's: healed in closed form. ")
     assert "another model, and a worse one" in told
+
+
+@pytest.mark.parametrize(
+    ("text", "ours"),
+    [
+        ("precious", False),
+        ("[1]", False),
+        ('{"plan": "0-3"}', False),
+        (json.dumps(made("0 2-4")), True),
+    ],
+)
+def test_only_a_plan_is_overwritten(text, ours, tmp_path):
+    (tmp_path / "file").write_text(text)
+    assert is_passport(tmp_path / "file") == ours

@@ -29,7 +29,7 @@ from foldsearch.paths import command
 from foldsearch.record import Trial
 from foldsearch.run import Run
 from foldsearch.search import events
-from foldsearch.search.records import read_trials
+from foldsearch.search.records import Records, read_trials
 from foldsearch.search.run import run_search
 from foldsearch.search.storage import STUDY_NAME
 from tests.fake_driver import FAKES, study
@@ -60,6 +60,28 @@ def check_whole(run: Path) -> list[Trial]:
     for trial in trials:
         assert [result.recovery_tokens for result in trial.results] == tokens[: len(trial.results)]
     return trials
+
+
+def test_measuring_the_rivals_is_a_part_of_a_runs_time(
+    shared_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: what was written down before they were measured, and a pause in place of that."""
+    kept: list[float] = []
+    run = tmp_path / "run"
+
+    def measure_rivals(*_: object, **__: object) -> None:
+        kept.append(Records(Run.open(run)).elapsed)
+        time.sleep(0.5)
+
+    monkeypatch.setattr("foldsearch.shipped.measure_rivals", measure_rivals)
+    # The fake context has no model to look at before the first trial.
+    monkeypatch.setattr(
+        "foldsearch.search.run._is_real",
+        lambda context: run.exists() and bool(Records(Run.open(run)).front()),
+    )
+    run_search(study(trials=1), run, **FAKES)
+    (before,) = kept
+    assert Records(Run.open(run)).elapsed >= before + 0.5
 
 
 def test_a_search_end_to_end_with_a_killed_worker_and_a_broken_trial(

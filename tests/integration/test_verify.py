@@ -24,6 +24,7 @@ from foldsearch.export import Shipment, export
 from foldsearch.export import card as card_module
 from foldsearch.export.card import Probe, files_of, hashes_of, read_card, write_card
 from foldsearch.export.recheck import Rechecked, _ways, recheck
+from foldsearch.export.recipe import _in_folder
 from foldsearch.model.fold import fold
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.runtimes import runtime_named, stock, verify
@@ -268,3 +269,20 @@ def test_code_of_an_export_is_run_only_where_this_foldsearch_ships_it(
     ways = [how for _, _, how in _ways(tmp_path, runtime_named("folded"), found)]
     assert ways == (["", "own code"] if not told else [""])
     assert [words.partition("ships other code: ")[2] for words in found.skipped] == ([told] if told else [])
+
+
+@pytest.mark.parametrize(
+    ("readme", "told"),
+    [
+        ("---\nlicense: apache-2.0\n---\n", "apache-2.0"),
+        ("---\ntags:\n- a\nlicense: 'mit' # kept\n---\n", "mit"),
+        ("---\nlicense:\n- apache-2.0\n- mit\n---\n", "apache-2.0, mit"),
+        ("---\nlicense:\ntags:\n- a\n---\n", "unknown"),
+        ("---\ntags:\n- a\n---\nThe data\nlicense: gpl-3.0-only\n", "unknown"),
+        ("---\nlicense: [\n---\n", "unknown"),
+        ("no front matter", "unknown"),
+    ],
+)
+def test_a_licence_is_what_the_front_matter_says(tmp_path: Path, readme: str, told: str) -> None:
+    (tmp_path / "README.md").write_text(readme)
+    assert _in_folder(tmp_path) == told

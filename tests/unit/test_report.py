@@ -371,6 +371,12 @@ def test_the_front_and_a_pick_say_which_runtimes_hold_a_plan_and_at_what_size(vi
         (row,) = (line for line in table if line[:9].split()[-1:] == [str(entry.number)])
         cells = row.split()[-len(RUNTIMES) :]
         words = terminal.runtimes_words(view, entry.plan)
+        for runtime in RUNTIMES:  # each that is told not to hold the plan lacks what is told beside it
+            if (refusal := runtime.refusal(entry.plan)) is not None:
+                assert re.search(
+                    rf"not to [\w ]*\b{runtime.name}\b[\w ]*, which cannot hold {re.escape(refusal[0])}",
+                    words,
+                )
         for cell, runtime in zip(cells, RUNTIMES, strict=True):
             held = runtime.refusal(entry.plan) is None
             seen.add(held)
