@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -201,13 +202,14 @@ def _asked(context: TrialContext, progress: StageProgress) -> TrialContext:
     sets = (bench.splits.search, bench.trained, bench.splits.report)
     seconds = time.monotonic() - began
     # Torch is imported and the model opened before; where the answers are in the cache, nothing is told.
-    asking, tokens = 0.0, 0.0
+    paces = []
     for stage, shares in told.items():
         (then, first), (now, last) = shares[0], shares[-1]
         asked = next(one for one in sets if one.name in stage)
-        asking, tokens = asking + now - then, tokens + (last - first) * asked.ids_NT.numel()
-    pace = asking / (ASKING * tokens) if tokens else 0.0
-    return replace(context, asking_seconds=seconds, token_seconds=pace)
+        if tokens := (last - first) * asked.ids_NT.numel():
+            paces.append((now - then) / (ASKING * tokens))
+    # Not their mean: whatever else is at work at the beginning, as the disk that takes a copy of the model, slows one.
+    return replace(context, asking_seconds=seconds, token_seconds=median(paces) if paces else 0.0)
 
 
 def cost_table(found: source.ModelSource, config: PretrainedConfig) -> CostTable:

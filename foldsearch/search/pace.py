@@ -22,14 +22,16 @@ from foldsearch.spec.propose import baseline_count
 from foldsearch.spec.space import Space
 from foldsearch.spec.study import Study
 
-# Seconds that the first round takes longer than the others, 26 to 34 in four demos on two cores: Ray begins (12), its
-# workers read the libraries and the model (8), and drafts ask the dense model for residual states. A round that is lost
-# for a few seconds costs more than a few seconds of screening.
-START = 40.0
+# Seconds that the first round takes longer than the others, 17 to 34 in six demos on two cores: Ray begins (12), its
+# workers read the libraries and the model (8), and drafts ask the dense model for residual states.
+START = 35.0
 LONGEST = 1.05  # of a trial's time: a round takes as long as the longest of its trials
 # Of a round, what screening gives at most for one more: it is also what the last round may be late by, and then the
 # time that was given is lost, as a round that would not end in time is not begun.
 GIVEN = 0.25
+# Of a round, what screening leaves of the time that no round fills: a trial was reckoned 13 % too long in one demo and
+# 10 % too short in others, and a round that is lost for seconds costs more than those seconds of screening.
+KEPT = 0.4
 TRAINING = 3.0  # a token of training costs about three forward passes
 
 
@@ -45,7 +47,8 @@ def rung_work(study: Study, rung: int) -> float:
 def screening_seconds(study: Study, left: float, closing: float, trial: float) -> float:
     """How much of the time of a run its screening has: about its share, so that the rest holds whole rounds of trials.
 
-    Those of a round take about as long as one another, and one that would not end in time is not begun.
+    Those of a round take about as long as one another, and one that would not end in time is not begun. What is wanting
+    to one more round is taken from the screening where it is little; what no round fills goes to it, but for `KEPT`.
 
     Args:
         study: of the run.
@@ -60,7 +63,8 @@ def screening_seconds(study: Study, left: float, closing: float, trial: float) -
     rounds = math.floor(rest / trial + GIVEN)
     if rounds * trial - rest > share / 2:
         rounds -= 1
-    return share + rest - rounds * trial
+    spare = rest - rounds * trial
+    return share + (spare if spare < 0 else max(0.0, spare - KEPT * trial))
 
 
 @dataclass(slots=True)

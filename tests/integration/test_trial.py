@@ -14,6 +14,7 @@ import shutil
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 import pytest
@@ -825,16 +826,16 @@ def test_preparing_again_gives_the_same_run(prepared):
 
 
 def test_the_first_pace_is_that_of_asking_alone(prepared, tmp_path, monkeypatch):
-    """By a clock of which each look takes a second: a batch of each set, whatever was opened before."""
+    """By a clock of which each look takes a second: the median of the sets' batches, whatever was opened before."""
     ticks = count()
     monkeypatch.setattr("foldsearch.prepare.time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
-    for expected in (3.0, 0.0):  # the second time, the answers are known
+    for expected in (1.0, 0.0):  # the second time, the answers are known
         close_workbench()
         found = prepare_context(prepared.study, tmp_path / f"run {expected}", cache_dir=tmp_path / "cache")
         splits = read_splits(found.run)
-        tokens = sum(one.ids_NT.numel() for one in (splits.search, splits.recovery, splits.report))
+        tokens = median(one.ids_NT.numel() for one in (splits.search, splits.recovery, splits.report))
         assert found.token_seconds == pytest.approx(expected / (prepare.ASKING * tokens))
-        assert found.asking_seconds > expected
+        assert found.asking_seconds > 3 * expected
 
 
 def test_what_a_process_works_with_stays_in_the_cache_until_it_lets_go(prepared, tmp_path):
