@@ -16,7 +16,7 @@ from foldsearch.run import Run
 from foldsearch.search.records import Records
 from foldsearch.shipped import judged
 from foldsearch.spec.space import Space
-from foldsearch.spec.study import GateSettings, SplitSettings, Study
+from foldsearch.spec.study import GateSettings, RecoverySettings, SplitSettings, Study
 from foldsearch.trial import run_trial
 from tests.tiny import save_model, write_corpus
 
@@ -33,6 +33,7 @@ def tiny_study(place: Path, *, around: str = "$A", **settings: Any) -> Study:
         "rungs": (0, 64),
         "splits": SplitSettings(sequence_length=32, search=2, recovery=4, report=2),
         "gates": GateSettings(steps=2),
+        "recovery": RecoverySettings(batch=2),  # a step that memory does not hold is taken in halves
     }
     return Study(**{**usual, **settings})
 

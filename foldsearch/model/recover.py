@@ -54,6 +54,8 @@ from foldsearch.paths import printable
 
 TOGETHER = 8  # elements that make one output, of a vector or a factor, which may each move by the whole rate
 LEAST = 0.1  # RMS of a vector that is counted at least
+# Of AdamW. A recovery is a few dozen steps, so its means forget faster than is usual, 0.9 and 0.999 (docs/log.md).
+BETAS = (0.8, 0.99)
 LAST_BLOCKS = 3  # arXiv 2411.15558
 
 
@@ -283,6 +285,7 @@ class Recovery:
         self._optimizer = torch.optim.AdamW(
             [{"params": [parameter], "unit": units[name]} for name, parameter in self.trained.items()],
             lr=0.0,
+            betas=BETAS,
             weight_decay=0.0,
         )
         self._order = self._sequences()

@@ -69,7 +69,7 @@ class RecoveryTraining:
     next_token: float = 0.0
     kl: float = 1.0
     tail: float = 0.1
-    batch: int = 2
-    warmup: float = 0.1
+    batch: int = 1
+    warmup: float = 0.3
     clip: float = 1.0
     seed: int = 0

@@ -19,6 +19,7 @@ from foldsearch.plan.plan import FoldPlan
 from foldsearch.run import Run
 from foldsearch.search.screened import is_screened
 from foldsearch.spec.fit import feasible_share, for_runtime, narrow, size, smallest
+from foldsearch.spec.largest import smaller_steps
 from foldsearch.spec.propose import first_trials
 from foldsearch.spec.study import Study
 
@@ -56,7 +57,7 @@ def lacks_memory(run: Run, dtype: str) -> str:
         return ""
     jobs, screens = run.study.jobs, is_screened(run.study, run.study.space)
     remedies = ["fewer jobs"] * (jobs > 1) + ["no screening (screen.plans = 0)"] * screens
-    remedies += ["smaller or shorter batches (recovery.batch, splits.sequence_length)"]
+    remedies += smaller_steps(run.study)
     return (
         f"this search takes about {needed / GB:.1f} GB of memory, and {free / GB:.1f} GB are free: it may be slow, or "
         f"end for lack of it. Less is taken by {', '.join(remedies)}."

@@ -97,10 +97,16 @@ def too_large_words(proposal: Proposal, study: Study, happened: str) -> str:
     """
     assert proposal.plan is not None, "it holds its plan"
     remedies = ["fewer jobs"] * (study.jobs > 1)
-    remedies += ["smaller or shorter batches (recovery.batch, splits.sequence_length)"]
+    remedies += smaller_steps(study)
     remedies += ["lower ranks (recover.delta_ranks)"] * (len(study.space.recover.delta_ranks) > 1)
     return (
         f"a step of training has to fit into memory, but that of the largest plan which may be proposed "
         f"({proposal.plan.depth} blocks run, deltas of rank {proposal.recovery.delta_rank}) {happened}. Trials like it "
         f"will fail; smaller ones may fit. Less is taken by {', '.join(remedies)}."
     )
+
+
+def smaller_steps(study: Study) -> list[str]:
+    """What makes a step of training smaller, as remedies."""
+    smaller = ["smaller batches (recovery.batch)"] * (study.recovery.batch > 1)
+    return [*smaller, "shorter sequences (splits.sequence_length)"]

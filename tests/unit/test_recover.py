@@ -45,7 +45,7 @@ TEXTS = (TEXT, REPLACED)
 TRAINS = get_args(Trained)
 TOKENS = token_set("recovery", sequences=8, length=20)
 STEP = 2 * 20  # tokens
-SETTINGS = RecoveryTraining(learning_rate=0.05, delta_rank=2)
+SETTINGS = RecoveryTraining(learning_rate=0.05, delta_rank=2, batch=2, warmup=0.1)
 
 
 def folded(name: str = "llama", text: str = TEXT):
@@ -310,7 +310,7 @@ def test_the_gradient_is_that_of_the_plain_loss(name, weights, front, monkeypatc
     Of what stands in front of a text only the last token is trained on: it predicts how the text begins.
     """
     next_token, kl, tail = weights
-    settings = RecoveryTraining(delta_rank=2, next_token=next_token, kl=kl, tail=tail, clip=1e9)
+    settings = replace(SETTINGS, next_token=next_token, kl=kl, tail=tail, clip=1e9)
     ours = recovery(name, settings, tokens=as_tokens(TOKENS.ids_NT, front))
     scatter(ours.trained, scale=0.03)
     found: dict[str, torch.Tensor] = {}
@@ -346,7 +346,7 @@ def test_the_gradient_is_that_of_the_plain_loss(name, weights, front, monkeypatc
 
 
 def test_the_gradient_is_clipped(monkeypatch):
-    ours = recovery(settings=RecoveryTraining(delta_rank=2, clip=1e-3))
+    ours = recovery(settings=replace(SETTINGS, clip=1e-3))
     norms = []
     monkeypatch.setattr(
         ours._optimizer,
@@ -450,7 +450,7 @@ def test_what_is_saved_rebuilds_the_model(tmp_path, text):
 
 
 def test_an_absurd_learning_rate_diverges():
-    ours = recovery(settings=RecoveryTraining(learning_rate=1e30, delta_rank=2), total=20 * STEP)
+    ours = recovery(settings=replace(SETTINGS, learning_rate=1e30), total=20 * STEP)
     with pytest.raises(Diverged, match=r"became nan after \d+ tokens at learning rate 1e\+30. Lower the"):
         ours.train(20 * STEP)
     assert not ours.model.training
@@ -458,7 +458,7 @@ def test_an_absurd_learning_rate_diverges():
 
 def test_learning_rates(monkeypatch):
     """Twenty steps: up to the peak in two, then a cosine down to a tenth; each parameter in its own unit."""
-    ours = recovery(settings=RecoveryTraining(learning_rate=1.0, delta_rank=2), total=20 * STEP)
+    ours = recovery(settings=replace(SETTINGS, learning_rate=1.0), total=20 * STEP)
     units = step_units(ours.model)
     rates = []
 
@@ -536,7 +536,7 @@ def test_a_whole_matrix_is_moved_by_what_it_reads(name):
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_first_step_moves_by_the_learning_rate_in_units(text):
     """Adam's first step is the learning rate times the gradient's sign."""
-    ours = recovery(settings=RecoveryTraining(learning_rate=0.03, delta_rank=2, warmup=0.0), text=text)
+    ours = recovery(settings=replace(SETTINGS, learning_rate=0.03, warmup=0.0), text=text)
     started = {key: parameter.detach().clone() for key, parameter in ours.trained.items()}
     ours.train(STEP)
     moved = 0
@@ -561,7 +561,7 @@ def test_going_back_is_to_begin_anew_at_a_lower_rate():
     ours.train(3 * STEP)
     ours.go_back(started, 0.25)
     ours.train(6 * STEP)
-    slow = RecoveryTraining(learning_rate=SETTINGS.learning_rate / 4, delta_rank=2)
+    slow = replace(SETTINGS, learning_rate=SETTINGS.learning_rate / 4)
     other = recovery(settings=slow, total=8 * STEP)
     for _ in range(3 * 2):
         next(other._order)
@@ -578,9 +578,6 @@ def test_every_sequence_is_seen_once_a_pass(monkeypatch):
     ours.train(8 * STEP)
     assert sorted(seen[:8]) == sorted(seen[8:]) == list(range(8))
     assert seen[:8] != seen[8:]
-
-
-PAIRS = replace(SETTINGS, batch=2)
 
 
 def test_half_a_batch_at_a_time_gives_the_gradients_of_the_whole() -> None:
@@ -606,9 +603,9 @@ def test_a_step_that_memory_does_not_hold_is_taken_in_halves(
 ) -> None:
     """Oracle: training that begins in halves."""
     real, sizes = Recovery._add_gradients, []
-    halves = recovery(settings=PAIRS)
+    halves = recovery(settings=SETTINGS)
     halves._parts = 2
-    until = 3 * PAIRS.batch * TOKENS.ids_NT.shape[1]
+    until = 3 * SETTINGS.batch * TOKENS.ids_NT.shape[1]
     halves.train(until)
 
     def lacking(self: Recovery, rows: list[int], scale: object) -> float:
@@ -619,7 +616,7 @@ def test_a_step_that_memory_does_not_hold_is_taken_in_halves(
         return real(self, rows, scale)
 
     monkeypatch.setattr(Recovery, "_add_gradients", lacking)
-    found = recovery(settings=PAIRS)
+    found = recovery(settings=SETTINGS)
     found.train(until)
     assert sizes == [2, 1, 1, 1, 1, 1, 1]  # it is tried whole once
     for name, parameter in halves.trained.items():
@@ -632,5 +629,5 @@ def test_what_half_a_step_does_not_fit_is_raised(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Recovery, "_add_gradients", lacking)
     with pytest.raises(RuntimeError, match="4096 bytes") as told:
-        recovery(settings=PAIRS).train(10**6)
+        recovery(settings=SETTINGS).train(10**6)
     assert bytes_asked(told.value) == "4096 bytes"
