@@ -443,7 +443,7 @@ def recover_trial(
 
     trial, folder = run.pick(number=number), run.folder
     with folder.held():
-        if is_done(standing(folder, number, asked), folder.trial(number), asked):
+        if is_done(standing(folder, number, asked), folder, asked):
             notice(f"trial {number} was trained on {asked.tokens:,} tokens already.")
             return
         held = read_splits(folder).recovery.ids_NT.numel()

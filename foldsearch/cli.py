@@ -613,7 +613,8 @@ def _recover(args: argparse.Namespace) -> int:
     trial = view.latest(before)
     start, began = trial.last.recovery_tokens, time.monotonic()
     asked = FurtherTraining(args.tokens, args.trains, args.time)
-    again = command("recover", args.run, "--trial", str(args.trial), "--tokens", str(args.tokens))
+    trains = ("--trains", args.trains) if args.trains else ()
+    again = command("recover", args.run, "--trial", str(args.trial), "--tokens", str(args.tokens), *trains)
     try:
         with _status() as progress:
             for step in recover_trial(view, args.trial, asked, progress=progress, notice=_say):

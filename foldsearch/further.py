@@ -23,7 +23,7 @@ from foldsearch.model.training import FurtherTraining
 from foldsearch.paths import printable
 from foldsearch.progress import StageProgress, TimeUp, silent
 from foldsearch.record import Trial, read_trial
-from foldsearch.run import RunFolder, TrialFolder
+from foldsearch.run import Run, TrialFolder
 from foldsearch.trial import Course, go_on
 
 STEPS = 8  # after which the model is measured, of the way to the last token
@@ -58,7 +58,7 @@ def recover_further(
     deadline = None if asked.seconds is None else time.monotonic() + asked.seconds
     place = context.run.trial(number)
     trial = standing(context.run, number, asked)
-    if is_done(trial, place, asked):
+    if is_done(trial, context.run, asked):
         return
     marks = marks_until(asked.tokens, trial, context)
     context = _with_rungs(context, trial, marks)
@@ -99,7 +99,7 @@ def _rungs_of(trial: Trial, context: TrialContext) -> int:
     return len(known.results)
 
 
-def standing(run: RunFolder, number: int, asked: FurtherTraining) -> Trial:
+def standing(run: Run, number: int, asked: FurtherTraining) -> Trial:
     """The trial as it stands: as it was trained further, or as the run left it.
 
     Args:
@@ -131,7 +131,7 @@ def standing(run: RunFolder, number: int, asked: FurtherTraining) -> Trial:
     else:
         trial = earlier
     done = trial.last.recovery_tokens
-    if asked.tokens <= done and not is_done(trial, place, asked):
+    if asked.tokens <= done and not is_done(trial, run, asked):
         raise InputError(
             f"tokens are those in all, and must be more than the {done:,} that trial {number} was trained on; got "
             f"{asked.tokens:,}. Give more."
@@ -139,9 +139,11 @@ def standing(run: RunFolder, number: int, asked: FurtherTraining) -> Trial:
     return trial
 
 
-def is_done(trial: Trial, place: TrialFolder, asked: FurtherTraining) -> bool:
-    """Whether a trial that was trained further has come to the end that is asked for."""
-    return place.further.record.exists() and trial.ended and trial.last.recovery_tokens == asked.tokens
+def is_done(trial: Trial, run: Run, asked: FurtherTraining) -> bool:
+    """Whether a trial that was trained further has come to the end that is asked for, which is that of a whole step."""
+    step = run.study.recovery.batch * run.study.splits.sequence_length
+    beyond = trial.last.recovery_tokens - asked.tokens
+    return run.trial(trial.number).further.record.exists() and trial.ended and 0 <= beyond < step
 
 
 def _with_rungs(context: TrialContext, trial: Trial, marks: tuple[int, ...]) -> TrialContext:

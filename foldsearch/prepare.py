@@ -426,7 +426,7 @@ def make_study_splits(
         SplitRules(
             sizes.sequence_length,
             num_sequences,
-            unseen=() if search_only else study.kinds.unseen,
+            unseen=study.kinds.unseen,
             over=study.kinds.objective,
         ),
         progress=lambda message: progress(message, 0.0),

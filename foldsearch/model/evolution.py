@@ -20,7 +20,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from foldsearch.errors import InputError
+from foldsearch.errors import InputError, PlanError
+from foldsearch.model.blocks import decoder_blocks
 from foldsearch.model.fold import fold
 from foldsearch.model.judge import DenseTargets, judge
 from foldsearch.model.tokens import TokenSet
@@ -190,10 +191,16 @@ class _Fitness:
         return sorted(rng.sample(range(num_sequences), min(num_sequences, max(1, num_tokens // length))))
 
     def kl(self, plan: FoldPlan, rows: list[int]) -> float:
-        """Mean KL(dense ‖ folded) in nats a token; infinite where it is no finite number."""
+        """Mean KL(dense ‖ folded) in nats a token; infinite where it is no finite number, or no such model exists."""
         tokens = self._tokens
         part = tokens.of(rows)
-        kl = judge(fold(self._dense, plan), part, self._targets.of(rows)).kl
+        try:
+            model = fold(self._dense, plan)
+        except PlanError:
+            if plan.num_blocks != len(decoder_blocks(self._dense)):
+                raise
+            return math.inf  # no block attends, in a hybrid
+        kl = judge(model, part, self._targets.of(rows)).kl
         self.tokens_done += part.num_tokens
         self.evaluations += 1
         return kl if math.isfinite(kl) else math.inf

@@ -112,7 +112,9 @@ def by_squares(written_MD: Tensor, _own_MD: Tensor, missing_MD: Tensor) -> Tenso
         missing_MD: what the dense model's state after the gap is beyond that, L − Y − M.
     """
     gram_DD = in_float64(written_MD.T @ written_MD)
-    gram_DD.diagonal().add_(LEAST_RIDGE * float(gram_DD.diagonal().mean()))
+    # Above zero also where nothing is written: then nothing is changed.
+    least = torch.finfo(gram_DD.dtype).tiny
+    gram_DD.diagonal().add_(max(LEAST_RIDGE * float(gram_DD.diagonal().mean()), least))
     cross_DD = in_float64(written_MD.T @ missing_MD)
     solution_DD: Tensor = torch.linalg.solve(gram_DD, cross_DD)
     return solution_DD.to(written_MD)

@@ -181,10 +181,12 @@ def unit_writer(
     """What a unit that is there writes to the stream; None where it is not this block's alone."""
     # Where a norm stands after a unit, its last linear comes last in the block too (a test looks).
     # Phi-3's attention, without such a norm, ends in another one.
-    norm, names = unit.output, linears(block, unit)
+    names = linears(block, unit)
     if not names:
         return None  # experts
-    path = norm if norm in names else names[-1]
+    path = unit.output if unit.output in names else names[-1]
+    # What ends a unit is a norm after it, unless it is the unit itself: a MLP that may be one of experts.
+    norm = path if unit.output in unit.modules else unit.output
     writer = StreamWriter.alone(block, path, norm, shared)
     if writer is not None:
         writer.multiplier = multiplier
@@ -435,7 +437,10 @@ class StreamText:
         read: list[tuple[slice, Tensor]] = []
 
         def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            read.append((here, writer.reads(args[0])))
+            reads = writer.reads(args[0])
+            # A network of a parallel block reads the states themselves, and what it reads is overwritten below.
+            is_own = reads.untyped_storage().data_ptr() == self.own_NTD.untyped_storage().data_ptr()
+            read.append((here, reads.clone() if is_own else reads))
 
         handle = writer.module.register_forward_pre_hook(keep)
         try:

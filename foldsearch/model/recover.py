@@ -139,10 +139,13 @@ def attach(
                 parameter.requires_grad_(True)
                 trained[f"{path}.{name}"] = parameter
     if not trained:
-        raise InputError(
-            f"recovery must have something to train, but trains = '{trains}' is what healing solves, and nothing of "
-            "this plan is healed. Take trains = 'deltas' or 'last'."
+        why = (
+            f"trains = '{trains}' is what healing solves, and nothing of this plan is healed. Take trains = 'deltas' "
+            "or 'last'."
+            if trains == "healed"
+            else f"deltas of rank {delta_rank} are none, and nothing else of this plan is trained. Take a rank above 0."
         )
+        raise InputError(f"recovery must have something to train, but {why}")
     model.train(model.training)  # what was added is in the model's mode
     return trained
 

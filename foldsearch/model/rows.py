@@ -268,7 +268,10 @@ def _arrow_errors(path: Path, kind: str) -> Iterator[None]:
 
     try:
         yield
-    except pyarrow.ArrowException as error:
+    except DataError:  # is a ValueError too
+        raise
+    # Texts and dates that are none are found when they are read.
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         what = f"{printable(path)}: not a readable {kind} file"
         raise DataError(quote_error(what, error, "If it is damaged, fetch it again.")) from error
 

@@ -61,6 +61,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LEAST", "Data", "SplitRules", "make_splits", "split_of"]
 
+# In front of a chat template that writes today's date: a text is the same on every day.
+SAME_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 LEAST = 2  # sequences of a split, from different documents: one alone has no standard error
 Sources = str | Source | Sequence[str | Source]
 Data = Sources | Mapping[str, Sources]
@@ -258,11 +260,13 @@ def _by_hash(documents: Iterable[str]) -> Pool:
 def _chat_writer(tokenizer: PreTrainedTokenizerBase) -> WriteChat | None:
     if not tokenizer.chat_template:
         return None
-    in_parts = reads_parts(tokenizer)
+    in_parts, template = reads_parts(tokenizer), tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = SAME_DAY + template
 
     def write(messages: list[dict[str, Any]]) -> str:
         held = as_parts(messages) if in_parts else messages
-        return str(tokenizer.apply_chat_template(held, tokenize=False))
+        return str(tokenizer.apply_chat_template(held, tokenize=False, chat_template=template))
 
     return write
 

@@ -7,12 +7,14 @@ states of the blocks that their children stand for (children.py).
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from foldsearch.errors import PlanError
 from foldsearch.model.blocks import decoder_blocks
 from foldsearch.model.children import start_adapters
 from foldsearch.model.fold import fold
@@ -89,10 +91,12 @@ def linear_window(
         slot = Replacement(first, first + count - 1, "linear")
         kept = FoldPlan.dropping(range(first, first + count), num_blocks).slots
         plan = FoldPlan((*kept[:first], slot, *kept[first:]), num_blocks)
-        model = fold(dense, plan)
-        fit = fit_replacement(dense, slot, states, tokens.ids_NT)
-        _put(_new_module(decoder_blocks(model)[first]), fit.values)
-        kl = judge(model, tokens, targets).kl
+        kl = math.inf
+        with suppress(PlanError):  # no block attends, in a hybrid
+            model = fold(dense, plan)
+            fit = fit_replacement(dense, slot, states, tokens.ids_NT)
+            _put(_new_module(decoder_blocks(model)[first]), fit.values)
+            kl = judge(model, tokens, targets).kl
         found.append(kl if math.isfinite(kl) else math.inf)
         if progress is not None:
             progress(first + 1, num_blocks - count + 1)

@@ -389,7 +389,7 @@ def _articles(path: Path) -> Iterator[str]:
                 if field["ns"].text == "0" and "redirect" not in field:
                     yield f"{field['title'].text}\n\n{_plain(field['text'].text or '')}"
                 page.clear()
-    except (ParseError, EOFError, KeyError) as error:
+    except (ParseError, EOFError, LookupError, ValueError) as error:  # also where no such encoding is known
         raise DataError(quote_error(f"{path}: not a readable MediaWiki dump", error)) from error
 
 

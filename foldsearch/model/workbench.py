@@ -66,7 +66,9 @@ class Workbench:
         return self._entry(name, tokens, settings).exists()
 
     def _entry(self, name: str, tokens: TokenSet, settings: dict[str, Any]) -> Path:
-        text = [tokens.content_hash, *([tokens.kinds.over] if len(tokens.kinds.names) > 1 else [])]
+        kinds = tokens.kinds
+        of_kinds = [kinds.over, list(kinds.names), sorted(kinds.unseen)] if len(kinds.names) > 1 else []
+        text = [tokens.content_hash, *of_kinds]
         key = cache.key(SCHEMA, self.files.content_hash, self.files.dtype, text, settings)
         return self.cache_dir / name / f"{key}.json"
 

@@ -20,7 +20,7 @@ from foldsearch.plan.cost import GB, Cost, no_less
 from foldsearch.plan.front import knee
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.result import Quality, rounded
-from foldsearch.plan.stored import StoredTypes
+from foldsearch.plan.stored import StoredTypes, widest_first
 from foldsearch.proposal import Given, Proposal
 from foldsearch.record import (
     DenseRival,
@@ -84,7 +84,7 @@ class RunView:
     def tokens_words(self) -> str:
         """What the trials' models were made with: a token of healing goes forward only, one of training back too."""
         study = self.folder.study
-        healed = f"healed on {study.healing.tokens:,} tokens, forward only; " if study.healing.tokens else ""
+        healed = f"healed on {study.healed_tokens:,} tokens, forward only; " if study.healed_tokens else ""
         return f"{healed}trained on {study.rungs[-1]:,} tokens at most"
 
     @property
@@ -112,14 +112,16 @@ class RunView:
     def agreements(self) -> list[Agreement]:
         """How alike neighbouring measurements order the plans: screening and the first rung, each rung and the next.
 
-        Only where `FEWEST_TO_RANK` plans were measured in both.
+        Only where `FEWEST_TO_RANK` plans were measured in both. A plan in other types is another model; what was
+        screened is held against the widest of them, as nothing was rounded there.
         """
-        told: list[tuple[str, dict[FoldPlan, float]]] = [
-            ("screening", {one.plan: one.quality.kl for one in self.screened})
+        widest = widest_first(self.folder.study.space.types)[0]
+        told: list[tuple[str, dict[tuple[FoldPlan, StoredTypes], float]]] = [
+            ("screening", {(one.plan, widest): one.quality.kl for one in self.screened})
         ]
         for rung, tokens in enumerate(self.folder.study.rungs):
             kls = {
-                trial.plan: trial.results[rung].quality.kl
+                (trial.plan, trial.types): trial.results[rung].quality.kl
                 for trial in self.trials
                 if len(trial.results) > rung and trial.results[rung].known_from is None
             }

@@ -145,9 +145,8 @@ def plan_search(
     splits = study.splits
     # A training token costs about three forward passes; gates are trained once a count and a value of gate_eps.
     search_tokens = splits.search * splits.sequence_length
-    healing_tokens = min(study.healing.tokens, splits.recovery * splits.sequence_length)
     tokens = len(study.rungs) * search_tokens + splits.report * splits.sequence_length + 3 * study.rungs[-1]
-    tokens += round(HEALING * healing_tokens)
+    tokens += round(HEALING * study.healed_tokens)
     fewest, most = space.counts(num_blocks)
     gates = "gate" in space.criteria and min(trials, (most - fewest + 1) * len(space.settings("gate")))
     gate_tokens = 3 * gates * study.gates.steps * GATE_STEP_TOKENS

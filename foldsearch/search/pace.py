@@ -39,7 +39,7 @@ def rung_work(study: Study, rung: int) -> float:
     """Tokens that a trial goes over from the rung before to the end of this one, in forward passes."""
     length, splits = study.splits.sequence_length, study.splits
     trained = study.rungs[rung] - (study.rungs[rung - 1] if rung else 0)
-    healed = 0 if rung else min(study.healing.tokens, splits.recovery * length)
+    healed = 0 if rung else study.healed_tokens
     report = splits.report if rung == len(study.rungs) - 1 else 0
     return HEALING * healed + TRAINING * trained + (splits.search + report) * length
 

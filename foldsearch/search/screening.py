@@ -70,7 +70,7 @@ TRIES = 20  # draws, or steps, until a plan is found that was not measured
 RIVAL_COUNTS = 3  # at which criteria are asked, over the range of the space
 STAGE = "screening plans"
 LENGTH = 64  # tokens of a sequence: more documents at as many tokens tell more (docs/log.md)
-SCHEMA = 7  # of what is kept; raise it when healing, judging, or what they read here changes
+SCHEMA = 8  # of what is kept; raise it when healing, judging, or what they read here changes
 
 
 class Screening:

@@ -561,6 +561,11 @@ class Study(TomlTable):
         }
         return found if isinstance(self.data, Sources) else found["search"]
 
+    @property
+    def healed_tokens(self) -> int:
+        """What trials are healed on: of the recovery text, which may hold fewer than `healing.tokens`."""
+        return min(self.healing.tokens, self.splits.recovery * self.splits.sequence_length)
+
     def own_text(self) -> tuple[str, int]:
         """The kind of the text that the dense model writes itself, and how many of the recovery sequences are of it."""
         sources = [one for one in self._by_split()["recovery"] if one.kind not in self.kinds.unseen]

@@ -87,6 +87,13 @@ def test_offspring_drop_as_many_attentions_and_mlps_as_their_parent(plan, units,
         assert not changed[0] & (attention ^ mlp)  # and what was halved stays so
 
 
+def test_of_a_hybrid_no_plan_is_found_in_which_no_block_attends():
+    """Blocks 1 to 3 attend, so without them no model exists; evolution that begins there ends elsewhere."""
+    dense, settings = dense_model("lfm2"), EvolutionSettings(generations=3, offspring=4)
+    found = evolve(dense, TOKENS, ask_dense(dense, TOKENS), dropping(1, 2, 3), settings)
+    assert set(found.plan.dropped) != {1, 2, 3}
+
+
 def test_most_mutations_are_one_swap():
     """The lower of two even draws from 1, 2, 3 is 1 in 5 of 9 cases, 2 in 3, 3 in 1; few of many swaps undo another."""
     plan = FoldPlan.dropping(range(50, 100), 100)

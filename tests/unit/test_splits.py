@@ -742,6 +742,15 @@ def test_a_chat_is_written_as_the_model_writes_it(tmp_path: Path) -> None:
             for start in (0, 6):
                 first = ids[start + 1]
                 assert ids[start : start + 6] == [1, first, 500, first + 1, first + 2, 500]
+    made = splits.search.content_hash
+    given.chat_template = "{{ strftime_now('%d %b %Y') }} " + given.chat_template
+    dated = make_splits(
+        str(tmp_path / "chats.jsonl"), given, sequence_length=12, num_sequences=numbers(4, 4, 4)
+    )
+    assert dated.search.content_hash != made
+    write = splits_file._chat_writer(given)
+    assert write is not None
+    assert write(rows[0]["messages"]).startswith("26 Jul 2024 ")  # a text is the same on every day
     given.chat_template = None
     with pytest.raises(
         DataError, match=r"line 1: 'messages' holds a chat, but this model's tokenizer has no chat"

@@ -84,6 +84,10 @@ def test_parquet(tmp_path: Path) -> None:
         load_documents(Source(str(file), "body"))
     with pytest.raises(DataError, match=r"row 1: 'other' must hold text, or a chat .*, not int"):
         load_documents(Source(str(file), "other"))
+    broken = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
+    pq.write_table(pa.table({"text": broken}), file)
+    with pytest.raises(DataError, match="not a readable Parquet file"):  # no text: invalid UTF-8
+        load_documents(str(file))
     file.write_bytes(b"PAR1 no more")
     with pytest.raises(DataError, match="not a readable Parquet file") as error:
         load_documents(str(file))
