@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from foldsearch.fates.drop import Drop
 from foldsearch.plan.front import hypervolume
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.record import Trial
+from foldsearch.record import Trial, point, point_of
 from foldsearch.report.view import Agreement, RunView, rank_correlation
 from foldsearch.search.chain import DROPPED, KEPT, ChainFit, code_of
 
@@ -38,10 +40,11 @@ def _against_baselines(view: RunView) -> Iterator[str]:
             "so nothing says what the search is worth."
         )
     else:
-        better = sum(gain < 0 for gain in gains)
+        better, alone = sum(gain < 0 for gain in gains), len(found) - len(gains)
         yield (
             f"Of the plans on the front that no simple baseline gives, {better} of {len(gains)} have a lower report KL "
-            f"than the best baseline of about their cost or less (Δ KL {min(gains):+.3f} to {max(gains):+.3f})."
+            f"than the best baseline of about their cost or less (Δ KL {min(gains):+.3f} to {max(gains):+.3f})"
+            + (f"; for {alone} more no baseline of such a cost was trained." if alone else ".")
         )
 
 
@@ -65,11 +68,16 @@ def _at_an_end(view: RunView) -> Iterator[str]:
             )
     most = space.counts(view.folder.num_blocks)[1]
     smallest = min(view.front, key=lambda trial: trial.cost.memory_bytes)
-    if smallest.plan.num_blocks - smallest.plan.depth >= most:
+    if (removed := _num_removed(smallest)) >= most:
         yield (
-            f"The smallest plan of the front runs as few blocks as the space allows ({smallest.plan.depth}): for "
-            "smaller ones raise space.removal."
+            f"The smallest plan of the front removes as many blocks as the space allows ({removed}): for smaller ones "
+            "raise space.removal."
         )
+
+
+def _num_removed(trial: Trial) -> int:
+    """Blocks that were removed, whatever took their place; of a plan that was given, without those that are shared."""
+    return len(Drop.undo(trial.plan)[0]) if trial.removed is None else trial.removed.count
 
 
 def _disagreeing(view: RunView) -> Iterator[str]:
@@ -125,7 +133,7 @@ def _growth(view: RunView) -> Iterator[str]:
     volumes = hypervolumes(view, [*quarters, ended - FEWEST + 1])
     grows = volumes[-2] > volumes[-1]
     yield (
-        f"Hypervolume of the front after each quarter of the {ended} trials that ended: "
+        f"Hypervolume of the front after each quarter of the {ended} plans that reached the last rung: "
         f"{' → '.join(f'{one:.3f}' for one in volumes[:-1])}; it {'still grew' if grows else 'did not grow'} in the "
         f"last {FEWEST - 1}."
     )
@@ -134,21 +142,21 @@ def _growth(view: RunView) -> Iterator[str]:
 def hypervolumes(view: RunView, numbers: Iterable[int]) -> list[float]:
     """Of the fronts of the first so many trials that reached the last rung.
 
-    Search KL as a share of the highest that any reached, memory and FLOPs as shares of dense; up to 1 in each.
+    In the run's objectives: search KL as a share of the highest that any reached, what is paid as a share of what the
+    dense model costs; up to 1 in each.
 
     Args:
         view: of the run.
         numbers: of trials, in the order of their numbers.
     """
-    dense = view.folder.dense
+    objectives, folder = view.folder.study.objectives, view.folder
     ended: list[Trial] = sorted(view.finished, key=lambda trial: trial.number)
-    highest = max((trial.quality.kl for trial in ended), default=1.0)
+    highest = max((trial.quality.kl for trial in ended), default=1.0) or 1.0
+    timed = folder.timed_dense
+    dense = replace(folder.dense, prompt_ms=timed.prompt_ms, decode_ms=timed.decode_ms)
+    whole = point_of(highest, dense, objectives)
     points = [
-        (
-            trial.quality.kl / highest if highest else 0.0,
-            trial.cost.memory_bytes / dense.memory_bytes,
-            trial.cost.flops / dense.flops,
-        )
+        tuple(value / one for value, one in zip(point(trial, objectives), whole, strict=True))
         for trial in ended
     ]
-    return [hypervolume(points[:number], (1.0, 1.0, 1.0)) for number in numbers]
+    return [hypervolume(points[:number], (1.0,) * len(whole)) for number in numbers]

@@ -14,7 +14,7 @@ from foldsearch.plan.result import Quality, rounded
 from foldsearch.record import Trial
 from foldsearch.report.colours import DROPPED, FAINT, INK, REPLACED, paint
 from foldsearch.report.health import health
-from foldsearch.report.terminal import budget_words, latency_note
+from foldsearch.report.terminal import budget_words, kinds_words, latency_note
 from foldsearch.report.view import (
     FURTHER,
     NO_ERROR,
@@ -24,8 +24,14 @@ from foldsearch.report.view import (
     gb,
     has_errors,
     milliseconds,
+    report_kl,
     searched_types,
     with_error,
+)
+
+_STRIPS = (
+    "A strip is a plan, block by block: the upper half is attention, the lower half the MLP. A colour is a shared "
+    "weight, its children in the light tone; a dot is a dropped block; pink is replaced."
 )
 
 
@@ -91,10 +97,13 @@ def _page(view: RunView, picture: bytes = b"") -> str:
         "baseline of about the same cost or less. GB are decimal; FLOPs per token. "
         f"{esc(latency_note(view))}Models: {esc(view.tokens_words)}.</p>",
         _trial_table(view),
+        f"<p>{_STRIPS}</p>",
     ]
+    first = view.finished[0]
+    if kinds := kinds_words(view.folder.study, first.final):
+        parts.append(f"<p>{kinds}</p>")
     if any(view.further_words(trial) for trial in view.front_and_baselines):
         parts.append(f"<p>{FURTHER}</p>")
-    first = view.finished[0]
     if not has_errors(first.quality, first.final):
         parts.append(f"<p>{NO_ERROR}</p>")
     if counts := view.by_count():
@@ -208,7 +217,7 @@ def _criteria(counts: dict[int, dict[str, Trial]]) -> str:
     names = list(dict.fromkeys(name for row in counts.values() for name in row))
     rows = ["<tr><th>dropped<th>" + "<th>".join(html.escape(name.replace("_", " ")) for name in names)]
     for count, row in counts.items():
-        best = min(trial.final.kl for trial in row.values())
+        best = min(map(report_kl, row.values()))
         cells = []
         for name in names:
             if name not in row:

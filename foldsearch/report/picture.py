@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from foldsearch.criteria import criterion_of
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 FOUND = "o"  # marker of what the search found
 DPI = 160
+TITLE_WIDTH = 125  # characters of a line above both parts
 MOST_STRIPS = 30  # plans that are drawn and numbered: a longer front would fill pages
 MOST_WORDS = 6  # of the trials beyond an axis: so many are named one by one
 
@@ -148,8 +150,9 @@ def _front_figure(view: RunView) -> Figure:
     _draw_points(view, figure, axes, drawn)
     _draw_strips(view, strips, drawn)
     note = f" ({view.note})" if view.note else ""
+    title = f"{view.model}{note} on {view.data}: KL to dense on the search texts, against memory"
     figure.suptitle(
-        f"{view.model}{note} on {view.data}: KL to dense on the search texts, against memory",
+        "\n".join(wrap(title, TITLE_WIDTH)),
         fontsize=11, color=INK, x=0.01, ha="left", parse_math=False,
     )  # fmt: skip
     return figure
@@ -189,16 +192,21 @@ class _Frame:
         self.y = shown_range([0.0, *kls], most, always=0.0)
         self.beyond = sum(not self.y.holds(kl) for kl in kls)
         shown = [kl for kl in kls if self.y.holds(kl)]
-        self._scale(axes, bends(shown))
+        tops = [
+            t.quality.kl + t.quality.kl_se
+            for t in entries
+            if has_errors(t.quality) and self.y.holds(t.quality.kl)
+        ]
+        self._scale(axes, bends(shown), max(tops, default=0.0))
         edges = (axes.transScale + axes.transLimits).inverted().transform([(0.02, 0.5), (0.98, 0.96)])
         (self._left, _), (self._right, self._top) = edges.tolist()
 
-    def _scale(self, axes: Axes, bend: float | None) -> None:
+    def _scale(self, axes: Axes, bend: float | None, highest_error: float) -> None:
         low, high = self.x
         margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
         axes.set_xlim(low - margin, high + margin)
         axes.ticklabel_format(axis="x", useOffset=False)
-        top = (self.y.high or 1.0) * (1.2 if self.beyond else 1.06)
+        top = max((self.y.high or 1.0) * (1.2 if self.beyond else 1.06), 1.02 * highest_error)
         words = "KL to dense, nats per token (± one standard error)"
         if bend is not None:
             axes.set_yscale("asinh", linear_width=bend)

@@ -37,6 +37,7 @@ from foldsearch.report.view import (
     gb,
     has_errors,
     milliseconds,
+    report_kl,
     searched_types,
     with_error,
 )
@@ -241,7 +242,7 @@ def _front_rows(view: RunView, every: bool) -> list[dict[str, str | Text]]:
     """What stands under each head: of the dense model, then of each trial."""
     shown = sorted(view.finished, key=by_cost) if every else view.front_and_baselines
     front = {trial.number for trial in view.front}
-    best_kl = min(trial.final.kl for trial in shown)
+    best_kl = min(map(report_kl, shown))
     folder, perplexity = view.folder, view.dense_perplexity
     dense: dict[str, str | Text] = {
         "trial": "dense",
@@ -251,7 +252,7 @@ def _front_rows(view: RunView, every: bool) -> list[dict[str, str | Text]]:
     kinds = dict.fromkeys(f"{_KIND}{kind.title}" for trial in shown for kind in trial.final.shown_kinds)
     dense |= dict.fromkeys(kinds, "0")
     dense |= _price(folder.dense, folder.dense) | _times(folder.timed_dense)
-    rows = [dense | _files(view, FoldPlan.identity(folder.num_blocks))]
+    rows = [dense | _files(folder, FoldPlan.identity(folder.num_blocks), folder.study.target.stored_in(""))]
     for rival in view.rivals:
         cost = _price(rival.cost, folder.dense)
         named = {"trial": f"dense {rival.types.label}", "plan": dense["plan"]}
@@ -273,7 +274,8 @@ def _front_rows(view: RunView, every: bool) -> list[dict[str, str | Text]]:
         }
         if final.kl == best_kl:
             row["report KL"] = Text(str(row["report KL"]), style="bold")
-        rows.append(row | _price(trial.cost, folder.dense) | _files(view, trial.plan, trial.types))
+        files = _files(folder, trial.plan, folder.target.storing(trial.types))
+        rows.append(row | _price(trial.cost, folder.dense) | files)
     return rows
 
 
@@ -326,9 +328,9 @@ def _times(cost: Cost) -> dict[str, str | Text]:
     return {name: milliseconds(ms) for name, ms in times.items() if ms is not None}
 
 
-def _files(view: RunView, plan: FoldPlan, types: StoredTypes = AS_TARGET) -> dict[str, str | Text]:
+def _files(folder: Run, plan: FoldPlan, target: Target) -> dict[str, str | Text]:
     """Megabytes of an export to each runtime; a dash where it cannot hold the plan."""
-    found = exported_bytes(plan, view.folder.table, view.folder.target.storing(types))
+    found = exported_bytes(plan, folder.table, target)
     return {
         f"{name} MB": Text("—", style="dim") if size is None else megabytes(size)
         for name, size in found.items()
@@ -406,7 +408,7 @@ def _criteria_table(criteria: Mapping[int, Mapping[str, Trial]], used: Sequence[
     table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0))
     _columns(table, "dropped>", *(f"{name.replace('_', ' ')}>" for name in used))
     for count, row in criteria.items():
-        best = min(trial.final.kl for trial in row.values())
+        best = min(map(report_kl, row.values()))
         cells = []
         for name in used:
             q = row[name].final if name in row else None
@@ -484,6 +486,7 @@ def budget_words(folder: Run) -> str:
 def _footnote(view: RunView) -> Text:
     first = view.finished[0]
     no_error = "" if has_errors(first.quality, first.final) else f"\n{NO_ERROR}"
+    kinds = f"\n{words}" if (words := kinds_words(view.folder.study, first.final)) else ""
     return Text(
         f"● on the front (least {', '.join(view.folder.study.objectives)} on the search texts)  ◆ its knee  "
         f"○ a simple baseline\n"
@@ -492,7 +495,7 @@ def _footnote(view: RunView) -> Text:
         "Δ KL are of the latter. Δ KL: against the best baseline of about the same cost or less. GB decimal: weights + "
         "adapters + KV cache + activations. F: FLOPs per token. MB: of weights in an export to a runtime; — where it "
         f"cannot hold the plan. {latency_note(view)}\n"
-        f"Models: {view.tokens_words}." + _kinds_words(view.folder.study, first.final) + no_error,
+        f"Models: {view.tokens_words}.{kinds}{no_error}",
         style="dim",
     )
 
@@ -506,12 +509,12 @@ def latency_note(view: RunView) -> str:
     return f"ms: {latency_words(latency)}.{dense} "
 
 
-def _kinds_words(study: Study, final: Quality) -> str:
+def kinds_words(study: Study, final: Quality) -> str:
     """How one KL is made of several kinds of text, and which are unseen; empty where there is one kind."""
     if not final.shown_kinds:
         return ""
     over = "that of the worst kind" if study.kinds.objective == "worst" else "the mean over the kinds"
-    words = f"\nBy kind of text: report KL. A KL without a kind is {over}"
+    words = f"By kind of text: report KL. A KL without a kind is {over}"
     if any(kind.unseen for kind in final.kinds):
         words += "; unseen kinds do not count in it: nothing was fitted, trained or chosen on them"
     return words + "."

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from math import floor, isfinite, log10
+from math import floor, inf, isfinite, isnan, log10
 from operator import attrgetter
 from pathlib import Path
 from statistics import correlation
@@ -243,21 +243,27 @@ class RunView:
             if other.cost.memory_bytes <= SAME_COST * trial.cost.memory_bytes
             and other.cost.flops <= SAME_COST * trial.cost.flops
         ]
-        best = min(fair, key=lambda other: other.final.kl, default=None)
+        best = min(fair, key=report_kl, default=None)
         return None if best is None or best.number == trial.number else trial.final.kl - best.final.kl
 
     def by_count(self) -> dict[int, dict[str, Trial]]:
         """For each number of dropped blocks, by criterion, the plan of lowest KL on the search texts.
 
-        Only plans that do nothing but drop blocks. Counts that only one criterion reached are left out.
+        Only plans that do nothing but drop blocks, at each count in the types in which most criteria reached it: a
+        plan in other types is another model. Counts that only one criterion reached are left out.
         """
-        found: dict[int, dict[str, Trial]] = {}
+        rows: dict[tuple[int, StoredTypes], dict[str, Trial]] = {}
         for trial in sorted(self.finished, key=lambda trial: trial.quality.kl, reverse=True):
             if trial.plan.only_drops:
                 for proposal in self.proposals(trial):
                     name = proposal.removed.criterion if proposal.removed else proposal.origin
-                    found.setdefault(len(trial.plan.dropped), {})[name] = trial
-        return {count: row for count, row in sorted(found.items()) if len(row) > 1}
+                    rows.setdefault((len(trial.plan.dropped), trial.types), {})[name] = trial
+        found: dict[int, dict[str, Trial]] = {}
+        for types in widest_first({types for _, types in rows}):
+            for count in sorted(count for count, of_row in rows if of_row == types):
+                if len(row := rows[count, types]) > max(1, len(found.get(count, {}))):
+                    found[count] = row
+        return dict(sorted(found.items()))
 
     def best_held(self, runtime: Runtime, within: Trial) -> Trial | None:
         """The finished trial of lowest KL on the search texts, of those that a runtime holds; None where there is none.
@@ -451,6 +457,11 @@ def _chosen_by(proposal: Proposal) -> str:
 
 def _criterion_words(name: str) -> str:
     return name.replace("block_influence", "influence").replace("_", " ")
+
+
+def report_kl(trial: Trial) -> float:
+    """KL on the report texts, to find the least; one that is no number is the worst."""
+    return inf if isnan(trial.final.kl) else trial.final.kl
 
 
 def by_cost(trial: Trial) -> tuple[int, int, int]:

@@ -20,7 +20,7 @@ from foldsearch.paths import local, printable
 from foldsearch.plan.cost import GB, Cost, CostTable, Target, price
 from foldsearch.plan.front import non_dominated
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.plan.stored import DTYPE_TYPES, StoredTypes
+from foldsearch.plan.stored import DTYPE_TYPES, StoredTypes, widest_first
 from foldsearch.record import Trial, front
 from foldsearch.run import Run, RunFolder
 from foldsearch.search.records import read_trials
@@ -208,7 +208,10 @@ def known_words(run: Run, screened: Iterable[Screened], trained: Iterable[Traine
     kept = [(one, target) for one, target in kept if _keeps_budget(run, one.plan, target)]
     lists = (
         ("trained", [(one.plan, one.kl, _where(one, run), target) for one, target in kept]),
-        ("screened, KL of little text", [(one.plan, one.quality.kl, "", run.target) for one in screened]),
+        (
+            "screened, KL of little text",
+            [(one.plan, one.quality.kl, "", _widest_target(run, one.plan)) for one in screened],
+        ),
     )
     lines = []
     for title, every in lists:
@@ -236,6 +239,12 @@ def _target_of(run: Run, types: StoredTypes) -> Target:
     """The target with what a plan was measured in; where a space has several types, no type is that of the dtype."""
     weights = types.weights or (run.target.weights and DTYPE_TYPES[run.target.dtype])
     return run.target.storing(StoredTypes(weights, types.kv_cache))
+
+
+def _widest_target(run: Run, plan: FoldPlan) -> Target:
+    """The target with the widest of its types in which a plan keeps the budget: a screening rounds no weights."""
+    targets = [run.target.storing(types) for types in widest_first(run.study.space.types)]
+    return next((target for target in targets if _keeps_budget(run, plan, target)), run.target)
 
 
 def _costs(run: Run, plans: Iterable[tuple[FoldPlan, float, str, Target]]) -> list[tuple[Cost, float]]:

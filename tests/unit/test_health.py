@@ -18,6 +18,7 @@ from foldsearch.report.page import write_page
 from foldsearch.report.terminal import front_report
 from foldsearch.report.view import Agreement, RunView
 from foldsearch.search.screened import Screened, write_screened
+from tests.proposals import removing
 from tests.unit.test_report import text_of
 
 
@@ -101,6 +102,28 @@ def test_the_hypervolume_is_that_of_all_trials_so_far(view: RunView) -> None:
     ]
     assert volumes[-1] == pytest.approx(hypervolume(points, (1.0, 1.0, 1.0)))
     assert any(f"→ {volumes[-1]:.3f}" in one for one in health(view))
+
+
+def test_the_hypervolume_is_in_the_runs_own_objectives(view: RunView) -> None:
+    """By hand: of KL and memory alone, two numbers a point, whatever the FLOPs are."""
+    study = view.folder.study.model_copy(update={"objectives": ("memory", "kl")})
+    view = replace(view, folder=replace(view.folder, study=study))
+    highest, dense = max(trial.quality.kl for trial in view.finished), view.folder.dense
+    points = [(t.cost.memory_bytes / dense.memory_bytes, t.quality.kl / highest) for t in view.finished]
+    assert hypervolumes(view, [len(points)]) == [pytest.approx(hypervolume(points, (1.0, 1.0)))]
+
+
+def test_a_space_that_is_used_up_is_told_whatever_takes_the_blocks_place(view: RunView) -> None:
+    smallest = min(view.front, key=lambda trial: trial.cost.memory_bytes)
+    most = view.folder.study.space.counts(view.folder.num_blocks)[1]
+    for count, told in ((most, True), (most - 1, False)):
+        trial = replace(smallest, proposal=removing("window", count))
+        trials = tuple(trial if one == smallest else one for one in view.trials)
+        found = [
+            one for one in health(replace(view, trials=trials)) if "as many blocks as the space allows" in one
+        ]
+        assert found == ([f"The smallest plan of the front removes as many blocks as the space allows ({count}): for "
+                          "smaller ones raise space.removal."] if told else [])  # fmt: skip
 
 
 @pytest.mark.parametrize("planted", [True, False])

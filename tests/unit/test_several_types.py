@@ -14,7 +14,7 @@ from optuna.trial import FixedTrial
 
 from foldsearch.bound import lower_bound
 from foldsearch.codec import from_json, to_json
-from foldsearch.plan.cost import price
+from foldsearch.plan.cost import GB, price
 from foldsearch.plan.front import dominates
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.stored import Matrix, StoredTypes, every_types, widest_first
@@ -23,10 +23,12 @@ from foldsearch.record import Draft, Trial, best_of_plans, plan_path, point
 from foldsearch.report import terminal
 from foldsearch.report.view import RunView, author
 from foldsearch.run import Run
+from foldsearch.runtimes import exported_bytes
 from foldsearch.search.halving import Decision
 from foldsearch.search.proposer import Line
 from foldsearch.search.records import Records
 from foldsearch.search.run import Search
+from foldsearch.search.screened import Screened
 from foldsearch.search.warm import Trained, known_words
 from foldsearch.spec.fit import narrow, repair
 from foldsearch.spec.load import load_study
@@ -194,6 +196,34 @@ def test_what_is_known_within_the_budget_keeps_it_as_it_was_measured(records: Re
     assert "trained: 1 plans" in words  # by its size, the narrow one
     assert f"{price(plan, records.run.table, narrow_target).memory_bytes / 1e9:.6g} GB" in words
     assert known_words(records.run, (), [own, wide]) == ""  # of its own dtype: of the wide one
+
+
+def test_screened_plans_are_priced_in_the_widest_type_that_keeps_the_budget(records: Records) -> None:
+    """A screening rounds nothing, so the narrowest type's bytes beside its KL were a model that does not exist."""
+    run, quality = records.run, finished(records)[0].quality
+    plans = {FoldPlan.dropping(range(7), NUM_BLOCKS): 2.0, FoldPlan.dropping([2], NUM_BLOCKS): 1.0}
+    screened = [Screened(plan, ("window",), replace(quality, kl=kl)) for plan, kl in plans.items()]
+    words = known_words(run, screened, [])
+    for plan, kl in plans.items():
+        prices = (price(plan, run.table, run.target.storing(types)) for types in run.study.space.types)
+        widest = max(cost.memory_bytes for cost in prices if run.budget.admits(cost))
+        assert f"{widest / GB:.6g} GB  KL {kl:.3f}  {plan}" in words
+
+
+def test_the_dense_model_is_told_in_its_own_type(records: Records) -> None:
+    view = RunView.open(records.run.path)
+    columns = terminal._front_columns(view, every=False)
+    (dense,) = (i for i, cell in enumerate(columns["trial"].cells) if str(cell) == "dense")
+    whole = exported_bytes(
+        FoldPlan.identity(NUM_BLOCKS), view.folder.table, view.folder.study.target.stored_in("")
+    )
+    assert str(columns["gguf MB"].cells[dense]) == terminal.megabytes(whole["gguf"] or 0)
+
+
+def test_criteria_are_compared_in_one_type(records: Records) -> None:
+    """One criterion's plan in 16 bits says nothing beside another's in 4."""
+    for row in RunView.open(records.run.path).by_count().values():
+        assert len({trial.types for trial in row.values()}) == 1
 
 
 def test_what_cannot_fit_in_its_types_takes_the_widest_that_can(records: Records) -> None:
