@@ -108,7 +108,7 @@ def read_splits(folder: RunFolder) -> Splits:
             metadata = file.metadata()
             sets = [_read_set(file, name, json.loads(metadata[name])) for name in SPLITS]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        remedy = "Put back a copy of it, or start a new run."
+        remedy = "Put back a copy of it, or remove it: it is then made again from the texts."
         raise RunError(
             quote_error(f"the token sets of a run, '{printable(path)}', cannot be read", error, remedy)
         ) from error

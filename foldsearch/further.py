@@ -18,7 +18,7 @@ import torch
 from foldsearch.context import TrialContext
 from foldsearch.errors import InputError, RunError
 from foldsearch.machine import Machine
-from foldsearch.model.recover import saved_tokens
+from foldsearch.model.recover import saved_tokens, saved_trains
 from foldsearch.model.training import FurtherTraining
 from foldsearch.paths import printable
 from foldsearch.progress import StageProgress, TimeUp, silent
@@ -118,15 +118,17 @@ def standing(run: Run, number: int, asked: FurtherTraining) -> Trial:
             f"only a trial that reached the last rung can be trained further, but trial {number} of "
             f"'{printable(run.path)}' did not. Name another one."
         )
-    if earlier is not None and asked.trains not in (None, earlier.recovery.trains):
+    # Training that was stopped before it was measured has left its state alone.
+    begun = saved_trains(place.further.optimizer) if earlier is None else earlier.recovery.trains
+    if begun is not None and asked.trains not in (None, begun):
         raise InputError(
             f"training that goes on trains what it began with, and trial {number} was trained further by "
-            f"'{earlier.recovery.trains}'; got '{asked.trains}'. Take that, or remove "
+            f"'{begun}'; got '{asked.trains}'. Take that, or remove "
             f"'{printable(place.further.path)}' to begin anew."
         )
     if earlier is None:
         assert known.proposal is not None
-        recovery = replace(known.recovery, trains=asked.trains or known.recovery.trains)
+        recovery = replace(known.recovery, trains=asked.trains or begun or known.recovery.trains)
         trial = replace(known, proposal=replace(known.proposal, recovery=recovery), files={})
     else:
         trial = earlier

@@ -233,7 +233,12 @@ def read_trial(folder: TrialFolder) -> Trial | None:
     try:
         return from_json(Trial, json.loads(folder.record.read_text()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, FoldsearchError) as error:
-        remedy = "Put back a copy of it, or start a new run."
+        whole = (
+            f"remove '{printable(folder.path)}': `recover` then begins anew"
+            if folder.before
+            else "start a new run"
+        )
+        remedy = f"Put back a copy of it, or {whole}."
         raise RunError(
             quote_error(f"what a trial learnt, '{printable(folder.record)}', cannot be read", error, remedy)
         ) from error

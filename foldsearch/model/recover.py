@@ -360,7 +360,7 @@ class Recovery:
         self.rate = rate
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        write_tensors(path, tensors, {"tokens": str(self.tokens_done)})
+        write_tensors(path, tensors, {"tokens": str(self.tokens_done), "trains": self.settings.trains})
 
     def _trained_tensors(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.trained.items()}
@@ -496,6 +496,21 @@ def saved_tokens(path: Path) -> int:
             "copy of it."
         )
     return int(words)
+
+
+def saved_trains(path: Path) -> Trained | None:
+    """What was trained when `Recovery.save` wrote the file; None where there is no file, or one that does not say.
+
+    Raises:
+        DamagedFileError: the file is damaged.
+    """
+    if not path.exists() or not (words := read_words(path).get("trains", "")):
+        return None
+    if words not in _ATTACH:
+        raise DamagedFileError(
+            f"what was trained says how, but '{printable(path)}' says '{printable(words)}'. Put back a copy of it."
+        )
+    return words
 
 
 def load_trained(trained: dict[str, nn.Parameter], path: Path) -> None:

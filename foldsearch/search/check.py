@@ -15,18 +15,22 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from foldsearch.codec import to_json
-from foldsearch.errors import RunError
+from foldsearch.context import read_splits
+from foldsearch.errors import FoldsearchError, RunError
 from foldsearch.files import write_json
+from foldsearch.identity import Identity
 from foldsearch.model.content import file_hash
 from foldsearch.model.kept import DamagedFileError, read_tensors
 from foldsearch.paths import command, printable
 from foldsearch.rebuild import is_ahead
-from foldsearch.record import Trial, plan_path, point, read_trial
+from foldsearch.record import Trial, plan_path, point, read_rivals, read_trial
 from foldsearch.run import Run, TrialFolder
 from foldsearch.search.records import TOLD, Row, read_rows, write_row
+from foldsearch.search.screened import read_screened
 from foldsearch.search.storage import place_of
 
 
@@ -67,15 +71,14 @@ def check_run(run: Run, *, repair: bool) -> Checked:
     """
     with run.held():
         mended, left = [], []
-        for of_study in (True, False):
-            found = list(_faults_of_study(run) if of_study else _faults_of_trials(run))
-            for fault in found:
+        for look in (_faults_of_study, _faults_of_trials, _faults_of_files):
+            for fault in list(look(run)):
                 if repair and fault.mend is not None:
                     fault.mend()
                     mended.append(fault)
                 else:
                     left.append(fault)
-            if of_study and left:
+            if look is _faults_of_study and left:
                 return Checked(0, (), tuple(mended), tuple(left))
         rows = read_rows(run)
         open_ones = tuple(row.trial.number for row in rows if row.is_open)
@@ -92,7 +95,7 @@ def mend_for_resume(run: Run) -> Iterator[str]:
             raise RunError(f"{fault}. {fault.remedy}")
         fault.mend()
         yield f"{fault}. {fault.remedy}."
-    for fault in [*_faults_of_trials(run, ended=False)]:
+    for fault in [*_faults_of_trials(run, ended=False), *_faults_of_files(run)]:
         if fault.mend is not None:
             fault.mend()
             yield f"{fault}. {fault.remedy}."
@@ -149,7 +152,7 @@ def _put_aside(run: Run, *others: Path) -> None:
     beside = (run.storage.with_name(run.storage.name + ending) for ending in ("", "-wal", "-shm"))
     for file in (*beside, *others):
         if file.exists():
-            file.replace(file.with_name(f"{file.name}.damaged"))
+            _set_aside(file)
 
 
 def _restore(run: Run) -> None:
@@ -170,6 +173,8 @@ def _faults_of_trials(run: Run, *, ended: bool = True) -> Iterator[Fault]:
         # Records first: whether weights are whole is held against them.
         if row.is_open or (ended and row.trial.state == "finished"):
             yield from _faults_of_weights(run, row)
+        if ended:
+            yield from _faults_of_further(run, row.trial.number)
     yield from _faults_of_plans(run, [row.trial for row in rows])
     yield from _trained_twice(run, [row.trial for row in rows])
     if ended:
@@ -279,6 +284,66 @@ def _begin_again(run: Run, trial: Trial) -> None:
     write_row(
         run, replace(trial, state="running", healing=None, results=(), reason="", machine=None, files={})
     )
+
+
+def _faults_of_further(run: Run, number: int) -> Iterator[Fault]:
+    """What training beyond the last rung came to."""
+    folder = run.trial(number).further
+    where = f"trial {number}, trained further"
+    remedy = f"Put back a copy of it, or remove '{printable(folder.path)}': recover then begins anew from the trial"
+    try:
+        known = read_trial(folder)
+    except RunError:
+        yield Fault(where, f"'{printable(folder.record)}' cannot be read", remedy)
+        return
+    for path in folder.kept[1:]:
+        if _is_damaged(path, known, folder):
+            words = f"'{printable(path)}' cannot be read, or is not what the trial was measured with"
+            yield Fault(where, words, remedy)
+
+
+# ---- what belongs to no trial
+
+
+def _faults_of_files(run: Run) -> Iterator[Fault]:
+    """What the run was made of, its token sets, and what was measured beside trials."""
+    try:
+        made = run.identity()
+    except RunError:
+        words = f"'{printable(run.identity_file)}', which says what the run was made of, cannot be read"
+        yield Fault("the run", words, "Put back a copy of it, or start a new run")
+        return
+    if made is not None and run.tokens.exists() and (why := _why_other_tokens(run, made)):
+        again = "It is removed, and made again from the texts by what needs it next; other tokens are refused then"
+        yield Fault(
+            "the texts", f"'{printable(run.tokens)}', the token sets, {why}", again, run.tokens.unlink
+        )
+    for what, path, read, remedy in (
+        ("the screening", run.screened, read_screened, "It is put aside, and reports leave it out"),
+        (
+            "the dense model in fewer bits",
+            run.rivals,
+            read_rivals,
+            "It is put aside, and `resume` measures it again",
+        ),
+    ):
+        try:
+            read(path)
+        except RunError:
+            yield Fault(what, f"'{printable(path)}' cannot be read", remedy, partial(_set_aside, path))
+
+
+def _why_other_tokens(run: Run, made: Identity) -> str:
+    """Why token sets are not those that the run was made with; empty where they are."""
+    try:
+        splits = read_splits(run)
+    except FoldsearchError:
+        return "cannot be read"
+    return "" if splits.hashes() == made.tokens else "are not those that the run was made with"
+
+
+def _set_aside(path: Path) -> None:
+    path.replace(path.with_name(f"{path.name}.damaged"))
 
 
 # ---- who measures a plan

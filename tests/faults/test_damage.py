@@ -12,19 +12,24 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from foldsearch import cache, cli
-from foldsearch.context import TrialContext
+from foldsearch.context import TrialContext, read_splits, write_splits
 from foldsearch.errors import RunError
+from foldsearch.further import recover_further
 from foldsearch.model.kept import DamagedFileError, read_tensors, read_words, write_tensors
+from foldsearch.model.training import FurtherTraining
+from foldsearch.prepare import prepare_context
 from foldsearch.record import Trial
 from foldsearch.run import Run
 from foldsearch.search.check import check_run, mend_for_resume
 from foldsearch.search.records import Records, read_trials
+from foldsearch.search.screened import Screened, write_screened
 from foldsearch.trial import run_trial
 from tests.contexts import begin_run, tiny_study
 from tests.faults.storm import corrupt, truncate, without_seconds
@@ -212,6 +217,61 @@ def test_a_model_that_changes_during_the_run_is_told(tmp_path: Path) -> None:
     (trial,) = run_trial(proposal, context, number=number)
     assert trial.state == "failed"
     assert re.search(r"model\.safetensors in .* changed\. Put the old files back", trial.reason)
+
+
+# ---- what belongs to no trial, and training beyond the last rung
+
+
+def test_what_a_run_keeps_beside_its_trials_is_looked_at(tmp_path: Path) -> None:
+    """Token sets are made again from the texts; what only reports need is put aside."""
+    run, trial, context = first_rung(tmp_path)
+    to_its_end(run, context)
+    tokens = run.tokens.read_bytes()
+    write_screened(run.screened, [Screened(trial.plan, ("window",), trial.quality)])
+    run.rivals.write_text("[]")
+    assert check_run(run, repair=False).left == ()
+    for path in (run.tokens, run.screened, run.rivals):
+        for hurt in (truncate, lambda path, rng: path.write_bytes(b"\xff")):
+            kept = path.read_bytes()
+            hurt(path, RNG)
+            (fault,) = check_run(run, repair=False).left
+            assert str(path) in fault.words
+            (mended,) = check_run(run, repair=True).mended
+            assert str(mended) == str(fault)
+            assert check_run(run, repair=False).left == ()
+            assert not path.exists()
+            path.write_bytes(kept)
+    run.tokens.unlink()
+    prepare_context(run.study, run.path, cache_dir=tmp_path / "cache")
+    assert check_run(run, repair=False).left == ()
+    splits = read_splits(run)
+    changed = splits.search.ids_NT.clone()
+    changed[0, 0] = (changed[0, 0] + 1) % 10
+    write_splits(run.tokens, replace(splits, search=replace(splits.search, ids_NT=changed)))
+    (fault,) = check_run(run, repair=False).left
+    assert "not those that the run was made with" in fault.words
+    run.tokens.write_bytes(tokens)
+    run.identity_file.write_text("{")
+    (fault,) = check_run(run, repair=True).left
+    assert "identity.json" in fault.words
+
+
+def test_what_further_training_left_is_looked_at(tmp_path: Path) -> None:
+    run, trial, context = first_rung(tmp_path)
+    to_its_end(run, context)
+    assert list(recover_further(trial.number, context, FurtherTraining(256)))
+    assert check_run(run, repair=False).left == ()
+    folder = run.trial(trial.number).further
+    for path in (path for path in folder.kept if path.exists()):
+        kept = path.read_bytes()
+        truncate(path, RNG)
+        (fault,) = check_run(run, repair=True).left
+        assert str(path) in fault.words
+        assert f"remove '{folder.path}'" in fault.remedy
+        path.write_bytes(kept)
+    folder.record.write_text("{")
+    with pytest.raises(RunError, match="recover` then begins anew"):
+        list(recover_further(trial.number, context, FurtherTraining(512)))
 
 
 # ---- tensors, and what the cache holds

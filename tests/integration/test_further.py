@@ -214,6 +214,30 @@ def test_killed_at_any_time_it_goes_on(
     assert len(steps) <= (END - BEGIN) // STEP - 6  # what was written was not trained again
 
 
+def test_stopped_before_it_was_measured_it_goes_on_with_what_it_trained(
+    context: TrialContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials, "SAVE_SECONDS", -1.0)
+    step, taken = Recovery._step, []
+
+    def killed(self: Recovery, rows: list[int]) -> float:
+        taken.append(1)
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        return step(self, rows)
+
+    monkeypatch.setattr(Recovery, "_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(context, trains="last")
+    folder = context.run.trial(0).further
+    assert folder.optimizer.exists()
+    assert not folder.record.exists()
+    with pytest.raises(InputError, match=r"trained further by 'last'; got 'deltas'. Take that, or remove"):
+        train(context, trains="deltas")
+    *_, last = train(context)
+    assert (last.recovery.trains, last.last.recovery_tokens) == ("last", END)
+
+
 def test_the_time_ends_the_training_and_what_was_reached_is_measured(
     context: TrialContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
