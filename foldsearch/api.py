@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,7 +19,8 @@ from foldsearch.plan.plan import MOST_BLOCKS, FoldPlan, check_ranks
 from foldsearch.plan.result import rounded
 from foldsearch.plan.stored import StoredTypes
 from foldsearch.progress import Notice, StageProgress, silent, unheard
-from foldsearch.record import Trial
+from foldsearch.record import Trial, read_trial
+from foldsearch.run import Run, RunFolder
 from foldsearch.runtimes import ALL_CAN, STOCK, Runtime, exported_bytes, runtime_for, runtime_named
 from foldsearch.runtimes.nearest import nearest_held, price_there
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from foldsearch.model.evidence import Evidence
     from foldsearch.model.source import DenseFiles
     from foldsearch.model.training import FurtherTraining, Trained
+    from foldsearch.proposal import Proposal
     from foldsearch.report.view import RunView
     from foldsearch.search.check import Checked
     from foldsearch.search.dry_run import DryRun
@@ -245,7 +248,8 @@ def try_plan(
     Args:
         plan: a plan of the study's model, or its text.
         study: model, text, target, rungs and recovery settings.
-        folder: where to keep token sets and trained parameters; a temporary folder if None.
+        folder: where to keep token sets and trained parameters; a temporary folder if None. A plan that was not tried
+            there last begins anew.
         trains: what is trained (see `foldsearch.model.recover`); the first that the space names if None.
         progress: told what is being done.
         notice: told, in words, what a person should know.
@@ -253,6 +257,7 @@ def try_plan(
     Raises:
         PlanError: the plan cannot be read, breaks a law, or is for another number of blocks.
         ModelError, DataError: the model or the text cannot be used.
+        RunError: `folder` is that of a run, or was made with another model or text.
     """
     from foldsearch.prepare import prepare_context
     from foldsearch.proposal import Given, Proposal
@@ -262,6 +267,10 @@ def try_plan(
 
     text = str(plan)
     check_plan_text(text)
+    if folder is not None and RunFolder(folder).study_file.exists():
+        raise RunError(
+            f"a plan is tried in a folder of its own, but '{printable(folder)}' is a run. Name another one."
+        )
     for words in unused_settings(study, only=("recovery",)):
         notice(words)
     with ExitStack() as held:
@@ -277,7 +286,22 @@ def try_plan(
         given = Given(FoldPlan.parse(text, len(context.table.blocks)))
         recovery = propose_recovery(Plain({"delta_rank": study.space.recover.middle_rank}), study.space)
         proposal = Proposal(given, replace(recovery, trains=trains or recovery.trains), "hand")
+        _forget_others(context.run, proposal)
         yield from run_trial(proposal, context, number=_TRIED, progress=progress)
+
+
+def _forget_others(run: Run, proposal: Proposal) -> None:
+    """Remove what another proposal, or one with other rungs, came to in the folder of `try_plan`."""
+    try:
+        known = read_trial(run.trial(_TRIED))
+        ran = () if known is None else tuple(result.recovery_tokens for result in known.results)
+        rungs = run.study.rungs if known is not None and known.ended else run.study.rungs[: len(ran)]
+        is_same = known is None or (known.proposal == proposal and ran == rungs)
+    except RunError:
+        is_same = False
+    if not is_same:
+        for path in (run.trial(_TRIED).path, run.path / "plans"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _check_tried(plan: FoldPlan, table: CostTable, study: Study) -> None:
@@ -347,7 +371,6 @@ def check_run(path: Path | str, *, repair: bool = False) -> Checked:
     Raises:
         RunError: not a run folder of this version, or somebody is at work in it.
     """
-    from foldsearch.run import Run
     from foldsearch.search.check import check_run as look
 
     return look(Run.open(Path(path)), repair=repair)

@@ -365,6 +365,7 @@ def _identity_of(
     here = [study.model] if not found.hub_id and source.local_path(study.model) else []
     # what is in a package is found by the package's name, wherever that lies
     here += [text for text in sources_of(study) if not text.startswith("package:") and local_path(text)]
+    here += [] if study.warm_from is None else [study.warm_from]
     return Identity(
         model=study.model,
         content=content,

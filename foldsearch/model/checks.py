@@ -152,7 +152,7 @@ def check_special_ids(reference: str, config: PretrainedConfig, generation: Path
     """
     stated: list[tuple[str, dict[str, Any]]] = [("config.json", config.to_dict())]
     if generation is not None:
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, TypeError, RecursionError):
             stated.append((generation.name, dict(json.loads(generation.read_text("utf-8")))))
     for place, values in stated:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

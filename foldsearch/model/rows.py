@@ -134,7 +134,11 @@ def rows_of(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
     Raises:
         DataError: the file is damaged, or not what its name says.
     """
-    kind = kind_of(path)[0]
+    kind, packed = kind_of(path)
+    if packed and kind in (".parquet", ".arrow"):
+        raise DataError(
+            f"{printable(path)}: a {kind} file is read as it is, not compressed once more ({packed}). Unpack it first."
+        )
     if kind == ".parquet":
         return _rows_of_parquet(path, column)
     if kind == ".arrow":
@@ -211,7 +215,8 @@ def _columns(members: list[Any]) -> list[list[Any]]:
         same = len({tuple(member) for member in members}) == 1
         return [list(m.values()) for m in members] if same and all(map(str.isdigit, members[0])) else []
     same = _are(list, members) and len({len(member) for member in members}) == 1
-    return members if same and not any(isinstance(cell, dict) for m in members for cell in m) else []
+    # Lists of objects alone are tables; beside a list of texts or numbers they are a column of objects.
+    return members if same and not all(_are(dict, member) for member in members) else []
 
 
 def _are(kind: type, values: list[Any]) -> bool:
@@ -283,7 +288,10 @@ def _numbered(where: object, rows: Iterator[Any]) -> Iterator[tuple[str, Any]]:
 
 def _wanted(names: Sequence[str], column: str | None) -> list[str]:
     """The columns that may hold the text; all of them if none may, so that a message can list what is there."""
-    asked = (*TEXT_COLUMNS, "prompt", "completion") if column is None else (column, column.partition(".")[0])
+    if column is not None:
+        asked = {column, column.partition(".")[0]}
+    elif not (asked := set(TEXT_COLUMNS).intersection(names)) and {"prompt", "completion"} <= set(names):
+        asked = {"prompt", "completion"}
     return [name for name in names if name in asked] or list(names)
 
 

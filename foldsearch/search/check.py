@@ -22,7 +22,6 @@ from foldsearch.codec import to_json
 from foldsearch.context import read_splits
 from foldsearch.errors import FoldsearchError, RunError
 from foldsearch.files import write_json
-from foldsearch.identity import Identity
 from foldsearch.model.content import file_hash
 from foldsearch.model.kept import DamagedFileError, read_tensors
 from foldsearch.paths import command, printable
@@ -313,11 +312,16 @@ def _faults_of_files(run: Run) -> Iterator[Fault]:
         words = f"'{printable(run.identity_file)}', which says what the run was made of, cannot be read"
         yield Fault("the run", words, "Put back a copy of it, or start a new run")
         return
-    if made is not None and run.tokens.exists() and (why := _why_other_tokens(run, made)):
-        again = "It is removed, and made again from the texts by what needs it next; other tokens are refused then"
-        yield Fault(
-            "the texts", f"'{printable(run.tokens)}', the token sets, {why}", again, run.tokens.unlink
-        )
+    if made is not None and run.tokens.exists():
+        words = f"'{printable(run.tokens)}', the token sets,"
+        try:
+            is_ours = read_splits(run).hashes() == made.tokens
+        except FoldsearchError:
+            again = "It is removed, and made again from the texts by what needs it next; other tokens are refused then"
+            yield Fault("the texts", f"{words} cannot be read", again, run.tokens.unlink)
+        else:
+            if not is_ours:
+                yield Fault("the texts", f"{words} are not those that the run was made with", "Put them back")
     for what, path, read, remedy in (
         ("the screening", run.screened, read_screened, "It is put aside, and reports leave it out"),
         (
@@ -331,15 +335,6 @@ def _faults_of_files(run: Run) -> Iterator[Fault]:
             read(path)
         except RunError:
             yield Fault(what, f"'{printable(path)}' cannot be read", remedy, partial(_set_aside, path))
-
-
-def _why_other_tokens(run: Run, made: Identity) -> str:
-    """Why token sets are not those that the run was made with; empty where they are."""
-    try:
-        splits = read_splits(run)
-    except FoldsearchError:
-        return "cannot be read"
-    return "" if splits.hashes() == made.tokens else "are not those that the run was made with"
 
 
 def _set_aside(path: Path) -> None:

@@ -105,9 +105,11 @@ def check_warm_made(study: Study, ours: Identity) -> None:
     Raises:
         RunError: it was not, or does not say what it was made of.
     """
-    if study.warm_from is None:
-        return
-    other = Run.open(local(study.warm_from))
+    if study.warm_from is not None:
+        _check_made(Run.open(local(study.warm_from)), ours)
+
+
+def _check_made(other: Run, ours: Identity) -> None:
     if (theirs := other.identity()) is None:
         raise RunError(
             "a search takes over from a run that says what it was made of, but there is no identity.json in "
@@ -144,8 +146,9 @@ def warm_plans(run: Run) -> list[Trained]:
             "a run takes over from another one when it says what it was made of, but there is no identity.json in "
             f"'{printable(run.path)}'. Leave --warm-from out."
         )
-    check_warm_made(run.study, ours)
-    other = Run.open(local(run.study.warm_from))
+    # Where it lay when the run began, whatever the current folder is by now.
+    other = Run.open(ours.path_of(run.study.warm_from, run.path) or local(run.study.warm_from))
+    _check_made(other, ours)
     found = [one for one in trained_by(other, read_trials(other)) if _keeps_budget(run, one.plan, run.target)]
     # What keeps the budget only in a narrower type than it was measured in will be worse than its KL says.
     return sorted(

@@ -163,7 +163,7 @@ def _read(path: Path) -> dict[str, Any]:
         ) from error
     except RecursionError as error:
         raise SpecError(f"{printable(path)}: not TOML that can be read: it is nested too deeply.") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError, or a number of thousands of digits
         raise SpecError(f"{printable(path)}: not TOML: {error}.") from error
     except OSError as error:
         raise SpecError(f"{printable(path)} cannot be read: {error.strerror}.") from error

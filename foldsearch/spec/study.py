@@ -5,6 +5,8 @@ Relative paths in a study are read from the current folder, as on the command li
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
@@ -28,6 +30,7 @@ from foldsearch.model.training import (
     LinearStart,
     RecoveryTraining,
 )
+from foldsearch.paths import printable
 from foldsearch.plan.cost import DTYPE_BYTES, Budget, Cost, CostTable, Target, parse_flops, price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.stored import DTYPE_TYPES, TYPES, StoredTypes, every_types
@@ -354,6 +357,16 @@ Data = Annotated[
 ]
 
 
+def _names_of(splits: Sequence[Sequence[str]]) -> dict[str, str]:
+    """A name of its own for each source of a split: the short one, with its folder, or whole, as far as it takes."""
+    names = {source: own_name(source) for of in splits for source in of}
+    for longer in (lambda source: "/".join(source.rstrip("/").split("/")[-2:]), str):
+        for of in splits:
+            alike = Counter(names[source] for source in set(of))
+            names |= {source: printable(longer(source)) for source in of if alike[names[source]] > 1}
+    return names
+
+
 class Study(TomlTable):
     """Everything that makes a run, resolved.
 
@@ -498,7 +511,15 @@ class Study(TomlTable):
                 f"an unseen kind must be in the report texts only; got that of '{OWN}', which is trained on. "
                 "Leave one of them out",
             )
-        if any(one.source == OWN for one in splits["recovery"]) and not self.own_text()[1]:
+        kinds = {one.kind for one in splits["recovery"] if one.source != OWN}
+        own = next((one for one in splits["recovery"] if one.source == OWN), None)
+        if own is not None and own.weight is None and own.kind in kinds:
+            raise FaultOf(
+                ("data",),
+                f"without weights each kind has an equal share, so '{OWN}' must be a kind of its own; got "
+                f"{as_toml(own.kind)}, which others are too. Name another one, or give each source a weight",
+            )
+        if own is not None and not self.own_text()[1]:
             raise FaultOf(
                 ("data",),
                 f"'{OWN}' must be at least one of the recovery sequences; got none of {self.splits.recovery}. Raise "
@@ -537,7 +558,8 @@ class Study(TomlTable):
     def _by_split(self) -> dict[str, tuple[SourceSettings, ...]]:
         """The sources of each split, the model itself among them, with the study's way of reading them.
 
-        Where kinds of text are named, a source that names none is of a kind of its own name.
+        Where kinds of text are named, a source that names none is of a kind of its own name; of one with its folder
+        where another source has that name too.
         """
         given = {
             split: self._settings(getattr(self.data, split) if isinstance(self.data, Sources) else self.data)
@@ -546,8 +568,9 @@ class Study(TomlTable):
         every = [one for of in given.values() for one in of]
         if not self.kinds.unseen and not any(one.kind or one.source == OWN for one in every):
             return given
+        names = _names_of([[one.source for one in of if one.kind is None] for of in given.values()])
         return {
-            split: tuple(one.model_copy(update={"kind": one.kind or own_name(one.source)}) for one in of)
+            split: tuple(one.model_copy(update={"kind": one.kind or names[one.source]}) for one in of)
             for split, of in given.items()
         }
 

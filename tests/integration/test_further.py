@@ -403,3 +403,19 @@ def test_a_plan_that_is_typed_is_trained_by_each_arm(context: TrialContext) -> N
         assert trial.recovery.trains == trains
         kls[trains] = trial.last.quality.kl
     assert len(set(kls.values())) == len(TRAINS)
+
+
+def test_another_plan_in_the_same_folder_begins_anew(context: TrialContext, tmp_path: Path) -> None:
+    """Its figures are those of a folder of its own, and the one before is tried again if it is asked for."""
+    folder, study = tmp_path / "tried", context.study
+    one, other = (untimed(list(api.try_plan(plan, study))[-1]) for plan in ("0-1 4", "0-2 4"))
+    for plan, expected in (("0-1 4", one), ("0-2 4", other), ("0-1 4", one)):
+        found = untimed(list(api.try_plan(plan, study, folder=folder))[-1])
+        assert (found.plan, found.quality) == (expected.plan, expected.quality)
+    shorter = study.model_copy(update={"rungs": (0, BEGIN // 2)})
+    *_, last = api.try_plan("0-1 4", shorter, folder=folder)
+    assert last.last.recovery_tokens == BEGIN // 2
+    before = files(context)
+    with pytest.raises(RunError, match="in a folder of its own"):
+        list(api.try_plan("0-1 4", study, folder=context.run.path))
+    assert files(context) == before

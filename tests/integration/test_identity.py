@@ -167,11 +167,13 @@ def test_an_extension_is_exported_from_the_model_that_it_was_trained_with(projec
 @pytest.mark.parametrize("damage", ["", "not tensors"])
 def test_damaged_tokens_are_told(project: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
     RunFolder(project / "runs" / "r").tokens.write_text(damage)
-    for words in VERBS.values():
-        code, said = shell(*words, capsys=capsys)
+    for verb in ("export", "evaluate", "recover"):
+        code, said = shell(*VERBS[verb], capsys=capsys)
         assert code == 2
         assert "the token sets of a run, " in said
-        assert "Put back a copy of it" in said
+        assert "Put back a copy of it, or remove it: it is then made again from the texts." in said
+    assert shell(*VERBS["resume"], capsys=capsys)[0] == 0  # it makes them again
+    assert shell(*VERBS["export"], capsys=capsys)[0] == 0
 
 
 def test_tokens_that_are_gone_are_cut_again_from_the_same_text(

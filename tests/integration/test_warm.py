@@ -68,6 +68,17 @@ def between(earlier: TrialContext) -> BudgetSettings:
     return BudgetSettings(gb=sum(sizes) / len(sizes) / GB)
 
 
+def test_a_run_that_is_named_is_found_from_any_folder(
+    earlier: TrialContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search that was stopped before its first trial goes on, wherever `resume` is typed."""
+    monkeypatch.chdir(earlier.run.path.parent)
+    begun = later(earlier, tmp_path, warm_from=earlier.run.path.name)
+    found = warm_plans(begun.run)
+    monkeypatch.chdir(tmp_path)
+    assert warm_plans(begun.run) == found != []
+
+
 def test_what_was_trained_is_taken_over_as_far_as_it_fits(earlier: TrialContext, tmp_path: Path) -> None:
     trials = Records(earlier.run).all()
     assert {one.plan for one in trained_by(earlier.run, trials)} == {one.plan for one in front(trials)}
@@ -135,7 +146,7 @@ def test_a_run_of_another_text_or_model_is_refused(earlier: TrialContext, tmp_pa
     model = save_model(tmp_path / "model", "mistral")
     with pytest.raises(RunError, match="other config"):
         warm_plans(later(earlier, tmp_path / "weights", model=model).run)
-    with pytest.raises(RunError, match="there is no"):
+    with pytest.raises(RunError, match="no-run', which is not there any more"):
         warm_plans(later(earlier, tmp_path / "nowhere", warm_from=str(tmp_path / "no-run")).run)
 
 

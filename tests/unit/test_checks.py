@@ -126,6 +126,12 @@ def test_special_ids_beyond_the_vocabulary(name: str, place: str, value: Any, fo
         open_config(locate(str(folder)))
 
 
+@pytest.mark.parametrize("text", ["[1, 2]", "3", '[["eos_token_id", 400], 2]', "{"])
+def test_a_generation_config_that_is_no_table_is_left_alone(text: str, folder: Path) -> None:
+    (folder / "generation_config.json").write_text(text)
+    open_config(locate(str(folder)))
+
+
 def test_no_padding_token_as_the_first_llamas_said_it(folder: Path) -> None:
     change(folder / "config.json", pad_token_id=-1)
     open_config(locate(str(folder)))

@@ -520,6 +520,21 @@ def test_short_documents_of_several_splits_are_left_to_one(tmp_path: Path, token
         )
 
 
+def test_a_document_is_short_by_its_tokens_not_by_its_bytes(tmp_path: Path, tokenizer) -> None:
+    """Ten words of fifty bytes in two splits: too short for a sequence of 32, long enough in bytes."""
+    shared = " ".join(f"w{index}" for index in range(100, 110))
+    assert len(shared) > 32
+    folders = {
+        name: write_folder(
+            tmp_path / name, [shared, *(document(40 * place + i, num_words=40) for i in range(8))]
+        )
+        for place, name in enumerate(SPLITS)
+    }
+    make_splits(folders, tokenizer, sequence_length=32, num_sequences=numbers(4, 4, 4))
+    with pytest.raises(DataError, match="share 1 document"):
+        make_splits(folders, tokenizer, sequence_length=10, num_sequences=numbers(4, 4, 4))
+
+
 # ------------------------------------------------------------------------------------------------------------ mixtures
 
 

@@ -158,6 +158,7 @@ a = 1
     ("text", "words"),
     [
         ("model = ", "not TOML"),
+        (f"seed = {'9' * 5000}\n", "not TOML"),
         (MINIMAL + "gates = 3\n", "gates: must be a table of keys; got 3."),
         (MINIMAL + "learning_rate = 1e-3\n", "learning_rate: unknown key."),
         ('model = "m"\ndata = "d"\nspace = "nowhere"\n', "a space is a path"),
@@ -322,6 +323,21 @@ def test_faults_of_kinds(tmp_path: Path, data: str, kinds: str, expected: str) -
     assert faults(text, tmp_path) == [expected]
 
 
+def test_sources_of_one_name_are_kinds_of_their_own(tmp_path: Path) -> None:
+    """Two files called train are two kinds of text, unless somebody says that they are one."""
+    sources = '"law/train.jsonl", "x/law/train.jsonl", "talk/train.jsonl", "sea.txt"'
+    text = f'model = "m"\nspace = "foldgpt"\ndata = [{sources}]\n[kinds]\nunseen = ["sea"]\n'
+    study = load_study(write(tmp_path, text))
+    assert [one.kind for one in study.all_sources()] == [
+        "law/train.jsonl",
+        "x/law/train.jsonl",
+        "talk/train.jsonl",
+        "sea",
+    ]
+    named = text.replace('"talk/train.jsonl"', '{ source = "talk/train.jsonl", kind = "talk" }')
+    assert load_study(write(tmp_path, named)).all_sources()[2].kind == "talk"
+
+
 OWN_AND = '["a", "own:", { source = "b", kind = "talk" }, { source = "c", kind = "talk" }]'
 
 
@@ -355,6 +371,11 @@ def test_own_text_is_a_kind_of_the_recovery_texts(
             '[{ source = "a", weight = 300 }, { source = "own:", weight = 1 }]',
             "",
             "'own:' must be at least one of the recovery sequences; got none of 128",
+        ),
+        (
+            '[{ source = "a", kind = "talk" }, { source = "b", kind = "law" }, { source = "own:", kind = "talk" }]',
+            "",
+            "without weights each kind has an equal share, so 'own:' must be a kind of its own; got 'talk'",
         ),
     ],
 )

