@@ -165,7 +165,7 @@ def start_adapters(
 
     `zero` leaves the start of `fold`: adapters that add nothing, a small γ. So do repeats (see above).
     """
-    children = _children(model, dense)
+    children = [child for child in _children(model, dense) if not child.repeat]
     if start == "zero" or not children:
         return
     done, total = 0, 2 * len(ids_NT)
@@ -293,7 +293,7 @@ def _start_norms(
         return hook
 
     with ExitStack() as stack:
-        for child in (child for child in children if child.norms and not child.repeat):
+        for child in (child for child in children if child.norms):
             for path, norm in child.norms.items():
                 home = child.home
 
