@@ -10,9 +10,10 @@ moment of its inputs in the dense model: min ‖(W_i − W_j − up · down) C^�
 (W_i − W_j) C (W_i − W_j)ᵀ [ours; the whitened SVD of SVD-LLM, arXiv 2403.07378, for a difference]. With `data` the
 output norm's γ starts at the least squares fit of what the dense unit added, per channel [ours].
 
-Repeats stand for nothing in the dense model, so there is nothing to fit. Between a block and itself the difference is
-zero, and factors of zero would never learn: each waits for the other. So such adapters keep the start of `fold` (down
-random, up zero), and the γ of a repeat stays small: an extended model starts near the dense one.
+Between a block and itself, as in the repeat of an owner, the difference is zero, and factors of zero would never learn:
+each waits for the other. So such adapters keep the start of `fold` (down random, up zero). A repeat that runs another
+block's weights has adapters that start as any child's. A repeat stands for nothing in the dense model, so there is no γ
+to fit: it stays small, and an extended model starts near the dense one.
 
 Shapes: N sequences, T positions, M tokens, D width, I inputs and O outputs of a linear, R rank.
 """
@@ -163,7 +164,7 @@ def start_adapters(
         dense: the model it was folded from. ids_NT: calibration tokens, for `data`.
         progress: called with (done, total) sequences.
 
-    `zero` leaves the start of `fold`: adapters that add nothing, a small γ. So do repeats (see above).
+    `zero` leaves the start of `fold`: adapters that add nothing, a small γ. So do repeats of an owner (see above).
     """
     children = [child for child in _children(model, dense) if not child.repeat]
     if start == "zero" or not children:
