@@ -166,7 +166,7 @@ def start_adapters(
 
     `zero` leaves the start of `fold`: adapters that add nothing, a small γ. So do repeats of an owner (see above).
     """
-    children = [child for child in _children(model, dense) if not child.repeat]
+    children = _children(model, dense)
     if start == "zero" or not children:
         return
     done, total = 0, 2 * len(ids_NT)
@@ -294,7 +294,7 @@ def _start_norms(
         return hook
 
     with ExitStack() as stack:
-        for child in (child for child in children if child.norms):
+        for child in (child for child in children if child.norms and not child.repeat):
             for path, norm in child.norms.items():
                 home = child.home
 
