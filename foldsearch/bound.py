@@ -33,19 +33,21 @@ class _Sums(NamedTuple):
 
 
 # A search prices against one table. Found by identity: hashing a table takes longer than pricing.
-_latest: list[tuple[CostTable, int, _Sums]] = []
+_latest: list[tuple[CostTable, tuple[object, ...], _Sums]] = []
 
 
-def _sums(table: CostTable, context: int) -> _Sums:
-    for known, known_context, sums in _latest:
-        if known is table and known_context == context:
+def _sums(table: CostTable, context: int, target: Target) -> _Sums:
+    """What the blocks add up to at so many tokens, cached as the target does it."""
+    what = (context, target.window_cache, target.prefill_chunk)
+    for known, of_what, sums in _latest:
+        if known is table and of_what == what:
             return sums
-    sums = _sum(table, context)
-    _latest[:] = [(table, context, sums), *_latest[:15]]
+    sums = _sum(table, context, target)
+    _latest[:] = [(table, what, sums), *_latest[:15]]
     return sums
 
 
-def _sum(table: CostTable, context: int) -> _Sums:
+def _sum(table: CostTable, context: int, target: Target) -> _Sums:
     weights, norms, decode, prefill, kv, adapters, output_norms = [], [], [], [], [], [], []
     attentions, attention_decode, attention_prefill = [], [], []
     for block in table.blocks:
@@ -55,7 +57,7 @@ def _sum(table: CostTable, context: int) -> _Sums:
         norms.append(sum(unit.norms for unit in units) + block.other)
         decode.append(sum(unit.macs + unit.context_macs * n for unit, n in zip(units, seen, strict=True)))
         prefill.append(sum(unit.macs + unit.context_macs * context for unit in units))
-        kv.append(sum(unit.kv_width * n for unit, n in zip(units, seen, strict=True)))
+        kv.append(sum(unit.kv_width * target.cached_tokens(unit.window, context) for unit in units))
         adapters.append(sum(unit.adapter_width for unit in units))
         output_norms.append(sum(unit.output_norm for unit in units))
         attention = block.attention
@@ -103,7 +105,7 @@ def lower_bound(proposal: Proposal, table: CostTable, target: Target) -> Cost:
     check_attention_left(fold, kept)
     latency = table.latency_on(target)
     table, unit_bytes = in_stored_units(table, target)
-    sums = _sums(table, target.context)
+    sums = _sums(table, target.context, target)
     instead = fold.removed.fate.bound(count, table) if fold.removed is not None else Bound()
     grouped = 0 if fold.groups is None else sum(last - first - 1 for first, last in fold.groups.spans(kept))
     children, running = grouped + instead.children, kept + instead.children
@@ -146,7 +148,8 @@ def _times(
     latency: Latency, table: CostTable, running: int, thinned: int, new: tuple[int, int, Target]
 ) -> tuple[float, float]:
     """Milliseconds that no plan is below; new: MACs of what is new, bytes that are read, and what is stored how."""
-    sums, (new_macs, read_bytes, target) = _sums(table, latency.tokens), new
+    new_macs, read_bytes, target = new
+    sums = _sums(table, latency.tokens, target)
     macs = new_macs + max(0, sums.prefill_macs[running] - sums.most_attention_prefill[thinned])
     cached = max(0, sums.kv[running] - sums.most_kv[thinned])
     return latency.times(Work(macs * latency.tokens, read_bytes + target.cached_bytes(cached)))

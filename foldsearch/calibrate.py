@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Rounds", "Subject", "calibrated", "latency_of"]
 
-SCHEMA = 2  # of what is kept; raise it when a turn, or what is read of it, changes
+SCHEMA = 3  # of what is kept; raise it when a turn, or what is read of it, changes
 SHARES = (1.0, 2 / 3, 1 / 2, 1 / 3)  # of the blocks, that are measured
 SMALLER = (1.0, 0.5, 0.25)  # of these shares, where memory does not hold the whole model as often
 FEWEST_ROUNDS, MOST_ROUNDS, TIMED_SECONDS = 3, 9, 24.0

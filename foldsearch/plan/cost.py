@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, Context, Decimal
+from typing import Literal
 
 from foldsearch.errors import BudgetError
 from foldsearch.plan.kinds import kind_named
@@ -19,6 +20,9 @@ from foldsearch.plan.stored import DTYPE_TYPES, TYPES, VECTOR_BYTES, Matrix, Sto
 GB = 10**9
 EXPERTS = "experts"
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+STATE = 1  # a window that is none: what is kept is a state of fixed size
+CELLS = 256  # tokens by which llama.cpp's caches grow
+WindowCache = Literal["window", "chunk", "all"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,9 @@ class Target:
     shares_weights: whether it stores a shared weight once; else it stores it again for every child, adapters merged.
     holds_rest: whether an export of a text part is the whole model, whose other parts are then priced too.
     weights: the type that matrices are stored in (`foldsearch.plan.stored`); empty where all weights are of the dtype.
+    own_cache: the type of keys and values where `kv_cache` names none; empty where that is the dtype.
+    window_cache: what the cache of a block that sees a window holds: the "window"; the window and a "chunk", in whole
+    `CELLS`; or "all" tokens.
     """
 
     dtype: str = "bfloat16"
@@ -44,6 +51,8 @@ class Target:
     weights: str = ""
     holds_rest: bool = False
     kv_cache: str = ""
+    own_cache: str = ""
+    window_cache: WindowCache = "window"
 
     @property
     def rounds(self) -> bool:
@@ -62,9 +71,16 @@ class Target:
 
     def cached_bytes(self, numbers: int) -> int:
         """Of keys and values."""
-        if self.kv_cache:
-            return cache_bytes(numbers, self.kv_cache)
+        if stored := self.kv_cache or self.own_cache:
+            return cache_bytes(numbers, stored)
         return numbers * DTYPE_BYTES[self.dtype]
+
+    def cached_tokens(self, window: int, tokens: int) -> int:
+        """How many of so many tokens the cache of a block holds that sees a window of them; 0: that sees all."""
+        if window > STATE and self.window_cache != "window":
+            chunk = -(-(window + self.prefill_chunk) // CELLS) * CELLS
+            window = chunk if self.window_cache == "chunk" else 0
+        return min(tokens, window) if window else tokens
 
     def storing(self, types: StoredTypes) -> Target:
         """The same with what is stored in other types, but for those that are empty."""
@@ -227,9 +243,12 @@ class Budget:
     decode_ms: float | None = None
 
     def __post_init__(self) -> None:
-        for name, bound in (("memory", self.memory_bytes), ("FLOPs per token", self.flops)):
+        for name, bound in (
+            ("memory is at least 1 byte", self.memory_bytes),
+            ("FLOPs per token are at least 1", self.flops),
+        ):
             if bound is not None and bound < 1:
-                raise BudgetError(f"a budget's {name} is at least 1, got {bound}. Raise it.")
+                raise BudgetError(f"a budget's {name}, got {bound}. Raise it.")
         for name, ms in (("prompt", self.prompt_ms), ("token", self.decode_ms)):
             if ms is not None and not ms > 0:
                 raise BudgetError(
@@ -356,7 +375,7 @@ def work(plan: FoldPlan, table: CostTable, target: Target, tokens: int) -> Work:
 
 def _sum(plan: FoldPlan, table: CostTable, target: Target, tokens: int) -> _Sums:
     """What the positions of a plan add up to, by a table in stored units."""
-    sums = _Sums(table, target.context, tokens)
+    sums = _Sums(table, target, tokens)
     seen: set[int] = set()
     for slot in plan.slots:
         if isinstance(slot, Replacement):
@@ -401,11 +420,11 @@ def _sum(plan: FoldPlan, table: CostTable, target: Target, tokens: int) -> _Sums
 class _Sums:
     """What the positions of a plan add up to.
 
-    table: in stored units. context: of the target. tokens: of the prompt whose time was measured, 0 where none was.
+    table: in stored units. target: see `Target`. tokens: of the prompt whose time was measured, 0 where none was.
     """
 
     table: CostTable
-    context: int
+    target: Target
     tokens: int
     weights: int = 0
     borrowed: int = 0
@@ -420,14 +439,13 @@ class _Sums:
         """What grows with the tokens that are seen; nothing for an MLP."""
         if not (unit.context_macs or unit.kv_width):
             return
-        context = min(self.context, unit.window) if unit.window else self.context
+        context = self.target.context
         self.context_macs += unit.context_macs
-        self.decode_context_macs += unit.context_macs * context
-        self.kv_width_tokens += unit.kv_width * context
-        if self.tokens:
-            self.timed_kv_width_tokens += unit.kv_width * (
-                min(self.tokens, unit.window) if unit.window else self.tokens
-            )
+        self.decode_context_macs += unit.context_macs * (
+            min(context, unit.window) if unit.window else context
+        )
+        self.kv_width_tokens += unit.kv_width * self.target.cached_tokens(unit.window, context)
+        self.timed_kv_width_tokens += unit.kv_width * self.target.cached_tokens(unit.window, self.tokens)
 
     def work(self, unit_bytes: int, target: Target) -> Work:
         """What the positions do."""
@@ -437,7 +455,7 @@ class _Sums:
 
     def cost(self, target: Target, unit_bytes: int, latency: Latency | None) -> Cost:
         """The sums as a price."""
-        table, context, size = self.table, self.context, DTYPE_BYTES[target.dtype]
+        table, context, size = self.table, target.context, DTYPE_BYTES[target.dtype]
         activations = table.activation_fixed + table.activation_width * min(target.prefill_chunk, context)
         # Who cannot share stores what is borrowed again, the adapter summed into it.
         stored = self.weights if target.shares_weights else self.weights + self.borrowed

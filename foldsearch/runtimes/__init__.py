@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from foldsearch.errors import InputError, PlanError, find_named
-from foldsearch.plan.cost import CostTable, Target, price
+from foldsearch.plan.cost import CostTable, Target, WindowCache, price
 from foldsearch.plan.plan import UNITS, FoldPlan
 from foldsearch.plan.stored import CACHE_TYPES, DTYPE_TYPES, TYPES
 from foldsearch.runtimes.needs import WORDS, Need, homes_of, needs
@@ -170,6 +170,7 @@ class Runtime:
     engine: the program itself, where it is not transformers.
     puts_back: whether an export of the text part of a model that also sees is the whole model. apart: else, what
     becomes of the rest of it, in words.
+    own_cache, window_cache: how keys and values are kept where nobody names a type (see `foldsearch.plan.cost.Target`).
     """
 
     name: str
@@ -192,6 +193,8 @@ class Runtime:
     engine: Engine | None = None
     puts_back: bool = False
     apart: str = "The whole model is what an export to stock holds."
+    own_cache: str = ""
+    window_cache: WindowCache = "window"
 
     @property
     def needs_only_transformers(self) -> bool:
@@ -420,6 +423,8 @@ RUNTIMES: tuple[Runtime, ...] = (
         engine=LLAMA_CPP,
         apart="llama.cpp reads the rest from a file of its own (mmproj), and the one of the base model goes with this "
         "file: what the blocks read and write is as wide as before.",
+        own_cache="f16",
+        window_cache="chunk",
     ),
     Runtime(
         name="onnx",
@@ -439,6 +444,7 @@ RUNTIMES: tuple[Runtime, ...] = (
         lacks=frozenset({"bfloat16"}),
         own_kernels=True,
         engine=ONNX_RUNTIME,
+        window_cache="all",
     ),
     Runtime(
         name="executorch",

@@ -15,7 +15,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
 from foldsearch.errors import PlanError
-from foldsearch.plan.cost import Cost, CostTable, Target, price
+from foldsearch.plan.cost import Cost, CostTable, Target, UnitCost, price
 from foldsearch.plan.plan import FoldPlan, Replacement, Slot, word_of
 from foldsearch.runtimes import Runtime
 
@@ -70,16 +70,40 @@ def nearest_held(plan: FoldPlan, runtime: Runtime, table: CostTable, target: Tar
         is_held = runtime.holds(found, table) and table.can_fold(found)
         return is_held and price_there(found, runtime, table, target).memory_bytes <= room
 
-    lacking = sorted(_lacking(plan, runtime), key=lambda slot: (-_own_weights(slot, table), slot.home))
-    for count in range(len(lacking), -1, -1):
-        found = _with_whole(plan, runtime, {slot.home for slot in lacking[:count]})
+    def with_whole(homes: set[int]) -> FoldPlan | None:
+        found = _with_whole(plan, runtime, homes)
         if found is None:
-            continue
+            return None
         is_placed = not runtime.misplaces(found, table.family, by_position=table.by_position)
-        for placed in [found] if is_placed else _in_place(found, runtime, table):
-            if fits(placed):
-                return _told(plan, placed)
+        return next(filter(fits, [found] if is_placed else _in_place(found, runtime, table)), None)
+
+    lacking = sorted(_lacking(plan, runtime), key=lambda slot: (-_own_weights(slot, table), slot.home))
+    order = [slot.home for slot in lacking]
+    # Blocks may differ: what one that attends to all takes holds several that see a window.
+    by_cache = sorted(order, key=lambda home: _cached(table.blocks[home].attention, target))
+    found = [
+        one for one in (_most_whole(order, with_whole), _most_whole(by_cache, with_whole)) if one is not None
+    ]
+    return _told(plan, max(found, key=lambda one: one[0])[1]) if found else None
+
+
+def _most_whole(
+    order: Sequence[int], with_whole: Callable[[set[int]], FoldPlan | None]
+) -> tuple[int, FoldPlan] | None:
+    """The first blocks of an order that have room, and those behind them that still have: how many, and the plan."""
+    for count in range(len(order), -1, -1):
+        taken = set(order[:count])
+        if (nearest := with_whole(taken)) is None:
+            continue
+        for home in order[count + 1 :]:
+            if (more := with_whole(taken | {home})) is not None:
+                taken, nearest = taken | {home}, more
+        return len(taken), nearest
     return None
+
+
+def _cached(unit: UnitCost, target: Target) -> int:
+    return unit.kv_width * target.cached_tokens(unit.window, target.context)
 
 
 def price_there(plan: FoldPlan, runtime: Runtime, table: CostTable, target: Target) -> Cost:

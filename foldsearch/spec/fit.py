@@ -42,10 +42,15 @@ def for_runtime(space: Space, table: CostTable, target: Target) -> Space:
     if period > 1:  # fewer would move blocks to positions that the runtime takes for those of another kind
         space = space.model_copy(update={"step": math.lcm(space.step, period)})
         cannot |= frozenset[Need]({"copied block"})
+    num_blocks, most = len(table.blocks), math.floor(space.removal[1] * len(table.blocks) + 1e-9)
+    if most > 0 and space.counts(num_blocks)[1] == 0 and not (space.attention[1] or space.groups.max_groups):
+        raise SpecError(
+            f"the space '{space.name}' removes blocks {space.step} at a time, but the model has {num_blocks}, of which "
+            "one stays. Lower its step."
+        )
     if not cannot:
         return space
     held = held_part(space, cannot)
-    most = math.floor(space.removal[1] * len(table.blocks) + 1e-9)
     if 0 < most < space.step:
         raise SpecError(
             f"in the {runtime.name} runtime blocks of a {table.family} model are removed {space.step} at a time, but "

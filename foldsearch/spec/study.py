@@ -119,6 +119,8 @@ class TargetSettings(TomlTable):
             weights,
             known.puts_back,
             (self.kv_cache or "") if known.name == TYPED else "",
+            known.own_cache,
+            known.window_cache,
         )
 
 

@@ -12,9 +12,11 @@ from dataclasses import astuple, replace
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig
 
 from foldsearch.codec import from_json, to_json
 from foldsearch.errors import BudgetError, PlanError
+from foldsearch.model.measure import measure
 from foldsearch.plan.cost import (
     BlockCost,
     Budget,
@@ -27,6 +29,7 @@ from foldsearch.plan.cost import (
     replacement_cost,
 )
 from foldsearch.plan.plan import FoldPlan, Replacement, Slot
+from foldsearch.spec.study import TargetSettings
 from tests.strategies import plans, tables, targets
 
 # weights, norms, output_norm, macs, context_macs, adapter_width, kv_width, window
@@ -297,3 +300,22 @@ def test_parse_flops_wants_a_positive_number(text):
 def test_less_than_one_flop_is_a_forgotten_x():
     with pytest.raises(BudgetError, match=r"0.8x"):
         parse_flops("0.8", COST)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("context", "mebibytes"), [(512, 1.5), (2048, 3.5), (8192, 6.5)])
+def test_windows_are_cached_as_llama_cpp_says(dtype: str, context: int, mebibytes: float) -> None:
+    """By its log of such a model (llama.cpp of xllamacpp 2026.10.11549): six blocks, five of them with a window of 512,
+    for which it holds 1,024 cells; 256 numbers a token and block, of 16 bits where nobody names a type. In a context of
+    512 it is the context, by hand.
+    """
+    config = AutoConfig.for_model(
+        "gemma3_text",
+        vocab_size=320, hidden_size=64, intermediate_size=64, num_hidden_layers=6, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=64, sliding_window=512, max_position_embeddings=8192,
+    )  # fmt: skip
+    table, plan = measure(config), FoldPlan.identity(6)
+    target = TargetSettings(dtype=dtype, context=context, runtime="gguf").value()
+    assert price(plan, table, target).kv_bytes == mebibytes * 2**20
+    every = TargetSettings(dtype="float16", context=context, runtime="onnx").value()
+    assert price(plan, table, every).kv_bytes == 6 * 256 * 2 * context

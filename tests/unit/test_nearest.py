@@ -12,11 +12,13 @@ from itertools import combinations
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from transformers import AutoConfig
 
+from foldsearch.model.measure import measure
 from foldsearch.plan.cost import BlockCost, CostTable, Target, UnitCost, price
 from foldsearch.plan.plan import FoldPlan, Slot
 from foldsearch.runtimes import RUNTIMES, runtime_named
-from foldsearch.runtimes.nearest import nearest_held, nearest_removed
+from foldsearch.runtimes.nearest import nearest_held, nearest_removed, price_there
 from tests.strategies import plans, tables
 
 GGUF, STOCK = runtime_named("gguf"), runtime_named("stock")
@@ -70,6 +72,31 @@ def test_blocks_of_two_kinds_stay_where_the_runtime_has_them(text: str, nearest:
     found = nearest_held(FoldPlan.parse(text, 12), GGUF, table, TARGET)
     assert found is not None
     assert (str(found.plan), found.words) == (nearest, words)
+
+
+def test_where_a_dear_block_has_no_room_a_cheaper_one_behind_it_has() -> None:
+    """Gemma 3's blocks of windows: against the most halves that can be whole, by brute force."""
+    config = AutoConfig.for_model(
+        "gemma3_text",
+        hidden_size=1152, intermediate_size=6912, num_hidden_layers=26, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=256, vocab_size=1000, sliding_window=512,
+    )  # fmt: skip
+    table, stock, halves = measure(config), STOCK, (5, 6, 7, 8)
+    for context in (2048, 32768, 131072):
+        target = Target(context=context)
+        plan = FoldPlan.parse("0-4 5m 6m 7m 8m 9-25", 26)
+        room = price(plan, table, target).memory_bytes
+        kept = max(
+            count
+            for count in range(len(halves) + 1)
+            for whole in combinations(halves, count)
+            if price_there(
+                FoldPlan.dropping([half for half in halves if half not in whole], 26), stock, table, target
+            ).memory_bytes <= room
+        )  # fmt: skip
+        found = nearest_held(plan, stock, table, target)
+        assert found is not None
+        assert found.plan.depth == 22 + kept
 
 
 def test_a_model_that_scales_by_position_keeps_its_first_blocks() -> None:

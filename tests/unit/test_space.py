@@ -24,7 +24,16 @@ from foldsearch.plan.cost import GB, BlockCost, Budget, CostTable, Target, UnitC
 from foldsearch.plan.plan import FoldPlan, Slot
 from foldsearch.proposal import Fold, Groups, Proposal, Removed, fold_plan
 from foldsearch.runtimes import runtime_named
-from foldsearch.spec.fit import can_run, feasible_share, held_removal, narrow, repair, size, smallest
+from foldsearch.spec.fit import (
+    can_run,
+    feasible_share,
+    for_runtime,
+    held_removal,
+    narrow,
+    repair,
+    size,
+    smallest,
+)
 from foldsearch.spec.load import load_space, shipped
 from foldsearch.spec.propose import Plain, RandomSuggest, baseline, propose, propose_recovery
 from foldsearch.spec.space import GroupsTable, Recover, Space
@@ -339,3 +348,9 @@ def test_the_search_chooses_what_is_trained_where_the_space_names_several() -> N
     assert "trains" not in plain.answers
     with pytest.raises(ValueError, match=r"recover.trains names each option once"):
         Space(recover=Recover(trains=("last", "last")))
+
+
+def test_a_step_of_all_blocks_removes_none_and_is_refused() -> None:
+    with pytest.raises(SpecError, match=f"{N} at a time, but the model has {N}, of which one stays"):
+        for_runtime(Space(removal=(0.1, 0.6), step=N), TABLE, TARGET)
+    assert for_runtime(Space(removal=(0.1, 0.6), step=N - 1), TABLE, TARGET).counts(N) == (N - 1, N - 1)
