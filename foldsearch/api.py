@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -287,21 +288,23 @@ def try_plan(
         recovery = propose_recovery(Plain({"delta_rank": study.space.recover.middle_rank}), study.space)
         proposal = Proposal(given, replace(recovery, trains=trains or recovery.trains), "hand")
         _forget_others(context.run, proposal)
-        yield from run_trial(proposal, context, number=_TRIED, progress=progress)
+        known = read_trial(context.run.trial(_TRIED))
+        if known is not None and known.state == "finished":
+            yield known
+        else:
+            yield from run_trial(proposal, context, number=_TRIED, progress=progress)
 
 
 def _forget_others(run: Run, proposal: Proposal) -> None:
-    """Remove what another proposal, or one with other rungs, came to in the folder of `try_plan`."""
-    try:
-        known = read_trial(run.trial(_TRIED))
-        ran = () if known is None else tuple(result.recovery_tokens for result in known.results)
-        rungs = run.study.rungs if known is not None and known.ended else run.study.rungs[: len(ran)]
-        is_same = known is None or (known.proposal == proposal and ran == rungs)
-    except RunError:
-        is_same = False
-    if not is_same:
-        for path in (run.trial(_TRIED).path, run.path / "plans"):
-            shutil.rmtree(path, ignore_errors=True)
+    """Remove what another proposal, or another study, came to in the folder of `try_plan`; note which this is."""
+    asked = {"proposal": proposal.to_json(), "study": run.study.model_dump(mode="json")}
+    note = run.path / "tried.json"
+    with suppress(OSError, ValueError, RecursionError):
+        if json.loads(note.read_text()) == json.loads(json.dumps(asked)):
+            return
+    for path in (run.trial(_TRIED).path, run.path / "plans"):
+        shutil.rmtree(path, ignore_errors=True)
+    write_json(note, asked)
 
 
 def _check_tried(plan: FoldPlan, table: CostTable, study: Study) -> None:
@@ -420,8 +423,6 @@ def picked(run: RunView) -> Trial:
     Raises:
         RunError: no trial has reached the last rung.
     """
-    import json
-
     from foldsearch.codec import from_json
 
     path = run.folder.pick

@@ -331,6 +331,11 @@ def front(
 # ---- who measures a plan
 
 
+def begun_as(trial: Trial) -> str:
+    """What the files of a trial's model are of: its plan, and how its adapters start."""
+    return f"{trial.plan} {trial.fold.adapter_start or ''}".strip()
+
+
 def plan_path(run: Run, trial: Trial) -> Path:
     """The file that says which trial measures a plan.
 
@@ -405,7 +410,7 @@ def hold_plan(path: Path, run: Run) -> Iterator[tuple[bool, int | None]]:
     try:
         while True:
             free = _is_free(lock)
-            owner = _owner(path)
+            owner = owner_of(path, run)
             # The first result of the other trial is enough: the lock itself is held until its last rung.
             if free or (owner is not None and read_trial(run.trial(owner)) is not None):
                 break
@@ -415,8 +420,8 @@ def hold_plan(path: Path, run: Run) -> Iterator[tuple[bool, int | None]]:
         os.close(lock)  # lets go of the lock
 
 
-def _owner(path: Path) -> int | None:
-    """The trial that a plan's file names; None where there is no file.
+def owner_of(path: Path, run: Run) -> int | None:
+    """The trial that a plan's file names; None where there is no file, or that trial is of another plan by now.
 
     Raises:
         RunError: it cannot be read.
@@ -424,7 +429,14 @@ def _owner(path: Path) -> int | None:
     if not path.exists():
         return None
     try:
-        return from_json(int, json.loads(path.read_text())["trial"])
+        number = from_json(int, json.loads(path.read_text())["trial"])
+        # A study that was begun again gave the number to another plan.
+        known = read_trial(run.trial(number))
+        return (
+            None
+            if known is not None and known.draft is not None and plan_path(run, known) != path
+            else number
+        )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         what = f"which trial measured a plan, '{printable(path)}', cannot be read"
         raise RunError(quote_error(what, error, "Mend it: foldsearch check RUN --repair")) from error

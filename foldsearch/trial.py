@@ -22,7 +22,7 @@ from foldsearch.context import TrialContext, open_workbench
 from foldsearch.draft import draft
 from foldsearch.errors import InputError, bytes_asked, describe_error, is_out_of_memory
 from foldsearch.machine import Machine
-from foldsearch.model.recover import Diverged, Recovery, load_trained, merge
+from foldsearch.model.recover import Diverged, Recovery, load_trained, merge, saved_of
 from foldsearch.model.training import RecoveryTraining
 from foldsearch.plan.cost import Target
 from foldsearch.plan.plan import FoldPlan
@@ -37,7 +37,7 @@ from foldsearch.rebuild import (
     kept_model,
     trained_before,
 )
-from foldsearch.record import FolderPeers, Trial, read_trial
+from foldsearch.record import FolderPeers, Trial, begun_as, read_trial
 from foldsearch.run import TrialFolder
 from foldsearch.shipped import judged
 from foldsearch.spec.study import Study
@@ -268,11 +268,13 @@ class Course:
             self._recovery = Recovery(
                 self._model, training, bench.trained, bench.recovery, study.rungs[-1], self._before
             )
-            if self._folder.optimizer.exists():
+            self._recovery.of = begun_as(trial)
+            if saved_of(self._folder.optimizer) == self._recovery.of:
                 self._recovery.load(self._folder.optimizer)  # it may be ahead of the record
             self._recovery.rate = self._rate
         last = self._results[-1] if self._results else None
-        if last is not None and last.setback is not None and self._tokens_done == last.recovery_tokens:
+        # What was saved last before training diverged lies before the tokens of the result.
+        if last is not None and last.setback is not None and self._tokens_done <= last.recovery_tokens:
             self._go_back(self._recovery)
         try:
             self._recovery.train(tokens, self._after_step)

@@ -282,6 +282,7 @@ class Recovery:
         self.total_tokens = max(total_tokens, 1)
         self.tokens_before = self.tokens_done = tokens_before
         self._parts = 1  # that the sequences of a step are taken in
+        self.of = ""  # which model it is of, for who finds the state
         self.rate = 1.0  # share of the settings' learning rate that is trained at
         self.trained = attach(model, settings.delta_rank, settings.seed, trains=settings.trains)
         units = step_units(model)
@@ -360,7 +361,9 @@ class Recovery:
         self.rate = rate
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        write_tensors(path, tensors, {"tokens": str(self.tokens_done), "trains": self.settings.trains})
+        write_tensors(
+            path, tensors, {"tokens": str(self.tokens_done), "trains": self.settings.trains, "of": self.of}
+        )
 
     def _trained_tensors(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.trained.items()}
@@ -425,7 +428,9 @@ class Recovery:
             total = self._gradients(rows)
         if not math.isfinite(total):
             return total
-        nn.utils.clip_grad_norm_(list(self.trained.values()), self.settings.clip)
+        norm = nn.utils.clip_grad_norm_(list(self.trained.values()), self.settings.clip)
+        if not math.isfinite(norm):
+            return float(norm)  # a step by it would leave no number
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return total
@@ -511,6 +516,15 @@ def saved_trains(path: Path) -> Trained | None:
             f"what was trained says how, but '{printable(path)}' says '{printable(words)}'. Put back a copy of it."
         )
     return words
+
+
+def saved_of(path: Path) -> str | None:
+    """Which model the state is of that `Recovery.save` wrote; None where there is no file.
+
+    Raises:
+        DamagedFileError: the file is damaged.
+    """
+    return read_words(path).get("of", "") if path.exists() else None
 
 
 def load_trained(trained: dict[str, nn.Parameter], path: Path) -> None:

@@ -355,22 +355,33 @@ def _faults_of_plans(run: Run, trials: list[Trial]) -> Iterator[Fault]:
             told = json.loads(path.read_text())["trial"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             told = None
-        if not isinstance(told, int) or not 0 <= told < len(trials):
+        if (
+            not isinstance(told, int)
+            or not 0 <= told < len(trials)
+            or _is_of_another(run, trials[told], path)
+        ):
             value = {"trial": number, "plan": str(trials[number].plan)}
-            words = f"'{printable(path)}', which says that trial {number} measured a plan, is gone or cannot be read"
+            words = f"'{printable(path)}', which says that trial {number} measured a plan, is gone or wrong"
 
             def write(path: Path = path, value: dict[str, object] = value) -> None:
                 write_json(path, value)
 
             yield Fault("the plans", words, "It is written again from the study", write)
-    for path in sorted(run.path.glob("plans/*.json")):
+    for path in sorted(set(run.path.glob("plans/*.json")).difference(owners)):
         try:
-            is_told = path in owners or json.loads(path.read_text())["trial"] >= 0
+            told = json.loads(path.read_text())["trial"]
+            of_another = 0 <= told < len(trials) and _is_of_another(run, trials[told], path)
+            is_told = told >= 0 and not of_another
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             is_told = False
         if not is_told:
-            words = f"'{printable(path)}' cannot be read, and no trial has measured its plan"
+            words = f"'{printable(path)}' names no trial of its plan, and none has measured that"
             yield Fault("the plans", words, "It is removed", path.unlink)
+
+
+def _is_of_another(run: Run, trial: Trial, path: Path) -> bool:
+    """Whether the trial that a plan's file names has another plan, as after a study was begun again."""
+    return trial.draft is not None and plan_path(run, trial) != path
 
 
 def _trained_twice(run: Run, trials: list[Trial]) -> Iterator[Fault]:

@@ -32,12 +32,13 @@ import ray
 
 from foldsearch import cache
 from foldsearch.codec import from_json, to_json
-from foldsearch.errors import FoldsearchError
+from foldsearch.errors import FoldsearchError, RunError
 from foldsearch.files import alone, write_json
 from foldsearch.paths import beside
-from foldsearch.record import Trial, note_owner, plan_path, read_trial
+from foldsearch.record import Trial, note_owner, owner_of, plan_path, read_trial
 from foldsearch.run import Run, TrialFolder
 from foldsearch.search.desk import open_desk
+from foldsearch.search.records import read_rows
 from foldsearch.store import Blob, Store, StoreError, blob_of
 
 WAIT_SECONDS = 0.5  # between looks at a trial on another node that measures the same plan
@@ -290,12 +291,15 @@ class Shipping:
         session = f"runs/{secrets.token_hex(8)}"
         self._states = TrialStates(store, session)
         owners, begun = _known_plans(self._run), set()
-        for folder in sorted(self._run.path.glob("trials/*/trial.json")):
-            known = read_trial(TrialFolder(folder.parent))
-            if known is not None and folder.parent.name.isdecimal():
-                begun.add(known.number)
-                whole = known.state != "finished"
-                self._states.put(known.number, TrialFolder(folder.parent), all_of_it=whole)
+        # By the row: one that is open is gone on with, also where its folder has the last result already.
+        ended = {row.trial.number for row in read_rows(self._run) if not row.is_open}
+        for folder in sorted(path for path in self._run.path.glob("trials/*") if path.name.isdecimal()):
+            place, number = TrialFolder(folder), int(folder.name)
+            if (known := read_trial(place)) is not None:
+                begun.add(number)
+            is_whole = number not in ended or (known is not None and known.state != "finished")
+            if any(path.exists() for path in place.kept) and (known is not None or number not in ended):
+                self._states.put(number, place, all_of_it=is_whole)
         write_json(self._run.shipping_file, {"storage": storage, "session": session})
         tokens = store.put_blob(self._run.tokens) if self._run.tokens.exists() else None
         self._desk = open_desk(home, owners, begun, deadline)
@@ -358,8 +362,9 @@ def fetch_interrupted(run: Run, numbers: Sequence[int]) -> None:
 def _known_plans(run: Run) -> dict[str, int]:
     found = {}
     for path in run.path.glob("plans/*.json"):
-        with suppress(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            found[path.name] = int(json.loads(path.read_text())["trial"])
+        with suppress(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, RunError):
+            if (owner := owner_of(path, run)) is not None:
+                found[path.name] = owner
     return found
 
 

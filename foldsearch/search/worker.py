@@ -177,9 +177,10 @@ class TrialRunner(tune.Trainable):
             aside = self._place.path.with_name(f"{self._place.path.name}.aside")
             shutil.rmtree(aside, ignore_errors=True)
             shutil.copytree(self._place.path, aside)
-            for path in self._place.kept:
+            for path in (*self._place.kept, self._place.overdue, self._place.error):
                 path.unlink(missing_ok=True)
             shutil.rmtree(self._place.further.path, ignore_errors=True)
+            known = None
         progress = _Progress(self._tell, deadline)
         if (seconds := self._context.run.study.trial_seconds) is not None:
             self._limit(seconds, known, progress)

@@ -21,11 +21,13 @@ import torch
 from foldsearch import cache, cli
 from foldsearch.context import TrialContext, read_splits, write_splits
 from foldsearch.errors import RunError
+from foldsearch.files import write_json
 from foldsearch.further import recover_further
 from foldsearch.model.kept import DamagedFileError, read_tensors, read_words, write_tensors
 from foldsearch.model.training import FurtherTraining
+from foldsearch.plan.plan import FoldPlan
 from foldsearch.prepare import prepare_context
-from foldsearch.record import Trial
+from foldsearch.record import Trial, owner_of, plan_path
 from foldsearch.run import Run
 from foldsearch.search.check import check_run, mend_for_resume
 from foldsearch.search.records import Records, read_trials
@@ -34,6 +36,7 @@ from foldsearch.trial import run_trial
 from tests.contexts import begin_run, tiny_study
 from tests.faults.storm import corrupt, truncate, without_seconds
 from tests.faults.test_every_write import Clock, Killed, begin, killed_by, run_process
+from tests.proposals import given
 
 Damage = Callable[[Run], Path]
 RNG = random.Random(0)
@@ -256,6 +259,18 @@ def test_what_a_run_keeps_beside_its_trials_is_looked_at(tmp_path: Path) -> None
     assert "identity.json" in fault.words
 
 
+def test_a_plans_file_that_names_a_trial_of_another_plan_is_mended(whole: Run, tmp_path: Path) -> None:
+    run = copy_of(whole, tmp_path)
+    path = a_plan(run)
+    told = json.loads(path.read_text())
+    other = next(trial for trial in read_trials(run) if trial.draft and str(trial.plan) != told["plan"])
+    write_json(path, told | {"trial": other.number})
+    (mended,) = check_run(run, repair=True).mended
+    assert path.name in mended.words
+    assert json.loads(path.read_text()) == told
+    assert check_run(run, repair=False).left == ()
+
+
 def test_what_further_training_left_is_looked_at(tmp_path: Path) -> None:
     run, trial, context = first_rung(tmp_path)
     to_its_end(run, context)
@@ -386,3 +401,47 @@ def test_an_entry_that_cannot_be_read_however_often_is_told(tmp_path: Path) -> N
         cache.once(path, lambda path: path.parent.mkdir(exist_ok=True) or path.write_bytes(b"abc"), read)
     with pytest.raises(ZeroDivisionError):
         cache.once(path, lambda path: path.write_bytes(b"abc"), read)
+
+
+# ---- a study that was begun again gives numbers to other plans
+
+
+def trial_of(context: TrialContext, text: str, number: int) -> Trial:
+    *_, trial = run_trial(given(FoldPlan.parse(text, 5)), context, number=number)
+    return trial
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> float:
+    """KL of a plan in a run of its own."""
+    place = tmp_path_factory.mktemp("alone")
+    study = tiny_study(place, rungs=(0,), trials=1)
+    return trial_of(begin_run(study, place / "run", cache_dir=place / "cache"), "0-2 4", 0).quality.kl
+
+
+def test_what_another_plan_was_healed_to_is_not_taken(alone: float, tmp_path: Path) -> None:
+    """Trial 0 was killed before its first result; after that the number is another plan's, of as many blocks."""
+    context = begin_run(
+        tiny_study(tmp_path, rungs=(0,), trials=1), tmp_path / "run", cache_dir=tmp_path / "cache"
+    )
+    trial_of(context, "0-1 3-4", 0)
+    folder = context.run.trial(0)
+    assert folder.start.exists()
+    folder.record.unlink()
+    assert trial_of(context, "0-2 4", 0).quality.kl == alone
+
+
+def test_what_another_plan_measured_is_not_taken(alone: float, tmp_path: Path) -> None:
+    """The plan's file names trial 0, which has another plan by now."""
+    context = begin_run(
+        tiny_study(tmp_path, rungs=(0,), trials=1), tmp_path / "run", cache_dir=tmp_path / "cache"
+    )
+    trial_of(context, "0-2 4", 0)
+    shutil.rmtree(context.run.trial(0).path)
+    other = trial_of(context, "0-1 3-4", 0)
+    again = trial_of(context, "0-2 4", 1)
+    assert again.last.known_from is None
+    assert again.quality.kl == alone != other.quality.kl
+    path = plan_path(context.run, again)
+    write_json(path, {"trial": 0, "plan": str(again.plan)})
+    assert owner_of(path, context.run) is None

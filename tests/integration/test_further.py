@@ -419,3 +419,39 @@ def test_another_plan_in_the_same_folder_begins_anew(context: TrialContext, tmp_
     with pytest.raises(RunError, match="in a folder of its own"):
         list(api.try_plan("0-1 4", study, folder=context.run.path))
     assert files(context) == before
+
+
+def test_a_plan_that_is_tried_again_says_what_it_came_to(context: TrialContext, tmp_path: Path) -> None:
+    """And begins anew where the study is another one, whose healing makes another model."""
+    folder, study = tmp_path / "tried", context.study
+    *_, first = api.try_plan("0-1 4", study, folder=folder)
+    (again,) = api.try_plan("0-1 4", study, folder=folder)
+    assert again == first
+    plain = study.model_copy(update={"healing": study.healing.model_copy(update={"tokens": 0})})
+    *_, other = api.try_plan("0-1 4", plain, folder=folder)
+    *_, alone = api.try_plan("0-1 4", plain)
+    assert other.quality == alone.quality != first.quality
+
+
+def test_gradients_that_are_no_numbers_leave_the_state_as_it_was(
+    context: TrialContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is finite, the gradient is not: training diverged, and goes back to the state that was kept."""
+    monkeypatch.setattr(trials, "SAVE_SECONDS", -1.0)
+    real, calls = Recovery._gradients, []
+
+    def spoilt(self: Recovery, rows: list[int]) -> float:
+        loss = real(self, rows)
+        calls.append(1)
+        if len(calls) == 3:
+            next(iter(self.trained.values())).grad.fill_(float("nan"))  # type: ignore[union-attr]
+        return loss
+
+    monkeypatch.setattr(Recovery, "_gradients", spoilt)
+    *_, hurt = train(context)
+    assert hurt.setback_words
+    saved = load_file(context.run.trial(0).further.optimizer)
+    assert all(value.isfinite().all() for value in saved.values())
+    *_, last = train(context)
+    assert last.last.recovery_tokens == END
+    assert last.quality.kl <= hurt.quality.kl
