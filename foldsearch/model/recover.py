@@ -60,7 +60,7 @@ LAST_BLOCKS = 3  # arXiv 2411.15558
 
 
 class Diverged(FoldsearchError):
-    """The loss of the recovery has become infinite or no number."""
+    """The loss of the recovery, or its gradient, has become infinite or no number."""
 
 
 class Delta(nn.Module):
@@ -299,7 +299,7 @@ class Recovery:
         """Train until `until_tokens` tokens in all have been seen.
 
         Raises:
-            Diverged: the loss is not finite.
+            Diverged: the loss or its gradient is not finite.
         """
         start = self.tokens_done
         length = self.tokens.ids_NT.shape[1]
@@ -313,8 +313,8 @@ class Recovery:
                 self.tokens_done += size * length
                 if not math.isfinite(loss):
                     raise Diverged(
-                        f"the recovery's loss became {loss} after {self.tokens_done} tokens at learning rate "
-                        f"{self.settings.learning_rate:g}. Lower the learning rate."
+                        f"the recovery's loss or gradient became {loss} after {self.tokens_done} tokens at learning "
+                        f"rate {self.settings.learning_rate:g}. Lower the learning rate."
                     )
                 if progress is not None:
                     progress(min(1.0, (self.tokens_done - start) / (until_tokens - start)))
@@ -408,7 +408,7 @@ class Recovery:
             group["lr"] = self.settings.learning_rate * self.rate * group["unit"] * min(1.0, share)
 
     def _step(self, rows: list[int]) -> float:
-        """One step of the optimizer on these sequences; the loss.
+        """One step of the optimizer on these sequences; the loss, or the size of a gradient that is not finite.
 
         Where memory does not hold them at once they are taken in two halves, from here on: their gradients are summed,
         so the step is the same but for rounding.
@@ -429,11 +429,11 @@ class Recovery:
         if not math.isfinite(total):
             return total
         norm = nn.utils.clip_grad_norm_(list(self.trained.values()), self.settings.clip)
-        if not math.isfinite(norm):
-            return float(norm)  # a step by it would leave no number
-        self._optimizer.step()
+        is_finite = math.isfinite(norm)
+        if is_finite:  # else a step would leave no number
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return total
+        return total if is_finite else float(norm)
 
     def _gradients(self, rows: list[int]) -> float:
         """Compute the gradients of a step, in as many parts as memory asks for; the loss."""

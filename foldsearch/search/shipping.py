@@ -297,9 +297,9 @@ class Shipping:
             place, number = TrialFolder(folder), int(folder.name)
             if (known := read_trial(place)) is not None:
                 begun.add(number)
-            is_whole = number not in ended or (known is not None and known.state != "finished")
-            if any(path.exists() for path in place.kept) and (known is not None or number not in ended):
-                self._states.put(number, place, all_of_it=is_whole)
+            goes_on = number not in ended or (known is not None and known.state != "finished")
+            if goes_on or known is not None:
+                self._states.put(number, place, all_of_it=goes_on)
         write_json(self._run.shipping_file, {"storage": storage, "session": session})
         tokens = store.put_blob(self._run.tokens) if self._run.tokens.exists() else None
         self._desk = open_desk(home, owners, begun, deadline)
