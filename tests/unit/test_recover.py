@@ -108,6 +108,25 @@ def test_nothing_changes_at_step_0(name, rank, text, trains):
     torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("reads_slope", [True, False])
+@pytest.mark.parametrize(
+    "linear", [nn.Linear(5, 7), nn.Linear(5, 7, bias=False), Conv1D(7, 5)], ids=["bias", "no bias", "conv1d"]
+)
+def test_slopes_of_a_delta_are_those_that_autograd_finds(linear: nn.Module, reads_slope: bool):
+    """x (W + up · down)' + b, written out in float64; the first block's input asks for no slope."""
+    linear = linear.double().requires_grad_(False)
+    delta = Delta(linear, 3, torch.Generator().manual_seed(0)).double().train()
+    nn.init.normal_(delta.up)
+    x = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=reads_slope)
+    asked = [delta.down, delta.up, *([x] if reads_slope else [])]
+    weight = linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+    y = x @ (weight + delta.up @ delta.down).T + (0 if linear.bias is None else linear.bias)
+    torch.testing.assert_close(delta(x), y)
+    slope = torch.randn_like(y)
+    found, wanted = (torch.autograd.grad(value, asked, slope) for value in (delta(x), y))
+    torch.testing.assert_close(found, wanted)
+
+
 def test_what_is_trained():
     """Own linears get deltas, children their adapters and output norms, every norm a change of its own."""
     trained = attach(folded("llama", "0 1=0+r3+n 2a"), 2)
