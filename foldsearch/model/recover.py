@@ -105,8 +105,8 @@ class Delta(nn.Module):
 class _Changed(torch.autograd.Function):
     """x (W + up · down)' + b, of a frozen W: what the delta adds is added within its product, in both directions.
 
-    Autograd would add two tensors of the size of x and of y each time, which on a processor with fast products is a
-    tenth of a training (docs/log.md).
+    Autograd would read and write tensors of the size of x and of y once more for it, 2 % of a training in AVX2
+    (docs/log.md).
     """
 
     @staticmethod
