@@ -34,7 +34,7 @@ from foldsearch.spec.load import RUN_STUDY, study_from_json
 from foldsearch.spec.study import Study
 from foldsearch.version import __version__
 
-SCHEMA = 11
+SCHEMA = 12
 LIMITS = ("trials", "seconds", "trial_seconds", "jobs", "cluster")  # what a resumed run may change
 
 

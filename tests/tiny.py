@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from foldsearch.model.measure import measure
 from foldsearch.model.tokens import TokenSet
+from foldsearch.plan.cost import CostTable
 from foldsearch.plan.plan import FoldPlan
 
 VOCABULARY, WIDTH, NUM_BLOCKS, WINDOW = 96, 32, 5, 9
@@ -78,9 +79,14 @@ SHARING = [name for name in CONFIGS if name not in EXPERTS]
 
 
 @cache
+def price_table(name: str = "llama") -> CostTable:
+    """Of a family's tiny model; a trace takes a second."""
+    return measure(CONFIGS[name]())
+
+
 def can_fold(name: str, text: str) -> bool:
     """Whether a family's blocks can do what a plan asks of them, by the price's table."""
-    return measure(CONFIGS[name]()).can_fold(FoldPlan.parse(text, NUM_BLOCKS))
+    return price_table(name).can_fold(FoldPlan.parse(text, NUM_BLOCKS))
 
 
 @cache

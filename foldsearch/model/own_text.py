@@ -116,7 +116,7 @@ def kept_text(
         ids_NT = write_text(dense, first, wanted, progress)
         replace_atomically(path, lambda temporary: save_file({"ids": ids_NT.contiguous()}, temporary))
 
-    key = cache.key(SCHEMA, AT_ONCE, model_hash, str(dense.dtype), asdict(wanted))
+    key = cache.key(SCHEMA, AT_ONCE, model_hash, str(dense.dtype), list(first), asdict(wanted))
     path = cache_dir / "own" / f"{key}.safetensors"
     return cache.once(path, write, lambda path: load_file(path)["ids"])[0]
 

@@ -38,8 +38,8 @@ class Target:
     holds_rest: whether an export of a text part is the whole model, whose other parts are then priced too.
     weights: the type that matrices are stored in (`foldsearch.plan.stored`); empty where all weights are of the dtype.
     own_cache: the type of keys and values where `kv_cache` names none; empty where that is the dtype.
-    window_cache: what the cache of a block that sees a window holds: the "window"; the window and a "chunk", in whole
-    `CELLS`; or "all" tokens.
+    window_cache: what the cache of a block that sees a window holds: the "window"; the window and a "chunk"; or "all"
+    tokens. In the second case caches grow by whole `CELLS`, those of other blocks too.
     """
 
     dtype: str = "bfloat16"
@@ -76,15 +76,22 @@ class Target:
         return numbers * DTYPE_BYTES[self.dtype]
 
     def cached_tokens(self, window: int, tokens: int) -> int:
-        """How many of so many tokens the cache of a block holds that sees a window of them; 0: that sees all."""
-        if window > STATE and self.window_cache != "window":
-            chunk = -(-(window + self.prefill_chunk) // CELLS) * CELLS
-            window = chunk if self.window_cache == "chunk" else 0
+        """How many of so many tokens the cache of a block has room for that sees a window of them; 0: that sees all."""
+        if self.window_cache == "chunk":
+            tokens = _in_cells(tokens)
+            window = _in_cells(window + self.prefill_chunk) if window > STATE else window
+        elif self.window_cache == "all":
+            window = STATE if window == STATE else 0
         return min(tokens, window) if window else tokens
 
     def storing(self, types: StoredTypes) -> Target:
         """The same with what is stored in other types, but for those that are empty."""
         return replace(self, weights=types.weights or self.weights, kv_cache=types.kv_cache or self.kv_cache)
+
+
+def _in_cells(tokens: int) -> int:
+    """Whole `CELLS` that so many tokens fit in."""
+    return -(-tokens // CELLS) * CELLS
 
 
 @dataclass(frozen=True, slots=True)

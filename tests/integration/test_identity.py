@@ -5,6 +5,7 @@ Oracles: files that are changed by hand between `run` and what follows, and the 
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -164,10 +165,9 @@ def test_an_extension_is_exported_from_the_model_that_it_was_trained_with(projec
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("damage", ["", "not tensors"])
-def test_damaged_tokens_are_told(project: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
-    RunFolder(project / "runs" / "r").tokens.write_text(damage)
-    for verb in ("export", "evaluate", "recover"):
+def test_damaged_tokens_are_told(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for damage, verb in itertools.product(("", "not tensors"), ("export", "evaluate", "recover")):
+        RunFolder(project / "runs" / "r").tokens.write_text(damage)
         code, said = shell(*VERBS[verb], capsys=capsys)
         assert code == 2
         assert "the token sets of a run, " in said

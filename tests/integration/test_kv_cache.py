@@ -28,7 +28,7 @@ from foldsearch.model.gguf.config import held_families
 from foldsearch.model.gguf.kv_cache import as_cached, check_kv_cache, key_order, rounded_kv_cache, turned_in
 from foldsearch.model.judge import judge
 from foldsearch.model.measure import measure
-from foldsearch.plan.cost import Target, price
+from foldsearch.plan.cost import CELLS, Target, price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.plan.stored import CACHE_TYPES, TYPES, StoredTypes
 from foldsearch.prepare import prepare_context
@@ -160,12 +160,13 @@ def test_a_cache_takes_what_the_package_gguf_says(kv_cache: str) -> None:
     kind = gguf.GGMLQuantizationType[kv_cache.upper()]
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     model = wide("llama", 64)
-    table, context = measure(model.config), 48
+    table = measure(model.config)
     target = Target(
-        context=context, batch=3, runtime="gguf", shares_weights=False, weights="f16", kv_cache=kv_cache
-    )
+        context=48, batch=3, runtime="gguf", shares_weights=False, weights="f16", kv_cache=kv_cache,
+        window_cache="chunk",
+    )  # fmt: skip
     plan = FoldPlan.parse("0 2-4", NUM_BLOCKS)
-    numbers = 2 * 2 * 64 * context * plan.depth  # keys and values of two heads
+    numbers = 2 * 2 * 64 * CELLS * plan.depth  # keys and values of two heads; llama.cpp takes no fewer cells
     assert price(plan, table, target).kv_bytes == 3 * numbers // block * block_bytes
     assert lower_bound(removing("uniform", 1), table, target) == price(plan, table, target)
     plain = price(plan, table, replace(target, kv_cache=""))

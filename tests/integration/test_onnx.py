@@ -14,13 +14,12 @@ from foldsearch.errors import InputError
 from foldsearch.export import Shipment, export
 from foldsearch.export.recheck import recheck
 from foldsearch.model.fold import fold
-from foldsearch.model.measure import measure
 from foldsearch.plan.cost import price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.runtimes import NOTHING, Beside, onnx
 from foldsearch.runtimes.onnx_decoder import Decoder
 from foldsearch.spec.study import TargetSettings
-from tests.tiny import CONFIGS, NUM_BLOCKS, VOCABULARY, dense_model, tokenizer
+from tests.tiny import CONFIGS, NUM_BLOCKS, VOCABULARY, dense_model, price_table, tokenizer
 
 EVERY_SLOT = "0 1=4+r4+n 2a 3~linear 4 4=4"
 DROPPED = "0-1 3-4"
@@ -63,7 +62,7 @@ def test_the_cache_of_windows_is_priced_as_it_is_held(tmp_path: Path) -> None:
     onnx.write(model, tmp_path, NOTHING)
     _, past = Decoder(tmp_path, threads=1).read(np.full((1, 100), 5, dtype=np.int64))
     target = TargetSettings(dtype="float32", context=100, runtime="onnx").value()
-    cost = price(FoldPlan.identity(NUM_BLOCKS), measure(model.config), target)
+    cost = price(FoldPlan.identity(NUM_BLOCKS), price_table("gemma3_text"), target)
     assert sum(value.nbytes for name, value in past.state.items()) == pytest.approx(cost.kv_bytes, rel=1e-3)
 
 

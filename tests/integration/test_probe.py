@@ -17,7 +17,6 @@ import torch
 from foldsearch import probe
 from foldsearch.context import TrialContext, open_workbench
 from foldsearch.model.fold import fold
-from foldsearch.model.measure import measure
 from foldsearch.model.recover import Recovery, attach
 from foldsearch.plan.cost import Budget, price
 from foldsearch.plan.plan import FoldPlan
@@ -37,7 +36,7 @@ from foldsearch.spec.propose import RandomSuggest, propose
 from foldsearch.spec.space import GroupsTable, Recover, Space
 from foldsearch.spec.study import BudgetSettings, ScreenSettings, TargetSettings
 from tests.contexts import begin_run, tiny_study
-from tests.tiny import NUM_BLOCKS, dense_model
+from tests.tiny import NUM_BLOCKS, dense_model, price_table
 
 GROUPS = GroupsTable(max_groups=2, group_sizes=(2, 3), adapter_ranks=(0, 2))
 SPACE = Space(removal=(0.0, 0.6), criteria=("window",), groups=GROUPS, recover=Recover(delta_ranks=(1, 2)))
@@ -64,10 +63,7 @@ def test_what_is_trained_is_counted(text: str, rank: int) -> None:
     plan = FoldPlan.parse(text, NUM_BLOCKS)
     trained = attach(fold(dense_model("llama"), plan), rank)
     factors = sum(one.numel() for name, one in trained.items() if name.endswith((".up", ".down")))
-    assert (
-        training_bytes(plan, RecoveryChoice(delta_rank=rank), measure(dense_model("llama").config), 0)
-        == 16 * factors
-    )
+    assert training_bytes(plan, RecoveryChoice(delta_rank=rank), price_table(), 0) == 16 * factors
 
 
 def test_no_other_proposal_takes_more(context: TrialContext) -> None:
@@ -97,7 +93,7 @@ def test_no_other_proposal_takes_more(context: TrialContext) -> None:
 
 def test_the_example_of_a_hybrid_can_be_folded(context: TrialContext) -> None:
     """Every proposal removes so many of its blocks that the last ones hold all that attend."""
-    table = measure(dense_model("lfm2").config)
+    table = price_table("lfm2")
     count = NUM_BLOCKS - min(block for block in range(NUM_BLOCKS) if table.attends(block))
     space = Space(removal=(count / NUM_BLOCKS, count / NUM_BLOCKS), criteria=("window",))
     found = largest_to_train(context.study, space, table, context.run.target, Budget(10**9))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 import torch
 import transformers as tf
@@ -15,27 +13,22 @@ from foldsearch.model.evidence import BlockRun
 from foldsearch.model.fold import fold
 from foldsearch.model.head import last_hidden
 from foldsearch.model.judge import ask_dense, judge
-from foldsearch.model.measure import last_logits_macs, measure
+from foldsearch.model.measure import last_logits_macs
 from foldsearch.model.networks import NETWORKS
 from foldsearch.model.recover import Recovery, merge
 from foldsearch.model.replacements import FitSettings, fit_replacement
 from foldsearch.model.starts import folded_start, new_values
 from foldsearch.model.states import FitText
 from foldsearch.model.training import RecoveryTraining
-from foldsearch.plan.cost import CostTable, Target, price
+from foldsearch.plan.cost import Target, price
 from foldsearch.plan.kinds import KINDS, Kind
 from foldsearch.plan.plan import FoldPlan, Replacement
 from foldsearch.spec.space import Space
-from tests.tiny import CONFIGS, NUM_BLOCKS, WIDTH, dense_model, token_set
+from tests.tiny import CONFIGS, NUM_BLOCKS, WIDTH, dense_model, price_table, token_set
 from tests.tolerances import OTHER_WAY
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 CONTEXT = 12
-
-
-@cache
-def table() -> CostTable:
-    return measure(CONFIGS["llama"]())
 
 
 def words(kind: Kind) -> tuple[str, ...]:
@@ -80,7 +73,8 @@ def test_its_price_is_what_the_folded_model_has(kind):
     """The oracle is the real module: its parameters are counted, its products are traced by fvcore."""
     for word in words(kind):
         plan = FoldPlan.parse(f"0 1-2~{word} 3-4", NUM_BLOCKS)
-        cost, model = price(plan, table(), Target("float32", context=CONTEXT)), fold(dense_model(), plan)
+        cost = price(plan, price_table(), Target("float32", context=CONTEXT))
+        model = fold(dense_model(), plan)
         assert cost.adapter_bytes == 4 * sum(value.numel() for value in new_values(model).values()) > 0
         assert cost.stored_bytes == 4 * sum(parameter.numel() for parameter in model.parameters())
         assert round(cost.prefill_macs * CONTEXT) == last_logits_macs(model, CONTEXT).total()

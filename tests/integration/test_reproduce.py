@@ -20,7 +20,6 @@ from foldsearch.export import reproduce
 from foldsearch.export.card import read_card, write_card
 from foldsearch.export.figures import Predicted
 from foldsearch.further import recover_further
-from foldsearch.model.measure import measure
 from foldsearch.model.training import FurtherTraining
 from foldsearch.plan.cost import price
 from foldsearch.plan.latency import Latency, Line, Timed
@@ -28,7 +27,7 @@ from foldsearch.plan.plan import FoldPlan
 from foldsearch.report.view import RunView
 from foldsearch.spec.load import study_from_json
 from tests.contexts import begin_run, run_queued, tiny_study
-from tests.tiny import CONFIGS
+from tests.tiny import price_table
 
 FURTHER = 192
 
@@ -121,7 +120,7 @@ def test_milliseconds_of_the_study_stay_and_nothing_is_timed_anew(
     for key in ("objectives", "budget", "target"):
         assert made.study[key] == asked.study[key]
     assert not found.faults
-    table = replace(measure(CONFIGS["llama"]()), latencies=(lines,))
+    table = replace(price_table(), latencies=(lines,))
     target = study_from_json(made.study).target.value()
     plans = made.trial.plan, FoldPlan.identity(len(table.blocks))
     costs = [price(plan, table, target) for plan in plans]

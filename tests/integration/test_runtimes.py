@@ -17,7 +17,6 @@ from foldsearch.errors import PlanError, SpecError
 from foldsearch.export import Shipment, check_export, export, load_exported
 from foldsearch.export.card import read_card
 from foldsearch.model.fold import fold
-from foldsearch.model.measure import measure
 from foldsearch.model.parts import Borrowed
 from foldsearch.plan.cost import price
 from foldsearch.plan.plan import FoldPlan
@@ -27,7 +26,7 @@ from foldsearch.spec.fit import can_run, for_runtime
 from foldsearch.spec.load import load_space, load_study
 from foldsearch.spec.unused import unused_settings
 from tests.split_runtime import ENTRY as SPLIT
-from tests.tiny import NUM_BLOCKS, dense_model
+from tests.tiny import NUM_BLOCKS, dense_model, price_table
 from tests.tolerances import OTHER_WAY
 
 IDS = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(1))
@@ -77,7 +76,7 @@ def folded(text):
 
 @pytest.fixture(scope="module")
 def table():
-    return measure(dense_model().config)
+    return price_table()
 
 
 def target_of(runtime):
@@ -179,7 +178,7 @@ def test_the_command_line_and_studies_know_it(runtime, table, capsys):
 
 @pytest.mark.parametrize("name", ["lfm2", "qwen3_moe"])
 def test_a_search_shares_nothing_among_blocks_of_several_kinds(name):
-    table, target = measure(dense_model(name).config), load_study("default").target.value()
+    table, target = price_table(name), load_study("default").target.value()
     held = for_runtime(load_space("everything"), table, target)
     assert set(held.fates) == {"drop", "replace"}
     assert held.groups.max_groups == 0

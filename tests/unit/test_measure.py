@@ -6,8 +6,6 @@ and a closed form of Llama written down here.
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 import torch
 import transformers as tf
@@ -21,11 +19,11 @@ from foldsearch.model.blocks import FAMILIES
 from foldsearch.model.fold import fold
 from foldsearch.model.measure import activation_numbers, last_logits_macs, measure
 from foldsearch.model.starts import new_values
-from foldsearch.plan.cost import CostTable, Target, price
+from foldsearch.plan.cost import Target, price
 from foldsearch.plan.plan import FoldPlan
 from tests.strategies import plans
 from tests.tiers import some
-from tests.tiny import CONFIGS, LLAMA, NUM_BLOCKS, VOCABULARY, WIDTH, WINDOW, dense_model
+from tests.tiny import CONFIGS, LLAMA, NUM_BLOCKS, VOCABULARY, WIDTH, WINDOW, dense_model, price_table
 
 CONTEXT = 23  # longer than the windows, and neither of the lengths that measure() traces
 TARGET = Target("float32", context=CONTEXT, batch=1, prefill_chunk=CONTEXT)
@@ -48,11 +46,6 @@ TRACED = ("identity", "everything")
 REPLACED_TRACED = ("llama", "gpt_neox", "opt")  # also where a unit stands elsewhere
 
 
-@cache
-def table(name: str) -> CostTable:
-    return measure(CONFIGS[name]())
-
-
 def parse(text: str) -> FoldPlan:
     return FoldPlan.parse(text, NUM_BLOCKS)
 
@@ -70,19 +63,19 @@ def test_prices_are_what_the_real_folded_models_have(name):
     dense = dense_model(name)
     for label, text in PLANS.items():
         plan = parse(text)
-        if not table(name).can_fold(plan):
+        if not price_table(name).can_fold(plan):
             with pytest.raises(
                 PlanError, match=r"runs the MLP of block|shared among blocks of one kind|some block attends"
             ):
                 fold(dense, plan)
             continue
-        cost, model = price(plan, table(name), TARGET), fold(dense, plan)
+        cost, model = price(plan, price_table(name), TARGET), fold(dense, plan)
         assert cost.stored_bytes == 4 * unique_parameters(model) == 4 * parameter_count(model)[""], label
         traced = label in TRACED or (label == "replaced" and name in REPLACED_TRACED)
         if name in ALL_TRACED or traced:
             assert round(cost.prefill_macs * CONTEXT) == last_logits_macs(model, CONTEXT).total(), label
         assert cost.adapter_bytes == 4 * sum(value.numel() for value in new_values(model).values()), label
-    weights = price(parse("0-4"), table(name), TARGET).weight_bytes
+    weights = price(parse("0-4"), price_table(name), TARGET).weight_bytes
     assert weights == 4 * sum(p.numel() for p in dense.parameters())
 
 
@@ -90,7 +83,7 @@ def test_prices_are_what_the_real_folded_models_have(name):
 @given(plan=plans(NUM_BLOCKS))
 @pytest.mark.parametrize("name", ["qwen3", "gpt2"])
 def test_any_plans_price_is_what_its_model_has(name, plan):
-    cost, model = price(plan, table(name), TARGET), fold(dense_model(name), plan)
+    cost, model = price(plan, price_table(name), TARGET), fold(dense_model(name), plan)
     assert cost.stored_bytes == 4 * unique_parameters(model)
     assert round(cost.prefill_macs * CONTEXT) == last_logits_macs(model, CONTEXT).total()
 
@@ -101,7 +94,7 @@ def test_the_cache_is_what_the_model_fills(name):
     price counts the window, so it is one token a sliding block above.
     """
     for text in PLANS.values():
-        if not table(name).can_fold(parse(text)):
+        if not price_table(name).can_fold(parse(text)):
             continue
         model = fold(dense_model(name), parse(text))
         filled = DynamicCache(config=model.config)
@@ -118,34 +111,34 @@ def test_the_cache_is_what_the_model_fills(name):
                     assert layer.keys.shape[2] == WINDOW - 1
                     sliding_token += 4 * (layer.keys.numel() + layer.values.numel()) // (WINDOW - 1)
         target = Target("float32", context=CONTEXT, batch=2)
-        assert price(parse(text), table(name), target).kv_bytes == held + sliding_token
+        assert price(parse(text), price_table(name), target).kv_bytes == held + sliding_token
 
 
 def test_a_short_convolution_in_closed_form():
     """LFM2: in and out, the window's products, and a state of as many columns as the window, however long the text."""
-    conv, attention = table("lfm2").blocks[0].attention, table("lfm2").blocks[1].attention
+    conv, attention = price_table("lfm2").blocks[0].attention, price_table("lfm2").blocks[1].attention
     assert conv.macs == conv.weights + 3 * WIDTH
     assert (conv.weights, conv.norms, conv.context_macs) == (4 * WIDTH**2, WIDTH + 3 * WIDTH, 0)
     assert (conv.kv_width, conv.window, attention.kv_width, attention.window) == (3 * WIDTH, 1, 2 * 2 * 8, 0)
-    assert {block.mlp.kind for block in table("lfm2").blocks} == {"feed_forward"}
+    assert {block.mlp.kind for block in price_table("lfm2").blocks} == {"feed_forward"}
 
 
 def test_experts_in_closed_form():
     """Memory holds all six of them; a token is multiplied by two, and by what chooses them."""
-    experts, plain = table("qwen3_moe").blocks[0].mlp, table("qwen3_moe").blocks[1].mlp
+    experts, plain = price_table("qwen3_moe").blocks[0].mlp, price_table("qwen3_moe").blocks[1].mlp
     of_one = 3 * WIDTH * 16
     assert (experts.weights, experts.norms) == (0, 6 * of_one + 6 * WIDTH + WIDTH)
     assert experts.macs == 2 * of_one + 6 * WIDTH
     assert (plain.weights, plain.norms, plain.macs) == (3 * WIDTH * 40, WIDTH, 3 * WIDTH * 40)
-    assert not table("qwen3_moe").is_uniform
-    assert not table("lfm2").is_uniform
-    assert table("llama").is_uniform
+    assert not price_table("qwen3_moe").is_uniform
+    assert not price_table("lfm2").is_uniform
+    assert price_table("llama").is_uniform
 
 
 def test_windows_are_of_their_blocks():
-    assert [block.attention.window for block in table("qwen3").blocks] == [WINDOW, 0, WINDOW, WINDOW, 0]
-    assert {block.attention.window for block in table("mistral").blocks} == {WINDOW}
-    assert {block.attention.window for block in table("gpt_neox").blocks} == {0}
+    assert [block.attention.window for block in price_table("qwen3").blocks] == [WINDOW, 0, WINDOW, WINDOW, 0]
+    assert {block.attention.window for block in price_table("mistral").blocks} == {WINDOW}
+    assert {block.attention.window for block in price_table("gpt_neox").blocks} == {0}
 
 
 @pytest.mark.parametrize(
@@ -153,7 +146,7 @@ def test_windows_are_of_their_blocks():
 )
 def test_the_working_set_is_what_lives(name):
     """On the CPU with torch's own attention. Where a window slides, a mask of tokens² comes on top of it."""
-    model, found = dense_model(name), table(name)
+    model, found = dense_model(name), price_table(name)
     assert model.config._attn_implementation == "sdpa"
     for tokens in (CONTEXT, 50):
         assert found.activation_fixed + found.activation_width * tokens == activation_numbers(model, tokens)
@@ -267,7 +260,7 @@ def test_attention_in_plain_products_is_counted_too():
     config = CONFIGS["llama"]()
     config._attn_implementation = "eager"
     model = tf.AutoModelForCausalLM.from_config(config).eval()
-    cost = price(parse("0-4"), table("llama"), TARGET)
+    cost = price(parse("0-4"), price_table("llama"), TARGET)
     assert last_logits_macs(model, CONTEXT).total() == round(cost.prefill_macs * CONTEXT)
 
 

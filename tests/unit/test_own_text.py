@@ -86,13 +86,14 @@ def test_what_was_written_is_kept_by_content(tmp_path: Path, monkeypatch: pytest
     assert not torch.equal(made, other)
     monkeypatch.setattr(own_text, "write_text", None)
     assert torch.equal(kept_text(dense, FIRST, wanted, model_hash="a", cache_dir=tmp_path), made)
-    for changed, model_hash in (
-        (OwnText(3, 8, temperature=0.9), "a"),
-        (OwnText(3, 8, (1,)), "a"),
-        (wanted, "b"),
+    for first, changed, model_hash in (
+        (FIRST, OwnText(3, 8, temperature=0.9), "a"),
+        (FIRST, OwnText(3, 8, (1,)), "a"),
+        (FIRST[1:], wanted, "a"),
+        (FIRST, wanted, "b"),
     ):
         with pytest.raises(TypeError):  # it would be written anew
-            kept_text(dense, FIRST, changed, model_hash=model_hash, cache_dir=tmp_path)
+            kept_text(dense, first, changed, model_hash=model_hash, cache_dir=tmp_path)
 
 
 def test_own_sequences_stand_among_the_others_each_a_document_of_its_own_kind() -> None:

@@ -627,7 +627,7 @@ def test_folders_that_are_taken_or_no_runs_are_refused(tmp_path: Path, study: St
     with pytest.raises(RunError, match=r"a run of foldsearch 0\.0\.1"):
         Run.open(tmp_path / "run")
     path.write_text(json.dumps({**value, "schema": 7}))
-    with pytest.raises(RunError, match=r"\(schema 7\), but this is .* \(schema 11\)"):
+    with pytest.raises(RunError, match=r"\(schema 7\), but this is .* \(schema 12\)"):
         Run.open(tmp_path / "run")
     path.write_text(json.dumps({**value, "study": {**value["study"], "sampler": "magic"}}))
     with pytest.raises(RunError, match="incomplete"):

@@ -20,7 +20,6 @@ from foldsearch.model.gguf.config import held_families
 from foldsearch.model.gguf.write import as_stored, rounded_matrix, write_gguf
 from foldsearch.model.heal import heal
 from foldsearch.model.judge import ask_dense, judge
-from foldsearch.model.measure import measure
 from foldsearch.model.states import StatesInOrder
 from foldsearch.plan.cost import Target, price
 from foldsearch.plan.plan import FoldPlan
@@ -30,7 +29,7 @@ from foldsearch.runtimes import gguf as runtime
 from foldsearch.spec.load import load_study
 from tests.proposals import given, removing
 from tests.tiers import some
-from tests.tiny import NUM_BLOCKS, dense_model, token_set
+from tests.tiny import NUM_BLOCKS, dense_model, price_table, token_set
 
 STOCK = Target(context=64, runtime="gguf", shares_weights=False)
 
@@ -53,7 +52,7 @@ def test_a_type_takes_what_the_package_gguf_says(weights: str) -> None:
 def test_a_price_is_what_the_tensors_of_a_file_take(name: str, weights: str, tmp_path: Path) -> None:
     """Rows of 40 numbers fill no whole blocks, those of 32 do."""
     dense = dense_model(name)
-    table, target = measure(dense.config), replace(STOCK, weights=weights)
+    table, target = price_table(name), replace(STOCK, weights=weights)
     # llama.cpp knows by heart which blocks of a SmolLM3 do not turn: plans may move none of them
     for text in ("0-4", "0-3") if name == "smollm3" else ("0-4", "0 2-4", "0 1=3 2-4"):
         plan = FoldPlan.parse(text, NUM_BLOCKS)
@@ -66,7 +65,7 @@ def test_a_price_is_what_the_tensors_of_a_file_take(name: str, weights: str, tmp
 
 
 def test_only_the_weights_are_stored_in_few_bits() -> None:
-    table = measure(dense_model("llama").config)
+    table = price_table()
     plan = FoldPlan.parse("0 2-4", NUM_BLOCKS)
     plain, few = (price(plan, table, replace(STOCK, weights=weights)) for weights in ("bf16", "q4_0"))
     assert few.weight_bytes < plain.weight_bytes
@@ -75,7 +74,7 @@ def test_only_the_weights_are_stored_in_few_bits() -> None:
 
 @pytest.mark.parametrize("weights", ["q8_0", "q4_0"])
 def test_a_bound_is_the_price_where_all_blocks_are_alike(weights: str) -> None:
-    table, target = measure(dense_model("llama").config), replace(STOCK, weights=weights)
+    table, target = price_table(), replace(STOCK, weights=weights)
     plan = FoldPlan.parse("0 3-4", NUM_BLOCKS)
     assert lower_bound(removing("uniform", 2), table, target) == price(plan, table, target)
     assert lower_bound(given(plan), table, target) == price(plan, table, target)
@@ -143,7 +142,7 @@ def test_a_runtime_without_a_dtype_is_priced_in_that_which_it_stores(
 ) -> None:
     """Oracle: numbers of the model times bytes of a number; and what an export to the runtime says that it takes."""
     target = load_study("default", {"target.runtime": name, "target.dtype": dtype}).target.value()
-    table, plan = measure(dense_model().config), FoldPlan.identity(NUM_BLOCKS)
+    table, plan = price_table(), FoldPlan.identity(NUM_BLOCKS)
     numbers = sum(parameter.numel() for parameter in dense_model().parameters())
     size = 4 if stored == "float32" else 2
     assert price(plan, table, target).weight_bytes == numbers * size
