@@ -46,8 +46,8 @@ State = Literal["waiting", "running", "cut", "finished", "stopped", "infeasible"
 class Draft:
     """What a proposal came to.
 
-    plan: which blocks run. cost: its price on the target. gates: summary of the gated training that chose its blocks
-    (steps, tokens, polarized, ranking, whether from the cache), where one did.
+    plan: which blocks run. cost: its price on the target. gates: what the criterion that chose its blocks has told of
+    how (see `foldsearch.criteria.Choice`); of gated training steps, tokens, polarized, ranking, whether from the cache.
     """
 
     plan: FoldPlan
@@ -93,6 +93,13 @@ class Trial:
         """The plan that its proposal came to, which must be known."""
         assert self.draft is not None, f"trial {self.number} has no plan yet"
         return self.draft.plan
+
+    @property
+    def gated(self) -> Mapping[str, Any] | None:
+        """Of the gated training that chose its blocks; None where another criterion did, or none."""
+        if self.draft is None or self.proposal is None or self.proposal.removed is None:
+            return None
+        return self.draft.gates if self.proposal.removed.criterion == "gate" else None
 
     @property
     def cost(self) -> Cost:

@@ -83,7 +83,10 @@ class Fate(ABC):
 
     @classmethod
     def undo(cls, plan: FoldPlan) -> tuple[tuple[int, ...], dict[int, int]]:
-        """What `slots` was given, from the plan that came of it: removed blocks in order, and their base blocks."""
+        """What `slots` was given, from the plan that came of it: removed blocks in order, and their base blocks.
+
+        This one finds blocks that nothing stands for, or a network; a fate whose `slots` has a `Slot` has its own.
+        """
         replaced = (range(one.first, one.last + 1) for one in plan.slots if isinstance(one, Replacement))
         return tuple(sorted({*plan.dropped, *(block for run in replaced for block in run)})), {}
 

@@ -126,7 +126,10 @@ class Replaced(nn.Module, ABC):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """It adds nothing at first: down and the biases are zero; the rest is random, so that down gets a gradient."""
+        """It adds nothing at first: down and vectors are zero; matrices are random, so that down gets a gradient.
+
+        A network with a vector that multiplies must set it here: all-zero features fit nothing.
+        """
         for name, parameter in self.named_parameters():
             if name != "down" and parameter.dim() > 1:
                 start = torch.randn(parameter.shape, generator=generator)

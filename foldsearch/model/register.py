@@ -55,12 +55,16 @@ class _AfterImport(MetaPathFinder):
         if fullname not in _AUTO or fullname in self.running:
             return None
         self.running.add(fullname)  # so the call below asks the other finders
-        spec = importlib.util.find_spec(fullname)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.running.discard(fullname)  # who asked need not run it
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
             run = loader.exec_module
 
             def run_and_register(module: ModuleType) -> None:
+                self.running.add(fullname)
                 try:
                     run(module)
                 finally:

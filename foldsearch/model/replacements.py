@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
+from foldsearch.errors import ModelError
 from foldsearch.model.blocks import decoder_blocks
 from foldsearch.model.evidence import hidden_of, other_inputs
 from foldsearch.model.networks import NETWORKS
@@ -169,6 +170,9 @@ def solve_down(net: Replaced, train: tuple[Tensor, Tensor], held_out: tuple[Tens
 
     Returns:
         The ridge that was chosen, in mean squares of a feature.
+
+    Raises:
+        ModelError: the features are all zero, or not finite.
     """
     bias = net.bias is not None
     gram, cross, _ = _moments(net, *train, bias=bias)
@@ -193,7 +197,10 @@ def solve_down(net: Replaced, train: tuple[Tensor, Tensor], held_out: tuple[Tens
         # Of ridges that miss equally little, but for rounding, the largest: it has the smallest weights.
         if best is None or missed < best[0] + ROUNDING * held_square:
             best = (min(missed, best[0]) if best else missed, ridge, solution_HD)
-    assert best is not None, "a ridge of the features' own size is always solvable"
+    if best is None:  # a ridge of the features' own size solves all others
+        raise ModelError(
+            f"nothing can be fitted on the features of {type(net).__name__}: they are all zero, inf or NaN."
+        )
     net.down.copy_(best[2][:num_features].T)
     if net.bias is not None:
         net.bias.copy_(best[2][num_features])

@@ -26,6 +26,15 @@ BASE_RANK = 1 / 16  # of the base-block metric, in widths of the model: FlexiGPT
 SCHEMA = 7
 
 
+def base_rank(table: CostTable) -> int:
+    """Of the base-block metric: `BASE_RANK`, or less where few heads make narrow keys and values."""
+    matrices = [
+        one for block in table.blocks for unit in (block.attention, block.mlp) for one in unit.matrices
+    ]
+    narrowest = min(min(one.rows, one.length) for one in matrices)
+    return max(1, min(round(BASE_RANK * table.width), narrowest // 2))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Workbench:
     """The dense model, mapped, and what it says on the token sets.
@@ -90,7 +99,7 @@ class Workbench:
 
     def base_distances(self, say: StageProgress) -> list[list[float]]:
         """FlexiGPT's distances between the blocks; of the weights alone, so they serve every text."""
-        rank = max(1, round(BASE_RANK * self.table.width))
+        rank = base_rank(self.table)
         key = cache.key(SCHEMA, self.files.content_hash, self.files.dtype, rank)
         say("distances between the blocks", 0.0)
         path = self.cache_dir / "bases" / f"{key}.json"

@@ -5,10 +5,11 @@ The networks themselves are in `foldsearch/model/networks.py`, which needs torch
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from foldsearch.errors import find_named
+from foldsearch.errors import PlanError, find_named
 
 DEFAULT_EXPANSION = 4  # hidden width of a network whose size is not named, in widths of the model
 
@@ -17,7 +18,7 @@ DEFAULT_EXPANSION = 4  # hidden width of a network whose size is not named, in w
 class Kind:
     """One kind of network.
 
-    name: as it is written in plans and spaces. source: the paper that it is from.
+    name: as it is written in plans and spaces, letters a to z. source: the paper that it is from.
     cost: parameters, and MACs per token, of the network; asked with the model's width and the hidden width. None: the
     network is a copy of the first block that it replaces, so it costs what that block costs, and attends.
     takes_size: whether a plan may name the hidden width.
@@ -27,6 +28,12 @@ class Kind:
     source: str
     cost: Callable[[int, int], tuple[int, int]] | None
     takes_size: bool = False
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch("[a-z]+", self.name):
+            raise PlanError(
+                f"the name of a kind of network is of letters a to z, as plans have it, got '{self.name}'."
+            )
 
     @property
     def is_block(self) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -248,8 +248,8 @@ class RunDisplay:
         if setback := trial.setback_words:
             line.append(f"  {setback}", style="yellow")
         self._print(line)
-        if trial.draft is not None and (gates := trial.draft.gates) is not None:
-            self._print(Text(f"       gates: {gate_words(gates)}", style="dim"))
+        if (gated := trial.gated) is not None:
+            self._print(Text(f"       gates: {gate_words(gated)}", style="dim"))
 
     def _done(self, event: SearchDone) -> None:
         parts = [f"{counted(event.num_finished, 'trial')} finished", f"{event.num_stopped} stopped early"]
@@ -318,7 +318,7 @@ def _outcome(trial: Trial, on_front: bool) -> Text:
     return Text(printable(trial.reason), style="dim" if trial.state == "cut" else "red")
 
 
-def gate_words(gates: dict[str, Any]) -> str:
+def gate_words(gates: Mapping[str, Any]) -> str:
     """The gated training behind a plan, in words; polarized: share of the gates outside [0.05, 0.95]."""
     words = (
         f"{counted(gates['steps'], 'step')}, {gates['tokens']:,} tokens, {gates['polarized']:.0%} polarized"

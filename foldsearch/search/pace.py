@@ -104,10 +104,9 @@ class Pace:
                 took, before = result.seconds - before, result.seconds
                 if result.known_from is not None:
                     continue
-                gates = trial.draft.gates if trial.draft is not None else None
-                if rung == 0 and gates is not None and not gates["from_cache"]:
-                    self._gates.append(gates["seconds"])
-                    took = max(0.0, took - gates["seconds"])
+                if rung == 0 and (gated := trial.gated) is not None and not gated["from_cache"]:
+                    self._gates.append(gated["seconds"])
+                    took = max(0.0, took - gated["seconds"])
                 share = self._share(trial.cost)
                 observed = self._rungs.setdefault(rung, _Observed())
                 observed.seconds += took

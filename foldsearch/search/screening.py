@@ -256,8 +256,9 @@ class Screening:
         asked = sorted({counts[round(i * last / (RIVAL_COUNTS - 1))] for i in range(RIVAL_COUNTS)})
         for criterion in CRITERIA:
             if criterion.is_quick:
+                setting = self._space.middle_setting(criterion.name)
                 for count in asked:
-                    removed = Removed(criterion.name, count, self._fate)
+                    removed = Removed(criterion.name, count, self._fate, setting)
                     chosen = choose_blocks(removed, self._context, self._say)
                     yield self._removing(chosen.blocks), criterion.name
 

@@ -67,8 +67,12 @@ def load_study(
     if "data" in given and isinstance(kinds := value.get("kinds"), dict):
         kinds.pop("unseen", None)  # it names kinds of the text that is replaced
     for key, item in given.items():
-        _set(value, key.split("."), item)
+        if not key.startswith("space."):
+            _set(value, key.split("."), item)
     faults, of_space = _put_space(value)
+    for key, item in given.items():
+        if key.startswith("space."):  # of a space that is named, it is there only now
+            _set(value, key.split("."), item)
     study = _read_as(Study, value)
     if isinstance(study, list):
         faults += study

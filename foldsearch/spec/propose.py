@@ -131,8 +131,7 @@ def plain_answers(space: Space, criterion: str, count: int, setting: float | Non
     """What a baseline answers; arguments as for `baseline`."""
     given = {"num_removed": count, "criterion": criterion, "delta_rank": space.recover.middle_rank}
     if key := criterion_of(criterion).setting_key:
-        settings = space.settings(criterion)
-        given[key] = settings[len(settings) // 2] if setting is None else setting
+        given[key] = space.middle_setting(criterion) if setting is None else setting
     return Plain(given)
 
 

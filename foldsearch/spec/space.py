@@ -191,3 +191,8 @@ class Space(_OfMethods):
         """The values of a criterion's own setting; None alone where it has none."""
         key = criterion_of(criterion).setting_key
         return getattr(self, key) if key else (None,)
+
+    def middle_setting(self, criterion: str) -> float | None:
+        """The one of `settings` that baselines have."""
+        settings = self.settings(criterion)
+        return settings[len(settings) // 2]

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from foldsearch.criteria import CRITERIA, Criterion, criterion_of
-from foldsearch.fates import FATES, Fate
+from foldsearch.fates import FATES, Fate, fate_named
 from foldsearch.fates.replace import Networks
 from foldsearch.runtimes import runtime_named
 from foldsearch.spec.fit import held_part
@@ -21,6 +21,8 @@ from foldsearch.spec.load import load_space, shipped
 from foldsearch.spec.study import Study
 
 __all__ = ["unused_settings"]
+
+MANY_BLOCKS = 1000  # of a model whose size is not known yet: any rate above 0 removes some of so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,13 @@ def _fits(study: Study) -> bool:
     space = study.space
     criteria = map(criterion_of, space.criteria)
     return any(one.is_fitted for one in criteria) or any(space.table(fate).is_fitted for fate in space.fates)
+
+
+def _may_group(study: Study) -> bool:
+    """Whether weights may be shared in groups, if the space has any."""
+    space = study.space
+    beside = any(fate_named(fate).has_groups for fate in space.fates)
+    return space.groups.max_groups == 0 or beside or space.counts(MANY_BLOCKS)[0] == 0
 
 
 def _has_linear(study: Study) -> bool:
@@ -76,6 +85,16 @@ _RULES = (
         ("space.groups.group_sizes", "space.groups.start", "space.groups.adapter_ranks"),
         lambda study: study.space.groups.max_groups > 0,
         "groups.max_groups is 0, so no weights are shared in groups",
+    ),
+    _Rule(
+        ("space.groups",),
+        _may_group,
+        "every plan removes blocks, and what the space's fates leave cannot be shared in groups",
+    ),
+    _Rule(
+        ("space.criteria", "space.fates"),
+        lambda study: study.space.counts(MANY_BLOCKS)[1] > 0,
+        "space.removal ends at 0, so no block is removed",
     ),
     *(_of_fate(fate) for fate in FATES if fate.table.key),
     _Rule(("starts.tokens",), _fits, "nothing in the space is fitted to text"),

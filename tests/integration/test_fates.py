@@ -150,7 +150,7 @@ def test_a_trial_builds_trains_and_measures_it(context: TrialContext, fate: type
 
 
 def test_an_unknown_fate_is_told() -> None:
-    with pytest.raises(PlanError, match=r"one of drop, share, replace; got 'burn'"):
+    with pytest.raises(PlanError, match=f"one of {', '.join(NAMES)}; got 'burn'"):
         fate_named("burn")
 
 
@@ -204,6 +204,11 @@ class Halve(Fate):
     def slots(self, removed, bases):
         return [Slot(block, None, block) for block in removed[:: self.every]]
 
+    @classmethod
+    def undo(cls, plan):
+        halved = (slot.home for slot in plan.slots if isinstance(slot, Slot) and slot.attention is None)
+        return tuple(sorted({*plan.dropped, *halved})), {}
+
     def bound(self, count, table):
         kept = -(-count // self.every)
         mlps = [block.mlp for block in table.blocks]
@@ -245,6 +250,7 @@ assert size(space, 5) == 4 * 2  # counts 1 to 4
 assert baseline(space, "uniform", 2, 5).fold == Fold(Removed("uniform", 2, Halve(1)))
 least = smallest(space, table, target)[1]
 assert narrow(space, table, target, Budget(memory_bytes=least.memory_bytes)).counts(5) == (4, 4)
+assert Halve.undo(FoldPlan.parse("0 1m 2 4", 5)) == ((1, 3), {})  # what chose the blocks is told from the plan
 for seed in range(20):  # a search proposes it, and prices it before it is drafted
     proposal = propose(RandomSuggest(seed), space, 5)
     assert isinstance(proposal.removed.fate, Halve)

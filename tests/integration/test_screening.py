@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from foldsearch import criteria
 from foldsearch.context import TrialContext, close_workbench, open_workbench
-from foldsearch.criteria import CRITERIA
+from foldsearch.criteria import CRITERIA, Choice, Criterion, Request, Setting
 from foldsearch.errors import ModelError
 from foldsearch.fates.replace import Networks
 from foldsearch.model.screen import Screen
@@ -419,6 +420,27 @@ def test_each_criterion_that_chose_a_plan_has_it(context: TrialContext, tmp_path
     )
     row = screened_by_count(screening.found)[1]
     assert row["block_influence"] == row["window"] == one
+
+
+def test_a_quick_criterion_is_asked_with_the_middle_of_its_setting(
+    context: TrialContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the space does not name it."""
+    asked = []
+
+    def choose(request: Request) -> Choice:
+        asked.append(request.setting)
+        return Choice(tuple(range(request.count)))
+
+    first = Criterion(
+        "first", "first blocks", "*", "ours", setting=Setting("gate_eps", (0.1,)), is_quick=True
+    )
+    every = [*CRITERIA, first]
+    monkeypatch.setattr(criteria, "CRITERIA", every)
+    monkeypatch.setattr("foldsearch.search.screening.CRITERIA", every)
+    monkeypatch.setattr(Criterion, "choose", lambda self, request: choose(request))
+    list(Screening(replace(context, cache_dir=tmp_path), SPACE)._rivals())
+    assert SPACE.gate_eps[len(SPACE.gate_eps) // 2] in asked
 
 
 def test_where_no_plan_has_finite_figures_it_ends_and_says_why(

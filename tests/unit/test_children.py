@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -23,8 +24,9 @@ from foldsearch.model.blocks import decoder_blocks, family_of
 from foldsearch.model.children import GAMMA_RIDGE, base_blocks, base_distances, low_rank, start_adapters
 from foldsearch.model.fold import fold
 from foldsearch.model.parts import Borrowed, OutputNorm
+from foldsearch.model.workbench import base_rank
 from foldsearch.plan.plan import FoldPlan
-from tests.tiny import NUM_BLOCKS, SHARING, WIDTH, dense_model, token_set
+from tests.tiny import NUM_BLOCKS, SHARING, WIDTH, dense_model, price_table, token_set
 from tests.tolerances import SOLVED
 
 # plain, four norms and windows, norms after units, Conv1D, parallel residual, an MLP of flattened tokens
@@ -141,6 +143,12 @@ def test_a_rank_that_the_linears_do_not_have_is_an_error(rank):
         PlanError, match=f"between 1 and 8, half the smallest side of the linears, got {rank}"
     ):
         base_distances(dense_model("llama"), rank)
+
+
+def test_the_rank_is_one_that_every_linear_has() -> None:
+    """A sixteenth of the width, or half of what one head of keys puts out."""
+    wide = replace(price_table("llama"), width=1024)
+    assert (base_rank(price_table("llama")), base_rank(wide)) == (WIDTH // 16, 8)
 
 
 def planted_pairs(name: str, scale: float):

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foldsearch.errors import PlanError
+from foldsearch.plan.kinds import Kind
 from foldsearch.plan.plan import SCHEMA, FoldPlan, Replacement, Slot, check_ranks
 from tests.strategies import plans
 
@@ -318,3 +319,9 @@ def test_what_a_plan_has_beside_the_dense_model(
     found = FoldPlan.parse(plan, 5)
     assert (found.adds_nothing, found.only_drops) == (adds_nothing, only_drops)
     assert found.needs_no_fit == needs_no_fit
+
+
+@pytest.mark.parametrize("name", ["low_rank", "FFN", "ffn2", ""])
+def test_a_kind_of_network_has_a_name_that_plans_can_have(name: str) -> None:
+    with pytest.raises(PlanError, match=f"letters a to z, as plans have it, got '{name}'"):
+        Kind(name, "ours", None)

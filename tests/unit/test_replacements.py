@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from foldsearch.errors import ModelError
 from foldsearch.model import replacements
 from foldsearch.model.blocks import FAMILIES, decoder_blocks
 from foldsearch.model.evidence import hidden_of
@@ -473,3 +474,12 @@ def test_a_patch_is_taken_whatever_its_error():
     assert not fit.values["bias"].any()
     ridge = fit_replacement(dense, Replacement(1, 2, "linear"), states, ids_NT)
     assert ridge.chosen != "patch"
+
+
+def test_features_that_are_all_zero_are_told() -> None:
+    """A network whose gain nobody has set."""
+    net = NETWORKS["ffn"](WIDTH, 4 * WIDTH)
+    net.features = lambda x: x.new_zeros(*x.shape[:-1], 4 * WIDTH)
+    before, after = normal(4, LENGTH, WIDTH), normal(4, LENGTH, WIDTH, seed=1)
+    with pytest.raises(ModelError, match=r"features of .* are all zero"):
+        solve_down(net, (before, after), (before, after))

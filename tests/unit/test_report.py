@@ -745,7 +745,11 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(
 
 def test_a_log_file_gets_a_line_a_trial_with_its_gain_and_its_gates(view: RunView) -> None:
     out = io.StringIO()
-    record = view.trials[0]
+    record, other = view.trials[0], view.trials[1]
+    assert other.draft is not None
+    told = replace(
+        other, draft=replace(other.draft, gates={"asked": 4})
+    )  # by a criterion that trains no gates
     with RunDisplay(Console(file=out, width=150)) as display:
         display(events.Preparing("reading the text", 0.0))
         display(events.Preparing("reading the text", 0.5))
@@ -756,8 +760,10 @@ def test_a_log_file_gets_a_line_a_trial_with_its_gain_and_its_gates(view: RunVie
         _play(display, view.trials[7])
         display(events.TrialEnded(view.trials[7]))
         display(events.TrialEnded(view.trials[5]))
+        display(events.TrialEnded(told))
         display(events.SearchInterrupted(view.folder, 1, "foldsearch resume runs/x"))
     shown = out.getvalue()
+    assert shown.count("gates: ") == 1
     assert shown.count("reading the text") == 1
     line = next(line for line in shown.splitlines() if line.startswith("    0  gate 0."))
     assert " → ".join(f"{result.quality.kl:.3f}" for result in record.results) in line

@@ -14,7 +14,7 @@ import pytest
 from foldsearch.errors import SpecError
 from foldsearch.plan.cost import BlockCost, Budget, CostTable, Target, UnitCost, price
 from foldsearch.plan.plan import FoldPlan
-from foldsearch.spec.load import load_study, shipped, study_from_json
+from foldsearch.spec.load import load_space, load_study, shipped, study_from_json
 from foldsearch.spec.study import BudgetSettings, SourceSettings, Study
 
 MINIMAL = 'model = "m"\ndata = "d"\nspace = "foldgpt"\n'
@@ -98,6 +98,18 @@ def test_overrides_win_and_none_is_not_given(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL + "trials = 5\n[budget]\ngb = 2\n")
     study = load_study(path, {"budget.gb": 0.5, "budget.flops": "0.8x", "trials": None, "seed": 3})
     assert (study.budget.gb, study.budget.flops, study.trials, study.seed) == (0.5, "0.8x", 5, 3)
+
+
+def test_overrides_win_over_a_space_that_is_named() -> None:
+    space = load_study("default", {"space.removal": [0.1, 0.2], "space.neighbour_share": 0.0}).space
+    assert (space.removal, space.neighbour_share) == ((0.1, 0.2), 0.0)
+    assert space.criteria == load_study("default").space.criteria
+    given = {"space.removal": [0.1, 0.2], "space": "foldgpt"}  # in any order
+    assert load_study("default", given).space == load_space("foldgpt").model_copy(
+        update={"removal": (0.1, 0.2)}
+    )
+    with pytest.raises(SpecError, match=r"space\.remval"):
+        load_study("default", {"space.remval": [0.1, 0.2]})
 
 
 def test_a_space_may_be_a_name_a_path_or_a_table(tmp_path: Path) -> None:

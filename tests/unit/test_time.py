@@ -27,7 +27,7 @@ from foldsearch.search.screened import Promoted
 from foldsearch.spec.load import load_study
 from tests.fake_driver import study
 from tests.fake_trial import NUM_BLOCKS, ORDERS, TABLE, trial_at
-from tests.proposals import ordered_plan
+from tests.proposals import ordered_plan, removing
 
 
 class Clock(SimpleNamespace):
@@ -160,6 +160,20 @@ def test_a_time_too_short_for_one_trial_is_said_and_gives_what_it_can(tmp_path: 
     assert [record.state for record in known[:4]] == ["finished"] * 4
     assert not any(record.state == "cut" for record in known)
     assert {record.number for record in again.front()} & {0, 1, 2, 3}
+
+
+def test_seconds_of_gates_are_those_of_gates(tmp_path: Path) -> None:
+    """What another criterion tells of its choice has other keys."""
+    run, plan = new_records(tmp_path / "run").run, FoldPlan.dropping(range(6), NUM_BLOCKS)
+    both = []
+    for criterion, told in (("gate", {"from_cache": False, "seconds": 7.0}), ("uniform", {"asked": 6})):
+        trial = trial_at(plan, run.study, 2, removing(criterion, 6), len(both))
+        assert trial.draft is not None
+        both.append(replace(trial, draft=replace(trial.draft, gates=told)))
+    assert [trial.gated for trial in both] == [{"from_cache": False, "seconds": 7.0}, None]
+    pace = Pace(run, 0.0024)
+    pace.look_at(both)
+    assert pace._gates == [7.0]
 
 
 def test_who_waits_in_line_is_reckoned_by_itself(tmp_path: Path, clock: Clock) -> None:

@@ -67,6 +67,17 @@ WHY = {
             "trained.",
         ),
         ({}, {"rungs": [0], "halving.keep": 0.3}, f"halving.keep does not apply: {WHY['rungs']}"),
+        (
+            {"fates": ["share"], "removal": [0.2, 0.5], "groups": {"max_groups": 2}},
+            {},
+            "space.groups.max_groups does not apply: every plan removes blocks, and what the space's fates leave "
+            "cannot be shared in groups.",
+        ),
+        (
+            {"criteria": ["window"], "removal": [0, 0], "groups": {"max_groups": 2}},
+            {},
+            "space.criteria does not apply: space.removal ends at 0, so no block is removed.",
+        ),
         ({"fates": ["share"]}, {"screen.plans": 10}, f"screen.plans does not apply: {WHY['drop']}"),
         (
             {},
@@ -113,6 +124,8 @@ def test_what_does_not_apply_is_told_with_its_reason(
     ("space", "settings"),
     [
         ({"criteria": ["window", "gate"], "gate_eps": [0.1]}, {"gates.steps": 4}),
+        ({"fates": ["share"], "removal": [0, 0.5], "groups": {"max_groups": 2}}, {}),
+        ({"criteria": ["window"], "removal": [0, 0]}, {}),  # one block is removed all the same
         ({"groups": {"max_groups": 1, "group_sizes": [3], "adapter_ranks": [8]}}, {}),
         ({"fates": ["share"], "children": {"ranks": [4], "starts": ["data"]}}, {"starts.tokens": 64}),
         ({"fates": ["replace"], "replace": {"kinds": ["ffn"]}}, {"starts.tokens": 64}),
