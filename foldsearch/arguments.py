@@ -506,12 +506,14 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-column",
         metavar="C",
-        help="the column that holds the text, a.b where it is nested (default: text)",
+        help="the column that holds the text, a.b where it is nested (default: text, else a chat, else prompt and "
+        "completion)",
     )
     parser.add_argument(
         "--sample-by",
         choices=("line", "paragraph"),
-        help="what a document of a .txt file is, if not all of it",
+        help="what a document of a .txt file is, if not all of it (in a folder), or what two blank lines or a form "
+        "feed part (one file)",
     )
     parser.add_argument(
         "--unseen",

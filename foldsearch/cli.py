@@ -397,8 +397,11 @@ def _price(args: argparse.Namespace) -> int:
     target = study.target.value()
     out.print(price_table(plan, table, target))
     refusal = runtime_named(target.runtime).refusal(plan, by_position=table.by_position, family=table.family)
-    if target.rounds and refusal is not None:
-        _say(f"no export holds this plan in {target.types}: {target.runtime} has nothing for {refusal[0]}.")
+    if refusal is not None:
+        what = (
+            f"no export holds this plan in {target.types}" if target.rounds else "no export holds this plan"
+        )
+        _say(f"{what}: {target.runtime} has nothing for {refusal[0]}.")
     return 0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -122,14 +122,18 @@ def _of(bench: Workbench, study: Study, types: StoredTypes) -> dict[str, str]:
 
 
 def measure_rivals(
-    context: TrialContext, progress: StageProgress = silent, notice: Notice = unheard
+    context: TrialContext,
+    progress: StageProgress = silent,
+    notice: Notice = unheard,
+    is_late: Callable[[], bool] = lambda: False,
 ) -> tuple[DenseRival, ...]:
     """Measure the rivals that the study names, and keep them in the run's folder; none without a budget of bytes.
 
     Args:
         context: of the run.
         progress: told which is measured.
-        notice: told where llama.cpp has no such model.
+        notice: told where llama.cpp has no such model, and what the time leaves out.
+        is_late: whether the time is up, after which no other is begun; those that are known cost none.
     """
     settings, bench = context.study.target, open_workbench(context)
     rivals = context.study.rivals()
@@ -140,18 +144,24 @@ def measure_rivals(
     except ModelError as error:
         notice(f"the dense model is not measured in fewer bits: {error}")
         return ()
-    found = []
+    found, left_out = [], []
     for number, types in enumerate(rivals):
+        of = _of(bench, context.study, types)
+        if is_late() and not bench.knows(RIVALS, bench.splits.report, **of):
+            left_out.append(str(types))
+            continue
         progress(f"the dense model in {types}", number / len(rivals))
         target = _target_of(context.study, types)
 
         def measure() -> _Measured:
             return _Measured(*judged_each(bench.dense, context, ("search", "report"), target))  # noqa: B023
 
-        known, _ = bench.once(
-            RIVALS, _Measured, bench.splits.report, measure, **_of(bench, context.study, types)
-        )
+        known, _ = bench.once(RIVALS, _Measured, bench.splits.report, measure, **of)
         cost = price(FoldPlan.identity(len(context.table.blocks)), context.table, target)
         found.append(DenseRival(types.weights, cost, known.search, known.report, target.kv_cache))
+    if left_out:
+        notice(
+            f"the time is up, so the dense model is not measured in {' and '.join(left_out)}: give the run more."
+        )
     write_json(context.run.rivals, [to_json(one) for one in found])
     return tuple(found)

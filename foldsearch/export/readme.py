@@ -34,7 +34,7 @@ def model_card(card: Card, folder: Path) -> str:
     stored = "stored once" if runtime.shares_weights else "written out"
     parts = [f"```python\n{card.loading}```", runtime.card, *report.notes]
     if runtime.engine:
-        commands = runtime.engine.commands_for(shlex.quote(str(folder)), report.kv_cache)
+        commands = runtime.engine.commands_for(shlex.quote(str(folder)), report.weights, report.kv_cache)
         # its programs need a tokenizer
         parts = [*parts[: int(report.has_tokenizer)], f"```sh\n{commands}\n```", *parts[1:]]
     loading = "\n\n".join(parts)

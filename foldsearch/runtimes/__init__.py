@@ -113,7 +113,8 @@ class Engine:
     python: what loads an export and lets it write, with {where} and {prompt} for the folder and a text; commands: what
     else can be done with it, with {folder}. library: as the hub names what loads such files. most_stops: tokens that
     end an answer for which its files have a place; None for any number. cached: what goes into {cache} of python and of
-    commands where the KV cache has a type, with {type}, and {TYPE} in capitals.
+    commands where the KV cache has a type, with {type}, and {TYPE} in capitals. unrounded: more commands, where
+    matrices are not stored in few bits; rounded: instead of them, where they are.
     """
 
     name: str
@@ -125,14 +126,18 @@ class Engine:
     library: str
     most_stops: int | None = None
     cached: tuple[str, str] = ("", "")
+    unrounded: str = ""
+    rounded: str = ""
 
     def python_for(self, where: str, prompt: str, kv_cache: str) -> str:
         """What loads an export and lets it write."""
         return self.python.format(where=where, prompt=prompt, cache=self._cached(0, kv_cache))
 
-    def commands_for(self, folder: str, kv_cache: str) -> str:
+    def commands_for(self, folder: str, weights: str, kv_cache: str) -> str:
         """What else can be done with it."""
-        return self.commands.format(folder=folder, cache=self._cached(1, kv_cache))
+        is_rounded = weights in TYPES and TYPES[weights].block > 1
+        lines = filter(None, (self.commands, self.rounded if is_rounded else self.unrounded))
+        return "\n".join(lines).format(folder=folder, cache=self._cached(1, kv_cache))
 
     def _cached(self, number: int, kv_cache: str) -> str:
         return self.cached[number].format(type=kv_cache, TYPE=kv_cache.upper()) if kv_cache else ""
@@ -315,9 +320,10 @@ settings.n_ctx = 1024{cache}
 server = xllamacpp.Server(settings)
 print(server.handle_completions({{"prompt": {prompt}, "n_predict": 20}})["choices"][0]["text"], flush=True)
 os._exit(0)  # its threads would keep the process""",
-    commands="""llama-server -m {folder}/model.gguf{cache}
-# K-quants are made by llama.cpp's own program, best from f16 or f32:
+    commands="llama-server -m {folder}/model.gguf{cache}",
+    unrounded="""# K-quants are made by llama.cpp's own program:
 llama-quantize {folder}/model.gguf model-Q4_K_M.gguf Q4_K_M""",
+    rounded="# K-quants are made by llama-quantize, which takes no file that is rounded: export with --type f16",
     library="gguf",
     most_stops=3,
     cached=(

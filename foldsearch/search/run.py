@@ -433,11 +433,13 @@ class Search:
         if _is_real(context) and self.records.front():
             from foldsearch.shipped import measure_rivals
 
+            seconds = context.study.seconds
             try:
                 measure_rivals(
                     context,
                     progress=lambda stage, share: self._tell(Preparing(stage, share)),
                     notice=lambda words: self._tell(Notice(words)),
+                    is_late=lambda: seconds is not None and self.line.elapsed() >= seconds,
                 )
             finally:  # a part of the run's time, whatever ends it
                 with uninterrupted():

@@ -201,6 +201,9 @@ def test_a_plan_is_priced_without_text(place: Path) -> None:
     other = foldsearch("price", "0-2~linear 3-4", "--weights", "q8_0", cwd=place)
     assert other.code == 0, other.err
     assert "no export holds this plan in q8_0: gguf has nothing for" in other.err
+    stock = foldsearch("price", "0-2 3a 4", "--runtime", "stock", cwd=place)
+    assert stock.code == 0, stock.err
+    assert "no export holds this plan: stock has nothing for" in stock.err
 
 
 def test_a_model_is_inspected(place: Path) -> None:

@@ -6,6 +6,7 @@ Oracles: the model that is read back from a GGUF file which the exporter wrote, 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,20 @@ def test_the_dense_model_is_measured_in_each_type_once(
 
     monkeypatch.setattr(shipped, "judged_each", never)
     assert measure_rivals(context) == found
+
+
+def test_when_the_time_is_up_no_other_is_begun(context: TrialContext, tmp_path: Path) -> None:
+    """The time is up while the first of two is measured; with more time the other one is measured too."""
+    bench, told, asked = open_workbench(context), list[str](), itertools.count()
+    fresh = dataclasses.replace(context, cache_dir=tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shipped, "open_workbench", lambda _: dataclasses.replace(bench, cache_dir=tmp_path))
+        (first,) = measure_rivals(fresh, notice=told.append, is_late=lambda: next(asked) > 0)
+        assert first.weights == "q8_0"
+        assert told == ["the time is up, so the dense model is not measured in q4_0: give the run more."]
+        assert read_rivals(context.run.rivals) == (first,)
+        assert measure_rivals(fresh, is_late=lambda: True) == (first,)  # it is known, and costs nothing
+        assert [one.weights for one in measure_rivals(fresh)] == ["q8_0", "q4_0"]
 
 
 def test_dense_is_priced_in_its_dtype(context: TrialContext) -> None:
