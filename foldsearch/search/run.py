@@ -433,7 +433,7 @@ class Search:
         if _is_real(context) and self.records.front():
             from foldsearch.shipped import measure_rivals
 
-            seconds = context.study.seconds
+            seconds = self.line.study.seconds
             try:
                 measure_rivals(
                     context,

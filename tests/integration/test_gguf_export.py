@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
@@ -421,6 +422,9 @@ def test_where_llama_cpp_is_not_installed_the_extra_is_named(base, tmp_path: Pat
     assert report.prompt.words == report.decode.words == ("—", "—", "")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "- not checked in llama.cpp: install foldsearch[gguf]" in card
+    assert (
+        f"llama-quantize {shlex.quote(str(tmp_path / 'out'))}/model.gguf model-Q4_K_M.gguf Q4_K_M\n" in card
+    )
     assert "Speed and memory were not checked in llama.cpp: install foldsearch[gguf]." in card
 
 
