@@ -571,7 +571,7 @@ def export_front(
     progress: StageProgress = silent,
     notice: Notice = unheard,
 ) -> Family:
-    """Write several trials into one folder that stores each tensor once; each of them loads alone.
+    """Write several trials into one folder that stores each tensor once; each of them loads where it lies.
 
     Each is exported and verified as by `export_trial`, without the dense model beside it, and checked once more when
     its weights lie with those of the others. Until then the disk holds all of them in full.
@@ -742,17 +742,30 @@ def _predicted(context: TrialContext, trial: Trial, runtime: Runtime, form: Expo
 def verify_export(folder: Path, progress: StageProgress = silent) -> Iterator[tuple[Path, Rechecked]]:
     """Check an export again, wherever it lies, by its card (see `foldsearch.export.recheck`).
 
+    Args:
+        folder: of the export, or of several points; or the card in the folder of one.
+        progress: told what is being done.
+
     Yields:
         The folder, and what was found; of a folder of several points each of them.
 
     Raises:
-        InputError: the folder is no export.
+        InputError: the folder is no export. Of several points, raised after all others were checked.
     """
+    from foldsearch.export.card import CARD
     from foldsearch.export.family import exports_in
     from foldsearch.export.recheck import recheck
 
-    for place in exports_in(folder):
-        yield place, recheck(place, progress)
+    no_export: InputError | None = None
+    for place in exports_in(folder.parent if folder.name == CARD and folder.is_file() else folder):
+        try:
+            found = recheck(place, progress)
+        except InputError as error:
+            no_export = no_export or error
+        else:
+            yield place, found
+    if no_export is not None:
+        raise no_export
 
 
 def reproduce_export(

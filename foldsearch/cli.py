@@ -34,6 +34,7 @@ from foldsearch.signals import exit_code, ignore_stops, stops_raise, uninterrupt
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from foldsearch.export.recheck import Rechecked
     from foldsearch.progress import StageProgress
     from foldsearch.record import Trial
     from foldsearch.report.view import RunView
@@ -576,11 +577,15 @@ def _verify(args: argparse.Namespace) -> int:
     from foldsearch.report.terminal import console, rechecked_lines
 
     _quiet_bars()
-    with _status() as progress:
-        found = list(verify_export(args.folder, progress))
-    for place, one in found:
-        console().print(rechecked_lines(one, place))
-    if wrong := [printable(place) for place, one in found if one.faults]:
+    found: list[tuple[Path, Rechecked]] = []
+    try:
+        with _status() as progress:
+            for one in verify_export(args.folder, progress):
+                found.append(one)  # what was found before an error is told too
+    finally:
+        for place, checked in found:
+            console().print(rechecked_lines(checked, place))
+    if wrong := [printable(place) for place, checked in found if checked.faults]:
         return _fail(f"not what its card says: {', '.join(wrong)}", 1)
     return 0
 

@@ -7,7 +7,7 @@ from typing import Any
 from foldsearch.export.checks import raise_for
 from foldsearch.export.figures import ChatReport
 from foldsearch.export.shipment import Job
-from foldsearch.model.tokens import as_parts, reads_parts
+from foldsearch.model.tokens import as_parts, reads_parts, tells_time
 from foldsearch.runtimes import verify
 from foldsearch.runtimes.process import ModelProcess
 
@@ -24,7 +24,7 @@ def question_to(job: Job) -> list[dict[str, Any]]:
 
 
 def ask_chat(job: Job, process: ModelProcess) -> ChatReport | None:
-    """Ask an export in its process; None where its tokenizer has no chat template.
+    """Ask an export in its process; None where its tokenizer has no chat template, or one that refuses the question.
 
     The answer is the likeliest token each time, so that it can be read beside the dense model's; it is no measure of
     quality, and nothing depends on it.
@@ -37,20 +37,24 @@ def ask_chat(job: Job, process: ModelProcess) -> ChatReport | None:
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         return None
     question = question_to(job)
-    expected = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    try:
+        expected = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    except Exception:  # a template is a program of its own: some ask for words of the system first
+        return None
     answer = process.ask("chat", seconds=SECONDS, messages=question, num_tokens=ANSWER_TOKENS)
     engine = job.runtime.engine
     is_full = engine is not None and engine.most_stops == len(answer["stops"])  # the runtime has told that
     faults = [] if is_full else stop_faults(job.stops, answer["stops"])
     note = ""
-    if answer["prompt"] != expected:
+    is_timed = tells_time(tokenizer)
+    if answer["prompt"] != expected and not is_timed:
         differs = f"it makes {answer['prompt']!r} of a question, the base model's {expected!r}"
         if engine is None:
             faults.append(f"its chat template is another one: {differs}")
         else:  # llama.cpp has a reader of templates of its own
             note = f"The chat template is read in another way by {engine.name}: {differs}."
     raise_for(faults, job.runtime.name)
-    return ChatReport(answer["prompt"], tuple(answer["stops"]), answer["text"], None, note)
+    return ChatReport(answer["prompt"], tuple(answer["stops"]), answer["text"], None, note, is_timed)
 
 
 def stop_faults(expected: list[int], found: list[int]) -> list[str]:

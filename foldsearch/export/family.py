@@ -28,7 +28,7 @@ from torch import Tensor
 from foldsearch.codec import from_json, to_json
 from foldsearch.errors import InputError, VerificationError, quote_error
 from foldsearch.export.card import README, files_of, hashes_of, read_card, write_card
-from foldsearch.export.readme import loading_lines, model_card
+from foldsearch.export.readme import loading_lines, model_card, shares_files
 from foldsearch.export.recheck import recheck
 from foldsearch.model.checks import SHARED
 from foldsearch.paths import printable
@@ -162,7 +162,11 @@ def pool(folder: Path, trials: Sequence[int], final: Path, progress: StageProgre
         shards = json.loads((place / INDEX).read_text())["weight_map"].values()
         named = {*files_of(place), *shards}
         where = final / place.name
-        card = replace(card, files=hashes_of(place, sorted(named)), loading=loading_lines(card.report, where))
+        card = replace(
+            card,
+            files=hashes_of(place, sorted(named)),
+            loading=loading_lines(card.report, where, is_shared=shares_files(named)),
+        )
         (place / README).write_text(model_card(card, where), encoding="utf-8")
         write_card(card, place)
     _check(places, progress)

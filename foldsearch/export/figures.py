@@ -206,6 +206,7 @@ class ChatReport:
 
     prompt: the chat as text. stops: tokens that end an answer. answer: the likeliest tokens; dense: the dense model's;
     None where it was not asked. note: how the runtime reads the template in another way; empty where it does not.
+    tells_time: whether the template writes the date or the time, so that the prompt is another one tomorrow.
     """
 
     prompt: str
@@ -213,6 +214,7 @@ class ChatReport:
     answer: str
     dense: str | None
     note: str = ""
+    tells_time: bool = False
 
     @property
     def check(self) -> str:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 from foldsearch.export.card import CARD, PROBE, Card, Probe
 from foldsearch.export.figures import ExportReport
+from foldsearch.model.checks import SHARED
 from foldsearch.paths import printable
 from foldsearch.runtimes import runtime_named
 
 PROMPT = "The history of the world is"
+BESIDE_SHARED = (
+    f"Its weights lie in `../{SHARED}`: keep both folders side by side. `foldsearch export RUN --trial N` writes it "
+    "alone."
+)
 
 
 def model_card(card: Card, folder: Path) -> str:
@@ -32,7 +38,8 @@ def model_card(card: Card, folder: Path) -> str:
         details = f"\n## Details\n\n```json\n{json.dumps(report.details, indent=1)}\n```\n"
     base_model = _escaped(report.base_model)
     stored = "stored once" if runtime.shares_weights else "written out"
-    parts = [f"```python\n{card.loading}```", runtime.card, *report.notes]
+    beside = [BESIDE_SHARED] if shares_files(card.files) else []
+    parts = [f"```python\n{card.loading}```", *beside, runtime.card, *report.notes]
     if runtime.engine:
         commands = runtime.engine.commands_for(shlex.quote(str(folder)), report.weights, report.kv_cache)
         # its programs need a tokenizer
@@ -89,9 +96,20 @@ def _licence_words(card: Card) -> str:
     return f"Licence of the base model: {_escaped(card.licences.model)}.{texts}"
 
 
-def loading_lines(report: ExportReport, folder: Path) -> str:
-    """Python that loads an export and lets it write: it runs as it stands, and asks nothing."""
-    runtime = runtime_named(report.runtime)
+def shares_files(names: Iterable[str]) -> bool:
+    """Whether files of an export lie in the folder that the points of a family share."""
+    return any(name.startswith(f"../{SHARED}/") for name in names)
+
+
+def loading_lines(report: ExportReport, folder: Path, *, is_shared: bool = False) -> str:
+    """Python that loads an export and lets it write: it runs as it stands, and asks nothing.
+
+    is_shared: whether its weights lie beside its folder, so that the hub cannot hold it.
+    """
+    runtime, on_hub = (
+        runtime_named(report.runtime),
+        "" if is_shared else ", or the name of the model on the hub",
+    )
     if runtime.engine:
         where = f"FOLDER = {str(folder)!r}  # where this file lies"
         return runtime.engine.python_for(where, f'"{PROMPT}"', report.kv_cache) + "\n"
@@ -106,7 +124,7 @@ def loading_lines(report: ExportReport, folder: Path) -> str:
         *([f"from transformers import {', '.join(classes)}"] if classes else []),
         *([f"from {runtime.loader} import load"] if runtime.loader else []),
         "",
-        f"FOLDER = {str(folder)!r}  # where this file lies, or the name of the model on the hub",
+        f"FOLDER = {str(folder)!r}  # where this file lies{on_hub}",
         'model, _ = load(FOLDER, "auto", None)'
         if runtime.loader
         else f'model = {auto}.from_pretrained(FOLDER, dtype="auto"{trust})',
@@ -158,7 +176,7 @@ def not_checked(report: ExportReport, probe: Probe) -> list[str]:
         *([] if report.dense else [report.dense_note or "the dense model beside it"]),
         *(f"speed of {words}" for words in report.unsteady),
         *([report.chat.note] if report.chat and report.chat.note else []),
-        *([] if report.chat else ["a chat: the tokenizer has no chat template"]),
+        *([] if report.chat else ["a chat: the tokenizer has no chat template that takes a single question"]),
         f"texts of more than {longest:,} tokens; what the model knows, which `foldsearch evaluate` asks",
         *(["what it says of images: its text part was measured, on text"] if report.whole else []),
         *(["other programs that read such models, such as vLLM"] if not runtime.engine else []),

@@ -52,6 +52,7 @@ from foldsearch.model.tokens import (
     check_disjoint,
     front_of,
     reads_parts,
+    tells_time,
     text_ids,
 )
 from foldsearch.paths import printable
@@ -261,12 +262,13 @@ def _by_hash(documents: Iterable[str]) -> Pool:
 def _chat_writer(tokenizer: PreTrainedTokenizerBase) -> WriteChat | None:
     if not tokenizer.chat_template:
         return None
-    in_parts, template = reads_parts(tokenizer), tokenizer.get_chat_template()
-    if "strftime_now" in template:
-        template = SAME_DAY + template
+    in_parts = reads_parts(tokenizer)
 
     def write(messages: list[dict[str, Any]]) -> str:
         held = as_parts(messages) if in_parts else messages
+        template = tokenizer.get_chat_template()  # refused where there are several and no default
+        if tells_time(tokenizer):
+            template = SAME_DAY + template
         return str(tokenizer.apply_chat_template(held, tokenize=False, chat_template=template))
 
     return write

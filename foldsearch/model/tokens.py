@@ -281,6 +281,11 @@ def reads_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
     return shown == [False, True]
 
 
+def tells_time(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a chat template writes the date or the time of day, so that a chat is another text tomorrow."""
+    return "strftime_now" in str(tokenizer.chat_template or "")
+
+
 def as_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Messages whose texts are lists of one part, the text; contents that are no text stay as they are."""
     return [

@@ -786,7 +786,8 @@ def family_table(family: Family, folder: Path) -> Group:
     return Group(
         Text(f"{printable(folder)}", style="bold"),
         Text(
-            f"{counted(len(family.members), f'{family.runtime} model')}; each loads alone, as its README.md says."
+            f"{counted(len(family.members), f'{family.runtime} model')}; each loads where it lies, beside `shared`, "
+            "as its README.md says."
         ),
         Text(),
         table,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 TURN_TOKENS = 24  # that are written in a turn
+PENALTY = 1.2  # on logits of tokens that were there, as transformers' `repetition_penalty` has it
 
 
 class DecoderAnswers:
@@ -46,12 +47,30 @@ class DecoderAnswers:
         return {"prompt": prompt, "decode": 1 / statistics.median(seconds)}
 
     def write(self, text: str, num_tokens: int) -> dict[str, Any]:
-        """How the model goes on after a text, the likeliest token each time."""
+        """How the model goes on after a text: as elsewhere the likeliest token, those that were there less so."""
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(Path(self.folder) / "tokenizer.json"))
-        written = self.decoder.write(tokenizer.encode(text).ids, num_tokens)
+        ids = tokenizer.encode(text).ids
+        past, next_BT = None, self._one_row(ids)
+        written: list[int] = []
+        while len(written) < num_tokens:
+            logits_BTV, past = self.decoder.read(next_BT, past)
+            last_V, seen = logits_BTV[0, -1], sorted({*ids, *written})
+            were = last_V[seen]
+            last_V[seen] = were / PENALTY * (were > 0) + were * PENALTY * (were <= 0)
+            token = int(last_V.argmax())
+            if token in self.decoder.stops:
+                break
+            written.append(token)
+            if past.num_tokens == getattr(self.decoder, "context", None):  # its cache is full
+                break
+            next_BT = self._one_row([token])
         return {"text": tokenizer.decode(written)}
+
+    def _one_row(self, ids: list[int]) -> Any:
+        """Tokens in the array type that the decoder reads."""
+        raise NotImplementedError
 
     def chat(self, messages: list[dict[str, str]], num_tokens: int) -> dict[str, Any]:
         """A chat through the tokenizer's template, and the likeliest answer (see `foldsearch.runtimes.verify`)."""

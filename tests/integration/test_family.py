@@ -152,6 +152,16 @@ def test_stock_points_share_what_has_the_same_name_and_load_in_another_place(
     capsys.readouterr()
     assert main(["verify", str(elsewhere)]) == 1
     assert capsys.readouterr().err.count("trial-0000") >= 2
+    readme = (elsewhere / "trial-00000" / "README.md").read_text()
+    assert "keep both folders side by side" in readme
+    assert "on the hub" not in readme
+    shard.write_bytes(data)
+    shutil.rmtree(elsewhere / "trial-00000")  # what is left of the others is told
+    assert main(["verify", str(elsewhere)]) == 2
+    found = capsys.readouterr()
+    assert "trial-00001" in found.out
+    assert "there is no" in found.err
+    assert "trial-00000" in found.err
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from foldsearch.plan.cost import price
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.runtimes import NOTHING, Beside, onnx
 from foldsearch.runtimes.onnx_decoder import Decoder
+from foldsearch.runtimes.onnx_runtime import Answers
 from foldsearch.spec.study import TargetSettings
 from tests.tiny import CONFIGS, NUM_BLOCKS, VOCABULARY, dense_model, price_table, tokenizer
 
@@ -135,3 +136,21 @@ def test_what_is_exported_is_run_before_it_is_called_exported(
         found = recheck(tmp_path / "out")
         assert found.faults == found.skipped == []
         assert any("in onnxruntime" in words for words in found.passed)
+
+
+def test_it_goes_on_after_a_text_as_transformers_does(tmp_path: Path) -> None:
+    model, words = fold(dense_model(), FoldPlan.parse(DROPPED, NUM_BLOCKS)), tokenizer()
+    onnx.write(model, tmp_path, NOTHING)
+    words.save_pretrained(tmp_path)
+    ids_BT = torch.tensor([words("w5 w9 w30").input_ids])
+    made_BT = model.generate(
+        ids_BT,
+        attention_mask=torch.ones_like(ids_BT),
+        max_new_tokens=30,
+        do_sample=False,
+        repetition_penalty=1.2,
+        pad_token_id=0,
+    )
+    answers = Answers()
+    answers.load(str(tmp_path), 1, 64, [5, 9])
+    assert answers.write("w5 w9 w30", 30) == {"text": words.decode(made_BT[0, ids_BT.shape[1] :])}

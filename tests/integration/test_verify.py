@@ -286,3 +286,33 @@ def test_code_of_an_export_is_run_only_where_this_foldsearch_ships_it(
 def test_a_licence_is_what_the_front_matter_says(tmp_path: Path, readme: str, told: str) -> None:
     (tmp_path / "README.md").write_text(readme)
     assert _in_folder(tmp_path) == told
+
+
+def _exported(folder: Path, template: str) -> Path:
+    """A stock export whose chat template is this one."""
+    made, (model, plan) = tokenizer(), folded()
+    made.chat_template = template
+    export(model, made, folder, Shipment(plan, "stock", "float32", IDS))
+    return folder
+
+
+def test_a_template_that_tells_the_time_verifies_at_another_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = _exported(
+        tmp_path / "dated", "{{ strftime_now('%f') }} " + TEMPLATE
+    )  # microseconds: never the same twice
+    assert main(["verify", str(out)]) == 0
+    assert "writes the date or the time" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_template_that_refuses_the_question_is_no_fault_of_the_export(tmp_path: Path) -> None:
+    out = _exported(tmp_path / "strict", "{{ raise_exception('words of the system come first') }}")
+    card = read_card(out)
+    assert card.report.chat is None
+    assert any("no chat template that takes" in line for line in card.not_checked)
+    assert main(["verify", str(out)]) == 0
+
+
+def test_a_card_stands_for_its_folder(copied: Path) -> None:
+    assert main(["verify", str(copied / "card.json")]) == 0
