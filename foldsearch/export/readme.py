@@ -106,10 +106,8 @@ def loading_lines(report: ExportReport, folder: Path, *, is_shared: bool = False
 
     is_shared: whether its weights lie beside its folder, so that the hub cannot hold it.
     """
-    runtime, on_hub = (
-        runtime_named(report.runtime),
-        "" if is_shared else ", or the name of the model on the hub",
-    )
+    runtime = runtime_named(report.runtime)
+    on_hub = "" if is_shared else ", or the name of the model on the hub"
     if runtime.engine:
         where = f"FOLDER = {str(folder)!r}  # where this file lies"
         return runtime.engine.python_for(where, f'"{PROMPT}"', report.kv_cache) + "\n"

@@ -84,6 +84,8 @@ def export(
     """
     _check_arguments(model, folder, shipment, overwrite=overwrite)
     runtime = runtime_named(shipment.runtime)
+    if runtime.engine is not None:
+        shipment = shipment.in_context()
     writer = runtime.writer
     weights = runtime.stored_as(shipment.dtype, shipment.weights)
     notes = writer.check_model(model.config, shipment.context)

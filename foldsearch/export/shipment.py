@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +73,13 @@ class Shipment:
     def prompt_tokens(self) -> int:
         """That are read when the speed of a model is taken: as many as the prediction is of."""
         return self.predicted.tokens if self.predicted else min(PROMPT_TOKENS, self.ids_NT.shape[1])
+
+    def in_context(self) -> Shipment:
+        """The same with no more tokens of a sequence than the context: a program's cache may hold no others."""
+        if not 2 <= self.context < self.ids_NT.shape[1]:
+            return self
+        cut_NT = None if self.text_NT is None else self.text_NT[:, : self.context]
+        return replace(self, ids_NT=self.ids_NT[:, : self.context], text_NT=cut_NT)
 
     @property
     def tokens(self) -> dict[str, Tensor]:

@@ -52,25 +52,8 @@ class DecoderAnswers:
 
         tokenizer = Tokenizer.from_file(str(Path(self.folder) / "tokenizer.json"))
         ids = tokenizer.encode(text).ids
-        past, next_BT = None, self._one_row(ids)
-        written: list[int] = []
-        while len(written) < num_tokens:
-            logits_BTV, past = self.decoder.read(next_BT, past)
-            last_V, seen = logits_BTV[0, -1], sorted({*ids, *written})
-            were = last_V[seen]
-            last_V[seen] = were / PENALTY * (were > 0) + were * PENALTY * (were <= 0)
-            token = int(last_V.argmax())
-            if token in self.decoder.stops:
-                break
-            written.append(token)
-            if past.num_tokens == getattr(self.decoder, "context", None):  # its cache is full
-                break
-            next_BT = self._one_row([token])
+        written = self.decoder.write(ids, num_tokens, stops=self.decoder.stops, penalty=PENALTY)
         return {"text": tokenizer.decode(written)}
-
-    def _one_row(self, ids: list[int]) -> Any:
-        """Tokens in the array type that the decoder reads."""
-        raise NotImplementedError
 
     def chat(self, messages: list[dict[str, str]], num_tokens: int) -> dict[str, Any]:
         """A chat through the tokenizer's template, and the likeliest answer (see `foldsearch.runtimes.verify`)."""

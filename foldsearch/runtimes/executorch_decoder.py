@@ -99,12 +99,19 @@ class Decoder:
         cache = [one.clone() for one in outputs[: len(past.cache)]]
         return outputs[len(past.cache)].clone(), Past(past.num_tokens + ids_BT.shape[1], cache)
 
-    def write(self, ids: list[int], num_tokens: int, *, stops: frozenset[int] = frozenset()) -> list[int]:
-        """The likeliest next tokens after some, until one of `stops`, or the cache is full."""
+    def write(
+        self, ids: list[int], num_tokens: int, *, stops: frozenset[int] = frozenset(), penalty: float = 1.0
+    ) -> list[int]:
+        """The likeliest next tokens after some, until one of `stops`, or the cache is full.
+
+        penalty: above 1 makes tokens that were there less likely (`repetition_penalty` of transformers).
+        """
         logits_BTV, past = self.read(torch.tensor([ids]))
         written: list[int] = []
         while len(written) < num_tokens:
-            token = int(logits_BTV[0, -1].argmax())
+            last_V, seen = logits_BTV[0, -1], [*ids, *written]
+            last_V[seen] = torch.where(last_V[seen] > 0, last_V[seen] / penalty, last_V[seen] * penalty)
+            token = int(last_V.argmax())
             if token in stops:
                 break
             written.append(token)

@@ -36,10 +36,6 @@ class Answers(DecoderAnswers):
             "version": f"executorch {version('executorch')}",
         }
 
-    def _one_row(self, ids: list[int]) -> Any:
-        """See `DecoderAnswers`."""
-        return torch.tensor([ids])
-
     def score(self, tokens: list[int], first: int) -> dict[str, Any]:
         """The log-probability, in nats, of each token from `first` on, given those before it."""
         logits_BTV, _ = self.decoder.read(torch.tensor([tokens]))

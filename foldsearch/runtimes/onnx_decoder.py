@@ -74,12 +74,19 @@ class Decoder:
         logits_BTV = named.pop("logits").astype(np.float32)
         return logits_BTV, Past(after, {STATE_IN + name[len(STATE_OUT) :]: named[name] for name in named})
 
-    def write(self, ids: list[int], num_tokens: int, *, stops: frozenset[int] = frozenset()) -> list[int]:
-        """The likeliest next tokens after some, until one of `stops`."""
+    def write(
+        self, ids: list[int], num_tokens: int, *, stops: frozenset[int] = frozenset(), penalty: float = 1.0
+    ) -> list[int]:
+        """The likeliest next tokens after some, until one of `stops`.
+
+        penalty: above 1 makes tokens that were there less likely (`repetition_penalty` of transformers).
+        """
         logits_BTV, past = self.read(np.asarray([ids], dtype=np.int64))
         written: list[int] = []
         while len(written) < num_tokens:
-            token = int(logits_BTV[0, -1].argmax())
+            last_V, seen = logits_BTV[0, -1], [*ids, *written]
+            last_V[seen] = np.where(last_V[seen] > 0, last_V[seen] / penalty, last_V[seen] * penalty)
+            token = int(last_V.argmax())
             if token in stops:
                 break
             written.append(token)

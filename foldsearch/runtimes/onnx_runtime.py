@@ -32,10 +32,6 @@ class Answers(DecoderAnswers):
             "version": f"onnxruntime {version('onnxruntime')}",
         }
 
-    def _one_row(self, ids: list[int]) -> Any:
-        """See `DecoderAnswers`."""
-        return np.asarray([ids], dtype=np.int64)
-
     def score(self, tokens: list[int], first: int) -> dict[str, Any]:
         """The log-probability, in nats, of each token from `first` on, given those before it."""
         logits_BTV, _ = self.decoder.read(np.asarray([tokens], dtype=np.int64))

@@ -11,6 +11,7 @@ import torch
 
 from foldsearch.errors import InputError, ModelError
 from foldsearch.export import Shipment, export
+from foldsearch.export.recheck import recheck
 from foldsearch.model.fold import fold
 from foldsearch.plan.plan import FoldPlan
 from foldsearch.runtimes import Beside, executorch, runtime_named
@@ -77,6 +78,38 @@ def test_what_is_exported_is_run_before_it_is_called_exported(tmp_path: Path) ->
     assert report.engine is not None
     assert report.engine.mean_difference <= report.engine.tolerance
     assert "executorch_decoder" in (tmp_path / "out" / "README.md").read_text()
+
+
+@in_executorch
+@pytest.mark.parametrize("shows_text", [True, False])
+def test_texts_longer_than_its_cache_are_asked_up_to_there(shows_text: bool, tmp_path: Path) -> None:
+    plan = FoldPlan.parse(DROPPED, 5)
+    ids_NT = torch.randint(3, VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(1))
+    shipment = Shipment(plan, "executorch", "float32", ids_NT, context=16, shows_text=shows_text)
+    report = export(fold(dense_model(), plan), tokenizer(), tmp_path / "out", shipment)
+    assert report.tokens == 3 * 15  # that are foretold
+    assert recheck(tmp_path / "out").faults == []
+
+
+@in_executorch
+def test_it_goes_on_after_a_text_as_transformers_does(tmp_path: Path) -> None:
+    from foldsearch.runtimes.executorch_runtime import Answers
+
+    model, words = fold(dense_model(), FoldPlan.parse(DROPPED, 5)), tokenizer()
+    executorch.write(model, tmp_path, Beside(context=CONTEXT))
+    words.save_pretrained(tmp_path)
+    ids_BT = torch.tensor([words("w5 w9 w30").input_ids])
+    made_BT = model.generate(
+        ids_BT,
+        attention_mask=torch.ones_like(ids_BT),
+        max_new_tokens=30,
+        do_sample=False,
+        repetition_penalty=1.2,
+        pad_token_id=0,
+    )
+    answers = Answers()
+    answers.load(str(tmp_path), 1, CONTEXT, [5, 9])
+    assert answers.write("w5 w9 w30", 30) == {"text": words.decode(made_BT[0, ids_BT.shape[1] :])}
 
 
 def test_what_is_not_installed_is_named_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
