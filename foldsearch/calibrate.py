@@ -8,7 +8,6 @@ fetched. Everything runs on the processor, as an export is measured.
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from foldsearch import cache
 from foldsearch.codec import from_json, to_json
 from foldsearch.errors import InputError, ModelError, quote_error
+from foldsearch.files import scratch
 from foldsearch.machine import Machine, computing_dtype, free_memory
 from foldsearch.model.convert import quiet
 from foldsearch.model.fold import cast, folded_config, stock_config
@@ -225,8 +225,7 @@ def run_in_turns(subject: Subject, plans: Sequence[FoldPlan], progress: StagePro
     """
     stage = f"measuring how fast {subject.program} is here"
     progress(stage, 0.0)
-    with tempfile.TemporaryDirectory(prefix="foldsearch-latency-") as name:
-        workplace = Path(name)
+    with scratch("latency") as workplace:
         folders = [_written(subject, plan, workplace / f"{plan.depth} blocks") for plan in plans]
         for attempt in range(TRIES):
             try:

@@ -56,6 +56,34 @@ def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
+@contextmanager
+def scratch(what: str) -> Iterator[Path]:
+    """A temporary folder, which goes at the end.
+
+    Args:
+        what: a word for its name.
+
+    Raises:
+        InputError: there is no place for it, or its disk is full.
+    """
+    try:
+        place = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise InputError(
+            "a folder for temporary files is needed, but there is none that can be written to. Set TMPDIR to one."
+        ) from error
+    try:
+        with tempfile.TemporaryDirectory(prefix=f"foldsearch-{what}-") as name:
+            yield Path(name)
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        raise InputError(
+            f"the folder of temporary files, {printable(place)}, has no room left. Make room there, or set TMPDIR to "
+            "another folder."
+        ) from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """`value` as JSON, whole or not at all."""
     replace_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from foldsearch.export.figures import EngineFigures, EngineReport
+from foldsearch.files import scratch
 from foldsearch.model.gguf.inputs import ROUNDING, rounded_inputs
 from foldsearch.runtimes import Engine
 from foldsearch.runtimes.process import LOADING_SECONDS, TRIES, ModelProcess, ProcessError, room_for
@@ -172,9 +172,9 @@ def write_in(engine: Engine, folder: Path, prompt: str, num_tokens: int, *, cont
     Raises:
         ProcessError: the program failed, or did not answer.
     """
-    with tempfile.TemporaryDirectory(prefix="foldsearch-write-") as name:
+    with scratch("write") as workplace:
         for attempt in range(TRIES):
-            with ModelProcess(Path(name), answers=engine.module) as process:
+            with ModelProcess(workplace, answers=engine.module) as process:
                 try:
                     given = {
                         "threads": torch.get_num_threads(),

@@ -51,7 +51,7 @@ def check_new(folder: Path, *, overwrite: bool, marks: tuple[str, ...] = (CARD, 
 
 def make_room(folder: Path, weight_bytes: int) -> None:
     """Make the folder that the export goes into, and refuse a disk that cannot hold it."""
-    parent = folder.parent
+    parent = _behind(folder).parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -73,8 +73,9 @@ def whole_or_absent(
     """A folder to write in, which gets its name when all went well, and else is removed.
 
     What a killed process left beside it goes with the next export of the same name, once it is a day old. What came to
-    be under the name meanwhile is left alone, as by `check_new`.
+    be under the name meanwhile is left alone, as by `check_new`. Where the name is a link, what it leads to is written.
     """
+    folder = _behind(folder)
     temporary = beside(folder, "partial")
     _remove_abandoned(folder)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -95,6 +96,11 @@ def whole_or_absent(
     finally:
         with uninterrupted():
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _behind(folder: Path) -> Path:
+    """What a link leads to, as a link is often to the disk that has room; any other folder as it is."""
+    return folder.resolve() if folder.is_symlink() else folder
 
 
 def _remove_abandoned(folder: Path) -> None:

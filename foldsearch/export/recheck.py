@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from foldsearch.errors import InputError, quote_error
 from foldsearch.export.card import CARD, Card, Probe, files_of, hashes_of, read_card
 from foldsearch.export.chat import ANSWER_TOKENS, QUESTION, SECONDS, stop_faults
 from foldsearch.export.engine import TOLERANCES, EngineJob, compare, fault_of, running
+from foldsearch.files import scratch
 from foldsearch.model.checks import SHARED
 from foldsearch.model.tokens import as_parts
 from foldsearch.paths import printable
@@ -71,8 +71,7 @@ def recheck(folder: Path, progress: StageProgress = silent) -> Rechecked:
         found.skipped.append("it was not loaded, as its files are not those of the card")
         return found
     runtime, probe = runtime_named(card.report.runtime), Probe.read(folder)
-    with tempfile.TemporaryDirectory(prefix="foldsearch-verify-") as name:
-        workplace = Path(name)
+    with scratch("verify") as workplace:
         tensors = workplace / "probe.safetensors"
         save_file(probe.tensors, tensors)
         progress("loading it in a fresh process", 0.0)

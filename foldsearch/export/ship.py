@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import tempfile
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -36,7 +35,7 @@ from foldsearch.export.figures import ExportReport
 from foldsearch.export.folder import check_new, make_room, whole_or_absent
 from foldsearch.export.readme import checked, loading_lines, model_card, not_checked
 from foldsearch.export.shipment import Job, Shipment, few_of, on_cpu
-from foldsearch.files import check_writable
+from foldsearch.files import check_writable, scratch
 from foldsearch.machine import computing_dtype
 from foldsearch.model.convert import quiet
 from foldsearch.model.fold import cast as in_dtype
@@ -281,8 +280,7 @@ def _report(job: Job, shipment: Shipment, probe: Probe) -> ExportReport:
     plan = shipment.plan
     logits_BTV = verify.compared_logits(job.measured, job.tokens["ids_NT"])
     measured_perplexity = verify.perplexity(probe.log_probabilities_NP, probe.text_NT)
-    with tempfile.TemporaryDirectory(prefix="foldsearch-verify-") as name:
-        workplace = Path(name)
+    with scratch("verify") as workplace:
         tensors = workplace / "with logits.safetensors"
         save_file({**job.tokens, "logits_BTV": logits_BTV.contiguous()}, tensors)
         stock = job.runtime.needs_only_transformers

@@ -10,10 +10,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers as tf
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
@@ -314,3 +316,31 @@ def test_a_folder_that_came_to_be_meanwhile_is_left_alone(tmp_path: Path) -> Non
         export()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+def test_what_a_link_leads_to_is_replaced(tmp_path: Path) -> None:
+    """The link stays, as it is there for the disk that it leads to."""
+    place, link = tmp_path / "disk" / "export", tmp_path / "link"
+    place.mkdir(parents=True)
+    (place / "card.json").write_text("old")
+    link.symlink_to(place)
+    with whole_or_absent(link, 1, overwrite=True) as temporary:
+        (temporary / "card.json").write_text("new")
+    assert link.is_symlink()
+    assert (place / "card.json").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["card.json", "disk", "export", "link"]
+
+
+def test_a_full_folder_of_temporary_files_is_told_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is often another disk than the export's, so room there would not help."""
+
+    def save(*_args: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(ship, "save_file", save)
+    model, plan = folded(dense_model(), "0 2-3")
+    with pytest.raises(InputError, match=r"temporary files, .* has no room left.*TMPDIR"):
+        export(model, None, tmp_path / "out", Shipment(plan, "folded", "float32", IDS))
+    assert list(tmp_path.iterdir()) == []

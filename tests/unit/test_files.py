@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from foldsearch.files import ABANDONED_SECONDS, disk_is_full, replace_atomically
+from foldsearch.errors import InputError
+from foldsearch.files import ABANDONED_SECONDS, disk_is_full, replace_atomically, scratch
 
 
 def test_what_a_killed_process_left_goes_once_it_is_old(tmp_path: Path) -> None:
@@ -41,3 +42,28 @@ def test_a_full_disk_is_known_by_its_number_or_its_words(error: Exception, expec
     outer = RuntimeError("while writing")
     outer.__cause__ = error
     assert disk_is_full(outer) is expected
+
+
+def test_a_scratch_folder_goes_and_says_what_of_it_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a full disk is told as one; where no folder can be written to at all, that is said."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def fail(error: Exception) -> None:
+        with scratch("test") as folder:
+            assert folder.parent == tmp_path
+            raise error
+
+    with pytest.raises(InputError, match="has no room left"):
+        fail(OSError(28, "No space left on device"))
+    with pytest.raises(KeyError):
+        fail(KeyError("x"))
+    assert list(tmp_path.iterdir()) == []
+
+    def nowhere() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr("tempfile.gettempdir", nowhere)
+    with pytest.raises(InputError, match="Set TMPDIR"), scratch("test"):
+        pass
