@@ -56,13 +56,18 @@ class DecoderAnswers:
         return {"text": tokenizer.decode(written)}
 
     def chat(self, messages: list[dict[str, str]], num_tokens: int) -> dict[str, Any]:
-        """A chat through the tokenizer's template, and the likeliest answer (see `foldsearch.runtimes.verify`)."""
+        """A chat through the tokenizer's template, and the likeliest answer (see `foldsearch.runtimes.verify`).
+
+        The answer is empty where the program's cache has no room for the question.
+        """
         from transformers import AutoTokenizer
 
         tokenizer: Any = AutoTokenizer.from_pretrained(self.folder)
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        written = self.decoder.write(ids, num_tokens, stops=self.decoder.stops)
+        # a program with a cache of its own has room for so many tokens; no answer fits after a longer question
+        fits = len(ids) <= getattr(self.decoder, "context", len(ids))
+        written = self.decoder.write(ids, num_tokens, stops=self.decoder.stops) if fits else []
         return {
             "prompt": prompt,
             "stops": sorted(self.decoder.stops),

@@ -86,8 +86,12 @@ def test_texts_longer_than_its_cache_are_asked_up_to_there(shows_text: bool, tmp
     plan = FoldPlan.parse(DROPPED, 5)
     ids_NT = torch.randint(3, VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(1))
     shipment = Shipment(plan, "executorch", "float32", ids_NT, context=16, shows_text=shows_text)
-    report = export(fold(dense_model(), plan), tokenizer(), tmp_path / "out", shipment)
+    words = tokenizer()
+    words.chat_template = "{{ 'w5 ' * 17 }}"  # a question for which there is no room
+    report = export(fold(dense_model(), plan), words, tmp_path / "out", shipment)
     assert report.tokens == 3 * 15  # that are foretold
+    assert report.chat is not None
+    assert report.chat.answer == ""
     assert recheck(tmp_path / "out").faults == []
 
 
