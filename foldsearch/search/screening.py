@@ -114,7 +114,8 @@ class Screening:
         ids_NT = _some(bench.splits.recovery, self._settings.healed_tokens).ids_NT
         self._text = FitText(bench.dense, ids_NT, context.files.content_hash, context.cache_dir)
         parts = (SCHEMA, context.files.content_hash, context.files.dtype, self._tokens.content_hash)
-        key = cache.key(*parts, self._tokens.kinds.over, ids_NT.tolist())
+        kinds = self._tokens.kinds  # figures are kept by the kinds' names
+        key = cache.key(*parts, kinds.names, kinds.over, ids_NT.tolist())
         self._path = context.cache_dir / "screens" / f"{key}.json"
         self._screen = Screen(
             self._text, self._tokens, targets, progress=counting(progress, "residual states")
