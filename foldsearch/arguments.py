@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import get_args
 
 from foldsearch import runtimes
 from foldsearch.model.training import HealMethod, Trained
+from foldsearch.paths import printable
 from foldsearch.plan.extend import DEFAULT_RANK, PATTERNS
 from foldsearch.plan.stored import CACHE_TYPES, TYPES
 from foldsearch.version import __version__
@@ -144,8 +147,29 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=26, width=100)
 
 
-def command_line() -> argparse.ArgumentParser:
-    """The parser of the whole command line: `verb` of what it returns is the name of the verb."""
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line, and `verb`, the name of its verb; a wrong one ends the process with code 2."""
+    parser, verbs = _parsers()
+    if not words:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
+    found, left = parser.parse_known_args(words)
+    if left:
+        verbs[found.verb].error(_left_words(left, verbs[found.verb].format_usage()))
+    return found
+
+
+def _left_words(left: Sequence[str], usage: str) -> str:
+    """What to say of words that no argument takes."""
+    options = [word.partition("=")[0] for word in left if word.startswith("-")]
+    if not options:
+        return f"too many words: {printable(' '.join(left))}"
+    near = get_close_matches(options[0], re.findall(r"--[a-z-]+", usage), n=1)
+    return f"unknown option {printable(options[0])}." + "".join(f" Did you mean {one}?" for one in near)
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of the whole command line, and that of each verb."""
     parser = argparse.ArgumentParser(prog="foldsearch", description=_ABOUT, formatter_class=_Help)
     parser.add_argument("--version", action="version", version=f"foldsearch {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True)
@@ -155,7 +179,7 @@ def command_line() -> argparse.ArgumentParser:
             name, help=summary, description=description, epilog=more, formatter_class=_Help
         )
         add_arguments(added)
-    return parser
+    return parser, verbs.choices
 
 
 # ---- one function a verb
@@ -412,7 +436,10 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("model", nargs="?", metavar="MODEL", help=what)
+    either = parser.add_mutually_exclusive_group()
+    # without SUPPRESS the absent word would put its default in place of what the option says
+    either.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help=what)
+    either.add_argument("--model", metavar="M", help="the same")
 
 
 def _add_study(parser: argparse.ArgumentParser, used: str) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from foldsearch.arguments import PLAN, command_line
+from foldsearch.arguments import PLAN, parse
 from foldsearch.errors import InputError, VerificationError, is_out_of_memory
 from foldsearch.files import check_writable, disk_is_full
 from foldsearch.machine import collect_seldom, spin_briefly
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else argv
     _print_everything()
-    args = command_line().parse_args(words)
+    args = parse(words)
     try:
         with stops_raise():
             return _do(args, words)
@@ -183,8 +183,6 @@ def _study(args: argparse.Namespace, **more: Any) -> Study:
         overrides["data"] = data[0]  # one source is not a list of them
     options = {key: f"--{option.replace('_', '-')}" for option, key in _OVERRIDES.items()}
     options["rungs"] = "--tokens"
-    if args.verb in ("extend", "inspect"):
-        options["model"] = "MODEL"
     return load_study(given.get("study"), {**overrides, **more}, options=options)
 
 

@@ -256,6 +256,11 @@ def test_a_try_that_is_cut_short_leaves_no_folder(
         ("evaluate no-run --limit few", "--limit: a whole number, in digits and without a unit; got 'few'"),
         ("dashboard no-run", "there is no 'no-run/study.json'"),
         ("pick no-run --knee --trial 3", "not allowed with argument"),
+        ("run --modle m", "foldsearch run: error: unknown option --modle. Did you mean --model?"),
+        ("pick no-run --zzz", "foldsearch pick: error: unknown option --zzz.\n"),
+        ("front no-run another", "foldsearch front: error: too many words: another"),
+        ("inspect m --model n", "not allowed with argument"),
+        ("", "foldsearch run --budget-gb 2"),
     ],
 )
 def test_bad_input_is_told_and_leaves_nothing(shell: Shell, words: str, said: str) -> None:
@@ -267,9 +272,18 @@ def test_bad_input_is_told_and_leaves_nothing(shell: Shell, words: str, said: st
     assert list(Path().iterdir()) == []
 
 
-def test_an_empty_model_is_told_by_the_word_that_gave_it(shell: Shell) -> None:
+@pytest.mark.parametrize("verb", ["inspect", "extend --blocks 1-3 --to 8"])
+def test_a_model_is_a_word_or_an_option(verb: str) -> None:
+    words = verb.split()
+    by_word, by_option = arguments.parse([*words, "m"]), arguments.parse([*words, "--model", "m"])
+    assert by_word == by_option == arguments.parse([words[0], "m", *words[1:]])
+    assert by_word.model == "m"
+    assert arguments.parse(words).model is None
+
+
+def test_an_empty_model_is_told_by_its_option(shell: Shell) -> None:
     assert "  --model: a reference is not empty" in shell("run", "--model", "")[2]
-    assert "  MODEL: a reference is not empty" in shell("inspect", "")[2]
+    assert "  --model: a reference is not empty" in shell("inspect", "")[2]
 
 
 def test_all_faults_of_a_study_are_told_at_once(shell: Shell) -> None:
