@@ -1,9 +1,9 @@
 """foldsearch: from a decoder LLM and a device budget to folded models that were built, trained and measured.
 
     study = load_study("smollm2-demo", {"budget.gb": 0.28})
-    run_search(study, Path("runs/mine"))
+    run_search(study, "runs/mine")
     run = open_run("runs/mine")
-    export_trial(run, run.knee.number, Path("exports/mine"))
+    export_trial(run, run.knee.number, "exports/mine")
 
 Each name says its shapes, units, errors and source in its own docstring:
 

@@ -237,7 +237,7 @@ def try_plan(
     plan: FoldPlan | str,
     study: Study,
     *,
-    folder: Path | None = None,
+    folder: Path | str | None = None,
     trains: Trained | None = None,
     progress: StageProgress = silent,
     notice: Notice = unheard,
@@ -268,6 +268,7 @@ def try_plan(
 
     text = str(plan)
     check_plan_text(text)
+    folder = None if folder is None else Path(folder)
     if folder is not None and RunFolder(folder).study_file.exists():
         raise RunError(
             f"a plan is tried in a folder of its own, but '{printable(folder)}' is a run. Name another one."
@@ -484,7 +485,7 @@ def recover_trial(
 def export_trial(
     run: RunView,
     number: int,
-    out: Path,
+    out: Path | str,
     *,
     form: ExportForm | None = None,
     progress: StageProgress = silent,
@@ -510,7 +511,7 @@ def export_trial(
     from foldsearch.export import check_export
     from foldsearch.prepare import prepare_context
 
-    trial = run.pick(number=number)
+    out, trial = Path(out), run.pick(number=number)
     folder = run.folder
     form = form or ExportForm()
     runtime = form.runtime(trial.plan, folder.target, folder.table)

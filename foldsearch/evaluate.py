@@ -39,10 +39,15 @@ class Asked:
         include_path: a folder of task YAML files.
     """
 
-    questions: Sequence[Path] = ()
+    questions: Sequence[Path | str] = ()
     tasks: Sequence[str] = ()
     limit: int | None = None
-    include_path: Path | None = None
+    include_path: Path | str | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The question files as paths."""
+        return tuple(map(Path, self.questions))
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +142,7 @@ def evaluate_trial(
         return file
 
     found = []
-    for path in asked.questions:
+    for path in asked.files:
         quality, what = _ask_questions(path, ready, models, progress)
         found.append(Evaluation(names[str(path)], write(names[str(path)], what), quality, ()))
     for task in asked.tasks:
@@ -158,8 +163,8 @@ def _read_unseen(asked: Asked, run: RunView, progress: StageProgress) -> _Ready:
     from foldsearch.model.source import open_config, open_tokenizer
     from foldsearch.prepare import open_source
 
-    items = {path: choices.read_questions(path, limit=asked.limit) for path in asked.questions}
-    for path in asked.questions:
+    items = {path: choices.read_questions(path, limit=asked.limit) for path in asked.files}
+    for path in asked.files:
         _check_source(path, run)
     manager = None
     if asked.tasks:
@@ -230,7 +235,7 @@ def _written_of(file: Path) -> list[Any] | None:
 
 def _file_names(asked: Asked) -> dict[str, str]:
     """A file name for each question file and task: what it is called, and how much of it is asked."""
-    questions, tasks, limit = asked.questions, asked.tasks, asked.limit
+    questions, tasks, limit = asked.files, asked.tasks, asked.limit
     if not questions and not tasks:
         raise InputError(
             "evaluate needs something to ask: --questions FILE.jsonl, or --tasks NAME,NAME of lm-evaluation-harness."

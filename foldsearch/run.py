@@ -18,7 +18,7 @@ import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -239,8 +239,8 @@ class Run(RunFolder):
     model; empty where there is nothing.
     """
 
-    study: Study
-    table: CostTable
+    study: Study = field(repr=False)
+    table: CostTable = field(repr=False)
     note: str = ""
 
     # ---- prices

@@ -43,7 +43,7 @@ class TaskScore:
     agreement: float | None
 
 
-def open_tasks(names: Sequence[str], *, include_path: Path | None = None) -> Any:
+def open_tasks(names: Sequence[str], *, include_path: Path | str | None = None) -> Any:
     """The harness's task manager, once it knows every name.
 
     Args:
@@ -63,6 +63,7 @@ def open_tasks(names: Sequence[str], *, include_path: Path | None = None) -> Any
                 "Install it: pip install 'foldsearch[eval]'",
             )
         ) from error
+    include_path = None if include_path is None else Path(include_path)
     if include_path is not None and not include_path.is_dir():
         raise InputError(
             f"--include-path is a folder of task YAML files, but there is no folder '{include_path}'."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from math import floor, inf, isfinite, isnan, log10
@@ -51,7 +51,7 @@ class RunView:
     """
 
     folder: Run
-    trials: tuple[Trial, ...]
+    trials: tuple[Trial, ...] = field(repr=False)
     note: str = ""
 
     @classmethod

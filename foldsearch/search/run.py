@@ -94,7 +94,7 @@ MAX_CRASHES = 2  # a worker that dies is started again this often for the same t
 
 def run_search(
     study: Study | None,
-    folder: Path,
+    folder: Path | str,
     *,
     resume: bool = False,
     storage: str | None = None,
@@ -121,6 +121,7 @@ def run_search(
         RunError: the folder exists already, or is not the run it should be; or the disk is full.
         KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP (`foldsearch.signals.Stopped`); the run can be resumed.
     """
+    folder = Path(folder)
     with stops_raise():
 
         def tell(event: Event) -> None:

@@ -180,7 +180,7 @@ def test_what_is_exported_prompted_and_evaluated(
     monkeypatch.setattr(exporting, "export", lambda *given, overwrite: asked.append(given[-1]))
     monkeypatch.setattr(exporting, "load_exported", lambda folder: (open_workbench(context).dense, None))
     with watched():
-        api.export_trial(run, number, place / "out")
+        api.export_trial(run, number, str(place / "out"))
         api.compare_words(run, place / "out", "w5 w6", num_tokens=3)
     # what the fresh processes of an export read is the report text (see test_export.py for what they make of it)
     report = read_splits(context.run).report
@@ -190,7 +190,7 @@ def test_what_is_exported_prompted_and_evaluated(
     questions = [{"question": f"w{5 + i} w6", "options": ["w7 w8", "w9"], "answer": 0} for i in range(3)]
     (place / "q.jsonl").write_text("\n".join(map(json.dumps, questions)))
     with watched():
-        evaluate_trial(run, number, Asked([place / "q.jsonl"]))
+        evaluate_trial(run, number, Asked([str(place / "q.jsonl")]))
 
 
 def test_a_plan_that_is_typed(context: TrialContext, study: Study, place: Path, monkeypatch) -> None:

@@ -425,7 +425,7 @@ def test_a_plan_that_is_tried_again_says_what_it_came_to(context: TrialContext, 
     """And begins anew where the study is another one, whose healing makes another model."""
     folder, study = tmp_path / "tried", context.study
     *_, first = api.try_plan("0-1 4", study, folder=folder)
-    (again,) = api.try_plan("0-1 4", study, folder=folder)
+    (again,) = api.try_plan("0-1 4", study, folder=str(folder))
     assert again == first
     plain = study.model_copy(update={"healing": study.healing.model_copy(update={"tokens": 0})})
     *_, other = api.try_plan("0-1 4", plain, folder=folder)

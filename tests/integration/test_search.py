@@ -79,7 +79,7 @@ def test_measuring_the_rivals_is_a_part_of_a_runs_time(
         "foldsearch.search.run._is_real",
         lambda context: run.exists() and bool(Records(Run.open(run)).front()),
     )
-    run_search(study(trials=1), run, **FAKES)
+    run_search(study(trials=1), str(run), **FAKES)
     (before,) = kept
     assert Records(Run.open(run)).elapsed >= before + 0.5
 

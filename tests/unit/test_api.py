@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,9 @@ import foldsearch
 from foldsearch.api import check_plan_text
 from foldsearch.errors import PlanError
 from foldsearch.plan.plan import FoldPlan
+from foldsearch.report.view import RunView
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_all_is_exact() -> None:
@@ -40,6 +45,32 @@ def test_each_function_says_what_it_raises_where_it_does(name: str) -> None:
     found = getattr(foldsearch, name)
     assert "Raises:" in (inspect.getdoc(found) or ""), name
     assert found.__annotations__.get("return") is not None, name
+
+
+@pytest.mark.parametrize("name", foldsearch.__all__)
+def test_a_path_may_be_text(name: str) -> None:
+    """As in a notebook. What is done with it: tests/e2e and tests/integration/test_search.py."""
+    found = getattr(foldsearch, name)
+    types = getattr(found.__init__ if inspect.isclass(found) else found, "__annotations__", {})
+    asked = {key: words for key, words in types.items() if "Path" in str(words) and key != "return"}
+    assert all("str" in words for words in asked.values()), asked
+
+
+def test_the_documented_example_calls_what_there_is() -> None:
+    """Oracle: the signatures; and the run that it reads has such attributes."""
+    words = (ROOT / "docs" / "verbs.md").read_text()
+    code = ast.parse(words.partition("```python\n")[2].partition("```")[0])
+    calls = [
+        one for one in ast.walk(code) if isinstance(one, ast.Call) and ast.unparse(one.func).startswith("fs.")
+    ]
+    assert len(calls) == 8
+    for call in calls:
+        found = getattr(foldsearch, ast.unparse(call.func).removeprefix("fs."))
+        inspect.signature(found).bind(*call.args, **{str(one.arg): one.value for one in call.keywords})
+    of = {"run": RunView, "trial": foldsearch.Trial, "tried": foldsearch.Trial}
+    named = [one for one in ast.walk(code) if isinstance(one, ast.Attribute) and ast.unparse(one.value) in of]
+    assert {one.attr for one in named} == {"front", "knee", "number", "plan", "cost", "quality"}
+    assert all(hasattr(of[ast.unparse(one.value)], one.attr) for one in named)
 
 
 @pytest.mark.parametrize(
