@@ -168,10 +168,10 @@ def _loaded_dense(
 ) -> Iterator[tuple[ModelProcess, ModelFigures]]:
     """The dense model as transformers writes it, in the dtype that ships, in a process of its own."""
     written = on_cpu(in_dtype(dense, getattr(torch, job.weights)))
-    if job.beside.whole is not None:
-        with quiet():
+    with quiet():
+        if job.beside.whole is not None:
             written = put_back(written, job.beside.whole)
-    written.save_pretrained(place)
+        written.save_pretrained(place)
     if job.beside.tokenizer is not None:  # it is asked in a chat
         job.beside.tokenizer.save_pretrained(place)
     tensors = workplace / "tokens.safetensors"

@@ -106,7 +106,8 @@ def export(
         tokenizer, weights, shipment.base_model, str(shipment.plan), shipment.gguf, shipment.context, whole
     )
     with whole_or_absent(folder, weight_bytes, overwrite=overwrite) as temporary:
-        notes += writer.write(shipped, temporary, extras)
+        with quiet():
+            notes += writer.write(shipped, temporary, extras)
         # numbers of a type that is none of torch's are held, as they are, in 32 bits
         held_in = shipment.dtype if is_same else weights if weights in DTYPE_BYTES else "float32"
         dtype = held_in if runtime.own_kernels else computing_dtype(held_in)
