@@ -41,9 +41,11 @@ def _against_baselines(view: RunView) -> Iterator[str]:
         )
     else:
         better, alone = sum(gain < 0 for gain in gains), len(found) - len(gains)
+        most = f" to {max(gains):+.3f}" if len(gains) > 1 else ""
         yield (
-            f"Of the plans on the front that no simple baseline gives, {better} of {len(gains)} have a lower report KL "
-            f"than the best baseline of about their cost or less (Δ KL {min(gains):+.3f} to {max(gains):+.3f})"
+            f"Of the plans on the front that no simple baseline gives, {better} of {len(gains)} "
+            f"{'has' if better == 1 else 'have'} a lower report KL "
+            f"than the best baseline of about their cost or less (Δ KL {min(gains):+.3f}{most})"
             + (f"; for {alone} more no baseline of such a cost was trained." if alone else ".")
         )
 

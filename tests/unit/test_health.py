@@ -39,7 +39,9 @@ def test_the_front_is_held_against_the_baselines(view: RunView) -> None:
     told = [gain for gain in map(view.gain, others) if gain is not None]
     (words,) = (one for one in health(view) if "baseline" in one)
     if told:
-        assert f"{sum(gain < 0 for gain in told)} of {len(told)} have a lower report KL" in words
+        better = sum(gain < 0 for gain in told)
+        assert f"{better} of {len(told)} {'has' if better == 1 else 'have'} a lower report KL" in words
+        assert (" to " in words) is (len(told) > 1)
     elif others:
         assert f"of the {len(others)} other plans on the front, or less, was trained" in words
     else:
