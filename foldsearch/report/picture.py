@@ -266,7 +266,11 @@ def _draw_points(view: RunView, figure: Figure, axes: Axes, drawn: Sequence[Tria
         name, marker = known.title, known.marker
         axes.scatter([], [], marker=marker, c="white", edgecolors=INK, s=42, label=f"{name} (baseline)")
     axes.scatter([], [], marker=FOUND, c="white", edgecolors=INK, s=42, label="found by the search")
-    bar = figure.colorbar(coloured, ax=axes, location="bottom", shrink=0.5, aspect=40, pad=0.02)
+    beyond = (min(*values, of_dense) < low, max(*values, of_dense) > high)  # these have the colour of the end
+    extend = {(True, True): "both", (True, False): "min", (False, True): "max"}.get(beyond, "neither")
+    bar = figure.colorbar(
+        coloured, ax=axes, location="bottom", shrink=0.5, aspect=40, pad=0.02, extend=extend
+    )
     bar.set_label(words, fontsize=8, color=INK)
     bar.ax.tick_params(labelsize=8, colors=INK)
     bar.outline.set_visible(False)
