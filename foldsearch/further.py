@@ -57,6 +57,8 @@ def recover_further(
         torch.set_num_threads(context.threads)
     deadline = None if asked.seconds is None else time.monotonic() + asked.seconds
     place = context.run.trial(number)
+    # to the end of a whole step: the learning rate falls until there, and a card tells how far it came
+    asked = replace(asked, tokens=_in_steps(asked.tokens, context))
     trial = standing(context.run, number, asked)
     if is_done(trial, context.run, asked):
         return
@@ -84,12 +86,18 @@ def recover_further(
 
 def marks_until(tokens: int, trial: Trial, context: TrialContext) -> tuple[int, ...]:
     """The tokens after which a trial's model is measured on its way to the last one, whenever it goes on."""
-    splits, batch = context.study.splits, context.study.recovery.batch
+    splits = context.study.splits
     begin = trial.results[_rungs_of(trial, context) - 1].recovery_tokens
     step = max(SHARE_MEASURED * splits.search * splits.sequence_length, math.ceil((tokens - begin) / STEPS))
-    step = math.ceil(step / (batch * splits.sequence_length)) * batch * splits.sequence_length
+    step = _in_steps(step, context)
     done = trial.last.recovery_tokens
     return (*(mark for mark in range(begin + step, tokens, step) if mark > done), tokens)
+
+
+def _in_steps(tokens: int, context: TrialContext) -> int:
+    """So many tokens, up to the end of the last step that trains on them."""
+    of_step = context.study.recovery.batch * context.study.splits.sequence_length
+    return math.ceil(tokens / of_step) * of_step
 
 
 def _rungs_of(trial: Trial, context: TrialContext) -> int:

@@ -24,6 +24,7 @@ from foldsearch.codec import from_json, to_json
 from foldsearch.errors import FoldsearchError, InputError, quote_error
 from foldsearch.export.figures import ExportReport
 from foldsearch.identity import Identity
+from foldsearch.machine import Machine
 from foldsearch.paths import printable
 from foldsearch.plan.latency import Latency
 from foldsearch.plan.plan import FoldPlan
@@ -68,7 +69,8 @@ class Recipe:
     places where these lay. trial: as it was exported. recovery: how the rungs of the run trained it; further_tokens: up
     to which it was trained beyond them, 0 where it was not. weights, kv_cache: the types that were asked for, empty for
     the dtype's own. shows_text: whether the probe holds tokens of the report texts. latencies: what the run reckoned
-    times from.
+    times from. before: the machine of the run's rungs, where it was trained beyond them, maybe on other threads; else
+    None.
     """
 
     study: dict[str, Any]
@@ -80,6 +82,12 @@ class Recipe:
     shows_text: bool
     latencies: tuple[Latency, ...] = ()
     kv_cache: str = ""
+    before: Machine | None = None
+
+    @property
+    def machines(self) -> tuple[Machine | None, Machine | None]:
+        """That of the run's rungs, and that of the latest training."""
+        return (self.before or self.trial.machine, self.trial.machine)
 
 
 @dataclass(frozen=True, slots=True)

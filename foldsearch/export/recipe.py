@@ -49,6 +49,7 @@ def recipe_of(
         kv_cache=types.kv_cache,
         shows_text=shows_text,
         latencies=context.table.latencies,
+        before=of_run.machine if is_further else None,
     )
 
 

@@ -96,18 +96,18 @@ def recipe_in(card: Card, path: Path) -> Recipe:
             "a model that was exported from Python without a recipe."
         )
     identity, trial = card.recipe.identity, card.recipe.trial
-    machine = trial.machine
+    threads = [one.threads for one in card.recipe.machines if one is not None]
     if (
         identity.dtype not in ROUNDING
         or identity.device not in DEVICES
         or None in (trial.draft, trial.proposal)
         or not trial.results
-        or (machine is not None and not 0 < machine.threads <= MOST_THREADS)
+        or not all(0 < one <= MOST_THREADS for one in threads)
     ):
         raise InputError(
             f"a recipe says in which dtype and on which device a trial was measured that had a plan, but that of "
             f"{printable(path)} says '{identity.dtype}', '{identity.device}' and a trial with {len(trial.results)} "
-            f"results{'' if machine is None else f' on {machine.threads} threads'}. Export the model again."
+            f"results{f' on {threads} threads' if threads else ''}. Export the model again."
         )
     return card.recipe
 
@@ -151,9 +151,6 @@ def reproduce(
         assert identity is not None, "it was written just now"
         _check_parts(recipe.identity.content, identity.content, whole=True)
         _check_tokens(recipe.identity, identity)
-        if recipe.trial.machine is not None:
-            # other numbers of threads sum in other orders
-            torch.set_num_threads(recipe.trial.machine.threads)
         again = _rebuilt(context, recipe, progress)
         torch.set_num_threads(threads)
         write(context, recipe)
@@ -161,7 +158,7 @@ def reproduce(
         torch.set_num_threads(threads)
         with uninterrupted():
             shutil.rmtree(workplace, ignore_errors=True)
-    return _compared(card, read_card(out), recipe.trial, again)
+    return _compared(card, read_card(out), recipe, again)
 
 
 @contextmanager
@@ -227,17 +224,15 @@ def _with_times(context: TrialContext, study: Study, recipe: Recipe) -> TrialCon
     On the same kind of machine with the lines through the times that were measured for it, so that the same is
     predicted; elsewhere they would foretell the times of another machine.
     """
-    latencies = recipe.latencies if _is_same_machine(recipe.trial) else ()
+    latencies = recipe.latencies if _is_same_machine(recipe) else ()
     table = replace(context.table, latencies=latencies)
     return replace(context, run=replace(context.run, study=study, table=table))
 
 
-def _is_same_machine(trial: Trial) -> bool:
+def _is_same_machine(recipe: Recipe) -> bool:
     """Whether a trial was measured on such a machine, by the same torch; its threads are taken as they were there."""
-    return (
-        trial.machine is not None
-        and replace(Machine.here("cpu"), threads=trial.machine.threads) == trial.machine
-    )
+    here = Machine.here("cpu")
+    return all(one is not None and replace(here, threads=one.threads) == one for one in recipe.machines)
 
 
 _PLACES = ("source", "search", "recovery", "report")
@@ -268,10 +263,13 @@ def _rebuilt(context: TrialContext, recipe: Recipe, progress: StageProgress) -> 
     """Fold, heal and train as the recipe says; the trial as it then stands."""
     given = Given(recipe.trial.plan, recipe.trial.fold.adapter_start)
     proposal = Proposal(given, recipe.recovery, "hand", recipe.trial.types)
+    of_run, latest = recipe.machines
+    _take_threads(of_run)
     *_, trial = run_trial(proposal, context, number=NUMBER, progress=progress)
     if trial.state != "finished":
         raise InputError(f"the model could not be made again, as the trial {trial.reason}.")
     if recipe.further_tokens:
+        _take_threads(latest)
         asked = FurtherTraining(recipe.further_tokens, recipe.trial.recovery.trains)
         for _ in recover_further(NUMBER, context, asked, progress=progress):
             pass
@@ -280,13 +278,18 @@ def _rebuilt(context: TrialContext, recipe: Recipe, progress: StageProgress) -> 
     return found
 
 
-def _compared(first: Card, again: Card, trial: Trial, rebuilt: Trial) -> Reproduced:
+def _take_threads(machine: Machine | None) -> None:
+    """As many as there: other numbers of threads sum in other orders."""
+    if machine is not None:
+        torch.set_num_threads(machine.threads)
+
+
+def _compared(first: Card, again: Card, recipe: Recipe, rebuilt: Trial) -> Reproduced:
     names = sorted((set(first.files) | set(again.files)) - {PROBE})
     equal = tuple(name for name in names if first.files.get(name) == again.files.get(name))
-    rounding = TRAINED_ROUNDING if trial.last.kept_tokens else ROUNDING
-    assert first.recipe is not None, "it was followed"
-    tolerance = rounding[first.recipe.identity.dtype]
-    ours, theirs = trial.final, rebuilt.final
+    rounding = TRAINED_ROUNDING if recipe.trial.last.kept_tokens else ROUNDING
+    tolerance = rounding[recipe.identity.dtype]
+    ours, theirs = recipe.trial.final, rebuilt.final
     stored, stored_again = first.report.exported, again.report.exported
     figures = (
         Figure("KL to dense, nats", ours.kl, theirs.kl, tolerance * max(1.0, ours.kl)),
@@ -303,7 +306,7 @@ def _compared(first: Card, again: Card, trial: Trial, rebuilt: Trial) -> Reprodu
         Figure("bytes of weights", stored.weight_bytes, stored_again.weight_bytes, 0.0),
     )
     other = tuple(name for name in names if name not in equal)
-    return Reproduced(first, again, equal, other, figures, _is_same_machine(trial))
+    return Reproduced(first, again, equal, other, figures, _is_same_machine(recipe))
 
 
 def check_out(path: Path, out: Path) -> None:

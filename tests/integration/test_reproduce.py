@@ -10,9 +10,11 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from foldsearch import api, prepare
 from foldsearch.cli import main
@@ -24,6 +26,7 @@ from foldsearch.model.training import FurtherTraining
 from foldsearch.plan.cost import price
 from foldsearch.plan.latency import Latency, Line, Timed
 from foldsearch.plan.plan import FoldPlan
+from foldsearch.progress import silent
 from foldsearch.report.view import RunView
 from foldsearch.spec.load import study_from_json
 from tests.contexts import begin_run, run_queued, tiny_study
@@ -43,7 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("FOLDSEARCH_CACHE", str(place / "cache"))
         form = api.ExportForm(compares=False)
         api.export_trial(RunView.open(place / "run"), 0, place / "first", form=form)
-        for _ in recover_further(0, context, FurtherTraining(FURTHER)):
+        for _ in recover_further(0, context, FurtherTraining(FURTHER - 5)):  # it ends with a whole step
             pass
         api.export_trial(RunView.open(place / "run"), 0, place / "further", form=form)
     shutil.rmtree(place / "run")
@@ -132,10 +135,29 @@ def test_times_of_another_machine_foretell_nothing_here(place: Path) -> None:
     card = read_card(place / "first")
     assert card.recipe is not None
     assert card.recipe.trial.machine is not None
-    assert reproduce._is_same_machine(card.recipe.trial)
+    assert reproduce._is_same_machine(card.recipe)
     other = replace(card.recipe.trial.machine, torch="0.1")
-    assert not reproduce._is_same_machine(replace(card.recipe.trial, machine=other))
-    assert not reproduce._is_same_machine(replace(card.recipe.trial, machine=None))
+    assert not reproduce._is_same_machine(replace(card.recipe, before=other))
+    for machine in (other, None):
+        trial = replace(card.recipe.trial, machine=machine)
+        assert not reproduce._is_same_machine(replace(card.recipe, trial=trial))
+
+
+def test_each_training_takes_its_own_threads(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of a search share the cores, and training further has all of them: other numbers sum in other orders."""
+    recipe = read_card(place / "further").recipe
+    assert recipe is not None
+    assert recipe.before == recipe.trial.machine is not None
+    assert recipe.before is not None
+    taken: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(reproduce, "run_trial", lambda *_, **__: iter([recipe.trial]))
+    monkeypatch.setattr(reproduce, "recover_further", lambda *_, **__: taken.append(0) or iter(()))
+    monkeypatch.setattr(reproduce, "latest_folder", lambda *_: None)
+    monkeypatch.setattr(reproduce, "read_trial", lambda _: recipe.trial)
+    context = SimpleNamespace(run=None)
+    reproduce._rebuilt(context, replace(recipe, before=replace(recipe.before, threads=7)), silent)  # type: ignore[arg-type]
+    assert taken == [7, recipe.before.threads, 0]
 
 
 def test_figures_that_are_others_are_told(
