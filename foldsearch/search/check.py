@@ -69,14 +69,17 @@ def check_run(run: Run, *, repair: bool) -> Checked:
         RunError: somebody else is at work in the run.
     """
     with run.held():
-        mended, left = [], []
+        mended: list[Fault] = []
+        left: list[Fault] = []
         for look in (_faults_of_study, _faults_of_trials, _faults_of_files):
-            for fault in list(look(run)):
-                if repair and fault.mend is not None:
+            found = list(look(run))
+            if repair and (can_be := [fault for fault in found if fault.mend is not None]):
+                for fault in can_be:
+                    assert fault.mend is not None
                     fault.mend()
-                    mended.append(fault)
-                else:
-                    left.append(fault)
+                mended += can_be
+                found = list(look(run))  # a record that is there again may tell of weights that are not
+            left += found
             if look is _faults_of_study and left:
                 return Checked(0, (), tuple(mended), tuple(left))
         rows = read_rows(run)
@@ -251,8 +254,10 @@ def _faults_of_weights(run: Run, row: Row) -> Iterator[Fault]:
     # Training that hurt goes on from an earlier state at a lower rate: only all of it made again is the same again.
     looked_at = folder.kept[1:] if row.is_open else (folder.start, folder.recovered)
     damaged = [path for path in looked_at if _is_damaged(path, known, folder)]
-    if known is not None and known.results and known.known_from is None and known.last.kept_tokens:
-        damaged += [] if folder.recovered.exists() else [folder.recovered]
+    if known is not None and known.results and known.known_from is None:
+        # of a record that was written again from the study only the tokens tell that something was trained
+        needed = {*known.files, *([folder.recovered.name] if known.last.kept_tokens else [])}
+        damaged += [path for path in looked_at if path.name in needed and not path.exists()]
     shown = ", ".join(f"'{printable(path)}'" for path in damaged)
     words = f"{shown} cannot be read, or is not what the trial was measured with"
     if damaged and row.is_open:
@@ -295,8 +300,9 @@ def _faults_of_further(run: Run, number: int) -> Iterator[Fault]:
     except RunError:
         yield Fault(where, f"'{printable(folder.record)}' cannot be read", remedy)
         return
+    told = known.files if known is not None else {}
     for path in folder.kept[1:]:
-        if _is_damaged(path, known, folder):
+        if _is_damaged(path, known, folder) or (path.name in told and not path.exists()):
             words = f"'{printable(path)}' cannot be read, or is not what the trial was measured with"
             yield Fault(where, words, remedy)
 

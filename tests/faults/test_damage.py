@@ -271,6 +271,25 @@ def test_a_plans_file_that_names_a_trial_of_another_plan_is_mended(whole: Run, t
     assert check_run(run, repair=False).left == ()
 
 
+def test_weights_that_are_gone_are_told_also_where_their_record_is_written_again(tmp_path: Path) -> None:
+    run, trial, context = first_rung(tmp_path)
+    to_its_end(run, context)
+    folder = run.trial(trial.number)
+    kept = [path for path in (folder.start, folder.recovered) if path.exists()]
+    assert kept
+    for path in kept:
+        content = path.read_bytes()
+        path.unlink()
+        (fault,) = check_run(run, repair=False).left
+        assert str(path) in fault.words
+        path.write_bytes(content)
+    assert check_run(run, repair=False).left == ()
+    shutil.rmtree(folder.path)
+    found = check_run(run, repair=True)
+    assert [folder.record.name in fault.words for fault in found.mended] == [True]
+    assert [str(folder.recovered) in fault.words for fault in found.left] == [True]
+
+
 def test_what_further_training_left_is_looked_at(tmp_path: Path) -> None:
     run, trial, context = first_rung(tmp_path)
     to_its_end(run, context)
@@ -283,6 +302,9 @@ def test_what_further_training_left_is_looked_at(tmp_path: Path) -> None:
         (fault,) = check_run(run, repair=True).left
         assert str(path) in fault.words
         assert f"remove '{folder.path}'" in fault.remedy
+        if path == folder.recovered:
+            path.unlink()
+            assert check_run(run, repair=True).left == (fault,)
         path.write_bytes(kept)
     folder.record.write_text("{")
     with pytest.raises(RunError, match="recover` then begins anew"):
