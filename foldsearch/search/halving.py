@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
     from ray.tune.experiment import Trial
 
+LEAST = 1e-3  # a KL, in nats a token: below it plans are as good as the dense model
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -55,7 +57,7 @@ def decide(
     better = sum(other < rank[0] for other in rank)
     if better >= max(at_least, math.ceil(keep * len(points))):
         return Decision(False, f"dominated: {better} of {len(points)} results are of a better rank")
-    scaled = normalise(points)
+    scaled = normalise(_by_ratios(points))
     rivals = [i for i, other in enumerate(scaled) if _near(other, scaled[0], band)]
     # Costs have a far reference, so that small differences of cost count little beside quality.
     reference = (1.1, *(2.0 for _ in scaled[0][1:]))
@@ -64,11 +66,21 @@ def decide(
     elsewhere = [elsewhere[i] for i in non_dominated(elsewhere)]  # the others add no volume
     without = hypervolume(elsewhere, reference)
     adds = {i: hypervolume([*elsewhere, scaled[i]], reference) - without for i in rivals}
-    place = sum((-adds[i], scaled[i]) < (-adds[0], scaled[0]) for i in rivals)
+    place = sum((-adds[i], points[i]) < (-adds[0], points[0]) for i in rivals)
     kept = math.ceil(keep * len(rivals))
     return Decision(
         place < kept, f"place {place + 1} of {len(rivals)} at about this cost, of which {kept} go on"
     )
+
+
+def _by_ratios(points: Sequence[Point]) -> list[Point]:
+    """The points with the logarithm of their quality, which ends at the worst of those that nothing dominates.
+
+    A quality is a share of another's, whatever the worst of all is: one plan that came out badly, or the cheap end of a
+    front, would else make all the others look alike, and their costs would decide.
+    """
+    worst = max(points[i][0] for i in non_dominated(points))
+    return [(math.log(max(LEAST, min(point[0], worst))), *point[1:]) for point in points]
 
 
 def _near(a: Point, b: Point, band: float) -> bool:

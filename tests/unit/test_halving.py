@@ -79,6 +79,16 @@ def test_reasons_have_the_numbers_in_them() -> None:
     assert reason == "place 6 of 6 at about this cost, of which 3 go on"
 
 
+def test_a_bad_result_that_is_no_rival_stops_nobody() -> None:
+    """Its KL once stretched the scale until all others looked alike, and their costs decided."""
+    others = [
+        (3.2, 0.51, 0.51), (3.03, 0.54, 0.54), (0.71, 0.71, 0.71), (0.41, 0.76, 0.76), (0.08, 0.86, 0.86),
+        (0.06, 0.86, 0.86),
+    ]  # fmt: skip
+    for more in ([], [(8.0, 0.76, 0.76)], [(800.0, 0.76, 0.76)]):
+        assert decide((0.56, 0.59, 0.59), [*others, *more]).reason.startswith("place 1 of 3")
+
+
 results = st.tuples(st.floats(0, 5), st.floats(0, 1), st.floats(0, 1))
 
 
@@ -97,6 +107,19 @@ def test_the_first_ones_and_the_best_of_their_cost_go_on(
     ]
     if not near and not any(dominates(other, point) for other in others):
         assert decision.goes_on
+
+
+@given(results, st.lists(results, min_size=4, max_size=12), st.integers(0, 11), st.floats(1, 100))
+def test_what_is_dominated_elsewhere_changes_no_place(
+    point: tuple[float, ...], others: list[tuple[float, ...]], which: int, times: float
+) -> None:
+    """A result at the costs of another, which is no rival, and worse than that."""
+    at = others[which % len(others)]
+    bad = ((at[0] + 0.1) * times, *at[1:])
+    spans = [max(column) - min(column) for column in zip(point, *others, strict=True)]
+    is_rival = all(abs(a - b) <= 0.3 * span for a, b, span in zip(at[1:], point[1:], spans[1:], strict=True))
+    if not is_rival and decide(point, others, band=0.25).goes_on:
+        assert decide(point, [*others, bad], band=0.25).goes_on
 
 
 @given(st.lists(results, min_size=1, max_size=14), st.floats(0.1, 1))
