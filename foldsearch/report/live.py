@@ -227,7 +227,7 @@ class RunDisplay:
             )
         )
         rungs = ", ".join(f"{tokens:,}" for tokens in study.rungs)
-        healed = f"healing on {study.healed_tokens:,} tokens and " if study.healed_tokens else ""
+        healed = f"healing on some {study.healed_tokens:,} tokens and " if study.healed_tokens else ""
         words = f"after {healed}recovery on {rungs} tokens, is measured on the search texts"
         self._print(Text(f"KL to dense in nats per token, {words}"))
         heads = f"{'trial':>5}  {'by':<{_BY_WIDTH}}  {ruler(run.num_blocks):<{run.num_blocks}}  {'GB':>7}  KL"

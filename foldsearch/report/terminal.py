@@ -154,7 +154,12 @@ def front_report(view: RunView, *, width: int, every: bool = False) -> Group:
         head = (
             f"KL of {counted(view.num_screened, 'plan')} that were healed and measured before any was trained"
         )
-        parts += [Text(), Text(head, style="bold"), _screened_table(screened)]
+        parts += [
+            Text(),
+            Text(head, style="bold"),
+            _screened_table(screened),
+            Text(_CHOSEN_HERE, style="dim"),
+        ]
     if agreements := view.agreements:
         words = "; ".join(f"{one.between} {one.correlation:.2f} ({one.plans} plans)" for one in agreements)
         parts += [Text(), Text(f"Rank correlation of KL between measurements: {words}.", style="dim")]
@@ -418,6 +423,12 @@ def _criteria_table(criteria: Mapping[int, Mapping[str, Trial]], used: Sequence[
     return table
 
 
+_CHOSEN_HERE = (
+    "± one standard error. Both are of the tokens that they were chosen by, where the least of many plans, as of the "
+    "search, looks better than it is."
+)
+
+
 def _screened_table(found: Mapping[int, Mapping[str, Screened]]) -> Table:
     """For each number of dropped blocks what the search came to, and the best criterion there."""
     table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0))
@@ -430,11 +441,15 @@ def _screened_table(found: Mapping[int, Mapping[str, Screened]]) -> Table:
         wins = ours is not None and ours.quality.kl < rival.quality.kl
         table.add_row(
             str(count),
-            Text("—" if ours is None else f"{ours.quality.kl:.3f}", style="bold green" if wins else ""),
-            Text(f"{rival.quality.kl:.3f}", style="" if wins else "bold green"),
+            Text("—" if ours is None else _screened_kl(ours), style="bold green" if wins else ""),
+            Text(_screened_kl(rival), style="" if wins else "bold green"),
             name.replace("_", " "),
         )
     return table
+
+
+def _screened_kl(one: Screened) -> str:
+    return with_error(one.quality.kl, one.quality.kl_se, ".3f")
 
 
 def _heading(view: RunView) -> Text:

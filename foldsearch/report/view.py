@@ -84,7 +84,10 @@ class RunView:
     def tokens_words(self) -> str:
         """What the trials' models were made with: a token of healing goes forward only, one of training back too."""
         study = self.folder.study
-        healed = f"healed on {study.healed_tokens:,} tokens, forward only; " if study.healed_tokens else ""
+        # the text may be shorter than a study asks for: trials tell what they had
+        told = [trial.healing.tokens for trial in self.finished if trial.healing is not None]
+        tokens = max(told, default=study.healed_tokens)
+        healed = f"healed on {tokens:,} tokens, forward only; " if tokens else ""
         return f"{healed}trained on {study.rungs[-1]:,} tokens at most"
 
     @property

@@ -476,6 +476,8 @@ def test_tokens_of_healing_and_of_training_are_both_told(view: RunView) -> None:
     trained = f"trained on {trial.last.kept_tokens:,} tokens"
     assert healed.tokens_words == f"healed on 8,192 tokens (forward only), {trained}"
     assert trial.tokens_words == trained
+    shorter = replace(view, trials=(healed,))  # what the study asks for is more than its text holds
+    assert shorter.tokens_words.startswith("healed on 8,192 tokens, forward only; ")
     assert "healed" not in text_of(terminal.results_table(trial), 200)
 
 
@@ -872,7 +874,9 @@ def test_screened_plans_stand_beside_the_criteria(view: RunView) -> None:
     quality = view.finished[0].quality
 
     def screened(dropped: list[int], author: str, kl: float) -> Screened:
-        return Screened(FoldPlan.dropping(dropped, NUM_BLOCKS), (author,), replace(quality, kl=kl))
+        return Screened(
+            FoldPlan.dropping(dropped, NUM_BLOCKS), (author,), replace(quality, kl=kl, kl_se=kl / 10)
+        )
 
     found = [
         screened([3], "alone", 0.05),  # no criterion was asked at this count
@@ -889,5 +893,11 @@ def test_screened_plans_stand_beside_the_criteria(view: RunView) -> None:
         view.folder.screened.unlink()
     assert "KL of 6 plans that were healed and measured before any was trained" in shown
     rows = [line.split() for line in shown[shown.index("KL of 6 plans") :].splitlines()[2:4]]
-    assert rows == [["2", "0.100", "0.150", "window"], ["3", "—", "0.400", "window"]]
+    assert rows == [
+        ["2", "0.100", "±", "0.010", "0.150", "±", "0.015", "window"],
+        ["3", "—", "0.400", "±", "0.040", "window"],
+    ]
+    assert "where the least of many plans, as of the search, looks better than it is" in " ".join(
+        shown.split()
+    )
     assert "Rank correlation of KL between measurements" in shown
